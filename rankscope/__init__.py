@@ -1,0 +1,58 @@
+"""rankscope: which LoRA rank where, for your parameter budget.
+
+The public names below load on first use: `import rankscope` itself imports no torch, transformers, optuna or sklearn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rankscope.exceptions import RankscopeError
+
+if TYPE_CHECKING:
+    from rankscope.allocation import RankAllocation as RankAllocation
+    from rankscope.budget import ParameterBudget as ParameterBudget
+    from rankscope.profiling import Profile as Profile
+    from rankscope.profiling import profile as profile
+    from rankscope.profiling import read_profile as read_profile
+    from rankscope.searching import SearchResult as SearchResult
+    from rankscope.searching import search as search
+    from rankscope.strategies import allocate as allocate
+    from rankscope.targets import TargetModule as TargetModule
+    from rankscope.targets import find_targets as find_targets
+    from rankscope.tasks import Task as Task
+    from rankscope.tasks import load_task as load_task
+    from rankscope.training import TrainingConfig as TrainingConfig
+    from rankscope.training import train as train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ParameterBudget": "rankscope.budget",
+    "Profile": "rankscope.profiling",
+    "RankAllocation": "rankscope.allocation",
+    "SearchResult": "rankscope.searching",
+    "TargetModule": "rankscope.targets",
+    "Task": "rankscope.tasks",
+    "TrainingConfig": "rankscope.training",
+    "allocate": "rankscope.strategies",
+    "find_targets": "rankscope.targets",
+    "load_task": "rankscope.tasks",
+    "profile": "rankscope.profiling",
+    "read_profile": "rankscope.profiling",
+    "search": "rankscope.searching",
+    "train": "rankscope.training",
+}
+
+__all__ = ["RankscopeError", "__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

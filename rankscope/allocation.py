@@ -1,0 +1,191 @@
+"""`RankAllocation`: one rank for each target module, with its exact parameter count, JSON form and PEFT form."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.files import read_json, write_json
+from rankscope.targets import TargetModule, fingerprint_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RankAllocation:
+    """One rank for each target module; a rank of 0 leaves the module without an adapter.
+
+    Two allocations are equal, and hash alike, when their modules and ranks are; where they came from does not count.
+
+    Attributes:
+        targets: The target modules, in the model's order.
+        vector: The rank of each, in the same order.
+        strategy: What computed it, as in `"one-shot"`.
+        budget: The limit it was computed for, in adapter parameters; None where there was none.
+
+    >>> targets = (TargetModule(name="fc1", in_features=64, out_features=256),)
+    >>> allocation = RankAllocation(targets, (2,), strategy="uniform")
+    >>> allocation.parameters, dict(allocation.ranks)
+    (640, {'fc1': 2})
+    """
+
+    targets: tuple[TargetModule, ...]
+    vector: tuple[int, ...]
+    strategy: str = field(default="", compare=False)
+    budget: int | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "vector", tuple(int(rank) for rank in self.vector))
+        if len(self.targets) != len(self.vector):
+            raise AllocationError(
+                f"`vector` must hold one rank for each of the {len(self.targets)} targets, but holds {len(self.vector)}."
+            )
+        if len({target.name for target in self.targets}) != len(self.targets):
+            raise AllocationError("`targets` must not name a module twice.")
+        for target, rank in zip(self.targets, self.vector, strict=True):
+            if not 0 <= rank <= target.full_rank:
+                raise AllocationError(
+                    f"the rank of `{target.name}` must lie between 0 and {target.full_rank} "
+                    f"(its smaller side), but got {rank}."
+                )
+
+    @classmethod
+    def from_ranks(
+        cls,
+        targets: Sequence[TargetModule],
+        ranks: Mapping[str, int],
+        *,
+        strategy: str = "",
+        budget: int | None = None,
+    ) -> RankAllocation:
+        """An allocation from `{module name: rank}`; modules not named get rank 0.
+
+        Raises:
+            AllocationError: `ranks` names a module that is not among the targets.
+        """
+        if unknown := set(ranks) - {target.name for target in targets}:
+            raise AllocationError(f"`ranks` must name target modules only, but names {sorted(unknown)[0]!r}.")
+        vector = tuple(ranks.get(target.name, 0) for target in targets)
+        return cls(tuple(targets), vector, strategy=strategy, budget=budget)
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        """The rank of each target module by name, in the model's order; read-only."""
+        return MappingProxyType({t.name: rank for t, rank in zip(self.targets, self.vector, strict=True)})
+
+    @property
+    def parameters(self) -> int:
+        """Trainable adapter parameters: the sum of rank cost times rank, as PEFT's LoRA builds them."""
+        return sum(t.rank_cost * rank for t, rank in zip(self.targets, self.vector, strict=True))
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of modules and ranks: equal for equal allocations, in any process."""
+        text = fingerprint_targets(self.targets) + repr(sorted(self.ranks.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def difference(self, other: RankAllocation) -> dict[str, int]:
+        """The ranks that `self` has more (positive) or less (negative) than `other`, for modules that differ.
+
+        Raises:
+            AllocationError: The two are not over the same target modules.
+        """
+        if {t.name for t in self.targets} != {t.name for t in other.targets}:
+            raise AllocationError("`other` must be an allocation over the same target modules.")
+        theirs = other.ranks
+        return {name: rank - theirs[name] for name, rank in self.ranks.items() if rank != theirs[name]}
+
+    def renamed(self, strategy: str) -> RankAllocation:
+        """The same allocation under another strategy's name."""
+        return replace(self, strategy=strategy)
+
+    # --- JSON --------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The allocation as plain values, as `to_json` writes them."""
+        return {
+            "schema": SCHEMA,
+            "strategy": self.strategy,
+            "budget": self.budget,
+            "parameters": self.parameters,
+            "ranks": dict(self.ranks),
+            "model": fingerprint_targets(self.targets),
+            "targets": [asdict(target) for target in self.targets],
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> RankAllocation:
+        """The inverse of `to_dict`.
+
+        Raises:
+            FileFormatError: Another schema, a key is missing, or the parameter count contradicts the ranks.
+        """
+        if value.get("schema") != SCHEMA:
+            raise FileFormatError(
+                f"an allocation must have schema {SCHEMA}, but has {value.get('schema')!r}; write it again."
+            )
+        try:
+            targets = tuple(TargetModule(**target) for target in value["targets"])
+            allocation = cls.from_ranks(targets, value["ranks"], strategy=value["strategy"], budget=value["budget"])
+            stated = value["parameters"]
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(
+                f"an allocation must hold ranks and targets, but is incomplete ({error}); write it again."
+            ) from None
+        if stated != allocation.parameters:
+            raise FileFormatError(
+                f"an allocation's `parameters` must equal what its ranks cost ({allocation.parameters:,}), "
+                f"but says {stated:,}; it was edited: write it again."
+            )
+        return allocation
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Writes `allocation.json`, atomically; returns the path."""
+        write_json(path, self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> RankAllocation:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            FileFormatError: The file is missing, truncated or of another schema.
+        """
+        try:
+            return cls.from_dict(read_json(path, what="an allocation"))
+        except AllocationError as error:
+            raise FileFormatError(f"`{path}` does not hold a valid allocation: {error}") from None
+
+    # --- PEFT (the work is done in rankscope.adapters, the only importer of peft) --------------------------------
+
+    def to_lora_config(self, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
+        """A plain `peft.LoraConfig` with exactly these ranks; see `rankscope.adapters.to_lora_config`."""
+        from rankscope.adapters import to_lora_config
+
+        return to_lora_config(self, scaling=scaling, **peft_kwargs)
+
+    @classmethod
+    def from_lora_config(cls, config: LoraConfig, targets: Sequence[TargetModule]) -> RankAllocation:
+        """The ranks a `peft.LoraConfig` gives to these target modules; see `rankscope.adapters.from_lora_config`."""
+        from rankscope.adapters import from_lora_config
+
+        return from_lora_config(config, targets)
+
+    @classmethod
+    def from_peft_model(
+        cls, model: PeftModel, targets: Sequence[TargetModule] | None = None, *, adapter_name: str | None = None
+    ) -> RankAllocation:
+        """The ranks that a PEFT model really carries; see `rankscope.adapters.from_peft_model`."""
+        from rankscope.adapters import from_peft_model
+
+        return from_peft_model(model, targets, adapter_name=adapter_name)

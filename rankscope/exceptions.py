@@ -1,0 +1,35 @@
+"""The errors rankscope raises on purpose. Each message is one line: the condition, the value, the remedy."""
+
+from __future__ import annotations
+
+
+class RankscopeError(Exception):
+    """The root of every error that rankscope raises on purpose."""
+
+
+class TargetError(RankscopeError, ValueError):
+    """A selection of target modules that matches nothing, or a module that cannot carry an adapter."""
+
+
+class BudgetError(RankscopeError, ValueError):
+    """A parameter budget, bound, score or gain that no allocation can satisfy."""
+
+
+class AllocationError(RankscopeError, ValueError):
+    """Ranks that do not fit their target modules, or allocations that cannot be compared."""
+
+
+class ProfileError(RankscopeError, ValueError):
+    """A profile that cannot be taken, read, or used for the model at hand."""
+
+
+class TaskError(RankscopeError, ValueError):
+    """A task whose model, data or factory cannot be loaded, or whose loss cannot be trained on."""
+
+
+class StudyError(RankscopeError, ValueError):
+    """A study file or study database that does not fit what was asked."""
+
+
+class FileFormatError(RankscopeError, ValueError):
+    """A file that is missing, truncated, or written by another schema."""

@@ -27,6 +27,10 @@ class TaskError(RankscopeError, ValueError):
     """A task whose model, data or factory cannot be loaded, or whose loss cannot be trained on."""
 
 
+class TrainingError(RankscopeError, RuntimeError):
+    """A fine-tuning run that cannot go on, as when its loss is no longer finite."""
+
+
 class StudyError(RankscopeError, ValueError):
     """A study file or study database that does not fit what was asked."""
 

@@ -1,0 +1,39 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# One torch thread a process and two processes are faster than two threads on two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dashboard,notebooks,dev]'
+	touch $@
+
+# The main job on real input: profile, one-shot allocation, search, and a fair comparison with uniform LoRA.
+demo: setup
+	$(BIN)/rankscope profile studies/digits.yaml --out out/digits
+	$(BIN)/rankscope search studies/digits.yaml --out out/digits
+	$(BIN)/rankscope train studies/digits.yaml --out out/digits --baseline --seeds 8 --jobs 2
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The claims in the README, measured again; each prints its figures and exits 1 if a claim does not hold.
+bench: setup
+	set -e; for script in studies/bench/*.py; do $(BIN)/python $$script --quick; done
+
+clean:
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,136 @@
+"""The typer application: `rankscope profile`, `allocate`, `search` and `train`. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankscope import __version__
+from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, StudyPath, UniformRank, reports_errors
+
+app = typer.Typer(
+    name="rankscope",
+    help="Which LoRA rank where, for your parameter budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The entry point of the `rankscope` command."""
+    app()
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"rankscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Which LoRA rank where, for your parameter budget."""
+
+
+@app.command("profile", epilog="Example: rankscope profile studies/digits.yaml --out out/digits")
+@reports_errors
+def profile_command(
+    study: StudyPath,
+    out: Out = None,
+    batches: Annotated[int | None, typer.Option(help="Overrides `profile.batches`.")] = None,
+    seed: Seed = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Collect gradient features of every target module into profile.parquet."""
+    from rankscope.cli.commands import run_profile
+
+    run_profile(study, out, {"profile.batches": batches, "seed": seed}, as_json=json)
+
+
+@app.command("allocate", epilog="Example: rankscope allocate studies/digits.yaml --strategy one-shot --uniform-rank 2")
+@reports_errors
+def allocate_command(
+    study: StudyPath,
+    out: Out = None,
+    strategy: Annotated[str | None, typer.Option(help="Overrides `allocation.strategy`.")] = None,
+    uniform_rank: UniformRank = None,
+    parameters: Parameters = None,
+    min_rank: Annotated[int | None, typer.Option(help="Overrides `allocation.min_rank`.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Overrides `allocation.max_rank`.")] = None,
+    seed: Seed = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
+    from rankscope.cli.commands import run_allocate
+
+    overrides = {
+        "budget.uniform_rank": uniform_rank,
+        "budget.parameters": parameters,
+        "allocation.min_rank": min_rank,
+        "allocation.max_rank": max_rank,
+        "seed": seed,
+    }
+    run_allocate(study, out, overrides, strategy=strategy, as_json=json)
+
+
+@app.command("search", epilog="Example: rankscope search studies/digits.yaml --trials 60")
+@reports_errors
+def search_command(
+    study: StudyPath,
+    out: Out = None,
+    trials: Annotated[int | None, typer.Option(help="Overrides `search.trials`: finished trials in all.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Overrides `search.storage`: as Optuna takes it.")] = None,
+    uniform_rank: UniformRank = None,
+    parameters: Parameters = None,
+    seed: Seed = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Search with short fine-tuning trials; goes on where an earlier run stopped."""
+    from rankscope.cli.commands import run_search
+
+    overrides = {
+        "search.trials": trials,
+        "search.storage": storage,
+        "budget.uniform_rank": uniform_rank,
+        "budget.parameters": parameters,
+        "seed": seed,
+    }
+    run_search(study, out, overrides, as_json=json)
+
+
+@app.command("train", epilog="Example: rankscope train studies/digits.yaml --baseline --seeds 8 --jobs 2")
+@reports_errors
+def train_command(
+    study: StudyPath,
+    out: Out = None,
+    allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The allocation.  [default: DIR/allocation.json]")
+    ] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also train uniform LoRA, with the same seeds.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each allocation.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in its own process.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Overrides `training.learning_rate`; a single rate is not tuned.")
+    ] = None,
+    seed: Seed = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune an allocation, tune its learning rate, and save the adapter for plain PEFT."""
+    from rankscope.cli.commands import run_train
+
+    overrides = {"training.learning_rate": learning_rate, "seed": seed}
+    run_train(
+        study, out, overrides, allocation_path=allocation, baseline=baseline, n_seeds=seeds, jobs=jobs, as_json=json
+    )

@@ -1,0 +1,253 @@
+"""What each command does: open a session, call the library, write the files, print the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankscope.allocation import RankAllocation
+from rankscope.cli.output import print_files, print_json, print_table, progress
+from rankscope.cli.session import Session
+from rankscope.comparison import Repeats, paired_difference, repeat_all
+from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.plotting import plot_energy, plot_ranks, save_figure
+from rankscope.searching import Trial, search
+
+Overrides = Mapping[str, Any]
+FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
+
+
+def run_profile(path: Path, out: Path | None, overrides: Overrides, *, as_json: bool) -> None:
+    """`rankscope profile`."""
+    session = Session.open(path, out, overrides)
+    taken = session.take_profile()
+    figure = save_figure(plot_energy(taken), session.out / "energy.png")
+    table = taken.table.assign(density=taken.table["gradient_norm"] ** 2 / taken.table["rank_cost"])
+    total = float((table["gradient_norm"] ** 2).sum())
+    if as_json:
+        print_json({"profile": str(session.profile_path), "modules": len(table), **taken.metadata})
+        return
+    rows = [
+        (row["module"], f"{row['rank_cost']:,}", f"{row['gradient_norm']:.3g}", f"{row['gradient_norm'] ** 2 / total:.1%}",
+         f"{max(row['signal_energy'], 0) / row['gradient_norm'] ** 2:.0%}" if row["gradient_norm"] else "-")
+        for row in table.nlargest(8, "density").to_dict("records")
+    ]  # fmt: skip
+    title = f"{len(table)} modules, {taken.metadata['batches']} batches, loss {taken.metadata['loss']:.3f}: most energy per parameter"
+    print_table(title, ("module", "rank cost", "‖G‖", "energy", "signal"), rows)
+    print_files([session.profile_path, figure])
+
+
+def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy: str | None, as_json: bool) -> None:
+    """`rankscope allocate`."""
+    session = Session.open(path, out, overrides)
+    allocation, uniform = session.one_shot(strategy), session.one_shot("uniform")
+    files = _export(session, allocation, [uniform, allocation] if allocation.strategy != "uniform" else [uniform])
+    if as_json:
+        print_json({**_summary(allocation), "files": [str(file) for file in files]})
+        return
+    rows = [_allocation_row(a) for a in dict.fromkeys([uniform, allocation])]
+    print_table(
+        f"budget {session.budget.limit:,} parameters", ("strategy", "parameters", "modules adapted", "max rank"), rows
+    )
+    print_files(files)
+
+
+def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: bool) -> None:
+    """`rankscope search`."""
+    session = Session.open(path, out, overrides)
+    section, bounds = session.study.search, session.study.allocation
+    taken = session.profile_at_hand()
+    with progress() as bar:
+        line = bar.add_task("searching", total=section.trials)
+        result = search(
+            session.task,
+            budget=session.budget,
+            profile=taken,
+            n_trials=section.trials,
+            targets=session.targets,
+            training=session.study.training.resolve(),
+            learning_rates=session.study.training.learning_rate,
+            n_seeds=section.seeds,
+            storage=section.storage or _sqlite(session.out / "search.db"),
+            study_name=session.study.name,
+            seed=session.study.seed,
+            grouping=section.grouping,
+            n_groups=section.groups,
+            min_rank=bounds.min_rank,
+            max_rank=bounds.max_rank,
+            pruner=_pruner(section.pruner),
+            on_trial=lambda trial: bar.update(line, completed=trial.number + 1),
+        )
+    best = result.best_trial
+    trials_path = result.to_parquet(session.out / "trials.parquet")
+    shown = [result.best_of_origin(origin) for origin in ("uniform", "one-shot")]
+    allocation = best.allocation.renamed("searched") if best.origin == "sampler" else best.allocation
+    panels = list(dict.fromkeys([shown[0].allocation, shown[1].allocation, allocation]))
+    files = [*_export(session, allocation, panels), trials_path]
+    if as_json:
+        print_json({**_summary(allocation), "trial": best.number, "metric": best.metric, "difference": best.difference,
+                    "learning_rate": best.learning_rate, "files": [str(file) for file in files]})  # fmt: skip
+        return
+    others = sorted(
+        (t for t in result.trials if t.origin == "sampler" and t.reused is None), key=lambda t: (-t.metric, t.loss)
+    )
+    rows = [_trial_row(trial, trial is best or trial.number == best.number) for trial in [*shown, *others[:3]]]
+    header = ("strategy", "parameters", "learning rate", f"validation {result.metric_name}", "difference to uniform")
+    print_table(f"{len(result.trials)} trials of `{session.study.name}`, the best marked *", header, rows)
+    print_files(files)
+
+
+def run_train(
+    path: Path,
+    out: Path | None,
+    overrides: Overrides,
+    *,
+    allocation_path: Path | None,
+    baseline: bool,
+    n_seeds: int,
+    jobs: int,
+    as_json: bool,
+) -> None:
+    """`rankscope train`."""
+    session = Session.open(path, out, overrides)
+    allocation = _read_allocation(session, allocation_path)
+    uniform = session.one_shot("uniform")
+    compared = [uniform, allocation] if baseline and uniform != allocation else [allocation]
+    first = FIRST_REPORTED_SEED + session.study.seed
+    with progress() as bar:
+        line = bar.add_task("training", total=None)
+        repeats = repeat_all(
+            session.task,
+            compared,
+            session.study.training.resolve(),
+            learning_rates=session.study.training.learning_rate,
+            seeds=range(first, first + n_seeds),
+            n_jobs=jobs,
+            save_first_to=session.out / "adapter",
+            on_run=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    if as_json:
+        print_json(
+            {"metric": session.task.metric, "runs": [_repeats_summary(r, repeats[0], baseline) for r in repeats]}
+        )
+        return
+    rows = [_repeats_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
+    metric = session.task.metric
+    header = (
+        "strategy",
+        "parameters",
+        "learning rate",
+        f"validation {metric}",
+        f"test {metric}",
+        "test difference to uniform",
+    )
+    title = (
+        f"{n_seeds} seed{'s' if n_seeds > 1 else ''} each; mean, and 95 % bootstrap interval of the paired difference"
+    )
+    print_table(title, header, rows)
+    print_files([session.out / "adapter"])
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _export(session: Session, allocation: RankAllocation, panels: list[RankAllocation]) -> list[Path]:
+    """Writes allocation.json, adapter_config.json and ranks.png."""
+    config = allocation.to_lora_config(
+        scaling=session.study.training.scaling,
+        lora_dropout=session.study.training.lora_dropout,
+        modules_to_save=list(getattr(session.task, "head_modules", ())) or None,
+    )
+    session.out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(session.out))
+    return [
+        allocation.to_json(session.out / "allocation.json"),
+        session.out / "adapter_config.json",
+        save_figure(plot_ranks(*panels), session.out / "ranks.png"),
+    ]
+
+
+def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
+    path = path or session.out / "allocation.json"
+    if not path.exists():
+        raise FileFormatError(
+            f"`{path}` must hold an allocation, but there is no such file; run `rankscope allocate {session.path}` "
+            f"or `rankscope search {session.path}` first."
+        )
+    allocation = RankAllocation.from_json(path)
+    if set(allocation.targets) != set(session.targets):
+        raise AllocationError(f"`{path}` must be for this study's target modules, but is for others; allocate again.")
+    return allocation
+
+
+def _sqlite(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{path}"
+
+
+def _pruner(name: str) -> Any:
+    import optuna
+
+    return {
+        "none": optuna.pruners.NopPruner,
+        "median": optuna.pruners.MedianPruner,
+        "hyperband": optuna.pruners.HyperbandPruner,
+    }[name]()
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _summary(allocation: RankAllocation) -> dict[str, Any]:
+    return {
+        "strategy": allocation.strategy,
+        "parameters": allocation.parameters,
+        "budget": allocation.budget,
+        "ranks": dict(allocation.ranks),
+    }
+
+
+def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
+    adapted = sum(rank > 0 for rank in allocation.vector)
+    modules = f"{adapted} of {len(allocation.targets)}"
+    return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
+
+
+def _trial_row(trial: Trial, is_best: bool) -> tuple[str, ...]:
+    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
+    difference = "-" if trial.difference is None or trial.origin == "uniform" else f"{trial.difference:+.3f}"
+    return (
+        f"{name} *" if is_best else name,
+        f"{trial.allocation.parameters:,}",
+        f"{trial.learning_rate:g}",
+        f"{trial.metric:.3f}",
+        difference,
+    )
+
+
+def _repeats_row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:
+    difference = "-"
+    if compared and repeats is not first:
+        mean, low, high = paired_difference(repeats.test, first.test)
+        difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return (
+        repeats.allocation.strategy,
+        f"{repeats.allocation.parameters:,}",
+        f"{repeats.learning_rate:g}",
+        f"{sum(repeats.validation) / len(repeats.runs):.3f}",
+        f"{sum(repeats.test) / len(repeats.runs):.3f}",
+        difference,
+    )
+
+
+def _repeats_summary(repeats: Repeats, first: Repeats, compared: bool) -> dict[str, Any]:
+    return {
+        "strategy": repeats.allocation.strategy,
+        "parameters": repeats.allocation.parameters,
+        "learning_rate": repeats.learning_rate,
+        "seeds": [run.seed for run in repeats.runs],
+        "validation": repeats.validation,
+        "test": repeats.test,
+        "difference": list(paired_difference(repeats.test, first.test)) if compared and repeats is not first else None,
+    }

@@ -1,0 +1,42 @@
+"""The options that all commands share, and how errors leave: one line on stderr, status 1 or 2."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from rankscope.exceptions import RankscopeError, TrainingError
+
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: out/NAME]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Overrides the study's `seed`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+UniformRank = Annotated[int | None, typer.Option(help="Overrides `budget`: what uniform LoRA of this rank uses.")]
+Parameters = Annotated[int | None, typer.Option(help="Overrides `budget`: adapter parameters.")]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def reports_errors(command: Command) -> Command:
+    """Turns errors raised on purpose into one line and an exit status: 1 where the work failed, 2 for bad input."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (RankscopeError, OSError) as error:
+            if kwargs.get("debug"):
+                raise
+            sys.stderr.write(f"rankscope: {' '.join(str(error).split())}\n")
+            raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
+        except KeyboardInterrupt:
+            sys.stderr.write("rankscope: interrupted; what was finished is kept.\n")
+            raise typer.Exit(130) from None
+
+    return wrapped  # type: ignore[return-value]

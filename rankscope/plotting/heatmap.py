@@ -1,0 +1,135 @@
+"""Heatmaps of block x role, one panel a tower: where the ranks went, where the gradient energy is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from rankscope.allocation import RankAllocation
+from rankscope.profiling import Profile
+from rankscope.targets import TargetModule
+
+_ROLE_ORDER = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    "fc1",
+    "fc2",
+)
+
+
+class ModuleGrid(NamedTuple):
+    """A tower's values: rows are roles, columns are blocks; NaN where there is no such module.
+
+    Attributes:
+        tower: Name of the tower.
+        roles: Row labels.
+        blocks: Column labels; `-` for modules outside blocks.
+        values: (roles, blocks), summed where several modules share a cell.
+    """
+
+    tower: str
+    roles: list[str]
+    blocks: list[str]
+    values: NDArray[np.float64]
+
+
+def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -> list[ModuleGrid]:
+    """Arranges one value a module as a grid a tower, in the order in which the towers appear."""
+    grids = []
+    for tower in dict.fromkeys(target.tower for target in targets):
+        members = [target for target in targets if target.tower == tower]
+        roles = sorted({t.role for t in members}, key=_role_key)
+        blocks: list[int | None] = sorted({t.block for t in members if t.block is not None})
+        if any(t.block is None for t in members):
+            blocks.append(None)
+        grid = np.full((len(roles), len(blocks)), np.nan)
+        for t in members:
+            row, column = roles.index(t.role), blocks.index(t.block)
+            grid[row, column] = np.nansum([grid[row, column], values[t.name]])
+        grids.append(ModuleGrid(tower, roles, ["-" if block is None else str(block) for block in blocks], grid))
+    return grids
+
+
+def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None) -> Figure:
+    """Ranks as heatmaps, block x role: one row of panels an allocation, one column a tower, one colour scale for all.
+
+    Args:
+        *allocations: One or more over the same target modules.
+        titles: One for each; default: strategy and parameter count.
+    """
+    titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
+    rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
+    top = max(float(np.nanmax(grid.values)) for row in rows for grid in row)
+    return _draw(rows, titles, Normalize(0, max(top, 1.0)), "rank", lambda value: f"{value:.0f}" if value else "·")
+
+
+def plot_energy(profile: Profile) -> Figure:
+    """Gradient energy per parameter as heatmaps, block x role: what one-shot strategies see. Logarithmic colours."""
+    norms, targets = profile.column("gradient_norm"), profile.targets
+    density = {t.name: norms[t.name] ** 2 / t.rank_cost for t in targets}
+    positive = [value for value in density.values() if value > 0]
+    norm = LogNorm(max(min(positive), max(positive) * 1e-4), max(positive))
+    title = f"gradient energy per parameter of one rank, {profile.metadata['batches']} batches"
+    return _draw([module_grids(targets, density)], [title], norm, "squared gradient norm / rank cost", None)
+
+
+def _draw(
+    rows: Sequence[Sequence[ModuleGrid]],
+    titles: Sequence[str],
+    norm: Normalize,
+    label: str,
+    text: Callable[[float], str] | None,
+) -> Figure:
+    widths = [max(len(grid.blocks), 2) for grid in rows[0]]
+    heights = [max(max(len(grid.roles) for grid in row), 2) for row in rows]
+    figure = Figure(figsize=(2.2 + 0.46 * sum(widths) + 0.7 * (len(widths) - 1), 0.75 * len(rows) + 0.4 * sum(heights)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(
+        len(rows), len(widths), squeeze=False, gridspec_kw={"width_ratios": widths, "height_ratios": heights}
+    )
+    for row, title, axes in zip(rows, titles, panels, strict=True):
+        for column, (grid, axis) in enumerate(zip(row, axes, strict=True)):
+            image = _panel(axis, grid, norm, text)
+            axis.set_title(
+                title if column == 0 and len(row) == 1 else f"{title}\n{grid.tower}" if column == 0 else grid.tower,
+                loc="left",
+                fontsize=9,
+            )
+    for axis in panels[-1]:
+        axis.set_xlabel("block", fontsize=8)
+    figure.colorbar(image, ax=panels, label=label, fraction=0.04)
+    return figure
+
+
+def _panel(axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None) -> object:
+    image = axis.imshow(grid.values, norm=norm, cmap="viridis", aspect="auto")
+    axis.set_xticks(range(len(grid.blocks)), grid.blocks, fontsize=8)
+    axis.set_yticks(range(len(grid.roles)), grid.roles, fontsize=8)
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    if text is not None:
+        for (row, column), value in np.ndenumerate(grid.values):
+            if not np.isnan(value):
+                dark = norm(value) < 0.6
+                axis.text(
+                    column, row, text(value), ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                )
+    return image
+
+
+def _role_key(role: str) -> tuple[int, str]:
+    return (_ROLE_ORDER.index(role) if role in _ROLE_ORDER else len(_ROLE_ORDER), role)

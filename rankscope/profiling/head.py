@@ -1,0 +1,83 @@
+"""Warming a fresh head: a gradient through an untrained classifier says little about the body below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankscope.exceptions import ProfileError
+
+LEARNING_RATE = 1e-2
+
+
+@contextmanager
+def head_warmed(
+    model: nn.Module,
+    head: Sequence[str],
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    steps: int,
+) -> Iterator[None]:
+    """Trains the named modules alone, everything else frozen; on leaving, they are as they were before.
+
+    Args:
+        model: The frozen model.
+        head: Full names of the modules to train.
+        batches: Gone through again and again.
+        loss_fn: `loss_fn(model, batch)`, a scalar.
+        steps: AdamW steps at a learning rate of 0.01.
+
+    Raises:
+        ProfileError: A name is not a module of the model.
+    """
+    present = dict(model.named_modules())
+    if missing := [name for name in head if name not in present]:
+        raise ProfileError(f"`head` must name modules of this model, but it has no `{missing[0]}`; check the name.")
+    parameters = [parameter for name in head for parameter in present[name].parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    device = parameters[0].device
+    try:
+        _train(model, parameters, islice(_endless(batches), steps), loss_fn, device)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+def _train(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    device: torch.device,
+) -> None:
+    from accelerate.utils import send_to_device
+
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    for batch in batches:
+        loss = loss_fn(model, send_to_device(batch, device))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ProfileError("`batches` must hold at least 2 batches, but held none; check the data.")

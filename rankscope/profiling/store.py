@@ -1,0 +1,160 @@
+"""`Profile`: per-module features of one model on one data set, and the only place that reads or writes its Parquet.
+
+Columns, one row a target module, in the model's order:
+
+| column | type | holds |
+| --- | --- | --- |
+| module | string | full dotted name |
+| tower, role, kind | string | see `rankscope.targets.TargetModule` |
+| block | int64, may be null | block index inside the tower |
+| in_features, out_features, rank_cost | int64 | shape; parameters that one more rank adds |
+| gradient_norm | double | Frobenius norm of the mean gradient G of the loss |
+| signal_energy | double | squared norm of the expected gradient, without bias (may be slightly negative) |
+| noise_energy | double | squared norm of what the mean of this many batches still has of noise |
+| singular_values | list of double | leading singular values of G, descending |
+| signal_values | list of double | the part of them that both halves of the batches agree on, descending, at least 0 |
+| exact | bool | whether the gradient was kept whole (small modules) or sketched |
+| weight_norm | double, may be null | Frobenius norm of the frozen weight; null where it is quantised |
+
+Key-value metadata, under `rankscope`: a JSON object with `schema`, `model` (fingerprint of the target modules),
+`weights` and `data` (fingerprints), `targets`, `batches`, `tokens`, `loss`, `seed`, `head_steps`, `versions`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from rankscope.exceptions import FileFormatError, ProfileError
+from rankscope.files import replacing
+from rankscope.targets import TargetModule, fingerprint_targets
+
+SCHEMA = 1
+_KEY = b"rankscope"
+_FIELDS = pa.schema(
+    [
+        pa.field("module", pa.string(), nullable=False),
+        pa.field("tower", pa.string(), nullable=False),
+        pa.field("block", pa.int64()),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("in_features", pa.int64(), nullable=False),
+        pa.field("out_features", pa.int64(), nullable=False),
+        pa.field("rank_cost", pa.int64(), nullable=False),
+        pa.field("gradient_norm", pa.float64(), nullable=False),
+        pa.field("signal_energy", pa.float64(), nullable=False),
+        pa.field("noise_energy", pa.float64(), nullable=False),
+        pa.field("singular_values", pa.list_(pa.float64()), nullable=False),
+        pa.field("signal_values", pa.list_(pa.float64()), nullable=False),
+        pa.field("exact", pa.bool_(), nullable=False),
+        pa.field("weight_norm", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The features of every target module, and how they were taken.
+
+    Attributes:
+        table: One row a target module, with the columns of this file's header.
+        metadata: Where it comes from: `batches`, `loss`, `seed`, fingerprints, versions.
+    """
+
+    table: pd.DataFrame
+    metadata: Mapping[str, Any]
+
+    @property
+    def targets(self) -> tuple[TargetModule, ...]:
+        """The profiled modules, in the model's order."""
+        return tuple(
+            TargetModule(
+                name=row["module"],
+                in_features=int(row["in_features"]),
+                out_features=int(row["out_features"]),
+                tower=row["tower"],
+                block=None if pd.isna(row["block"]) else int(row["block"]),
+                role=row["role"],
+                kind=row["kind"],
+            )
+            for row in self.table.to_dict("records")
+        )
+
+    def column(self, name: str) -> dict[str, float]:
+        """One feature by module name."""
+        return {module: float(value) for module, value in zip(self.table["module"], self.table[name], strict=True)}
+
+    def spectra(self, *, signal: bool = True) -> dict[str, NDArray[np.float64]]:
+        """Leading singular values by module name, descending.
+
+        Args:
+            signal: The part that both halves of the batches agree on; False: raw, inflated by noise.
+        """
+        column = "signal_values" if signal else "singular_values"
+        return {
+            module: np.asarray(values, dtype=np.float64)
+            for module, values in zip(self.table["module"], self.table[column], strict=True)
+        }
+
+    def require(self, targets: tuple[TargetModule, ...]) -> None:
+        """Checks that every target module was profiled, with the same shape.
+
+        Raises:
+            ProfileError: One was not.
+        """
+        known = {(t.name, t.in_features, t.out_features) for t in self.targets}
+        missing = [t.name for t in targets if (t.name, t.in_features, t.out_features) not in known]
+        if missing:
+            raise ProfileError(
+                f"`profile` must cover every target module, but {len(missing)} of {len(targets)} are missing, "
+                f"as `{missing[0]}`; take it again on this model and these targets."
+            )
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the profile, atomically; returns the path."""
+        table = pa.Table.from_pandas(self.table, schema=_FIELDS, preserve_index=False)
+        metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(dict(self.metadata)).encode()}
+        with replacing(path) as temporary:
+            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        return Path(path)
+
+
+def read_profile(path: str | os.PathLike[str]) -> Profile:
+    """Reads what `Profile.to_parquet` wrote.
+
+    Raises:
+        FileFormatError: The file is missing, truncated, no profile, or of another schema.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise FileFormatError(f"`{path}` must hold a profile, but there is no such file; check the path.") from None
+    except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as error:
+        raise FileFormatError(
+            f"`{path}` must hold a profile as Parquet, but it cannot be read "
+            f"({str(error).splitlines()[0]}); it may be truncated: take the profile again."
+        ) from None
+    stored = (table.schema.metadata or {}).get(_KEY)
+    if stored is None:
+        raise FileFormatError(f"`{path}` must hold a profile, but is a Parquet file of something else; check the path.")
+    metadata = json.loads(stored)
+    if metadata.get("schema") != SCHEMA:
+        raise FileFormatError(
+            f"`{path}` must have profile schema {SCHEMA}, but has {metadata.get('schema')!r}; take the profile again."
+        )
+    frame = table.to_pandas()
+    frame["block"] = frame["block"].astype("Int64")
+    profile = Profile(frame, metadata)
+    if metadata["model"] != fingerprint_targets(profile.targets):
+        raise FileFormatError(f"`{path}` must match its own model fingerprint, but was edited; take the profile again.")
+    return profile

@@ -1,0 +1,117 @@
+"""The objective: a point of the space becomes an allocation, is trained on the search's seeds, and is stored whole."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import optuna
+
+from rankscope.allocation import RankAllocation
+from rankscope.exceptions import TrainingError
+from rankscope.searching.results import TRIAL_KEY, Trial, completed, read_trial
+from rankscope.searching.study import sign
+from rankscope.space import HierarchicalSpace
+from rankscope.tasks import Task
+from rankscope.training import TrainingConfig, TrainingResult, train
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE = "learning_rate"
+UNIFORM, ONE_SHOT, SAMPLER = "uniform", "one-shot", "sampler"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """Callable for `optuna.Study.optimize`: validation metric of one point, mean over the seeds.
+
+    Attributes:
+        task: Where model, data, loss and metric come from.
+        space: Points to allocations.
+        training: The schedule; its learning rate is replaced where the search has several.
+        learning_rates: The rates searched over, at least one.
+        seeds: Training seeds of each trial.
+        on_step: Called after each training step.
+    """
+
+    task: Task
+    space: HierarchicalSpace
+    training: TrainingConfig
+    learning_rates: Sequence[float]
+    seeds: Sequence[int]
+    on_step: Callable[[int], None] | None = None
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """Trains, or reuses an equal trial's result; stores everything in the trial's attributes."""
+        sign(trial)
+        point = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in self.space.tilts}
+        rate = self._learning_rate(trial)
+        allocation = self.space.allocation(point)
+        trial.set_user_attr("ranks", list(allocation.vector))
+        earlier = [read_trial(frozen, self.space.targets) for frozen in completed(trial.study)]
+        origin = trial.user_attrs.get("origin", SAMPLER)
+        same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
+        if same:
+            metrics, loss, seconds = dict(same.metrics_by_seed), same.loss, 0.0
+        else:
+            results = self._train(trial, allocation, rate, may_prune=origin == SAMPLER)
+            metrics = {str(s): r.metrics[self.task.metric] for s, r in zip(self.seeds, results, strict=True)}
+            loss = fmean(r.metrics["loss"] for r in results)
+            seconds = sum(r.wall_seconds for r in results)
+        stored = {
+            "origin": origin,
+            "budget": self.space.budget.limit,
+            "parameters": allocation.parameters,
+            "learning_rate": rate,
+            "metric": fmean(metrics.values()),
+            "loss": loss,
+            "metrics_by_seed": metrics,
+            "difference": _paired_difference(metrics, earlier),
+            "wall_seconds": seconds,
+            "reused": (same.number if same.reused is None else same.reused) if same else None,
+        }
+        trial.set_user_attr(TRIAL_KEY, stored)
+        return float(fmean(metrics.values()))
+
+    def _learning_rate(self, trial: optuna.Trial) -> float:
+        if len(self.learning_rates) == 1:
+            return self.learning_rates[0]
+        return float(trial.suggest_categorical(LEARNING_RATE, list(self.learning_rates)))
+
+    def _train(
+        self, trial: optuna.Trial, allocation: RankAllocation, rate: float, *, may_prune: bool
+    ) -> list[TrainingResult]:
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            trial.report(metrics[self.task.metric], step)
+            if may_prune and step < self.training.steps and trial.should_prune():
+                raise optuna.TrialPruned(f"pruned at step {step}")
+
+        config = replace(self.training, learning_rate=rate)
+        results = []
+        for index, seed in enumerate(self.seeds):
+            try:
+                _, result = train(
+                    self.task,
+                    allocation,
+                    config,
+                    seed=seed,
+                    on_step=self.on_step,
+                    on_evaluation=report if index == 0 else None,  # later seeds repeat, they do not go on
+                )
+            except TrainingError as error:
+                trial.set_user_attr("failure", str(error))
+                logger.warning("trial %d failed: %s", trial.number, error)
+                raise
+            results.append(result)
+        return results
+
+
+def _paired_difference(metrics: Mapping[str, float], earlier: Sequence[Trial]) -> float | None:
+    """Mean difference to uniform at its best learning rate, seed by seed; None before uniform is known."""
+    uniform: Any = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
+    if uniform is None:
+        return None
+    return fmean(metrics[seed] - uniform.metrics_by_seed[seed] for seed in metrics)

@@ -1,0 +1,179 @@
+"""`search`: opens or resumes the study, runs uniform and one-shot first, then TPE over the hierarchical tilts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from rankscope.budget import Bound, ParameterBudget
+from rankscope.exceptions import StudyError, TrainingError
+from rankscope.profiling import Profile
+from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, UNIFORM, Objective
+from rankscope.searching.results import SearchResult, Trial, completed, read_trial
+from rankscope.searching.study import fail_orphans, open_study
+from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
+from rankscope.targets import TargetModule, fingerprint_targets
+from rankscope.tasks import Task
+from rankscope.training import TrainingConfig
+
+DEFAULT_STORAGE = "sqlite:///rankscope.db"
+Grouping = Literal["depth", "gradient"]
+
+
+def search(
+    task: Task,
+    *,
+    budget: ParameterBudget,
+    profile: Profile,
+    n_trials: int = 60,
+    targets: Sequence[TargetModule] | None = None,
+    training: TrainingConfig | None = None,
+    learning_rates: Sequence[float] | None = None,
+    n_seeds: int = 1,
+    storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
+    study_name: str | None = None,
+    seed: int = 0,
+    grouping: Grouping = "depth",
+    n_groups: int = 3,
+    min_rank: Bound = 0,
+    max_rank: Bound = None,
+    pruner: optuna.pruners.BasePruner | None = None,
+    on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> SearchResult:
+    """Searches for the allocation with the best validation metric under a budget.
+
+    Uniform and one-shot are the first trials, at every learning rate. An existing study goes on where it stopped, until it
+    has `n_trials` in all; an allocation that was already trained at a learning rate is not trained again.
+
+    Args:
+        task: Where model, data, loss and metric come from.
+        budget: The limit in adapter parameters.
+        profile: A profile of the task's model; its spectra are what the search tilts.
+        n_trials: Finished trials in all, earlier ones included.
+        targets: The target modules; default: the profile's.
+        training: The schedule.
+        learning_rates: Rates to search over beside the ranks; default: the schedule's.
+        n_seeds: Training seeds of each trial: 0, 1, ….
+        storage: As Optuna takes it; None keeps the study in memory.
+        study_name: Default: the task's name.
+        seed: Of the sampler.
+        grouping: Block groups by `"depth"` or by k-means over the `"gradient"`.
+        n_groups: Block groups in each tower.
+        min_rank: The least rank, for all modules or by name.
+        max_rank: The greatest rank, for all modules or by name; None: full rank.
+        pruner: Stops bad trials early, where `training.evaluate_every` is set; default: none is stopped.
+        on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
+        on_step: Called after each training step.
+
+    Raises:
+        StudyError: The storage holds trials of another task, budget or schedule, or every trial failed.
+        BudgetError: Nothing feasible.
+        ProfileError: The profile does not cover the targets.
+    """
+    training = training or TrainingConfig()
+    rates = tuple(learning_rates or (training.learning_rate,))
+    targets = tuple(targets) if targets is not None else profile.targets
+    profile.require(targets)
+    space = HierarchicalSpace(
+        targets=targets,
+        gains={name: values**2 for name, values in profile.spectra().items()},
+        budget=budget,
+        groups=_groups(grouping, targets, profile, n_groups),
+        min_rank=min_rank,
+        max_rank=max_rank,
+    )
+    space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
+    name = study_name or task.name
+    study = open_study(
+        name=name,
+        storage=storage,
+        sampler=optuna.samplers.RandomSampler(seed),
+        pruner=pruner or optuna.pruners.NopPruner(),
+        about=_about(task, space, training, rates, n_seeds, profile),
+    )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)), multivariate=True)
+    fail_orphans(study)
+    objective = Objective(
+        task=task, space=space, training=training, learning_rates=rates, seeds=range(n_seeds), on_step=on_step
+    )
+
+    def report(study: optuna.Study, trial: FrozenTrial) -> None:
+        if on_trial:
+            on_trial(read_trial(trial, targets) if trial.state == TrialState.COMPLETE else trial)
+
+    # Uniform comes first and alone: every later trial is paired with it.
+    for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):
+        missing = _enqueue(study, space.point(tau=tau), origin, rates)
+        _optimize(study, objective, min(missing, _remaining(study, n_trials)), report)
+    if not completed(study):
+        raise StudyError(
+            f"study `{name}` must have a trial that completes, but every one failed; lower `learning_rate`."
+        )
+    _optimize(study, objective, _remaining(study, n_trials), report)
+    return SearchResult(study, targets, task.metric)
+
+
+def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:
+    if grouping == "depth":
+        return group_by_depth(targets, n_groups)
+    if grouping == "gradient":
+        return group_by_gradient(targets, {n: v**2 for n, v in profile.column("gradient_norm").items()}, n_groups)
+    raise StudyError(f"`grouping` must be 'depth' or 'gradient', but got {grouping!r}.")
+
+
+def _about(
+    task: Task,
+    space: HierarchicalSpace,
+    training: TrainingConfig,
+    rates: Sequence[float],
+    n_seeds: int,
+    profile: Profile,
+) -> dict[str, Any]:
+    """What trials must share to be comparable."""
+    return {
+        "schema": 1,
+        "task": task.name,
+        "metric": task.metric,
+        "model": fingerprint_targets(space.targets),
+        "budget": space.budget.limit,
+        "training": asdict(training),
+        "learning_rates": list(rates),
+        "n_seeds": n_seeds,
+        "tilts": [tilt.name for tilt in space.tilts],
+        "profile": [profile.metadata["weights"], profile.metadata["data"], profile.metadata["seed"]],
+    }
+
+
+def _enqueue(study: optuna.Study, point: dict[str, float], origin: str, rates: Sequence[float]) -> int:
+    """Queues a start point at each rate at which it has neither finished nor waits; returns how many wait now."""
+    trials = study.get_trials(deepcopy=False)
+    settled = [
+        t for t in trials if t.user_attrs.get("origin") == origin and (_finished(t) or t.state == TrialState.WAITING)
+    ]
+    known = {t.user_attrs["rate"] for t in settled}
+    for rate in rates:
+        if rate not in known:
+            parameters = point | ({LEARNING_RATE: rate} if len(rates) > 1 else {})
+            study.enqueue_trial(parameters, user_attrs={"origin": origin, "rate": rate})
+    return sum(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False))
+
+
+def _finished(trial: FrozenTrial) -> bool:
+    """Whether a trial counts: it completed, was pruned, or failed of its own (and not because its process was killed)."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "failure" in trial.user_attrs
+
+
+def _remaining(study: optuna.Study, n_trials: int) -> int:
+    return max(0, n_trials - sum(_finished(trial) for trial in study.get_trials(deepcopy=False)))
+
+
+def _optimize(
+    study: optuna.Study, objective: Objective, n_trials: int, report: Callable[[optuna.Study, FrozenTrial], None]
+) -> None:
+    if n_trials:
+        study.optimize(objective, n_trials=n_trials, callbacks=[report], catch=(TrainingError,))

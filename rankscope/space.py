@@ -1,0 +1,159 @@
+"""The hierarchical search space: a few tilts of the one-shot gains, coarse (block groups) and fine (roles).
+
+The gain per parameter of rank r of module i becomes
+
+    (gain_{i,r} / cost_i) ** tau * (1 / r**2) ** (1 - tau) * exp(a_{tower, group(i)}) * exp(b_{role(i)}),
+
+a geometric blend of the module's own spectrum with one that all modules share. With zero offsets, tau = 1 is exactly the
+one-shot allocation and tau = 0 exactly the uniform one. (A bare power of the gains would change nothing: it keeps their
+order.) Every point is projected onto the budget, so every point is feasible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankscope.allocation import RankAllocation
+from rankscope.budget import Bound, ParameterBudget, allocate_marginal
+from rankscope.exceptions import BudgetError
+from rankscope.targets import TargetModule
+
+MAX_TAU = 1.5
+MAX_OFFSET = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tilt:
+    """One dimension of the space: its name, as in `group/model/0`, and its bounds."""
+
+    name: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HierarchicalSpace:
+    """Tilts of marginal gains under one budget.
+
+    Attributes:
+        targets: The target modules.
+        gains: For each module by name, the gain of its first, second, … rank, not increasing.
+        budget: The limit in parameters.
+        groups: The block group of each module by name, as in `model/0`.
+        min_rank: The least rank, for all modules or by name.
+        max_rank: The greatest rank, for all modules or by name; None: full rank.
+    """
+
+    targets: tuple[TargetModule, ...]
+    gains: Mapping[str, NDArray[np.float64]]
+    budget: ParameterBudget
+    groups: Mapping[str, str]
+    min_rank: Bound = 0
+    max_rank: Bound = None
+
+    @property
+    def tilts(self) -> tuple[Tilt, ...]:
+        """The dimensions; an offset for the only group or role there is would change nothing, and is left out."""
+        groups = sorted(set(self.groups.values()))
+        roles = sorted({target.role for target in self.targets})
+        offsets = [f"group/{name}" for name in groups if len(groups) > 1] + [
+            f"role/{name}" for name in roles if len(roles) > 1
+        ]
+        return (
+            Tilt(name="tau", low=0.0, high=MAX_TAU),
+            *(Tilt(name=name, low=-MAX_OFFSET, high=MAX_OFFSET) for name in offsets),
+        )
+
+    @property
+    def _scale(self) -> float:
+        """The largest gain per parameter: gradients may be tiny, and their powers must not underflow."""
+        scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets)
+        if not scale > 0:
+            raise BudgetError("`gains` must not all be zero; take the profile again on data with a loss.")
+        return scale
+
+    def point(self, *, tau: float) -> dict[str, float]:
+        """The point with zero offsets: tau = 1 is the one-shot allocation, tau = 0 the uniform one."""
+        return {tilt.name: tau if tilt.name == "tau" else 0.0 for tilt in self.tilts}
+
+    def allocation(self, point: Mapping[str, float]) -> RankAllocation:
+        """The allocation at a point of the space.
+
+        Raises:
+            BudgetError: The point lacks a tilt, or no allocation is feasible.
+        """
+        if missing := [tilt.name for tilt in self.tilts if tilt.name not in point]:
+            raise BudgetError(f"`point` must give every tilt a value, but lacks {missing[0]!r}.")
+        tau, scale = point["tau"], self._scale
+        tilted = {}
+        for target in self.targets:
+            offset = point.get(f"group/{self.groups[target.name]}", 0.0) + point.get(f"role/{target.role}", 0.0)
+            density = _blend(np.asarray(self.gains[target.name], dtype=np.float64) / target.rank_cost / scale, tau)
+            tilted[target.name] = density * np.exp(offset) * target.rank_cost
+        return allocate_marginal(
+            self.targets, tilted, self.budget, min_rank=self.min_rank, max_rank=self.max_rank
+        ).renamed("tilted")
+
+
+def _blend(density: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
+    """The blend density ** tau * (1 / r**2) ** (1 - tau), kept from increasing with r where tau is above 1."""
+    shared = 1.0 / np.arange(1, density.size + 1) ** 2.0
+    return np.minimum.accumulate(density**tau * shared ** (1.0 - tau))  # 0 ** 0 is 1: at tau = 0 all modules are alike
+
+
+def group_by_depth(targets: Sequence[TargetModule], n_groups: int = 3) -> dict[str, str]:
+    """Block groups of (nearly) equal depth within each tower, as in `model/0` … `model/2`; `model/-` outside blocks.
+
+    >>> targets = [TargetModule(name=f"h.{i}.fc", in_features=8, out_features=8, block=i) for i in range(6)]
+    >>> list(group_by_depth(targets).values())
+    ['model/0', 'model/0', 'model/1', 'model/1', 'model/2', 'model/2']
+    """
+    if n_groups < 1:
+        raise BudgetError(f"`n_groups` must be at least 1, but got {n_groups}.")
+    blocks = {
+        tower: sorted({t.block for t in targets if t.tower == tower and t.block is not None})
+        for tower in {t.tower for t in targets}
+    }
+    return {
+        t.name: f"{t.tower}/-"
+        if t.block is None
+        else f"{t.tower}/{blocks[t.tower].index(t.block) * min(n_groups, len(blocks[t.tower])) // len(blocks[t.tower])}"
+        for t in targets
+    }
+
+
+def group_by_gradient(
+    targets: Sequence[TargetModule], energies: Mapping[str, float], n_groups: int = 3, *, seed: int = 0
+) -> dict[str, str]:
+    """Block groups by k-means over the blocks' gradients, within each tower: HyDRA's coarse stage.
+
+    A block is described by the log energy of each of its roles; group 0 has the least energy.
+
+    Args:
+        targets: The target modules.
+        energies: Squared gradient norm of each module, by name.
+        n_groups: How many groups in each tower, at most.
+        seed: Of k-means.
+    """
+    from sklearn.cluster import KMeans
+
+    groups = group_by_depth(targets, 1)
+    for tower in sorted({t.tower for t in targets}):
+        members = [t for t in targets if t.tower == tower and t.block is not None]
+        blocks = sorted({t.block for t in members if t.block is not None})
+        roles = sorted({t.role for t in members})
+        if len(blocks) < 2:
+            continue
+        floor = max(energies[t.name] for t in members) * 1e-12 or 1.0
+        features = np.full((len(blocks), len(roles)), np.log(floor))
+        for t in members:
+            features[blocks.index(t.block or 0), roles.index(t.role)] = np.log(max(energies[t.name], floor))
+        labels = KMeans(min(n_groups, len(blocks)), n_init=10, random_state=seed).fit_predict(features)
+        by_energy = np.argsort(np.argsort([features[labels == label].mean() for label in range(labels.max() + 1)]))
+        for t in members:
+            groups[t.name] = f"{tower}/{by_energy[labels[blocks.index(t.block or 0)]]}"
+    return groups

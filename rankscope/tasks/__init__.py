@@ -1,0 +1,6 @@
+"""Tasks: where a search gets its model, data, loss and metric from."""
+
+from rankscope.tasks.loading import load_task
+from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate
+
+__all__ = ["Batch", "Split", "Task", "check_task", "evaluate", "load_task"]

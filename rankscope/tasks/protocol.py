@@ -1,0 +1,77 @@
+"""The `Task` protocol: where a search gets its model, data, loss and metric from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from rankscope.exceptions import TaskError
+
+Batch = Mapping[str, Tensor]
+Split = Literal["train", "validation", "test"]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A model, its data, its loss and its metric.
+
+    A task may also have `head_modules`: full names of freshly initialised modules (a new classifier), which are trained
+    beside the adapters; and its `evaluate` may take `split`: search and controllers see `"validation"` only,
+    comparisons report `"test"`.
+
+    Attributes:
+        name: Of the task.
+        metric: The key of `evaluate`'s result that counts; higher is better.
+    """
+
+    name: str
+    metric: str
+
+    def build_model(self) -> nn.Module:
+        """The model, with the same weights at every call."""
+        ...
+
+    def train_batches(self, seed: int) -> Iterable[Batch]:
+        """One epoch, in an order that the seed gives."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The scalar loss of one batch."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics of the model; they hold `metric` and `"loss"`."""
+        ...
+
+
+def check_task(candidate: object) -> Task:
+    """The candidate, if it is a task.
+
+    Raises:
+        TaskError: Something is missing; it is named.
+    """
+    needed = ("name", "metric", "build_model", "train_batches", "loss", "evaluate")
+    if missing := [name for name in needed if not hasattr(candidate, name)]:
+        raise TaskError(f"a task must have {', '.join(needed)}, but {type(candidate).__name__} lacks {', '.join(missing)}.")
+    assert isinstance(candidate, Task)
+    return candidate
+
+
+def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:
+    """The task's metrics on one split.
+
+    Raises:
+        TaskError: The task has no such split, or its result lacks the metric or the loss.
+    """
+    if "split" in inspect.signature(task.evaluate).parameters:
+        metrics: dict[str, float] = task.evaluate(model, split=split)  # type: ignore[call-arg]
+    elif split == "validation":
+        metrics = task.evaluate(model)
+    else:
+        raise TaskError(f"task `{task.name}` must have a {split} split, but its `evaluate` takes none; add a `split` argument.")
+    if missing := [key for key in (task.metric, "loss") if key not in metrics]:
+        raise TaskError(f"task `{task.name}` must evaluate {missing[0]!r}, but gave {', '.join(metrics) or 'nothing'}.")
+    return metrics

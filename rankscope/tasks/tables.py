@@ -1,0 +1,114 @@
+"""Tables of examples: reading Parquet, JSONL, CSV or a hub data set, and splitting rows into train, validation and test."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankscope.exceptions import TaskError
+from rankscope.tasks.protocol import Split
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def read_table(source: str | Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of a local file, or of a hub data set.
+
+    Args:
+        source: A path that ends in .parquet, .jsonl, .json or .csv; anything else is a hub id, for which the package
+            `datasets` is needed. A hub data set's own splits go into a column `split`.
+        columns: Columns that must be there.
+
+    Raises:
+        TaskError: The file is missing or cannot be read, has no rows, or lacks a column (the nearest is named).
+    """
+    path = Path(source)
+    if path.suffix.lower() in _READERS:
+        table = _read_file(path)
+    elif path.exists() or path.is_absolute() or path.suffix:
+        raise TaskError(f"`data` must end in {', '.join(_READERS)} or be a hub id, but got `{source}`; convert the file, or check the path.")
+    else:
+        table = _read_hub(str(source))
+    if table.empty:
+        raise TaskError(f"`{source}` must hold rows, but holds none; check the data.")
+    for column in columns:
+        if column not in table.columns:
+            names = [str(name) for name in table.columns]
+            close = difflib.get_close_matches(column, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}."
+            raise TaskError(f"`{source}` must have a column {column!r}, but has none; {hint}")
+    return table
+
+
+def split_rows(
+    table: pd.DataFrame, *, key: str, fractions: tuple[float, float, float] = (0.7, 0.15, 0.15), seed: int = 0
+) -> dict[Split, pd.DataFrame]:
+    """The table's splits: its own column `split` if it has one, else drawn at random by the fractions.
+
+    Where a value of `key` occurs twice, only its first row is kept, so that no text lies in two splits.
+
+    Args:
+        table: The rows.
+        key: The column that must not repeat.
+        fractions: Shares of train, validation and test; they sum to 1.
+        seed: Of the draw.
+
+    Raises:
+        TaskError: A split is empty, or the fractions do not sum to 1.
+    """
+    table = table.drop_duplicates(subset=key)
+    if "split" in table.columns:
+        parts = {split: table[table["split"] == split] for split in SPLITS}
+    else:
+        if min(fractions) <= 0 or abs(sum(fractions) - 1.0) > 1e-6:
+            raise TaskError(f"`fractions` must be three positive shares that sum to 1, but got {list(fractions)}.")
+        order = np.random.default_rng(seed).permutation(len(table))
+        cuts = np.round(np.cumsum(fractions)[:2] * len(table)).astype(int)
+        parts = {split: table.iloc[rows] for split, rows in zip(SPLITS, np.split(order, cuts), strict=True)}
+    if empty := [split for split, rows in parts.items() if rows.empty]:
+        raise TaskError(f"the data must have rows in every split, but {empty[0]!r} has none; add rows, or a `split` column.")
+    return {split: rows.reset_index(drop=True) for split, rows in parts.items()}
+
+
+def _read_file(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise TaskError(f"`{path}` must hold the task's data, but there is no such file; check the path.")
+    try:
+        table = _READERS[path.suffix.lower()](path)
+    except (ValueError, OSError) as error:  # pyarrow's and pandas' parse errors are both
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TaskError(f"`{path}` must be a readable {path.suffix[1:]} file, but is not ({reason}); it may be truncated.") from None
+    assert isinstance(table, pd.DataFrame)
+    return table
+
+
+def _read_hub(name: str) -> pd.DataFrame:
+    try:
+        import datasets
+    except ImportError:
+        raise TaskError(
+            f"`{name}` looks like a hub data set, which needs the package `datasets`; "
+            "install rankscope[hub], or pass a local .parquet, .jsonl or .csv file."
+        ) from None
+    try:
+        loaded = datasets.load_dataset(name)
+    except Exception as error:  # the hub's client raises many unrelated types
+        raise TaskError(f"the hub data set `{name}` must load, but does not ({_first_line(error)}); pass a local file.") from error
+    return pd.concat([part.to_pandas().assign(split=split) for split, part in loaded.items()], ignore_index=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_READERS: dict[str, Any] = {
+    ".parquet": pd.read_parquet,
+    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".json": pd.read_json,
+    ".csv": pd.read_csv,
+}

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rankscope.exceptions import TargetError
 
@@ -129,7 +129,7 @@ def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its name in the base model; PEFT layers stand for the layer they wrap."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+        model = cast(Any, model).get_base_model()
     wrapped: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in wrapped):
@@ -199,7 +199,7 @@ def _left_out(model: nn.Module, candidates: Mapping[str, tuple[nn.Module, Kind]]
     owners = Counter(
         id(module.weight) for module, _ in candidates.values() if getattr(module, "weight", None) is not None
     )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     get_output = getattr(base, "get_output_embeddings", None)
     output = get_output() if get_output else None
     reasons: dict[str, LeftOut] = {}

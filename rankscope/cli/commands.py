@@ -33,7 +33,7 @@ def run_profile(path: Path, out: Path | None, overrides: Overrides, *, as_json: 
          f"{max(row['signal_energy'], 0) / row['gradient_norm'] ** 2:.0%}" if row["gradient_norm"] else "-")
         for row in table.nlargest(8, "density").to_dict("records")
     ]  # fmt: skip
-    title = f"{len(table)} modules, {taken.metadata['batches']} batches, loss {taken.metadata['loss']:.3f}: most energy per parameter"
+    title = f"{len(table)} modules, {taken.metadata['batches']} batches: most gradient energy per parameter"
     print_table(title, ("module", "rank cost", "‖G‖", "energy", "signal"), rows)
     print_files([session.profile_path, figure])
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
@@ -52,9 +53,8 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
     for tower in dict.fromkeys(target.tower for target in targets):
         members = [target for target in targets if target.tower == tower]
         roles = sorted({t.role for t in members}, key=_role_key)
-        blocks: list[int | None] = sorted({t.block for t in members if t.block is not None})
-        if any(t.block is None for t in members):
-            blocks.append(None)
+        numbered = sorted({t.block for t in members if t.block is not None})
+        blocks: list[int | None] = [*numbered, *([None] if any(t.block is None for t in members) else [])]
         grid = np.full((len(roles), len(blocks)), np.nan)
         for t in members:
             row, column = roles.index(t.role), blocks.index(t.block)
@@ -114,7 +114,7 @@ def _draw(
     return figure
 
 
-def _panel(axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None) -> object:
+def _panel(axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None) -> AxesImage:
     image = axis.imshow(grid.values, norm=norm, cmap="viridis", aspect="auto")
     axis.set_xticks(range(len(grid.blocks)), grid.blocks, fontsize=8)
     axis.set_yticks(range(len(grid.roles)), grid.roles, fontsize=8)

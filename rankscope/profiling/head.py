@@ -66,7 +66,7 @@ def _train(
     for batch in batches:
         loss = loss_fn(model, send_to_device(batch, device))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -142,7 +142,7 @@ class _Hooks:
                 self.stores[name].add(flat_inputs.to(flat_gradient.dtype), flat_gradient)
                 self.seen.add(name)
 
-            output.register_hook(receive)  # type: ignore[no-untyped-call]
+            output.register_hook(receive)
 
         return hook
 
@@ -211,7 +211,7 @@ def _backward(loss: Tensor) -> None:
         raise ProfileError(
             "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -201,7 +201,8 @@ def new_gradient_store(in_features: int, out_features: int, matrices: TestMatric
 
 def singular_values(store: GradientAccumulator) -> Tensor:
     """Leading singular values of the stored gradient, descending."""
-    return torch.linalg.svdvals(store.factors()[1])
+    values: Tensor = torch.linalg.svdvals(store.factors()[1])
+    return values
 
 
 def cross_values(first: GradientAccumulator, second: GradientAccumulator) -> Tensor:

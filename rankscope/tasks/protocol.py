@@ -55,7 +55,9 @@ def check_task(candidate: object) -> Task:
     """
     needed = ("name", "metric", "build_model", "train_batches", "loss", "evaluate")
     if missing := [name for name in needed if not hasattr(candidate, name)]:
-        raise TaskError(f"a task must have {', '.join(needed)}, but {type(candidate).__name__} lacks {', '.join(missing)}.")
+        raise TaskError(
+            f"a task must have {', '.join(needed)}, but {type(candidate).__name__} lacks {', '.join(missing)}."
+        )
     assert isinstance(candidate, Task)
     return candidate
 
@@ -71,7 +73,9 @@ def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[
     elif split == "validation":
         metrics = task.evaluate(model)
     else:
-        raise TaskError(f"task `{task.name}` must have a {split} split, but its `evaluate` takes none; add a `split` argument.")
+        raise TaskError(
+            f"task `{task.name}` must have a {split} split, but its `evaluate` takes none; add a `split` argument."
+        )
     if missing := [key for key in (task.metric, "loss") if key not in metrics]:
         raise TaskError(f"task `{task.name}` must evaluate {missing[0]!r}, but gave {', '.join(metrics) or 'nothing'}.")
     return metrics

@@ -25,14 +25,18 @@ def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
     )
 
 
-def sentiment(*, batch_size: int = 16, max_length: int = 40, n_train: int = 4000, n_evaluate: int = 2000) -> TextClassification:
+def sentiment(
+    *, batch_size: int = 16, max_length: int = 40, n_train: int = 4000, n_evaluate: int = 2000
+) -> TextClassification:
     """Movie-review sentences to the sign of their mean human rating, on all-MiniLM-L6-v2, mean-pooled.
 
     Sentences rated between -0.5 and 0.5 are left out. `n_train` sentences to train, `n_evaluate` each to validate and to
     test, drawn once with a fixed seed. The text is fetched from the sdist of vaderSentiment and not redistributed.
     """
     path = fetch_package(MOVIE_REVIEWS) / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
-    table = pd.read_csv(path, sep="\t", names=["id", "rating", "text"], quoting=3, encoding="utf-8", encoding_errors="replace")
+    table = pd.read_csv(
+        path, sep="\t", names=["id", "rating", "text"], quoting=3, encoding="utf-8", encoding_errors="replace"
+    )
     table = table[table["rating"].abs() > 0.5].drop_duplicates("text").sample(frac=1.0, random_state=0)
     table = table.assign(label=(table["rating"] > 0).astype(int))
     parts = ["train"] * n_train + ["validation"] * n_evaluate + ["test"] * n_evaluate

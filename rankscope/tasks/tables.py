@@ -31,7 +31,9 @@ def read_table(source: str | Path, columns: Sequence[str]) -> pd.DataFrame:
     if path.suffix.lower() in _READERS:
         table = _read_file(path)
     elif path.exists() or path.is_absolute() or path.suffix:
-        raise TaskError(f"`data` must end in {', '.join(_READERS)} or be a hub id, but got `{source}`; convert the file, or check the path.")
+        raise TaskError(
+            f"`data` must end in {', '.join(_READERS)} or be a hub id, but got `{source}`; convert the file, or check the path."
+        )
     else:
         table = _read_hub(str(source))
     if table.empty:
@@ -71,7 +73,9 @@ def split_rows(
         cuts = np.round(np.cumsum(fractions)[:2] * len(table)).astype(int)
         parts = {split: table.iloc[rows] for split, rows in zip(SPLITS, np.split(order, cuts), strict=True)}
     if empty := [split for split, rows in parts.items() if rows.empty]:
-        raise TaskError(f"the data must have rows in every split, but {empty[0]!r} has none; add rows, or a `split` column.")
+        raise TaskError(
+            f"the data must have rows in every split, but {empty[0]!r} has none; add rows, or a `split` column."
+        )
     return {split: rows.reset_index(drop=True) for split, rows in parts.items()}
 
 
@@ -82,7 +86,9 @@ def _read_file(path: Path) -> pd.DataFrame:
         table = _READERS[path.suffix.lower()](path)
     except (ValueError, OSError) as error:  # pyarrow's and pandas' parse errors are both
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TaskError(f"`{path}` must be a readable {path.suffix[1:]} file, but is not ({reason}); it may be truncated.") from None
+        raise TaskError(
+            f"`{path}` must be a readable {path.suffix[1:]} file, but is not ({reason}); it may be truncated."
+        ) from None
     assert isinstance(table, pd.DataFrame)
     return table
 
@@ -98,8 +104,11 @@ def _read_hub(name: str) -> pd.DataFrame:
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the hub's client raises many unrelated types
-        raise TaskError(f"the hub data set `{name}` must load, but does not ({_first_line(error)}); pass a local file.") from error
-    return pd.concat([part.to_pandas().assign(split=split) for split, part in loaded.items()], ignore_index=True)
+        raise TaskError(
+            f"the hub data set `{name}` must load, but does not ({_first_line(error)}); pass a local file."
+        ) from error
+    table: pd.DataFrame = pd.concat([p.to_pandas().assign(split=s) for s, p in loaded.items()], ignore_index=True)
+    return table
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,117 @@
+"""`CausalLM`: next-token prediction of a language model on texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from rankscope.tasks.pretrained import load_pretrained
+from rankscope.tasks.protocol import Batch, Split
+from rankscope.tasks.tables import read_table, split_rows
+from rankscope.tasks.tokens import TokenRows, tokenize
+
+IGNORED = -100  # the label that cross-entropy passes over
+
+
+class CausalLM:
+    """Texts, continued by a causal language model; its own head is kept and stays frozen.
+
+    Args:
+        model: A local model folder or hub id.
+        data: A .parquet, .jsonl or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is; else
+            the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
+        text_column: The column with the texts.
+        batch_size: Texts a training batch; the last of an epoch is smaller.
+        max_length: Tokens; longer texts are cut.
+        gguf_file: Name of a GGUF file in the model folder, where the weights come as one.
+        split_seed: Of the splits.
+        name: Of the task.
+
+    Raises:
+        TaskError: Model or data cannot be loaded.
+    """
+
+    metric = "token_accuracy"
+    head_modules = ()
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | pd.DataFrame,
+        *,
+        text_column: str = "text",
+        batch_size: int = 8,
+        max_length: int = 256,
+        gguf_file: str | None = None,
+        split_seed: int = 0,
+        name: str = "causal-lm",
+    ) -> None:
+        self.name, self.model, self.gguf_file = name, model, gguf_file
+        self.batch_size, self.max_length = batch_size, max_length
+        table = data if isinstance(data, pd.DataFrame) else read_table(data, (text_column,))
+        parts = split_rows(table, key=text_column, seed=split_seed)
+        self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves loaded weights and tokens behind: worker processes load their own."""
+        return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
+
+    @cached_property
+    def _loaded(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        model = load_pretrained(AutoModelForCausalLM.from_pretrained, self.model, **options)
+        assert isinstance(model, nn.Module)
+        return model
+
+    @cached_property
+    def _rows(self) -> dict[Split, TokenRows]:
+        return tokenize(self.model, self._texts, max_length=self.max_length)
+
+    def build_model(self) -> nn.Module:
+        """The language model, the same at every call."""
+        return deepcopy(self._loaded)
+
+    def train_batches(self, seed: int) -> Iterator[Batch]:
+        """One epoch, shuffled by the seed, each batch padded to its longest text; padding carries no label."""
+        rows = self._rows["train"]
+        order = torch.randperm(len(rows.ids), generator=torch.Generator().manual_seed(seed))
+        for index in order.split(self.batch_size):
+            yield _labelled(rows.batch(index))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the predicted tokens."""
+        loss = model(**batch).loss
+        assert isinstance(loss, Tensor)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
+        """Share of tokens predicted right, cross-entropy a token, and perplexity; the model's training mode is kept."""
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        correct, loss, count = (torch.zeros((), device=device) for _ in range(3))
+        for _, batch in self._rows[split].by_length(self.batch_size):
+            labels = _labelled(batch)["labels"][:, 1:].to(device)
+            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits[:, :-1].float()
+            kept = labels != IGNORED
+            correct += ((logits.argmax(-1) == labels) & kept).sum()
+            loss += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
+            count += kept.sum()
+        model.train(was_training)
+        mean = float(loss / count)
+        return {"token_accuracy": float(correct / count), "loss": mean, "perplexity": math.exp(mean)}
+
+
+def _labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}

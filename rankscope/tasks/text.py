@@ -1,0 +1,161 @@
+"""`TextClassification`: an encoder with a fresh head on labelled texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from rankscope.exceptions import TaskError
+from rankscope.tasks.pretrained import load_pretrained
+from rankscope.tasks.protocol import Batch, Split
+from rankscope.tasks.tables import read_table, split_rows
+from rankscope.tasks.tokens import TokenRows, tokenize
+
+
+class MeanPooledClassifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the attention mask, and a linear head.
+
+    The encoder is held under its own `base_model_prefix`, so module names are those of transformers' classification models
+    (`bert.encoder.layer.0…`), and an allocation found here fits them too.
+
+    Args:
+        encoder: A transformers model whose output has `last_hidden_state`.
+        n_labels: Classes.
+        seed: Of the head's initial weights.
+    """
+
+    def __init__(self, encoder: nn.Module, n_labels: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config: Any = cast(Any, encoder.config)
+        self._prefix = str(encoder.base_model_prefix)
+        setattr(self, self._prefix, encoder)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.classifier = nn.Linear(self.config.hidden_size, n_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits (batch, n_labels), and the mean cross-entropy where `labels` (batch,) are given."""
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        encoder = getattr(self, self._prefix)
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class TextClassification:
+    """Labelled texts, classified by an encoder with a fresh head, which is trained beside the adapters.
+
+    Args:
+        model: A local model folder or hub id.
+        data: A .parquet, .jsonl or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is; else
+            the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
+        text_column: The column with the texts.
+        label_column: The column with the labels, of any type.
+        pooling: `"mean"` (see `MeanPooledClassifier`), or `"model"`: the model's own AutoModelForSequenceClassification.
+        batch_size: Texts a training batch; the last of an epoch is smaller.
+        max_length: Tokens; longer texts are cut.
+        split_seed: Of the splits.
+        name: Of the task.
+
+    Raises:
+        TaskError: Model or data cannot be loaded.
+    """
+
+    metric = "accuracy"
+    head_modules = ("classifier",)
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | pd.DataFrame,
+        *,
+        text_column: str = "text",
+        label_column: str = "label",
+        pooling: str = "mean",
+        batch_size: int = 16,
+        max_length: int = 128,
+        split_seed: int = 0,
+        name: str = "sequence-classification",
+    ) -> None:
+        if pooling not in ("mean", "model"):
+            raise TaskError(f"`pooling` must be 'mean' or 'model', but got {pooling!r}.")
+        self.name, self.model, self.pooling = name, model, pooling
+        self.batch_size, self.max_length = batch_size, max_length
+        table = data if isinstance(data, pd.DataFrame) else read_table(data, (text_column, label_column))
+        self.classes = sorted(table[label_column].unique().tolist())
+        if len(self.classes) < 2:
+            raise TaskError(
+                f"`{label_column}` must hold at least 2 classes, but holds {len(self.classes)}; check the column."
+            )
+        self._texts: Mapping[Split, list[str]]
+        parts = split_rows(table, key=text_column, seed=split_seed)
+        self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
+        codes = {value: code for code, value in enumerate(self.classes)}
+        self._labels = {split: torch.tensor(rows[label_column].map(codes).to_numpy()) for split, rows in parts.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves loaded weights and tokens behind: worker processes load their own."""
+        return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
+
+    @cached_property
+    def _loaded(self) -> nn.Module:
+        from transformers import AutoModel, AutoModelForSequenceClassification
+
+        if self.pooling == "model":
+            model = load_pretrained(
+                AutoModelForSequenceClassification.from_pretrained, self.model, num_labels=len(self.classes)
+            )
+        else:
+            encoder = load_pretrained(AutoModel.from_pretrained, self.model)
+            if hasattr(encoder, "pooler"):
+                encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
+            model = MeanPooledClassifier(encoder, len(self.classes))
+        assert isinstance(model, nn.Module)
+        return model
+
+    @cached_property
+    def _rows(self) -> dict[Split, TokenRows]:
+        return tokenize(self.model, self._texts, max_length=self.max_length)
+
+    def build_model(self) -> nn.Module:
+        """The encoder with its fresh head, the same at every call."""
+        return deepcopy(self._loaded)
+
+    def train_batches(self, seed: int) -> Iterator[Batch]:
+        """One epoch, shuffled by the seed, each batch padded to its longest text."""
+        labels = self._labels["train"]
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        for index in order.split(self.batch_size):
+            yield {**self._rows["train"].batch(index), "labels": labels[index]}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy."""
+        loss = model(**batch).loss
+        assert isinstance(loss, Tensor)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
+        """Accuracy and mean cross-entropy; the model's training mode is kept."""
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        labels = self._labels[split]
+        correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+        for index, batch in self._rows[split].by_length(4 * self.batch_size):
+            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits.float()
+            target = labels[index].to(device)
+            correct += (logits.argmax(-1) == target).sum()
+            loss += nn.functional.cross_entropy(logits, target, reduction="sum")
+        model.train(was_training)
+        return {"accuracy": float(correct) / len(labels), "loss": float(loss) / len(labels)}

@@ -12,7 +12,7 @@ from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_energy, plot_ranks, save_figure
-from rankscope.searching import Trial, search
+from rankscope.searching import SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
@@ -69,6 +69,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             training=session.study.training.resolve(),
             learning_rates=session.study.training.learning_rate,
             n_seeds=section.seeds,
+            n_confirm=section.confirm,
             storage=section.storage or _sqlite(session.out / "search.db"),
             study_name=session.study.name,
             seed=session.study.seed,
@@ -78,24 +79,42 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             max_rank=bounds.max_rank,
             pruner=_pruner(section.pruner),
             on_trial=lambda trial: bar.update(line, completed=trial.number + 1),
+            on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial
-    trials_path = result.to_parquet(session.out / "trials.parquet")
-    shown = [result.best_of_origin(origin) for origin in ("uniform", "one-shot")]
     allocation = best.allocation.renamed("searched") if best.origin == "sampler" else best.allocation
-    panels = list(dict.fromkeys([shown[0].allocation, shown[1].allocation, allocation]))
-    files = [*_export(session, allocation, panels), trials_path]
+    starts = [result.best_of_origin(origin).allocation for origin in ("uniform", "one-shot")]
+    files = [
+        *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
+        result.to_parquet(session.out / "trials.parquet"),
+    ]
     if as_json:
-        print_json({**_summary(allocation), "trial": best.number, "metric": best.metric, "difference": best.difference,
-                    "learning_rate": best.learning_rate, "files": [str(file) for file in files]})  # fmt: skip
+        finalists = [{**_trial_summary(f.trial), "confirmed": dict(f.metrics_by_seed)} for f in result.finalists]
+        print_json(
+            {
+                **_summary(allocation),
+                "recommended": _trial_summary(best),
+                "finalists": finalists,
+                "files": list(map(str, files)),
+            }
+        )
         return
-    others = sorted(
-        (t for t in result.trials if t.origin == "sampler" and t.reused is None), key=lambda t: (-t.metric, t.loss)
-    )
-    rows = [_trial_row(trial, trial is best or trial.number == best.number) for trial in [*shown, *others[:3]]]
-    header = ("strategy", "parameters", "learning rate", f"validation {result.metric_name}", "difference to uniform")
-    print_table(f"{len(result.trials)} trials of `{session.study.name}`, the best marked *", header, rows)
+    _print_search(session, result, best)
     print_files(files)
+
+
+def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
+    """The table of finalists; without a confirmation, of the start points and the recommended trial."""
+    name = f"validation {result.metric_name}"
+    if result.finalists:
+        seeds = len(result.finalists[0].metrics_by_seed)
+        rows = [_trial_row(f.trial, best, f.metric, f.difference) for f in result.finalists]
+        title = f"{len(result.trials)} trials; the finalists' {name}, mean of {seeds} fresh seeds; * is recommended"
+    else:
+        shown = {t.number: t for t in [*map(result.best_of_origin, ("uniform", "one-shot")), best]}
+        rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
+        title = f"{len(result.trials)} trials; {name}; * is the best observed, not confirmed"
+    print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
 
 
 def run_train(
@@ -133,18 +152,9 @@ def run_train(
         )
         return
     rows = [_repeats_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
-    metric = session.task.metric
-    header = (
-        "strategy",
-        "parameters",
-        "learning rate",
-        f"validation {metric}",
-        f"test {metric}",
-        "test difference to uniform",
-    )
-    title = (
-        f"{n_seeds} seed{'s' if n_seeds > 1 else ''} each; mean, and 95 % bootstrap interval of the paired difference"
-    )
+    seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
+    title = f"{session.task.metric}, mean of {seeds}; paired test difference with its 95 % bootstrap interval"
+    header = ("strategy", "parameters", "rate", "validation", "test", "difference to uniform")
     print_table(title, header, rows)
     print_files([session.out / "adapter"])
 
@@ -214,16 +224,26 @@ def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
     return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
 
 
-def _trial_row(trial: Trial, is_best: bool) -> tuple[str, ...]:
+def _trial_row(trial: Trial, best: Trial, metric: float, difference: float | None) -> tuple[str, ...]:
     name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
-    difference = "-" if trial.difference is None or trial.origin == "uniform" else f"{trial.difference:+.3f}"
     return (
-        f"{name} *" if is_best else name,
+        f"{name} *" if trial.number == best.number else name,
         f"{trial.allocation.parameters:,}",
         f"{trial.learning_rate:g}",
-        f"{trial.metric:.3f}",
-        difference,
+        f"{metric:.3f}",
+        "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}",
     )
+
+
+def _trial_summary(trial: Trial) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "origin": trial.origin,
+        "parameters": trial.allocation.parameters,
+        "learning_rate": trial.learning_rate,
+        "metric": trial.metric,
+        "difference": trial.difference,
+    }
 
 
 def _repeats_row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:

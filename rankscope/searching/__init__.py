@@ -1,6 +1,8 @@
-"""Searching: an Optuna study over the hierarchical space, resumable, paired to uniform."""
+"""Searching: an Optuna study over the hierarchical space, resumable, paired to uniform, confirmed on fresh seeds."""
 
-from rankscope.searching.results import SearchResult, Trial
+from rankscope.searching.confirmation import Finalist
+from rankscope.searching.results import SearchResult
 from rankscope.searching.runner import search
+from rankscope.searching.trials import Trial
 
-__all__ = ["SearchResult", "Trial", "search"]
+__all__ = ["Finalist", "SearchResult", "Trial", "search"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -12,8 +12,8 @@ import optuna
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
-from rankscope.searching.results import TRIAL_KEY, Trial, completed, read_trial
 from rankscope.searching.study import sign
+from rankscope.searching.trials import TRIAL_KEY, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, TrainingResult, train
@@ -34,7 +34,6 @@ class Objective:
         training: The schedule; its learning rate is replaced where the search has several.
         learning_rates: The rates searched over, at least one.
         seeds: Training seeds of each trial.
-        on_step: Called after each training step.
     """
 
     task: Task
@@ -42,7 +41,6 @@ class Objective:
     training: TrainingConfig
     learning_rates: Sequence[float]
     seeds: Sequence[int]
-    on_step: Callable[[int], None] | None = None
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Trains, or reuses an equal trial's result; stores everything in the trial's attributes."""
@@ -98,7 +96,6 @@ class Objective:
                     allocation,
                     config,
                     seed=seed,
-                    on_step=self.on_step,
                     on_evaluation=report if index == 0 else None,  # later seeds repeat, they do not go on
                 )
             except TrainingError as error:

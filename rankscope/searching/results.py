@@ -1,52 +1,20 @@
-"""What a search leaves: trials as plain values read from the study, and the best of them."""
+"""What a search leaves: the study, its trials, its finalists, and the allocation to recommend."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
+from rankscope.searching.confirmation import Finalist
+from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.targets import TargetModule
-
-TRIAL_KEY = "rankscope"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One evaluated allocation.
-
-    Attributes:
-        number: Of the Optuna trial.
-        origin: Where the allocation comes from: `"uniform"`, `"one-shot"` or `"sampler"`.
-        allocation: The realised ranks.
-        learning_rate: The rate it was trained with.
-        metric: Validation metric, mean over seeds; higher is better.
-        loss: Validation loss, mean over seeds.
-        metrics_by_seed: Validation metric of each seed.
-        difference: Mean paired difference of the metric to uniform at uniform's best learning rate, seed by seed.
-        wall_seconds: Training time; 0 where the result of an equal trial was reused.
-        reused: Number of the trial whose result was reused; None for one that was trained.
-    """
-
-    number: int
-    origin: str
-    allocation: RankAllocation
-    learning_rate: float
-    metric: float
-    loss: float
-    metrics_by_seed: Mapping[str, float]
-    difference: float | None
-    wall_seconds: float
-    reused: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +25,13 @@ class SearchResult:
         study: The `optuna.Study`, usable as any other.
         targets: The target modules.
         metric_name: The task's metric.
+        finalists: What was trained again on fresh seeds; empty where nothing was.
     """
 
     study: optuna.Study
     targets: tuple[TargetModule, ...]
     metric_name: str
+    finalists: tuple[Finalist, ...] = ()
 
     @property
     def trials(self) -> list[Trial]:
@@ -70,10 +40,12 @@ class SearchResult:
 
     @property
     def best_trial(self) -> Trial:
-        """The trial with the highest validation metric; equal ones by lower loss, then by number.
+        """The recommended trial: the best of the finalists on fresh seeds, equal ones in favour of uniform and one-shot.
 
-        It is the best *observed*, and so flattered by noise: compare it on fresh seeds before you believe it.
+        Without finalists it is the best observed, which noise flatters: compare it on fresh seeds before you believe it.
         """
+        if self.finalists:
+            return max(self.finalists, key=lambda finalist: finalist.metric).trial
         return self.best_of(self.trials)
 
     @property
@@ -121,36 +93,3 @@ class SearchResult:
         with replacing(path) as temporary:
             self.to_frame().to_parquet(temporary, index=False)
         return Path(path)
-
-
-def completed(study: optuna.Study) -> list[FrozenTrial]:
-    """The study's completed trials, in order."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
-    """A completed Optuna trial as a `Trial`.
-
-    Raises:
-        StudyError: The trial was not made by rankscope.
-    """
-    stored: dict[str, Any] | None = trial.user_attrs.get(TRIAL_KEY)
-    if stored is None:
-        raise StudyError(
-            f"the study must hold trials of rankscope only, but trial {trial.number} is foreign; use another study name."
-        )
-    allocation = RankAllocation(
-        targets, tuple(trial.user_attrs["ranks"]), strategy=stored["origin"], budget=stored["budget"]
-    )
-    return Trial(
-        number=trial.number,
-        origin=stored["origin"],
-        allocation=allocation,
-        learning_rate=stored["learning_rate"],
-        metric=stored["metric"],
-        loss=stored["loss"],
-        metrics_by_seed=stored["metrics_by_seed"],
-        difference=stored["difference"],
-        wall_seconds=stored["wall_seconds"],
-        reused=stored["reused"],
-    )

@@ -12,9 +12,11 @@ from optuna.trial import FrozenTrial, TrialState
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError, TrainingError
 from rankscope.profiling import Profile
+from rankscope.searching.confirmation import Finalist, choose_finalists, confirm
 from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, UNIFORM, Objective
-from rankscope.searching.results import SearchResult, Trial, completed, read_trial
+from rankscope.searching.results import SearchResult
 from rankscope.searching.study import fail_orphans, open_study
+from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
@@ -34,6 +36,7 @@ def search(
     training: TrainingConfig | None = None,
     learning_rates: Sequence[float] | None = None,
     n_seeds: int = 1,
+    n_confirm: int = 4,
     storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
     study_name: str | None = None,
     seed: int = 0,
@@ -43,7 +46,7 @@ def search(
     max_rank: Bound = None,
     pruner: optuna.pruners.BasePruner | None = None,
     on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_confirm: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
     """Searches for the allocation with the best validation metric under a budget.
 
@@ -59,6 +62,8 @@ def search(
         training: The schedule.
         learning_rates: Rates to search over beside the ranks; default: the schedule's.
         n_seeds: Training seeds of each trial: 0, 1, ….
+        n_confirm: Fresh seeds on which uniform, one-shot and the three best proposals are trained again in the end; the
+            recommendation is the best of these, since the best observed trial is flattered by noise. 0: none.
         storage: As Optuna takes it; None keeps the study in memory.
         study_name: Default: the task's name.
         seed: Of the sampler.
@@ -68,7 +73,7 @@ def search(
         max_rank: The greatest rank, for all modules or by name; None: full rank.
         pruner: Stops bad trials early, where `training.evaluate_every` is set; default: none is stopped.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
-        on_step: Called after each training step.
+        on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
     Raises:
         StudyError: The storage holds trials of another task, budget or schedule, or every trial failed.
@@ -98,9 +103,7 @@ def search(
     )
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)), multivariate=True)
     fail_orphans(study)
-    objective = Objective(
-        task=task, space=space, training=training, learning_rates=rates, seeds=range(n_seeds), on_step=on_step
-    )
+    objective = Objective(task=task, space=space, training=training, learning_rates=rates, seeds=range(n_seeds))
 
     def report(study: optuna.Study, trial: FrozenTrial) -> None:
         if on_trial:
@@ -115,7 +118,11 @@ def search(
             f"study `{name}` must have a trial that completes, but every one failed; lower `learning_rate`."
         )
     _optimize(study, objective, _remaining(study, n_trials), report)
-    return SearchResult(study, targets, task.metric)
+    finalists: tuple[Finalist, ...] = ()
+    if n_confirm:
+        chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)])
+        finalists = confirm(study, task, chosen, training, n_seeds=n_confirm, on_run=on_confirm)
+    return SearchResult(study, targets, task.metric, finalists)
 
 
 def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:

@@ -90,14 +90,8 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
     ]
     if as_json:
         finalists = [{**_trial_summary(f.trial), "confirmed": dict(f.metrics_by_seed)} for f in result.finalists]
-        print_json(
-            {
-                **_summary(allocation),
-                "recommended": _trial_summary(best),
-                "finalists": finalists,
-                "files": list(map(str, files)),
-            }
-        )
+        outcome = {"recommended": _trial_summary(best), "finalists": finalists, "files": [str(file) for file in files]}
+        print_json({**_summary(allocation), **outcome})
         return
     _print_search(session, result, best)
     print_files(files)

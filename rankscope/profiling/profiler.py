@@ -24,7 +24,7 @@ from rankscope.profiling.head import head_warmed
 from rankscope.profiling.sketch import (
     ExactGradient,
     GradientAccumulator,
-    TestMatrices,
+    RandomMatrices,
     cross_values,
     new_gradient_store,
     signal_energy,
@@ -75,7 +75,7 @@ def profile(
     loss_fn = loss_fn or _model_loss
     modules = _modules(model, targets)
     device = next(model.parameters()).device
-    matrices = TestMatrices(k=sketch_size, l=4 * sketch_size, seed=seed, device=device)
+    matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed, device=device)
     halves = tuple(
         {t.name: new_gradient_store(t.in_features, t.out_features, matrices) for t in targets} for _ in range(2)
     )

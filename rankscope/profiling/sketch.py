@@ -42,7 +42,7 @@ class GradientAccumulator(Protocol):
         ...
 
 
-class TestMatrices:
+class RandomMatrices:
     """The random matrices Omega and Psi of every size, made once and shared by all modules of that size.
 
     Args:
@@ -129,7 +129,7 @@ class SketchedGradient:
     transposed: bool
 
     @classmethod
-    def zeros(cls, in_features: int, out_features: int, matrices: TestMatrices) -> SketchedGradient:
+    def zeros(cls, in_features: int, out_features: int, matrices: RandomMatrices) -> SketchedGradient:
         """A sketch of the zero gradient."""
         short, long = sorted((in_features, out_features))
         omega, psi = matrices.omega(short), matrices.psi(long)
@@ -191,7 +191,7 @@ class SketchedGradient:
         return basis, core, self.wide - projected @ core
 
 
-def new_gradient_store(in_features: int, out_features: int, matrices: TestMatrices) -> GradientAccumulator:
+def new_gradient_store(in_features: int, out_features: int, matrices: RandomMatrices) -> GradientAccumulator:
     """A sketch of the zero gradient, or the gradient itself where a sketch would be as large."""
     short, long = sorted((in_features, out_features))
     if matrices.k * long + matrices.l * short >= in_features * out_features:

@@ -1,0 +1,27 @@
+"""Fixtures that many tests share: the real digits task, profiled once."""
+
+import pytest
+
+import rankscope as rs
+from rankscope.tasks import Task
+
+
+@pytest.fixture(scope="session")
+def digits() -> Task:
+    return rs.load_task("digits-shift")
+
+
+@pytest.fixture(scope="session")
+def digits_profile(digits: Task) -> rs.Profile:
+    return rs.profile(
+        digits.build_model(),
+        list(digits.train_batches(0)),
+        loss_fn=digits.loss,
+        head=("classifier",),
+        head_steps=30,
+    )
+
+
+@pytest.fixture(scope="session")
+def digits_budget(digits_profile: rs.Profile) -> rs.ParameterBudget:
+    return rs.ParameterBudget.uniform(digits_profile.targets, 1)

@@ -1,0 +1,88 @@
+"""Profile files: they come back equal, read without rankscope, and bad ones are named."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+import rankscope as rs
+from rankscope.exceptions import FileFormatError, ProfileError
+
+
+@pytest.fixture(scope="module")
+def profile() -> rs.Profile:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    batches = [{"x": torch.randn(5, 6)} for _ in range(4)]
+    return rs.profile(model, batches, loss_fn=lambda m, b: m(b["x"]).square().mean(), seed=3)
+
+
+def test_round_trip(profile: rs.Profile, tmp_path: Path) -> None:
+    path = profile.to_parquet(tmp_path / "deep" / "profile.parquet")
+    again = rs.read_profile(path)
+    pd.testing.assert_frame_equal(
+        again.table.drop(columns=["singular_values", "signal_values"]),
+        profile.table.drop(columns=["singular_values", "signal_values"]),
+        check_dtype=False,
+    )
+    assert again.metadata == profile.metadata
+    assert again.targets == profile.targets
+    for name, values in profile.spectra().items():
+        assert again.spectra()[name].tolist() == values.tolist()
+    assert [p.name for p in path.parent.iterdir()] == ["profile.parquet"]
+
+
+def test_plain_pandas_reads_it(profile: rs.Profile, tmp_path: Path) -> None:
+    table = pd.read_parquet(profile.to_parquet(tmp_path / "profile.parquet"))
+    assert table["module"].tolist() == ["0", "2"]
+    assert [len(values) for values in table["singular_values"]] == [6, 3]
+    assert table["block"].isna().all()
+
+
+def test_metadata_says_where_it_comes_from(profile: rs.Profile) -> None:
+    assert profile.metadata["batches"] == 4
+    assert profile.metadata["seed"] == 3
+    assert set(profile.metadata["versions"]) == {"rankscope", "torch", "transformers"}
+
+
+def test_bad_files_are_named(profile: rs.Profile, tmp_path: Path) -> None:
+    path = profile.to_parquet(tmp_path / "profile.parquet")
+    missing = tmp_path / "nowhere.parquet"
+    with pytest.raises(
+        FileFormatError,
+        match=f"^{re.escape(f'`{missing}` must hold a profile, but there is no such file; check the path.')}$",
+    ):
+        rs.read_profile(missing)
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(FileFormatError, match=r"cut\.parquet` must hold a profile as Parquet, but it cannot be read"):
+        rs.read_profile(cut)
+    other = tmp_path / "other.parquet"
+    pd.DataFrame({"a": [1]}).to_parquet(other)
+    with pytest.raises(FileFormatError, match=r"but is a Parquet file of something else; check the path\.$"):
+        rs.read_profile(other)
+    old = tmp_path / "old.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({b"rankscope": b'{"schema": 0}'}), old)
+    with pytest.raises(FileFormatError, match=r"must have profile schema 1, but has 0; take the profile again\.$"):
+        rs.read_profile(old)
+    edited = tmp_path / "edited.parquet"
+    renamed = table.set_column(0, "module", pa.array(["0", "1"]))
+    pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), edited)
+    with pytest.raises(FileFormatError, match=r"must match its own model fingerprint, but was edited"):
+        rs.read_profile(edited)
+
+
+def test_missing_targets_are_named(profile: rs.Profile) -> None:
+    wanted = (rs.TargetModule(name="7", in_features=6, out_features=8),)
+    message = (
+        "`profile` must cover every target module, but 1 of 1 are missing, as `7`; "
+        "take it again on this model and these targets."
+    )
+    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+        profile.require(wanted)

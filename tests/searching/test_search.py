@@ -1,0 +1,164 @@
+"""The search on the real digits task, with trials of a few steps: pairing, reuse, resumption, and foreign studies."""
+
+import re
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+
+import rankscope as rs
+from rankscope.exceptions import BudgetError, StudyError
+from rankscope.searching import search
+from rankscope.searching.trials import completed
+from rankscope.tasks import Task
+
+SHORT = rs.TrainingConfig(steps=4, learning_rate=0.01)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def run(
+    digits: Task, profile: rs.Profile, budget: rs.ParameterBudget, storage: str | None, **options
+) -> rs.SearchResult:
+    arguments = {"n_trials": 6, "training": SHORT, "n_confirm": 0, "study_name": "short", **options}
+    return search(digits, budget=budget, profile=profile, storage=storage, **arguments)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('study')}/study.db"
+
+
+@pytest.fixture(scope="module")
+def result(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, storage: str
+) -> rs.SearchResult:
+    return run(digits, digits_profile, digits_budget, storage, learning_rates=[0.005, 0.01], n_confirm=2, n_trials=8)
+
+
+def test_uniform_and_one_shot_come_first_at_every_rate(
+    result: rs.SearchResult, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    starts = [(t.origin, t.learning_rate) for t in result.trials[:4]]
+    assert starts == [("uniform", 0.005), ("uniform", 0.01), ("one-shot", 0.005), ("one-shot", 0.01)]
+    assert {t.origin for t in result.trials[4:]} == {"sampler"}
+    assert set(result.trials[0].allocation.vector) == {1}
+    expected = rs.allocate("one-shot", targets=result.targets, budget=digits_budget, profile=digits_profile)
+    assert result.trials[2].allocation == expected
+
+
+def test_each_trial_stores_what_it_did(result: rs.SearchResult) -> None:
+    for trial in result.trials:
+        assert trial.allocation.parameters <= 6_912
+        assert 6_912 - trial.allocation.parameters < 128  # the cheapest rank
+        assert set(trial.metrics_by_seed) == {"0"}
+        assert trial.metric == trial.metrics_by_seed["0"] == result.study.trials[trial.number].value
+        assert (trial.wall_seconds > 0) == (trial.reused is None)
+    best_uniform = max(result.trials[:2], key=lambda t: t.metric)
+    for trial in result.trials[2:]:
+        assert trial.difference == pytest.approx(trial.metric - best_uniform.metric)
+
+
+def test_recommendation_is_the_best_finalist_on_fresh_seeds(result: rs.SearchResult) -> None:
+    assert [f.trial.origin for f in result.finalists[:2]] == ["uniform", "one-shot"]
+    assert len({f.trial.allocation for f in result.finalists}) == len(result.finalists) <= 5
+    assert all(set(f.metrics_by_seed) == {"500", "501"} for f in result.finalists)
+    best = max(result.finalists, key=lambda f: f.metric)
+    assert result.best_allocation == best.trial.allocation
+
+
+def test_parquet_holds_the_trials(result: rs.SearchResult, tmp_path: Path) -> None:
+    table = pd.read_parquet(result.to_parquet(tmp_path / "trials.parquet"))
+    assert table["trial"].tolist() == [t.number for t in result.trials]
+    assert table["ranks"].iloc[0].tolist() == [1] * 36
+
+
+def test_a_finished_search_is_not_repeated_and_a_longer_one_goes_on(
+    result: rs.SearchResult,
+    digits: Task,
+    digits_profile: rs.Profile,
+    digits_budget: rs.ParameterBudget,
+    storage: str,
+) -> None:
+    trained = []
+    again = run(digits, digits_profile, digits_budget, storage, learning_rates=[0.005, 0.01], n_confirm=2, n_trials=8,
+                on_trial=trained.append, on_confirm=lambda done, total: None)  # fmt: skip
+    assert trained == []
+    assert [t.metric for t in again.trials] == [t.metric for t in result.trials]
+    assert [f.metrics_by_seed for f in again.finalists] == [f.metrics_by_seed for f in result.finalists]
+    longer = run(digits, digits_profile, digits_budget, storage, learning_rates=[0.005, 0.01], n_trials=10)
+    assert [t.number for t in longer.trials] == list(range(10))
+
+
+def test_an_equal_allocation_is_reused(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    first = run(digits, digits_profile, digits_budget, None, n_trials=2)
+    one_shot = first.study.trials[1]
+    first.study.enqueue_trial({**one_shot.params, "tau": 1.0})
+    counted = []
+    again = search(
+        digits, budget=digits_budget, profile=digits_profile, n_trials=3, training=SHORT, n_confirm=0,
+        storage=first.study._storage, study_name="short", on_trial=counted.append,
+    )  # fmt: skip
+    assert counted[0].reused == 1
+    assert counted[0].wall_seconds == 0.0
+    assert again.trials[2].metric == again.trials[1].metric
+
+
+@pytest.mark.parametrize("key", ["budget", "training", "profile"])
+def test_a_study_about_something_else_is_refused(
+    key: str, digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    run(digits, digits_profile, digits_budget, storage, n_trials=1)
+    change = {
+        "budget": {"budget": rs.ParameterBudget(5_000)},
+        "training": {"training": rs.TrainingConfig(steps=5, learning_rate=0.01)},
+        "profile": {"profile": rs.Profile(digits_profile.table, {**digits_profile.metadata, "seed": 5})},
+    }[key]
+    arguments = {"profile": digits_profile, "budget": digits_budget, "storage": storage, "n_trials": 1, **change}
+    with pytest.raises(StudyError, match=rf"^study `short` must be about {key} .*use another study name or storage\.$"):
+        run(digits, **arguments)
+
+
+def test_foreign_trials_and_broken_databases_are_refused(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path}/foreign.db"
+    foreign = optuna.create_study(storage=storage, study_name="short", direction="maximize")
+    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    message = "study `short` must be rankscope's, but holds foreign trials; use another study name or storage."
+    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+        run(digits, digits_profile, digits_budget, storage)
+    (tmp_path / "broken.db").write_text("this is no database, and long enough to be taken for one" * 100)
+    with pytest.raises(
+        StudyError, match=r"^`storage` must be a database that Optuna can open, but 'sqlite:.*broken\.db' is not"
+    ):
+        run(digits, digits_profile, digits_budget, f"sqlite:///{tmp_path}/broken.db")
+
+
+def test_an_infeasible_budget_leaves_no_study_behind(digits: Task, digits_profile: rs.Profile, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="must cover one rank of the cheapest target module"):
+        run(digits, digits_profile, rs.ParameterBudget(100), f"sqlite:///{tmp_path}/study.db")
+    assert not (tmp_path / "study.db").exists()
+
+
+def test_a_search_in_which_every_trial_fails_says_so(
+    digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    class Broken(type(rs.load_task("digits-shift"))):
+        def loss(self, model, batch):
+            return super().loss(model, batch) * float("nan")
+
+    with pytest.raises(StudyError, match=r"^study `short` must have a trial that completes, but every one failed"):
+        run(Broken(), digits_profile, digits_budget, None, n_trials=2)
+
+
+def test_bad_trials_are_pruned(digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
+    training = rs.TrainingConfig(steps=4, learning_rate=0.01, evaluate_every=2)
+    pruner = optuna.pruners.ThresholdPruner(lower=1.1)  # no accuracy is that high: all but the start points are pruned
+    found = run(digits, digits_profile, digits_budget, None, n_trials=4, training=training, pruner=pruner)
+    assert [t.origin for t in found.trials] == ["uniform", "one-shot"]
+    assert [t.state.name for t in found.study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+    assert len(completed(found.study)) == 2

@@ -1,0 +1,93 @@
+"""The layers of the code: who may import whom (a module imports lower layers, or an earlier row of its own)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rankscope
+
+PACKAGE = Path(rankscope.__file__).parent
+
+# One list a layer, its rows in order.
+LAYERS = [
+    ["exceptions", "files"],
+    ["targets", "allocation", "budget", "space"],
+    ["profiling", "adapters"],
+    ["performance"],
+    ["strategies", "tasks", "training", "searching", "control"],
+    ["study", "comparison", "plotting", "export", "report"],
+    ["cli"],
+]
+ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}
+
+# Methods that the public contract puts on RankAllocation; their work is done in adapters, imported when they are called.
+FACADES = {("allocation", "adapters")}
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of every module that is imported anywhere in the file."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+def run_time_nodes(tree: ast.Module) -> list[ast.stmt]:
+    """The module's statements without those under `if TYPE_CHECKING`."""
+    return [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_lower_layers(path: Path) -> None:
+    own = part(path)
+    assert own in ORDER, f"`{own}` has no layer yet; add it to LAYERS"
+    for name in imported(ast.parse(path.read_text())):
+        if name.startswith("rankscope."):
+            other = name.split(".")[1]
+            assert other in ORDER, f"`{other}` has no layer yet; add it to LAYERS"
+            allowed = other == own or (own, other) in FACADES or (ORDER[other] < ORDER[own])
+            assert allowed, f"{own} may not import {other}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_adapters_import_peft(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    names = {name.split(".")[0] for node in run_time_nodes(tree) for name in imported(node)}
+    assert "peft" not in names or part(path) == "adapters"
+
+
+@pytest.mark.parametrize("name", LAYERS[0] + LAYERS[1])
+def test_lowest_layers_import_no_torch_at_module_level(name: str) -> None:
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    top = [n for n in run_time_nodes(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert not {"torch", "transformers", "peft"} & {m.split(".")[0] for node in top for m in imported(node)}
+
+
+@pytest.mark.parametrize("statement", ["import rankscope", "import rankscope.cli"])
+def test_import_is_light(statement: str) -> None:
+    heavy = "torch transformers peft optuna sklearn pandas accelerate matplotlib".split()  # noqa: SIM905
+    code = f"{statement}\nimport sys\nprint([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_loads() -> None:
+    for name in rankscope.__all__:
+        assert getattr(rankscope, name).__doc__ or name == "__version__"
+    with pytest.raises(AttributeError, match="module 'rankscope' has no attribute 'nonsense'"):
+        _ = rankscope.nonsense

@@ -1,0 +1,70 @@
+"""The training loop on the real digits task: it learns, repeats itself, and stops where it must."""
+
+import re
+
+import pytest
+import torch
+
+import rankscope as rs
+from rankscope.adapters import count_adapter_parameters
+from rankscope.exceptions import TrainingError
+from rankscope.tasks import Task, evaluate
+
+
+@pytest.fixture
+def uniform(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> rs.RankAllocation:
+    return rs.allocate("uniform", targets=digits_profile.targets, budget=digits_budget)
+
+
+def test_it_learns_and_trains_adapters_and_head_only(digits: Task, uniform: rs.RankAllocation) -> None:
+    model, result = rs.train(digits, uniform, rs.TrainingConfig(steps=30, learning_rate=0.02))
+    before = evaluate(digits, digits.build_model())
+    assert result.metrics["accuracy"] > before["accuracy"] + 0.2
+    assert result.parameters == count_adapter_parameters(model) == 6_912
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "classifier.modules_to_save" in name for name in trained)
+    base = digits.build_model().state_dict()
+    frozen = {name.replace(".base_layer", ""): v for name, v in model.get_base_model().state_dict().items()}
+    assert all(torch.equal(frozen[n], v) for n, v in base.items() if "classifier" not in n)
+
+
+def test_a_seed_repeats_and_global_generators_are_left_alone(digits: Task, uniform: rs.RankAllocation) -> None:
+    config = rs.TrainingConfig(steps=5, learning_rate=0.01, lora_dropout=0.1)
+    state = torch.get_rng_state()
+    runs = [rs.train(digits, uniform, config, seed=seed)[1] for seed in (3, 3, 4)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert runs[0].metrics == runs[1].metrics
+    assert runs[0].metrics["loss"] != runs[2].metrics["loss"]
+
+
+def test_intermediate_evaluations(digits: Task, uniform: rs.RankAllocation) -> None:
+    seen = []
+    config = rs.TrainingConfig(steps=7, learning_rate=0.01, evaluate_every=3)
+    _, result = rs.train(digits, uniform, config, on_evaluation=lambda step, _: seen.append(step))
+    assert seen == list(result.history) == [3, 6, 7]
+    assert result.history[7] == result.metrics
+
+
+def test_gradient_accumulation_equals_a_larger_batch(digits: Task, uniform: rs.RankAllocation) -> None:
+    """Two batches of 32 an update give the loss that one batch of 64 gives: the mean of equal means."""
+    small, large = rs.load_task("digits-shift"), rs.load_task({"name": "digits-shift", "batch_size": 64})
+    results = [
+        rs.train(task, uniform, rs.TrainingConfig(steps=3, learning_rate=0.01, gradient_accumulation=n))[1]
+        for task, n in ((small, 2), (large, 1))
+    ]
+    assert results[0].metrics["loss"] == pytest.approx(results[1].metrics["loss"], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(uniform: rs.RankAllocation) -> None:
+    class Broken(type(rs.load_task("digits-shift"))):
+        def loss(self, model, batch):
+            return super().loss(model, batch) * float("inf")
+
+    message = "the loss must be finite, but is not by step 10 of 20; lower `learning_rate`, now 0.01."
+    with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
+        rs.train(Broken(), uniform, rs.TrainingConfig(steps=20, learning_rate=0.01))
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(TrainingError, match=r"^`learning_rate` must be above 0, but got 0\.$"):
+        rs.TrainingConfig(learning_rate=0)

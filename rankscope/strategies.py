@@ -167,4 +167,5 @@ STRATEGIES: Mapping[str, Callable[[Request], RankAllocation]] = {
     "gradient-norm": gradient_norm,
     "one-shot": one_shot,
 }
+NEEDS_PROFILE = frozenset({"gradient-norm", "one-shot"})
 OPTIONS: Mapping[str, tuple[str, ...]] = {"random": ("concentration",), "one-shot": ("power", "signal")}

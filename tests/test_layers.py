@@ -27,8 +27,12 @@ ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name i
 FACADES = {("allocation", "adapters")}
 
 
+# The lazy facade and `python -m rankscope` stand outside the layers.
+ENTRANCES = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}
+
+
 def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+    return sorted(path for path in PACKAGE.rglob("*.py") if path not in ENTRANCES)
 
 
 def part(path: Path) -> str:

@@ -41,7 +41,8 @@ def run_profile(path: Path, out: Path | None, overrides: Overrides, *, as_json: 
 def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy: str | None, as_json: bool) -> None:
     """`rankscope allocate`."""
     session = Session.open(path, out, overrides)
-    allocation, uniform = session.one_shot(strategy), session.one_shot("uniform")
+    uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
+    allocation = session.one_shot(strategy)
     files = _export(session, allocation, [uniform, allocation] if allocation.strategy != "uniform" else [uniform])
     if as_json:
         print_json({**_summary(allocation), "files": [str(file) for file in files]})
@@ -83,7 +84,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
         )
     best = result.best_trial
     allocation = best.allocation.renamed("searched") if best.origin == "sampler" else best.allocation
-    starts = [result.best_of_origin(origin).allocation for origin in ("uniform", "one-shot")]
+    starts = [t.allocation for t in _starts(result)]
     files = [
         *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
         result.to_parquet(session.out / "trials.parquet"),
@@ -105,10 +106,16 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
         rows = [_trial_row(f.trial, best, f.metric, f.difference) for f in result.finalists]
         title = f"{len(result.trials)} trials; the finalists' {name}, mean of {seeds} fresh seeds; * is recommended"
     else:
-        shown = {t.number: t for t in [*map(result.best_of_origin, ("uniform", "one-shot")), best]}
+        shown = {t.number: t for t in [*_starts(result), best]}
         rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
         title = f"{len(result.trials)} trials; {name}; * is the best observed, not confirmed"
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
+
+
+def _starts(result: SearchResult) -> list[Trial]:
+    """The best trials of uniform and of one-shot, as far as the search has come."""
+    origins = {trial.origin for trial in result.trials}
+    return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
 
 
 def run_train(

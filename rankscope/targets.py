@@ -31,7 +31,7 @@ class TargetModule:
 
     Attributes:
         name: Full dotted name inside the base model.
-        in_features: Input features; for a convolution, input channels per group times the kernel's area; for an
+        in_features: Input features; for a convolution, input channels times the kernel's area; for an
             embedding, the number of rows.
         out_features: Output features (channels of a convolution, width of an embedding).
         tower: `vision`, `projector` or `language`; `encoder` or `decoder`; `model` where there is one tower only.
@@ -70,7 +70,8 @@ def find_targets(
 ) -> tuple[TargetModule, ...]:
     """Finds the target modules of a model, in the model's order.
 
-    Output heads, embeddings and modules that share their weight with another are left out, unless they are named in
+    Linear modules (quantised ones included), transformers' Conv1D, convolutions without groups and embeddings may carry an
+    adapter. Output heads, embeddings and modules that share their weight with another are left out, unless they are named in
     full or asked for through `include`.
 
     Args:
@@ -148,7 +149,7 @@ def _kind(module: nn.Module) -> Kind | None:
         return "linear"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "conv1d"
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and module.groups == 1:  # with groups, PEFT takes only multiples of them as ranks
         return "conv2d"
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -244,7 +245,7 @@ def _shape(module: Any, kind: Kind) -> tuple[int, int]:
     if kind == "embedding":
         return module.num_embeddings, module.embedding_dim
     height, width = module.kernel_size
-    return module.in_channels // module.groups * height * width, module.out_channels
+    return module.in_channels * height * width, module.out_channels
 
 
 _TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = (

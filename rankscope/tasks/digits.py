@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankscope.tasks.folders import data_folder
 from rankscope.tasks.pretrained import load_pretrained
-from rankscope.tasks.protocol import Batch, Split
+from rankscope.tasks.protocol import Batch, Split, check_counts
 
 N_TRAIN = 200
 N_VALIDATION = 200
@@ -29,6 +29,7 @@ class DigitsShift:
     head_modules = ("classifier",)
 
     def __init__(self, *, batch_size: int = 32) -> None:
+        check_counts(batch_size=batch_size)
         self.batch_size = batch_size
 
     @cached_property

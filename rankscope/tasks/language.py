@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cached_property
@@ -13,10 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from rankscope.exceptions import TaskError
 from rankscope.tasks.pretrained import load_pretrained
-from rankscope.tasks.protocol import Batch, Split
+from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import read_table, split_rows
-from rankscope.tasks.tokens import TokenRows, tokenize
+from rankscope.tasks.tokens import TokenRows, check_positions, tokenize
 
 IGNORED = -100  # the label that cross-entropy passes over
 
@@ -27,7 +27,8 @@ class CausalLM:
     Args:
         model: A local model folder or hub id.
         data: A .parquet, .jsonl or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is; else
-            the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
+            the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once;
+            texts of fewer than two tokens, which predict nothing, are left out.
         text_column: The column with the texts.
         batch_size: Texts a training batch; the last of an epoch is smaller.
         max_length: Tokens; longer texts are cut.
@@ -54,9 +55,10 @@ class CausalLM:
         split_seed: int = 0,
         name: str = "causal-lm",
     ) -> None:
+        check_counts(batch_size=batch_size, max_length=max_length)
         self.name, self.model, self.gguf_file = name, model, gguf_file
         self.batch_size, self.max_length = batch_size, max_length
-        table = data if isinstance(data, pd.DataFrame) else read_table(data, (text_column,))
+        table = read_table(data, (text_column,)).dropna(subset=text_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
 
@@ -64,18 +66,29 @@ class CausalLM:
         """Leaves loaded weights and tokens behind: worker processes load their own."""
         return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
     @cached_property
     def _loaded(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        model = load_pretrained(AutoModelForCausalLM.from_pretrained, self.model, **options)
+        model = load_pretrained(AutoModelForCausalLM.from_pretrained, self.model, **self._options)
+        check_positions(self._rows, model.config)
         assert isinstance(model, nn.Module)
         return model
 
     @cached_property
     def _rows(self) -> dict[Split, TokenRows]:
-        return tokenize(self.model, self._texts, max_length=self.max_length)
+        tokens = tokenize(self.model, self._texts, max_length=self.max_length, **self._options)
+        rows = {split: TokenRows([ids for ids in r.ids if len(ids) > 1], r.pad) for split, r in tokens.items()}
+        if empty := [split for split, r in rows.items() if not r.ids]:
+            raise TaskError(
+                f"the data must have texts of two tokens or more in every split, but {empty[0]!r} has none; "
+                "check texts and `max_length`."
+            )
+        return rows
 
     def build_model(self) -> nn.Module:
         """The language model, the same at every call."""
@@ -103,14 +116,16 @@ class CausalLM:
         correct, loss, count = (torch.zeros((), device=device) for _ in range(3))
         for _, batch in self._rows[split].by_length(self.batch_size):
             labels = _labelled(batch)["labels"][:, 1:].to(device)
-            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits[:, :-1].float()
             kept = labels != IGNORED
-            correct += ((logits.argmax(-1) == labels) & kept).sum()
-            loss += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
-            count += kept.sum()
+            labels = labels[kept]
+            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits[:, :-1][kept].float()
+            correct += (logits.argmax(-1) == labels).sum()
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+            count += len(labels)
         model.train(was_training)
-        mean = float(loss / count)
-        return {"token_accuracy": float(correct / count), "loss": mean, "perplexity": math.exp(mean)}
+        mean = loss / count
+        # torch's exp: a diverged model has infinite perplexity, where math.exp would raise.
+        return {"token_accuracy": float(correct / count), "loss": float(mean), "perplexity": float(mean.exp())}
 
 
 def _labelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def _from_file(spec: str, base: Path) -> Task:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up while they are made
     try:
         module_spec.loader.exec_module(module)
         factory = getattr(module, name, None)
@@ -98,3 +100,6 @@ def _from_file(spec: str, base: Path) -> Task:
     except Exception as error:  # a user's code may raise anything; its own message and place are what helps
         where = f"{type(error).__name__}: {error}"
         raise TaskError(f"`{spec}` must give a task, but raised {where}; --debug shows where.") from error
+    finally:
+        # Out again: joblib sends the classes of a module that cannot be imported by value, which workers need here.
+        del sys.modules[module.__name__]

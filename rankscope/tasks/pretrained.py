@@ -26,16 +26,24 @@ def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0
     Raises:
         TaskError: There is nothing that can be loaded.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+    from safetensors import SafetensorError
+
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
+        raise TaskError(f"`{source}` must be a model folder or hub id, but there is no such folder; check the path.")
+    if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in options:
         raise TaskError(
             f"`{source}` must be a model folder, but has no config.json; save the model there with save_pretrained."
         )
     try:
         with torch.random.fork_rng(), _quiet_transformers():
             torch.manual_seed(seed)
-            return load(source, local_files_only=Path(source).is_dir(), **options)
-    except (OSError, ValueError, KeyError) as error:  # transformers raises all three for missing or unknown files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            return load(source, local_files_only=path.is_dir(), **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
+            reason = "its config.json does not fit its weights."
         raise TaskError(f"`{source}` must be a model folder or hub id that loads, but does not: {reason}") from error
 
 

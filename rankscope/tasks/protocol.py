@@ -53,6 +53,10 @@ def check_task(candidate: object) -> Task:
     Raises:
         TaskError: Something is missing; it is named.
     """
+    if isinstance(candidate, type):
+        raise TaskError(
+            f"a task must be an object, but got the class {candidate.__name__}; make one: `{candidate.__name__}()`."
+        )
     needed = ("name", "metric", "build_model", "train_batches", "loss", "evaluate")
     if missing := [name for name in needed if not hasattr(candidate, name)]:
         raise TaskError(
@@ -60,6 +64,17 @@ def check_task(candidate: object) -> Task:
         )
     assert isinstance(candidate, Task)
     return candidate
+
+
+def check_counts(**counts: int) -> None:
+    """Checks options that count something, given by name.
+
+    Raises:
+        TaskError: One is not a whole number above 0.
+    """
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise TaskError(f"`{name}` must be a whole number above 0, but got {value!r}.")
 
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:

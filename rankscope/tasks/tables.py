@@ -16,35 +16,43 @@ from rankscope.tasks.protocol import Split
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def read_table(source: str | Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The rows of a local file, or of a hub data set.
+def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of a local file, of a hub data set, or of a table at hand.
 
     Args:
         source: A path that ends in .parquet, .jsonl, .json or .csv; anything else is a hub id, for which the package
-            `datasets` is needed. A hub data set's own splits go into a column `split`.
+            `datasets` is needed. A hub data set's own splits go into a column `split`. A DataFrame is only checked.
         columns: Columns that must be there.
 
     Raises:
         TaskError: The file is missing or cannot be read, has no rows, or lacks a column (the nearest is named).
     """
-    path = Path(source)
-    if path.suffix.lower() in _READERS:
-        table = _read_file(path)
-    elif path.exists() or path.is_absolute() or path.suffix:
-        raise TaskError(
-            f"`data` must end in {', '.join(_READERS)} or be a hub id, but got `{source}`; convert the file, or check the path."
-        )
-    else:
-        table = _read_hub(str(source))
+    what = "the DataFrame" if isinstance(source, pd.DataFrame) else f"`{source}`"
+    table = source if isinstance(source, pd.DataFrame) else _read(source)
     if table.empty:
-        raise TaskError(f"`{source}` must hold rows, but holds none; check the data.")
+        raise TaskError(f"{what} must hold rows, but holds none; check the data.")
     for column in columns:
         if column not in table.columns:
             names = [str(name) for name in table.columns]
             close = difflib.get_close_matches(column, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}."
-            raise TaskError(f"`{source}` must have a column {column!r}, but has none; {hint}")
+            raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
     return table
+
+
+def check_filled(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Checks that every row has a value in each of the columns; a blank text is none.
+
+    Raises:
+        TaskError: Some rows have none; they are counted.
+    """
+    for column in columns:
+        blank = table[column].isna() | table[column].astype(str).str.strip().eq("")
+        if n_blank := int(blank.sum()):
+            raise TaskError(
+                f"the column {column!r} must hold a value in every row, but {n_blank:,} of {len(table):,} have none; "
+                "drop those rows."
+            )
 
 
 def split_rows(
@@ -73,10 +81,21 @@ def split_rows(
         cuts = np.round(np.cumsum(fractions)[:2] * len(table)).astype(int)
         parts = {split: table.iloc[rows] for split, rows in zip(SPLITS, np.split(order, cuts), strict=True)}
     if empty := [split for split, rows in parts.items() if rows.empty]:
-        raise TaskError(
-            f"the data must have rows in every split, but {empty[0]!r} has none; add rows, or a `split` column."
-        )
+        held = ", ".join(sorted(map(str, table["split"].unique()))) if "split" in table.columns else ""
+        hint = f"its `split` column holds {held}: rename, or drop the column." if held else "add rows."
+        raise TaskError(f"the data must have rows in every split, but {empty[0]!r} has none; {hint}")
     return {split: rows.reset_index(drop=True) for split, rows in parts.items()}
+
+
+def _read(source: str | Path) -> pd.DataFrame:
+    path = Path(source)
+    if path.suffix.lower() in _READERS:
+        return _read_file(path)
+    if path.exists() or path.is_absolute() or path.suffix:
+        raise TaskError(
+            f"`data` must end in {', '.join(_READERS)} or be a hub id, but got `{source}`; convert the file, or check the path."
+        )
+    return _read_hub(str(source))
 
 
 def _read_file(path: Path) -> pd.DataFrame:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
 from rankscope.tasks.pretrained import load_pretrained
-from rankscope.tasks.protocol import Batch, Split
-from rankscope.tasks.tables import read_table, split_rows
-from rankscope.tasks.tokens import TokenRows, tokenize
+from rankscope.tasks.protocol import Batch, Split, check_counts
+from rankscope.tasks.tables import check_filled, read_table, split_rows
+from rankscope.tasks.tokens import TokenRows, check_positions, tokenize
 
 
 class MeanPooledClassifier(nn.Module):
@@ -40,12 +40,16 @@ class MeanPooledClassifier(nn.Module):
             torch.manual_seed(seed)
             self.classifier = nn.Linear(self.config.hidden_size, n_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits (batch, n_labels), and the mean cross-entropy where `labels` (batch,) are given."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        """Logits (batch, n_labels), and the mean cross-entropy where `labels` (batch,) are given.
+
+        Further options (`token_type_ids`, …) go to the encoder, unless they are None, as PEFT passes many.
+        """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         encoder = getattr(self, self._prefix)
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        options = {key: value for key, value in options.items() if value is not None and key != "return_dict"}
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
@@ -60,7 +64,7 @@ class TextClassification:
         data: A .parquet, .jsonl or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is; else
             the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
         text_column: The column with the texts.
-        label_column: The column with the labels, of any type.
+        label_column: The column with the labels, of any one type.
         pooling: `"mean"` (see `MeanPooledClassifier`), or `"model"`: the model's own AutoModelForSequenceClassification.
         batch_size: Texts a training batch; the last of an epoch is smaller.
         max_length: Tokens; longer texts are cut.
@@ -72,7 +76,6 @@ class TextClassification:
     """
 
     metric = "accuracy"
-    head_modules = ("classifier",)
 
     def __init__(
         self,
@@ -89,10 +92,17 @@ class TextClassification:
     ) -> None:
         if pooling not in ("mean", "model"):
             raise TaskError(f"`pooling` must be 'mean' or 'model', but got {pooling!r}.")
+        check_counts(batch_size=batch_size, max_length=max_length)
         self.name, self.model, self.pooling = name, model, pooling
         self.batch_size, self.max_length = batch_size, max_length
-        table = data if isinstance(data, pd.DataFrame) else read_table(data, (text_column, label_column))
-        self.classes = sorted(table[label_column].unique().tolist())
+        table = read_table(data, (text_column, label_column))
+        check_filled(table, (text_column, label_column))
+        try:
+            self.classes = sorted(table[label_column].unique().tolist())
+        except TypeError:
+            raise TaskError(
+                f"`{label_column}` must hold labels of one type, but holds several; convert them."
+            ) from None
         if len(self.classes) < 2:
             raise TaskError(
                 f"`{label_column}` must hold at least 2 classes, but holds {len(self.classes)}; check the column."
@@ -108,6 +118,15 @@ class TextClassification:
         return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
 
     @cached_property
+    def head_modules(self) -> tuple[str, ...]:
+        """The fresh head: `classifier`; with `pooling="model"`, all that the model has outside its base, such as `score`."""
+        if self.pooling == "mean":
+            return ("classifier",)
+        base = getattr(self._loaded, "base_model_prefix", "")
+        children = self._loaded.named_children()
+        return tuple(name for name, child in children if name != base and any(True for _ in child.parameters()))
+
+    @cached_property
     def _loaded(self) -> nn.Module:
         from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -115,11 +134,14 @@ class TextClassification:
             model = load_pretrained(
                 AutoModelForSequenceClassification.from_pretrained, self.model, num_labels=len(self.classes)
             )
+            if model.config.pad_token_id is None:  # decoders find a text's last token by it
+                model.config.pad_token_id = self._rows["train"].pad
         else:
             encoder = load_pretrained(AutoModel.from_pretrained, self.model)
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
             model = MeanPooledClassifier(encoder, len(self.classes))
+        check_positions(self._rows, model.config)
         assert isinstance(model, nn.Module)
         return model
 

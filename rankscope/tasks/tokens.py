@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rankscope.exceptions import TaskError
 from rankscope.tasks.pretrained import load_pretrained
 from rankscope.tasks.protocol import Split
 
@@ -41,17 +43,45 @@ class TokenRows:
             yield index, self.batch(index)
 
 
-def tokenize(model: str | Path, texts: Mapping[Split, list[str]], *, max_length: int) -> dict[Split, TokenRows]:
+def tokenize(
+    model: str | Path, texts: Mapping[Split, list[str]], *, max_length: int, **options: Any
+) -> dict[Split, TokenRows]:
     """Tokenises every split with the model's own tokenizer; longer texts are cut.
+
+    Args:
+        model: A local model folder or hub id.
+        texts: By split.
+        max_length: Tokens; the tokenizer's own limit holds where it is lower.
+        **options: For the tokenizer's `from_pretrained`.
 
     Raises:
         TaskError: The model has no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, model)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, model, **options)
+    if set(tokenizer.get_vocab()) <= set(
+        tokenizer.all_special_tokens
+    ):  # what transformers makes up where it finds none
+        raise TaskError(f"`{model}` must hold the model's tokenizer, but has none; save it there with save_pretrained.")
+    max_length = min(max_length, tokenizer.model_max_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return {
         split: TokenRows(tokenizer(rows, truncation=True, max_length=max_length)["input_ids"], pad)
         for split, rows in texts.items()
     }
+
+
+def check_positions(rows: Mapping[Split, TokenRows], config: Any) -> None:
+    """Checks that every text fits the model's positions, as far as its config tells them.
+
+    Raises:
+        TaskError: The longest does not.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(len(ids) for split in rows.values() for ids in split.ids)
+    if positions is not None and longest > positions:
+        raise TaskError(
+            f"`max_length` must be at most {positions:,}, the model's positions, but the longest text has {longest:,} tokens; "
+            "lower it."
+        )

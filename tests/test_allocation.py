@@ -1,0 +1,120 @@
+"""`RankAllocation`: a value that is frozen, hashable, exact, and comes back from JSON."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rankscope as rs
+from rankscope.exceptions import AllocationError, FileFormatError
+from tests.inventories import inventories, vit_inventory
+
+VIT = vit_inventory()
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> rs.RankAllocation:
+    targets = draw(inventories())
+    vector = tuple(draw(st.integers(0, t.full_rank)) for t in targets)
+    return rs.RankAllocation(
+        targets, vector, strategy=draw(st.text(max_size=5)), budget=draw(st.none() | st.integers(1))
+    )
+
+
+@given(allocations())
+def test_dictionary_round_trip(allocation: rs.RankAllocation) -> None:
+    again = rs.RankAllocation.from_dict(json.loads(json.dumps(allocation.to_dict())))
+    assert again == allocation
+    assert (again.strategy, again.budget) == (allocation.strategy, allocation.budget)
+    assert again.fingerprint == allocation.fingerprint
+    assert again.targets == allocation.targets
+
+
+def test_equality_and_hash_are_of_modules_and_ranks_only() -> None:
+    one = rs.RankAllocation(VIT, (1,) * 36, strategy="uniform", budget=6_912)
+    two = rs.RankAllocation(VIT, [1] * 36, strategy="other")
+    assert one == two
+    assert len({one, two}) == 1
+    assert one != rs.RankAllocation(VIT, (2,) + (1,) * 35)
+    with pytest.raises(FrozenInstanceError):
+        one.vector = (1,)
+    with pytest.raises(TypeError):
+        one.ranks["x"] = 1
+
+
+def test_parameters_and_difference() -> None:
+    uniform = rs.RankAllocation(VIT, (1,) * 36)
+    assert uniform.parameters == 6 * (4 * 128 + 2 * 320) == 6_912
+    moved = rs.RankAllocation.from_ranks(VIT, {**uniform.ranks, VIT[0].name: 3, VIT[5].name: 0})
+    assert moved.difference(uniform) == {VIT[0].name: 2, VIT[5].name: -1}
+    assert uniform.difference(uniform) == {}
+    with pytest.raises(AllocationError, match=r"^`other` must be an allocation over the same target modules\.$"):
+        uniform.difference(rs.RankAllocation(VIT[:1], (1,)))
+
+
+def test_the_file_is_the_contracts(tmp_path: Path) -> None:
+    allocation = rs.RankAllocation(VIT, (1,) * 36, strategy="uniform", budget=7_000)
+    path = allocation.to_json(tmp_path / "new" / "allocation.json")
+    stored = json.loads(path.read_text())
+    assert {key: stored[key] for key in ("schema", "strategy", "budget", "parameters")} == {
+        "schema": 1, "strategy": "uniform", "budget": 7_000, "parameters": 6_912,
+    }  # fmt: skip
+    assert stored["ranks"] == dict(allocation.ranks)
+    assert rs.RankAllocation.from_json(path) == allocation
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    allocation = rs.RankAllocation(VIT[:2], (1, 2))
+    path = allocation.to_json(tmp_path / "a.json")
+    stored = json.loads(path.read_text())
+    cases = {
+        "an allocation's `parameters` must equal what its ranks cost (384), but says 5; it was edited: write it again.": {**stored, "parameters": 5},
+        "an allocation must have schema 1, but has 7; write it again.": {**stored, "schema": 7},
+        "an allocation must hold ranks and targets, but is incomplete ('ranks'); write it again.": {k: v for k, v in stored.items() if k != "ranks"},
+        f"`{path}` does not hold a valid allocation: the rank of `{VIT[0].name}` must lie between 0 and 64 (its smaller side), but got 65.": {**stored, "ranks": {VIT[0].name: 65}},
+        f"`{path}` does not hold a valid allocation: `ranks` must name target modules only, but names 'gone'.": {**stored, "ranks": {"gone": 1}},
+        f"`{path}` must hold an allocation as a JSON object, but holds a list.": [],
+    }  # fmt: skip
+    for message, value in cases.items():
+        path.write_text(json.dumps(value))
+        with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+            rs.RankAllocation.from_json(path)
+    path.write_text(json.dumps(stored)[:50])
+    with pytest.raises(
+        FileFormatError,
+        match=r"must hold an allocation as JSON, but it cannot be parsed \(.*\); it may be truncated: write it again\.$",
+    ):
+        rs.RankAllocation.from_json(path)
+    with pytest.raises(FileFormatError, match=r"must hold an allocation, but there is no such file; check the path\.$"):
+        rs.RankAllocation.from_json(tmp_path / "none.json")
+
+
+def test_fingerprint_is_the_same_in_another_process() -> None:
+    allocation = rs.RankAllocation(VIT, (1,) * 36)
+    code = (
+        "import rankscope as rs; from tests.inventories import vit_inventory; "
+        "print(rs.RankAllocation(vit_inventory(), (1,) * 36).fingerprint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7", "PYTHONPATH": "."},
+    )
+    assert done.stdout.strip() == allocation.fingerprint
+
+
+def test_ranks_must_fit() -> None:
+    with pytest.raises(
+        AllocationError, match=r"^`vector` must hold one rank for each of the 36 targets, but holds 1\.$"
+    ):
+        rs.RankAllocation(VIT, (1,))
+    with pytest.raises(AllocationError, match=r"^`targets` must not name a module twice\.$"):
+        rs.RankAllocation((VIT[0], VIT[0]), (1, 1))

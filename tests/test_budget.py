@@ -1,0 +1,192 @@
+"""Both projections onto a budget: feasible, tight, independent of order, and against independent references."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rankscope as rs
+from rankscope.budget import allocate_marginal, allocate_proportional
+from rankscope.exceptions import BudgetError
+from tests.inventories import check_feasible, inventories, vit_inventory
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[tuple[rs.TargetModule, ...], rs.ParameterBudget, dict, dict]:
+    """An inventory, a budget that covers the lower bounds and one rank more, and bounds by name."""
+    targets = draw(inventories())
+    low = {t.name: draw(st.integers(0, min(2, t.full_rank))) for t in targets}
+    high = {t.name: draw(st.integers(low[t.name], t.full_rank + 2)) for t in targets}
+    needed = sum(t.rank_cost * low[t.name] for t in targets) + min(t.rank_cost for t in targets)
+    full = sum(t.rank_cost * t.full_rank for t in targets)
+    limit = draw(st.integers(needed, max(needed, full) + 10))
+    if not any(high.values()):
+        high[targets[0].name] = 1
+        limit = max(limit, targets[0].rank_cost)
+    if not any(low.values()):
+        limit = max(limit, min(t.rank_cost for t in targets if high[t.name]))
+    return targets, rs.ParameterBudget(limit), low, high
+
+
+def draw_gains(data: st.DataObject, targets: tuple[rs.TargetModule, ...]) -> dict[str, list[float]]:
+    gains = {
+        t.name: sorted(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.7]), max_size=8)), reverse=True)
+        for t in targets
+    }
+    gains[targets[0].name] = [9.0, *gains[targets[0].name]]
+    return gains
+
+
+@given(problems(), st.data())
+def test_proportional_is_feasible_tight_and_independent_of_order(problem: tuple, data: st.DataObject) -> None:
+    targets, budget, low, high = problem
+    scores = {t.name: data.draw(st.sampled_from([0.0, 0.1, 1.0, 1.0, 3.0, 50.0])) for t in targets}
+    scores[targets[0].name] = 1.0
+    found = allocate_proportional(targets, scores, budget, min_rank=low, max_rank=high)
+    check_feasible(found, budget, low, high)
+    shuffled = tuple(data.draw(st.permutations(targets)))
+    again = allocate_proportional(shuffled, scores, budget, min_rank=low, max_rank=high)
+    assert dict(again.ranks) == dict(found.ranks)
+
+
+@given(problems(), st.data())
+def test_marginal_is_feasible_tight_and_independent_of_order(problem: tuple, data: st.DataObject) -> None:
+    targets, budget, low, high = problem
+    gains = draw_gains(data, targets)
+    found = allocate_marginal(targets, gains, budget, min_rank=low, max_rank=high)
+    check_feasible(found, budget, low, high)
+    shuffled = tuple(data.draw(st.permutations(targets)))
+    assert dict(allocate_marginal(shuffled, gains, budget, min_rank=low, max_rank=high).ranks) == dict(found.ranks)
+
+
+def value(gains: dict[str, list[float]], ranks: dict[str, int]) -> float:
+    return sum(sum(gains[name][:rank]) for name, rank in ranks.items())
+
+
+def best_value(targets: tuple[rs.TargetModule, ...], gains: dict[str, list[float]], limit: int) -> float:
+    """The optimum by trying every allocation."""
+    choices = itertools.product(*[range(t.full_rank + 1) for t in targets])
+    return max(
+        value(gains, dict(zip([t.name for t in targets], ranks, strict=True)))
+        for ranks in choices
+        if sum(t.rank_cost * r for t, r in zip(targets, ranks, strict=True)) <= limit
+    )
+
+
+@given(inventories(max_size=4, equal_costs=True), st.integers(1, 24), st.data())
+def test_marginal_is_optimal_for_equal_costs(targets: tuple, units: int, data: st.DataObject) -> None:
+    gains = draw_gains(data, targets)
+    found = allocate_marginal(targets, gains, rs.ParameterBudget(12 * units))
+    assert value(gains, dict(found.ranks)) == pytest.approx(best_value(targets, gains, 12 * units))
+
+
+@given(inventories(max_size=3), st.integers(30, 120), st.data())
+def test_marginal_misses_at_most_one_rank_for_unequal_costs(
+    targets: tuple[rs.TargetModule, ...], limit: int, data: st.DataObject
+) -> None:
+    """Greedy by density loses at most the first rank that did not fit (Dantzig 1957, the knapsack's bound)."""
+    gains = draw_gains(data, targets)
+    found = allocate_marginal(targets, gains, rs.ParameterBudget(limit))
+    largest = max(max(values, default=0.0) for values in gains.values())
+    assert value(gains, dict(found.ranks)) >= best_value(targets, gains, limit) - largest - 1e-9
+
+
+def largest_remainder(scores: list[float], units: int) -> list[int]:
+    """Hare's method, written on its own: quotas, floors, then the largest remainders; ties to the first."""
+    quotas = [units * score / sum(scores) for score in scores]
+    seats = [int(quota + 1e-9) for quota in quotas]
+    order = sorted(range(len(scores)), key=lambda i: (-round(quotas[i] - seats[i], 9), i))
+    for i in order[: units - sum(seats)]:
+        seats[i] += 1
+    return seats
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 25))
+def test_proportional_is_largest_remainder_for_equal_costs(scores: list[int], units: int) -> None:
+    targets = tuple(rs.TargetModule(name=f"m{i}", in_features=40, out_features=40) for i in range(len(scores)))
+    by_name = {f"m{i}": float(score) for i, score in enumerate(scores)}
+    found = allocate_proportional(targets, by_name, rs.ParameterBudget(80 * units))
+    assert list(found.vector) == largest_remainder(scores, units)
+
+
+def test_a_hand_worked_water_filling() -> None:
+    """Costs 4 and 8: gains per parameter 2, 0.5 against 1.25, 1; 20 parameters buy the first three."""
+    targets = (
+        rs.TargetModule(name="small", in_features=2, out_features=2),
+        rs.TargetModule(name="large", in_features=4, out_features=4),
+    )
+    gains = {"small": [8.0, 2.0], "large": [10.0, 8.0, 1.0]}
+    assert allocate_marginal(targets, gains, rs.ParameterBudget(20)).vector == (1, 2)
+    assert allocate_marginal(targets, gains, rs.ParameterBudget(12)).vector == (1, 1)
+    assert allocate_marginal(targets, gains, rs.ParameterBudget(15)).vector == (1, 1)
+    assert allocate_marginal(targets, gains, rs.ParameterBudget(16)).vector == (
+        2,
+        1,
+    )  # the third did not fit; a cheaper one did
+
+
+def test_an_inventory_of_a_70b_model() -> None:
+    shapes = [(8192, 8192), (8192, 1024), (8192, 1024), (8192, 8192), (8192, 28672), (8192, 28672), (28672, 8192)]
+    targets = tuple(
+        rs.TargetModule(name=f"layers.{b}.{i}", in_features=shape[0], out_features=shape[1])
+        for b in range(80)
+        for i, shape in enumerate(shapes)
+    )
+    rng = np.random.default_rng(0)
+    gains = {t.name: np.sort(rng.exponential(rng.exponential(), size=256))[::-1] for t in targets}
+    budget = rs.ParameterBudget.uniform(targets, 32)
+    check_feasible(allocate_marginal(targets, gains, budget, max_rank=256), budget, 0, 256)
+    scores = {name: float(values[0]) for name, values in gains.items()}
+    check_feasible(allocate_proportional(targets, scores, budget, max_rank=256), budget, 0, 256)
+
+
+VIT = vit_inventory()
+ONES = {t.name: 1.0 for t in VIT}
+FIRST = VIT[0].name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": 5_000, "min_rank": 1}, "`budget` must cover rank 1 on all 36 target modules (6,912 parameters), but got 5,000; drop targets, allow rank 0, or raise it."),
+        ({"budget": 1_000, "min_rank": {FIRST: 9}}, "`budget` must cover `min_rank` on all 36 target modules (1,152 parameters), but got 1,000; drop targets, allow rank 0, or raise it."),
+        ({"budget": 100}, "`budget` must cover one rank of the cheapest target module (128 parameters), but got 100; raise it."),
+        ({"min_rank": 5, "max_rank": 4, "budget": 10**6}, f"`min_rank` must not exceed `max_rank` or the full rank of `{FIRST}` (4), but got 5."),
+        ({"min_rank": -1}, "`min_rank` must not be negative, but got -1."),
+        ({"max_rank": {"nowhere": 1}}, "`max_rank` must name target modules only, but names 'nowhere'."),
+        ({"targets": ()}, "`targets` must hold at least one target module, but is empty."),
+        ({"scores": {}}, f"`scores` must cover every target module, but `{FIRST}` is missing."),
+        ({"scores": dict.fromkeys(ONES, 0.0)}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
+        ({"scores": {**ONES, FIRST: float("nan")}}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
+        ({"gains": {}}, f"`gains` must cover every target module, but `{FIRST}` is missing."),
+        ({"gains": dict.fromkeys(ONES, [0.0])}, "`gains` must not all be zero; take the profile again on data with a loss."),
+        ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: [1.0, 2.0]}}, f"`gains` of `{FIRST}` must not increase with the rank."),
+        ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: [float("nan")]}}, f"`gains` of `{FIRST}` must be a list of finite numbers that are not negative."),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(arguments: dict, message: str) -> None:
+    options = {"targets": VIT, "budget": 6_912, **arguments}
+    targets, budget = options.pop("targets"), rs.ParameterBudget(options.pop("budget"))
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        if "gains" in options:
+            allocate_marginal(targets, options.pop("gains"), budget, **options)
+        else:
+            allocate_proportional(targets, options.pop("scores", ONES), budget, **options)
+
+
+@pytest.mark.parametrize("limit", [0, -3, 1.5, True])
+def test_a_budget_is_a_positive_whole_number(limit: float) -> None:
+    with pytest.raises(
+        BudgetError,
+        match=re.escape(f"`limit` must be a positive whole number of adapter parameters, but got {limit!r}."),
+    ):
+        rs.ParameterBudget(limit)
+
+
+def test_uniform_budget() -> None:
+    assert rs.ParameterBudget.uniform(VIT, 2) == rs.ParameterBudget(2 * 6_912)
+    with pytest.raises(BudgetError, match=r"^`rank` must be at least 1, but got 0\.$"):
+        rs.ParameterBudget.uniform(VIT, 0)

@@ -1,0 +1,129 @@
+"""One conformance suite for all strategies, and each rule worked by hand."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import rankscope as rs
+from rankscope.exceptions import BudgetError, ProfileError
+from rankscope.strategies import NEEDS_PROFILE, STRATEGIES
+from rankscope.targets import fingerprint_targets
+from tests.inventories import check_feasible, vit_inventory
+
+VIT = vit_inventory()
+
+
+def make_profile(targets: tuple[rs.TargetModule, ...], spectra: dict[str, list[float]]) -> rs.Profile:
+    rows = [
+        {
+            "module": t.name, "tower": t.tower, "block": t.block, "role": t.role, "kind": t.kind,
+            "in_features": t.in_features, "out_features": t.out_features, "rank_cost": t.rank_cost,
+            "gradient_norm": float(np.linalg.norm(spectra[t.name])), "signal_energy": 0.0, "noise_energy": 0.0,
+            "singular_values": spectra[t.name], "signal_values": [v / 2 for v in spectra[t.name]], "exact": True,
+            "weight_norm": 1.0,
+        }
+        for t in targets
+    ]  # fmt: skip
+    return rs.Profile(pd.DataFrame(rows), {"model": fingerprint_targets(targets)})
+
+
+def random_profile(seed: int) -> rs.Profile:
+    rng = np.random.default_rng(seed)
+    spectra = {t.name: np.sort(rng.exponential(rng.exponential(), size=32))[::-1].tolist() for t in VIT}
+    return make_profile(VIT, spectra)
+
+
+CASES = [
+    ("uniform", {}),
+    *[("random", {"concentration": c}) for c in (0.1, 1.0, 10.0)],
+    ("gradient-norm", {}),
+    *[("one-shot", {"power": p, "signal": s}) for p in (1.0, 2.0) for s in (True, False)],
+]
+
+
+@pytest.mark.parametrize(("strategy", "options"), CASES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+class TestConformance:
+    """What holds for every strategy."""
+
+    def allocate(self, strategy: str, options: dict, seed: int, **more: object) -> rs.RankAllocation:
+        arguments = {
+            "targets": VIT,
+            "budget": rs.ParameterBudget.uniform(VIT, 2),
+            "profile": random_profile(seed),
+            **more,
+        }
+        return rs.allocate(strategy, seed=seed, **arguments, **options)
+
+    @pytest.mark.parametrize("limit", [128, 130, 6_911, 6_912, 100_000])
+    def test_feasible_and_tight(self, strategy: str, options: dict, seed: int, limit: int) -> None:
+        budget = rs.ParameterBudget(limit)
+        check_feasible(self.allocate(strategy, options, seed, budget=budget), budget)
+
+    def test_bounds(self, strategy: str, options: dict, seed: int) -> None:
+        budget = rs.ParameterBudget.uniform(VIT, 2)
+        check_feasible(self.allocate(strategy, options, seed, min_rank=1, max_rank=3), budget, 1, 3)
+        by_name = {VIT[0].name: 7}
+        check_feasible(self.allocate(strategy, options, seed, min_rank=by_name), budget, by_name)
+
+    def test_repeats_and_does_not_depend_on_order(self, strategy: str, options: dict, seed: int) -> None:
+        first = self.allocate(strategy, options, seed)
+        assert self.allocate(strategy, options, seed) == first
+        backwards = self.allocate(strategy, options, seed, targets=VIT[::-1])
+        assert dict(backwards.ranks) == dict(first.ranks)
+        assert (first.strategy, first.budget) == (strategy, 13_824)
+
+    def test_infeasible(self, strategy: str, options: dict, seed: int) -> None:
+        with pytest.raises(BudgetError, match="must cover rank 1 on all 36 target modules"):
+            self.allocate(strategy, options, seed, budget=rs.ParameterBudget(6_000), min_rank=1)
+
+
+TWO = (
+    rs.TargetModule(name="narrow", in_features=10, out_features=10),
+    rs.TargetModule(name="wide", in_features=10, out_features=30),
+)
+SPECTRA = {"narrow": [4.0, 2.0, 1.0], "wide": [6.0, 2.0, 0.5]}
+
+
+def test_one_shot_by_hand() -> None:
+    """Energy per parameter: narrow 16/20, 4/20, 1/20; wide 36/40, 4/40, … in the order wide, narrow, narrow, wide."""
+    profile = make_profile(TWO, SPECTRA)
+    for limit, ranks in [(40, (0, 1)), (60, (1, 1)), (80, (2, 1)), (120, (2, 2)), (140, (3, 2))]:
+        assert rs.allocate("one-shot", targets=TWO, budget=rs.ParameterBudget(limit), profile=profile).vector == ranks
+
+
+def test_gradient_norm_by_hand() -> None:
+    """Norms 3 and 4 a parameter share: of 280 parameters 120 go to the narrow module and 160 to the wide one."""
+    profile = make_profile(TWO, {"narrow": [3.0], "wide": [4.0]})
+    found = rs.allocate("gradient-norm", targets=TWO, budget=rs.ParameterBudget(280), profile=profile)
+    assert found.vector == (6, 4)
+
+
+def test_uniform_is_uniform_and_random_is_not() -> None:
+    budget = rs.ParameterBudget.uniform(VIT, 3)
+    assert set(rs.allocate("uniform", targets=VIT, budget=budget).vector) == {3}
+    spread = [
+        np.std(rs.allocate("random", targets=VIT, budget=budget, seed=1, concentration=c).vector)
+        for c in (0.1, 1.0, 10.0)
+    ]
+    assert spread[0] > spread[1] > spread[2] > 0
+
+
+def test_mistakes_are_named() -> None:
+    budget = rs.ParameterBudget(1_000)
+    cases = [
+        (BudgetError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'one-shoot'; did you mean 'one-shot'?"),
+        (BudgetError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
+        (BudgetError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
+        (BudgetError, "random", {"concentration": 0}, "`concentration` must be above 0, but got 0.0."),
+        (ProfileError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
+        (ProfileError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
+    ]  # fmt: skip
+    for error, strategy, options, message in cases:
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            rs.allocate(strategy, targets=TWO, budget=budget, **options)
+    assert set(STRATEGIES) >= NEEDS_PROFILE
+    for strategy in set(STRATEGIES) - NEEDS_PROFILE:
+        assert rs.allocate(strategy, targets=TWO, budget=budget).parameters <= 1_000

@@ -74,10 +74,11 @@ def profile(
     targets = tuple(targets) if targets is not None else find_targets(model)
     loss_fn = loss_fn or _model_loss
     modules = _modules(model, targets)
-    device = next(model.parameters()).device
-    matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed, device=device)
+    device = _device(model)
+    matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed)
     halves = tuple(
-        {t.name: new_gradient_store(t.in_features, t.out_features, matrices) for t in targets} for _ in range(2)
+        {t.name: new_gradient_store(t.in_features, t.out_features, matrices, _device(modules[t.name])) for t in targets}
+        for _ in range(2)
     )
     tally = _Tally()
     with ExitStack() as stack:
@@ -212,6 +213,10 @@ def _backward(loss: Tensor) -> None:
             "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."
         )
     loss.backward()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

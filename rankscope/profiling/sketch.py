@@ -49,27 +49,26 @@ class RandomMatrices:
         k: Columns of the narrow sketch: how many singular triples can be found.
         l: Rows of the wide sketch, at least k + 2; about 4 k for singular values within a few per cent.
         seed: Equal seeds give equal matrices on every device and process.
-        device: Where they are kept, and with them the sketches.
     """
 
-    def __init__(self, *, k: int, l: int, seed: int, device: torch.device) -> None:
-        self.k, self.l, self.seed, self.device = k, l, seed, device
-        self._made: dict[tuple[str, int], Tensor] = {}
+    def __init__(self, *, k: int, l: int, seed: int) -> None:
+        self.k, self.l, self.seed = k, l, seed
+        self._made: dict[tuple[str, int, torch.device], Tensor] = {}
 
-    def omega(self, size: int) -> Tensor:
+    def omega(self, size: int, device: torch.device) -> Tensor:
         """Omega, (size, k), independent standard normal."""
-        return self._get("omega", size, (size, self.k))
+        return self._get("omega", size, (size, self.k), device)
 
-    def psi(self, size: int) -> Tensor:
+    def psi(self, size: int, device: torch.device) -> Tensor:
         """Psi, (l, size), independent standard normal and independent of Omega."""
-        return self._get("psi", size, (self.l, size))
+        return self._get("psi", size, (self.l, size), device)
 
-    def _get(self, which: str, size: int, shape: tuple[int, int]) -> Tensor:
-        if (which, size) not in self._made:
+    def _get(self, which: str, size: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+        if (which, size, device) not in self._made:
             seed = 2 * (self.seed * 1_000_003 + size) + (which == "psi")
             generator = torch.Generator().manual_seed(seed)
-            self._made[which, size] = torch.randn(shape, generator=generator).to(self.device)
-        return self._made[which, size]
+            self._made[which, size, device] = torch.randn(shape, generator=generator).to(device)
+        return self._made[which, size, device]
 
 
 @dataclass(slots=True)
@@ -129,15 +128,16 @@ class SketchedGradient:
     transposed: bool
 
     @classmethod
-    def zeros(cls, in_features: int, out_features: int, matrices: RandomMatrices) -> SketchedGradient:
+    def zeros(
+        cls, in_features: int, out_features: int, matrices: RandomMatrices, device: torch.device
+    ) -> SketchedGradient:
         """A sketch of the zero gradient."""
         short, long = sorted((in_features, out_features))
-        omega, psi = matrices.omega(short), matrices.psi(long)
         return cls(
-            narrow=torch.zeros(long, matrices.k, device=matrices.device),
-            wide=torch.zeros(matrices.l, short, device=matrices.device),
-            omega=omega,
-            psi=psi,
+            narrow=torch.zeros(long, matrices.k, device=device),
+            wide=torch.zeros(matrices.l, short, device=device),
+            omega=matrices.omega(short, device),
+            psi=matrices.psi(long, device),
             transposed=in_features > out_features,
         )
 
@@ -191,12 +191,14 @@ class SketchedGradient:
         return basis, core, self.wide - projected @ core
 
 
-def new_gradient_store(in_features: int, out_features: int, matrices: RandomMatrices) -> GradientAccumulator:
+def new_gradient_store(
+    in_features: int, out_features: int, matrices: RandomMatrices, device: torch.device
+) -> GradientAccumulator:
     """A sketch of the zero gradient, or the gradient itself where a sketch would be as large."""
     short, long = sorted((in_features, out_features))
     if matrices.k * long + matrices.l * short >= in_features * out_features:
-        return ExactGradient.zeros(in_features, out_features, matrices.device)
-    return SketchedGradient.zeros(in_features, out_features, matrices)
+        return ExactGradient.zeros(in_features, out_features, device)
+    return SketchedGradient.zeros(in_features, out_features, matrices, device)
 
 
 def singular_values(store: GradientAccumulator) -> Tensor:

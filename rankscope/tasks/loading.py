@@ -102,4 +102,4 @@ def _from_file(spec: str, base: Path) -> Task:
         raise TaskError(f"`{spec}` must give a task, but raised {where}; --debug shows where.") from error
     finally:
         # Out again: joblib sends the classes of a module that cannot be imported by value, which workers need here.
-        del sys.modules[module.__name__]
+        sys.modules.pop(module.__name__, None)

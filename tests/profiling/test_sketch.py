@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def matrices(k: int = 8, seed: int = 0) -> RandomMatrices:
-    return RandomMatrices(k=k, l=4 * k, seed=seed, device=CPU)
+    return RandomMatrices(k=k, l=4 * k, seed=seed)
 
 
 def decaying(out: int, in_: int, rate: float, generator: torch.Generator) -> torch.Tensor:
@@ -32,7 +32,7 @@ def decaying(out: int, in_: int, rate: float, generator: torch.Generator) -> tor
 def sketch_of(gradient: torch.Tensor, tests: RandomMatrices) -> SketchedGradient:
     """A sketch fed with `gradient` as a sum of outer products: deltas are its rows' unit vectors."""
     out, in_ = gradient.shape
-    store = SketchedGradient.zeros(in_, out, tests)
+    store = SketchedGradient.zeros(in_, out, tests, CPU)
     store.add(gradient, torch.eye(out))
     return store
 
@@ -62,7 +62,7 @@ def test_matrices_of_low_rank_are_recovered_exactly(out: int, in_: int) -> None:
 def test_streaming_equals_the_sum_and_combination_is_linear() -> None:
     generator = torch.Generator().manual_seed(2)
     x, delta = torch.randn(30, 60, generator=generator), torch.randn(30, 80, generator=generator)
-    whole, parts = (SketchedGradient.zeros(60, 80, tests) for tests in [matrices()] * 2)
+    whole, parts = (SketchedGradient.zeros(60, 80, tests, CPU) for tests in [matrices()] * 2)
     whole.add(x, delta)
     for rows in torch.arange(30).split(7):
         parts.add(x[rows], delta[rows])
@@ -111,7 +111,7 @@ def test_cross_values_see_no_signal_in_noise() -> None:
 def test_bfloat16_inputs_are_accumulated_in_float32() -> None:
     generator = torch.Generator().manual_seed(6)
     x, delta = torch.randn(40, 60, generator=generator), torch.randn(40, 80, generator=generator)
-    full, half = (SketchedGradient.zeros(60, 80, matrices()) for _ in range(2))
+    full, half = (SketchedGradient.zeros(60, 80, matrices(), CPU) for _ in range(2))
     full.add(x, delta)
     half.add(x.bfloat16(), delta.bfloat16())
     assert half.narrow.dtype == torch.float32
@@ -120,13 +120,13 @@ def test_bfloat16_inputs_are_accumulated_in_float32() -> None:
 
 def test_small_modules_are_kept_whole_and_large_ones_are_not() -> None:
     tests = matrices(k=32)
-    assert isinstance(new_gradient_store(64, 256, tests), ExactGradient)
-    large = new_gradient_store(4096, 4096, tests)
+    assert isinstance(new_gradient_store(64, 256, tests, CPU), ExactGradient)
+    large = new_gradient_store(4096, 4096, tests, CPU)
     assert isinstance(large, SketchedGradient)
     assert large.numel() == 32 * 4096 + 128 * 4096 < 4096 * 4096 / 25
 
 
 def test_equal_seeds_give_equal_matrices() -> None:
-    torch.testing.assert_close(matrices(seed=7).omega(20), matrices(seed=7).omega(20), rtol=0, atol=0)
-    assert not torch.equal(matrices(seed=7).omega(20), matrices(seed=8).omega(20))
-    assert not torch.equal(matrices(seed=7).omega(20).T[:, :8], matrices(seed=7).psi(20)[:8, :8])
+    torch.testing.assert_close(matrices(seed=7).omega(20, CPU), matrices(seed=7).omega(20, CPU), rtol=0, atol=0)
+    assert not torch.equal(matrices(seed=7).omega(20, CPU), matrices(seed=8).omega(20, CPU))
+    assert not torch.equal(matrices(seed=7).omega(20, CPU).T[:, :8], matrices(seed=7).psi(20, CPU)[:8, :8])

@@ -1,0 +1,54 @@
+"""What every benchmark shares: its arguments, and the JSON result with command, revision, machine, versions, rows, claims."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rankscope.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A ratio or count from this run, and the bound it must keep."""
+
+    name: str
+    value: float
+    bound: str
+    holds: bool
+
+
+def run_benchmark(measure: Callable[[bool], tuple[list[dict[str, Any]], Sequence[Claim]]], description: str) -> None:
+    """Parses --quick and --out, measures, prints rows and claims, writes the result, exits 1 if a claim does not hold."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="the same claim in small, within 60 s on 2 cores")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    arguments = parser.parse_args()
+    rows, claims = measure(arguments.quick)
+    for row in rows:
+        print(json.dumps(row))
+    for claim in claims:
+        print(f"{'holds' if claim.holds else 'FAILS'}: {claim.name}: {claim.value:.4g} ({claim.bound})")
+    if arguments.out:
+        write_json(arguments.out, {**_circumstances(), "rows": rows, "claims": [asdict(claim) for claim in claims]})
+    sys.exit(0 if all(claim.holds for claim in claims) else 1)
+
+
+def _circumstances() -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    packages = ("rankscope", "torch", "transformers", "peft", "accelerate", "optuna", "scikit-learn")
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "revision": git.stdout.strip(),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in packages},
+    }

@@ -103,11 +103,8 @@ def _draw(
     for row, title, axes in zip(rows, titles, panels, strict=True):
         for column, (grid, axis) in enumerate(zip(row, axes, strict=True)):
             image = _panel(axis, grid, norm, text)
-            axis.set_title(
-                title if column == 0 and len(row) == 1 else f"{title}\n{grid.tower}" if column == 0 else grid.tower,
-                loc="left",
-                fontsize=9,
-            )
+            heading = ([title] if column == 0 else []) + ([grid.tower] if len(row) > 1 else [])
+            axis.set_title("\n".join(heading), loc="left", fontsize=9)
     for axis in panels[-1]:
         axis.set_xlabel("block", fontsize=8)
     figure.colorbar(image, ax=panels, label=label, fraction=0.04)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.tasks.folders import data_folder
+from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_pretrained
 from rankscope.tasks.protocol import Batch, Split, check_counts
 
@@ -66,18 +67,13 @@ class DigitsShift:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
-        loss = model(**batch).loss
-        assert isinstance(loss, Tensor)
-        return loss
+        return model_loss(model, batch)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Accuracy and mean cross-entropy; the model's training mode is kept."""
-        was_training = model.training
-        model.eval()
-        device = next(model.parameters()).device
-        images, labels = (tensor.to(device) for tensor in self._splits[split])
-        logits = model(pixel_values=images).logits.float()
-        model.train(was_training)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        return {"accuracy": float(accuracy), "loss": float(nn.functional.cross_entropy(logits, labels))}
+        images, labels = self._splits[split]
+        with evaluating(model) as device:
+            logits = model(pixel_values=images.to(device)).logits.float()
+            labels = labels.to(device)
+            accuracy = (logits.argmax(-1) == labels).float().mean()
+            return {"accuracy": float(accuracy), "loss": float(nn.functional.cross_entropy(logits, labels))}

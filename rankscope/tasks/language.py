@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
+from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_pretrained
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import read_table, split_rows
@@ -103,26 +104,20 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the predicted tokens."""
-        loss = model(**batch).loss
-        assert isinstance(loss, Tensor)
-        return loss
+        return model_loss(model, batch)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Share of tokens predicted right, cross-entropy a token, and perplexity; the model's training mode is kept."""
-        was_training = model.training
-        model.eval()
-        device = next(model.parameters()).device
-        correct, loss, count = (torch.zeros((), device=device) for _ in range(3))
-        for _, batch in self._rows[split].by_length(self.batch_size):
-            labels = _labelled(batch)["labels"][:, 1:].to(device)
-            kept = labels != IGNORED
-            labels = labels[kept]
-            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits[:, :-1][kept].float()
-            correct += (logits.argmax(-1) == labels).sum()
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-            count += len(labels)
-        model.train(was_training)
+        with evaluating(model) as device:
+            correct, loss, count = (torch.zeros((), device=device) for _ in range(3))
+            for _, batch in self._rows[split].by_length(self.batch_size):
+                labels = _labelled(batch)["labels"][:, 1:].to(device)
+                kept = labels != IGNORED
+                labels = labels[kept]
+                logits = model(**{key: value.to(device) for key, value in batch.items()}).logits[:, :-1][kept].float()
+                correct += (logits.argmax(-1) == labels).sum()
+                loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
+                count += len(labels)
         mean = loss / count
         # torch's exp: a diverged model has infinite perplexity, where math.exp would raise.
         return {"token_accuracy": float(correct / count), "loss": float(mean), "perplexity": float(mean.exp())}

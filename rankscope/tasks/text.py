@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
+from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_pretrained
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import check_filled, read_table, split_rows
@@ -162,22 +163,16 @@ class TextClassification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
-        loss = model(**batch).loss
-        assert isinstance(loss, Tensor)
-        return loss
+        return model_loss(model, batch)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Accuracy and mean cross-entropy; the model's training mode is kept."""
-        was_training = model.training
-        model.eval()
-        device = next(model.parameters()).device
         labels = self._labels[split]
-        correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
-        for index, batch in self._rows[split].by_length(4 * self.batch_size):
-            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits.float()
-            target = labels[index].to(device)
-            correct += (logits.argmax(-1) == target).sum()
-            loss += nn.functional.cross_entropy(logits, target, reduction="sum")
-        model.train(was_training)
+        with evaluating(model) as device:
+            correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+            for index, batch in self._rows[split].by_length(4 * self.batch_size):
+                logits = model(**{key: value.to(device) for key, value in batch.items()}).logits.float()
+                target = labels[index].to(device)
+                correct += (logits.argmax(-1) == target).sum()
+                loss += nn.functional.cross_entropy(logits, target, reduction="sum")
         return {"accuracy": float(correct) / len(labels), "loss": float(loss) / len(labels)}

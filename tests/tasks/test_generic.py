@@ -100,7 +100,7 @@ def test_accuracy_and_loss_are_those_of_single_texts(bert: Path) -> None:
     labels = task._labels["test"]
     metrics = task.evaluate(model, "test")
     assert metrics["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
-    assert metrics["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_a_diverged_language_model_has_infinite_perplexity(llama: Path) -> None:

@@ -46,7 +46,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
         )
     ),
     "t5": lambda: T5ForConditionalGeneration(
-        T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=50)
+        T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=50, decoder_start_token_id=0)
     ),
 }
 

@@ -30,11 +30,11 @@ def run_profile(path: Path, out: Path | None, overrides: Overrides, *, as_json: 
         return
     rows = [
         (row["module"], f"{row['rank_cost']:,}", f"{row['gradient_norm']:.3g}", f"{row['gradient_norm'] ** 2 / total:.1%}",
-         f"{max(row['signal_energy'], 0) / row['gradient_norm'] ** 2:.0%}" if row["gradient_norm"] else "-")
+         f"{row['singular_values'][0] ** 2 / row['gradient_norm'] ** 2:.0%}" if row["gradient_norm"] else "-")
         for row in table.nlargest(8, "density").to_dict("records")
     ]  # fmt: skip
     title = f"{len(table)} modules, {taken.metadata['batches']} batches: most gradient energy per parameter"
-    print_table(title, ("module", "rank cost", "‖G‖", "energy", "signal"), rows)
+    print_table(title, ("module", "rank cost", "‖G‖", "energy", "in rank 1"), rows)
     print_files([session.profile_path, figure])
 
 
@@ -100,15 +100,14 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
 
 def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
     """The table of finalists; without a confirmation, of the start points and the recommended trial."""
-    name = f"validation {result.metric_name}"
     if result.finalists:
         seeds = len(result.finalists[0].metrics_by_seed)
         rows = [_trial_row(f.trial, best, f.metric, f.difference) for f in result.finalists]
-        title = f"{len(result.trials)} trials; the finalists' {name}, mean of {seeds} fresh seeds; * is recommended"
+        title = f"{len(result.trials)} trials; finalists on {seeds} fresh validation seeds; * recommended"
     else:
         shown = {t.number: t for t in [*_starts(result), best]}
         rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
-        title = f"{len(result.trials)} trials; {name}; * is the best observed, not confirmed"
+        title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
 
 
@@ -154,7 +153,7 @@ def run_train(
         return
     rows = [_repeats_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
-    title = f"{session.task.metric}, mean of {seeds}; paired test difference with its 95 % bootstrap interval"
+    title = f"mean {session.task.metric} of {seeds}; paired test difference, 95 % interval"
     header = ("strategy", "parameters", "rate", "validation", "test", "difference to uniform")
     print_table(title, header, rows)
     print_files([session.out / "adapter"])

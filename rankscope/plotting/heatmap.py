@@ -64,16 +64,21 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
 
 
 def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None) -> Figure:
-    """Ranks as heatmaps, block x role: one row of panels an allocation, one column a tower, one colour scale for all.
+    """Ranks as heatmaps, block x role, one colour scale for all: side by side, or one row an allocation where there are towers.
 
     Args:
         *allocations: One or more over the same target modules.
         titles: One for each; default: strategy and parameter count.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
-    rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
-    top = max(float(np.nanmax(grid.values)) for row in rows for grid in row)
-    return _draw(rows, titles, Normalize(0, max(top, 1.0)), "rank", lambda value: f"{value:.0f}" if value else "·")
+    rows = [
+        _titled(module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}), title)
+        for a, title in zip(allocations, titles, strict=True)
+    ]
+    if all(len(row) == 1 for row in rows):
+        rows = [[panel for row in rows for panel in row]]
+    top = max(max(allocation.vector) for allocation in allocations)
+    return _draw(rows, Normalize(0, max(top, 1)), "rank", lambda value: f"{value:.0f}" if value else "·")
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -83,31 +88,34 @@ def plot_energy(profile: Profile) -> Figure:
     positive = [value for value in density.values() if value > 0]
     norm = LogNorm(max(min(positive), max(positive) * 1e-4), max(positive))
     title = f"gradient energy per parameter of one rank, {profile.metadata['batches']} batches"
-    return _draw([module_grids(targets, density)], [title], norm, "squared gradient norm / rank cost", None)
+    return _draw([_titled(module_grids(targets, density), title)], norm, "squared gradient norm / rank cost", None)
 
 
-def _draw(
-    rows: Sequence[Sequence[ModuleGrid]],
-    titles: Sequence[str],
-    norm: Normalize,
-    label: str,
-    text: Callable[[float], str] | None,
-) -> Figure:
-    widths = [max(len(grid.blocks), 2) for grid in rows[0]]
-    heights = [max(max(len(grid.roles) for grid in row), 2) for row in rows]
+_Panel = tuple[ModuleGrid, str]
+
+
+def _titled(grids: Sequence[ModuleGrid], title: str) -> list[_Panel]:
+    """The grids with their headings: the title over the first, and each tower's name where there are several."""
+    if len(grids) == 1:
+        return [(grids[0], title)]
+    return [(grid, f"{title}\n{grid.tower}" if grid is grids[0] else grid.tower) for grid in grids]
+
+
+def _draw(rows: Sequence[Sequence[_Panel]], norm: Normalize, label: str, text: Callable[[float], str] | None) -> Figure:
+    widths = [max(len(grid.blocks), 2) for grid, _ in rows[0]]
+    heights = [max(max(len(grid.roles) for grid, _ in row), 2) for row in rows]
     figure = Figure(figsize=(2.2 + 0.46 * sum(widths) + 0.7 * (len(widths) - 1), 0.75 * len(rows) + 0.4 * sum(heights)))
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(
+    axes = figure.subplots(
         len(rows), len(widths), squeeze=False, gridspec_kw={"width_ratios": widths, "height_ratios": heights}
     )
-    for row, title, axes in zip(rows, titles, panels, strict=True):
-        for column, (grid, axis) in enumerate(zip(row, axes, strict=True)):
+    for row, row_axes in zip(rows, axes, strict=True):
+        for (grid, heading), axis in zip(row, row_axes, strict=True):
             image = _panel(axis, grid, norm, text)
-            heading = ([title] if column == 0 else []) + ([grid.tower] if len(row) > 1 else [])
-            axis.set_title("\n".join(heading), loc="left", fontsize=9)
-    for axis in panels[-1]:
+            axis.set_title(heading, loc="left", fontsize=9)
+    for axis in axes[-1]:
         axis.set_xlabel("block", fontsize=8)
-    figure.colorbar(image, ax=panels, label=label, fraction=0.04)
+    figure.colorbar(image, ax=axes, label=label, fraction=0.04)
     return figure
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rankscope.allocation import RankAllocation
+from rankscope.files import replacing_folder
 from rankscope.tasks import Task, evaluate
 from rankscope.training import TrainingConfig, train
 
@@ -73,7 +74,8 @@ def run_once(
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     model, result = train(task, allocation, config, seed=seed)
     if save_to is not None:
-        model.save_pretrained(str(save_to))  # type: ignore[operator]
+        with replacing_folder(save_to) as folder:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
     return Run(
         seed=seed,
         learning_rate=config.learning_rate,

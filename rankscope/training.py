@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def train(
         The PEFT model, and the result.
 
     Raises:
-        TrainingError: The loss is not finite.
+        TrainingError: The loss or the metric is not finite.
         AllocationError: The allocation is not for this model.
     """
     from accelerate import Accelerator
@@ -131,7 +132,7 @@ def train(
             if on_step:
                 on_step(step)
             if step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0):
-                history[step] = evaluate(task, model, "validation")
+                history[step] = _finite_metrics(task, model, step)
                 if on_evaluation:
                     on_evaluation(step, history[step])
     result = TrainingResult(
@@ -178,6 +179,15 @@ def _check_finite(losses: list[Tensor], step: int, config: TrainingConfig) -> No
             f"the loss must be finite, but is not by step {step} of {config.steps}; lower `learning_rate`, "
             f"now {config.learning_rate:g}."
         )
+
+
+def _finite_metrics(task: Task, model: nn.Module, step: int) -> Mapping[str, float]:
+    metrics = evaluate(task, model, "validation")
+    if not math.isfinite(metrics[task.metric]):
+        raise TrainingError(
+            f"`{task.metric}` must be finite, but is {metrics[task.metric]} at step {step}; lower `learning_rate`."
+        )
+    return metrics
 
 
 def _stream(task: Task, seed: int) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rankscope.files import read_json, replacing, write_json
+from rankscope.files import read_json, replacing, replacing_folder, write_json
 
 
 def test_success_replaces_and_failure_leaves_the_old_file(tmp_path: Path) -> None:
@@ -22,3 +22,16 @@ def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
     plain.touch()
     write_json(tmp_path / "ours", {})
     assert (tmp_path / "ours").stat().st_mode == plain.stat().st_mode
+
+
+def test_folders_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("old", "new"):
+        with replacing_folder(path) as fresh:
+            (fresh / content).touch()
+    assert [file.name for file in path.iterdir()] == ["new"]
+    with pytest.raises(RuntimeError, match="^half-way$"), replacing_folder(path) as fresh:
+        (fresh / "half").touch()
+        raise RuntimeError("half-way")
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -5,7 +5,15 @@ from rankscope.adapters.lora import (
     count_adapter_parameters,
     from_lora_config,
     from_peft_model,
+    save_lora_config,
     to_lora_config,
 )
 
-__all__ = ["apply_allocation", "count_adapter_parameters", "from_lora_config", "from_peft_model", "to_lora_config"]
+__all__ = [
+    "apply_allocation",
+    "count_adapter_parameters",
+    "from_lora_config",
+    "from_peft_model",
+    "save_lora_config",
+    "to_lora_config",
+]

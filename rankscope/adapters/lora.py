@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +21,7 @@ from torch import nn
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError
+from rankscope.files import replacing
 from rankscope.targets import TargetModule, find_targets
 
 logger = logging.getLogger(__name__)
@@ -81,6 +86,14 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
         rank_pattern={_anchored(name): rank for name, rank in exceptions.items()},
         **peft_kwargs,
     )
+
+
+def save_lora_config(config: LoraConfig, path: str | os.PathLike[str]) -> Path:
+    """Writes the config as PEFT's own `adapter_config.json`, atomically; returns the path."""
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as temporary:
+        config.save_pretrained(folder)
+        shutil.copyfile(Path(folder) / "adapter_config.json", temporary)
+    return Path(path)
 
 
 def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> RankAllocation:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rankscope.adapters import save_lora_config
 from rankscope.allocation import RankAllocation
 from rankscope.cli.output import print_files, print_json, print_table, progress
 from rankscope.cli.session import Session
@@ -169,11 +170,9 @@ def _export(session: Session, allocation: RankAllocation, panels: list[RankAlloc
         lora_dropout=session.study.training.lora_dropout,
         modules_to_save=list(getattr(session.task, "head_modules", ())) or None,
     )
-    session.out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(session.out))
     return [
         allocation.to_json(session.out / "allocation.json"),
-        session.out / "adapter_config.json",
+        save_lora_config(config, session.out / "adapter_config.json"),
         save_figure(plot_ranks(*panels), session.out / "ranks.png"),
     ]
 

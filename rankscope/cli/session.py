@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Session:
     def take_profile(self) -> Profile:
         """Profiles the task's model and writes `profile.parquet`."""
         section, task = self.study.profile, self.task
-        batches = list(task.train_batches(self.study.seed))[: section.batches]
+        batches = list(islice(task.train_batches(self.study.seed), section.batches))
         with progress() as bar:
             line = bar.add_task("profiling", total=len(batches))
             taken = profile(

@@ -95,22 +95,20 @@ def profile(
             _backward(loss * weight)
             if on_batch:
                 on_batch(index, tally.losses[-1])
+    _check_taken(targets, tally, hooks)
+    frame = _table(targets, modules, halves, tally)
+    steps = head_steps if head else 0
+    return Profile(frame, _metadata(model, targets, tally, seed=seed, head_steps=steps, sketch_size=sketch_size))
+
+
+def _check_taken(targets: Sequence[TargetModule], tally: _Tally, hooks: _Hooks) -> None:
     if len(tally.losses) < 2:
         raise ProfileError(
             f"`batches` must hold at least 2 batches, so that signal can be told from noise, but held {len(tally.losses)}; "
             "pass more, or smaller ones."
         )
-    for name in (t.name for t in targets if t.name not in hooks.seen):
-        raise ProfileError(f"`{name}` must get a gradient from the loss, but got none; drop it from `targets`.")
-    rows = [_row(t, modules[t.name], halves[0][t.name], halves[1][t.name], tally) for t in targets]
-    if not any(row["gradient_norm"] > 0 for row in rows):
-        raise ProfileError(
-            "the gradient must not be zero at every target module, but is; check the loss and the labels."
-        )
-    frame = pd.DataFrame(rows)
-    frame["block"] = frame["block"].astype("Int64")
-    steps = head_steps if head else 0
-    return Profile(frame, _metadata(model, targets, tally, seed=seed, head_steps=steps, sketch_size=sketch_size))
+    if unseen := [target.name for target in targets if target.name not in hooks.seen]:
+        raise ProfileError(f"`{unseen[0]}` must get a gradient from the loss, but got none; drop it from `targets`.")
 
 
 # --- hooks -------------------------------------------------------------------------------------------------------
@@ -261,6 +259,21 @@ class _Tally:
 
 
 # --- features ----------------------------------------------------------------------------------------------------
+
+
+def _table(
+    targets: Sequence[TargetModule],
+    modules: Mapping[str, nn.Module],
+    halves: Sequence[Mapping[str, GradientAccumulator]],
+    tally: _Tally,
+) -> pd.DataFrame:
+    frame = pd.DataFrame([_row(t, modules[t.name], halves[0][t.name], halves[1][t.name], tally) for t in targets])
+    if not (frame["gradient_norm"] > 0).any():
+        raise ProfileError(
+            "the gradient must not be zero at every target module, but is; check the loss and the labels."
+        )
+    frame["block"] = frame["block"].astype("Int64")
+    return frame
 
 
 def _row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -9,9 +10,12 @@ from statistics import fmean
 import optuna
 
 from rankscope.allocation import RankAllocation
+from rankscope.exceptions import TrainingError
 from rankscope.searching.trials import Trial
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, train
+
+logger = logging.getLogger(__name__)
 
 CONFIRMATION_KEY = "confirmation"
 FIRST_SEED = 500  # trials train on seeds 0, 1, …
@@ -63,6 +67,8 @@ def confirm(
 ) -> tuple[Finalist, ...]:
     """Trains each finalist on the same fresh seeds; runs that the study already holds are not repeated.
 
+    A finalist that diverges on a fresh seed is dropped.
+
     Args:
         study: Keeps the runs, so that an interrupted confirmation goes on.
         task: Where model, data, loss and metric come from.
@@ -71,30 +77,43 @@ def confirm(
         n_seeds: Fresh seeds.
         on_run: Called with the number of runs done and of runs in all.
     """
-    known: dict[str, dict[str, float]] = dict(study.user_attrs.get(CONFIRMATION_KEY, {}))
+    known: dict[str, dict[str, float | None]] = dict(study.user_attrs.get(CONFIRMATION_KEY, {}))
     for index, trial in enumerate(finalists):
         runs = known.setdefault(_key(trial), {})
         for seed in range(FIRST_SEED, FIRST_SEED + n_seeds):
             if str(seed) not in runs:
-                config = replace(training, learning_rate=trial.learning_rate)
-                _, result = train(task, trial.allocation, config, seed=seed)
-                runs[str(seed)] = result.metrics[task.metric]
+                runs[str(seed)] = _metric(task, trial, training, seed)
                 study.set_user_attr(CONFIRMATION_KEY, known)
             if on_run:
                 on_run(index * n_seeds + seed - FIRST_SEED + 1, len(finalists) * n_seeds)
     seeds = [str(seed) for seed in range(FIRST_SEED, FIRST_SEED + n_seeds)]
-    metrics = {_key(t): {seed: known[_key(t)][seed] for seed in seeds} for t in finalists}
-    uniform = next((metrics[_key(t)] for t in finalists if t.origin == "uniform"), None)
-    return tuple(
-        Finalist(
-            trial=t,
-            metrics_by_seed=metrics[_key(t)],
-            difference=None
-            if uniform is None or t.origin == "uniform"
-            else fmean(metrics[_key(t)][seed] - uniform[seed] for seed in seeds),
-        )
-        for t in finalists
-    )
+    metrics = {t.number: {seed: known[_key(t)][seed] for seed in seeds} for t in finalists}
+    steady = {number: by_seed for number, found in metrics.items() if (by_seed := _complete(found)) is not None}
+    uniform = next((steady[t.number] for t in finalists if t.origin == "uniform" and t.number in steady), None)
+    return tuple(_finalist(t, steady[t.number], uniform) for t in finalists if t.number in steady)
+
+
+def _finalist(trial: Trial, metrics: Mapping[str, float], uniform: Mapping[str, float] | None) -> Finalist:
+    difference = None
+    if uniform is not None and trial.origin != "uniform":
+        difference = fmean(metrics[seed] - uniform[seed] for seed in metrics)
+    return Finalist(trial=trial, metrics_by_seed=metrics, difference=difference)
+
+
+def _metric(task: Task, trial: Trial, training: TrainingConfig, seed: int) -> float | None:
+    """The validation metric of one run; None where it diverges."""
+    try:
+        _, result = train(task, trial.allocation, replace(training, learning_rate=trial.learning_rate), seed=seed)
+    except TrainingError as error:
+        logger.warning("trial %d is no finalist: on seed %d %s", trial.number, seed, error)
+        return None
+    return result.metrics[task.metric]
+
+
+def _complete(metrics: Mapping[str, float | None]) -> dict[str, float] | None:
+    """The metrics, if none is missing."""
+    found = {seed: value for seed, value in metrics.items() if value is not None}
+    return found if len(found) == len(metrics) else None
 
 
 def _key(trial: Trial) -> str:

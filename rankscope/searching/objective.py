@@ -12,7 +12,7 @@ import optuna
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
-from rankscope.searching.study import sign
+from rankscope.searching.study import signature
 from rankscope.searching.trials import TRIAL_KEY, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace
 from rankscope.tasks import Task
@@ -44,7 +44,8 @@ class Objective:
 
     def __call__(self, trial: optuna.Trial) -> float:
         """Trains, or reuses an equal trial's result; stores everything in the trial's attributes."""
-        sign(trial)
+        for key, value in signature().items():  # a trial that waited may have been queued by another process
+            trial.set_user_attr(key, value)
         point = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in self.space.tilts}
         rate = self._learning_rate(trial)
         allocation = self.space.allocation(point)

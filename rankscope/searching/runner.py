@@ -15,7 +15,7 @@ from rankscope.profiling import Profile
 from rankscope.searching.confirmation import Finalist, choose_finalists, confirm
 from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, UNIFORM, Objective
 from rankscope.searching.results import SearchResult
-from rankscope.searching.study import fail_orphans, open_study
+from rankscope.searching.study import fail_orphans, open_study, signature
 from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
@@ -166,8 +166,12 @@ def _enqueue(study: optuna.Study, point: dict[str, float], origin: str, rates: S
     for rate in rates:
         if rate not in known:
             parameters = point | ({LEARNING_RATE: rate} if len(rates) > 1 else {})
-            study.enqueue_trial(parameters, user_attrs={"origin": origin, "rate": rate})
-    return sum(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False))
+            study.enqueue_trial(parameters, user_attrs={"origin": origin, "rate": rate, **signature()})
+    return _waiting(study)
+
+
+def _waiting(study: optuna.Study) -> int:
+    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
 def _finished(trial: FrozenTrial) -> bool:
@@ -182,5 +186,8 @@ def _remaining(study: optuna.Study, n_trials: int) -> int:
 def _optimize(
     study: optuna.Study, objective: Objective, n_trials: int, report: Callable[[optuna.Study, FrozenTrial], None]
 ) -> None:
-    if n_trials:
-        study.optimize(objective, n_trials=n_trials, callbacks=[report], catch=(TrainingError,))
+    """Runs trials one by one; each is queued with its signature first, so that none ever runs unsigned."""
+    for _ in range(n_trials):
+        if not _waiting(study):
+            study.enqueue_trial({}, user_attrs=signature())  # no parameter is fixed: the sampler chooses all
+        study.optimize(objective, n_trials=1, callbacks=[report], catch=(TrainingError,))

@@ -77,9 +77,9 @@ def fail_orphans(study: optuna.Study) -> list[int]:
     return orphans
 
 
-def sign(trial: optuna.Trial) -> None:
-    """Writes into the trial which process runs it, for `fail_orphans`."""
-    trial.set_user_attr(WORKER_KEY, {"host": socket.gethostname(), "pid": os.getpid()})
+def signature() -> dict[str, Any]:
+    """The trial attribute that says which process runs it, for `fail_orphans`."""
+    return {WORKER_KEY: {"host": socket.gethostname(), "pid": os.getpid()}}
 
 
 def _alive(pid: int) -> bool:

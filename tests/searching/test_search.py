@@ -162,3 +162,34 @@ def test_bad_trials_are_pruned(digits: Task, digits_profile: rs.Profile, digits_
     assert [t.origin for t in found.trials] == ["uniform", "one-shot"]
     assert [t.state.name for t in found.study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
     assert len(completed(found.study)) == 2
+
+
+def test_a_finalist_that_diverges_on_a_fresh_seed_is_dropped(
+    digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    class Fragile(type(rs.load_task("digits-shift"))):
+        """Its loss explodes from the second confirming run on: that of one-shot."""
+
+        runs = 0
+
+        def build_model(self):
+            self.runs += 1
+            return super().build_model()
+
+        def loss(self, model, batch):
+            return super().loss(model, batch) * (float("nan") if self.runs == 4 else 1.0)
+
+    found = run(Fragile(), digits_profile, digits_budget, None, n_trials=2, n_confirm=1)
+    assert [f.trial.origin for f in found.finalists] == ["uniform"]
+    assert found.best_trial.origin == "uniform"
+
+
+def test_a_metric_that_is_not_finite_fails_its_trial(
+    digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    class Blind(type(rs.load_task("digits-shift"))):
+        def evaluate(self, model, split="validation"):
+            return {**super().evaluate(model, split), "accuracy": float("nan")}
+
+    with pytest.raises(StudyError, match="must have a trial that completes, but every one failed"):
+        run(Blind(), digits_profile, digits_budget, None, n_trials=2)

@@ -89,19 +89,25 @@ def profile(
         hooks = stack.enter_context(_hooked(modules))
         for index, batch in enumerate(islice(batches, n_batches)):
             hooks.stores = halves[index % 2]
-            batch = _to_device(batch, device)
-            loss = loss_fn(model, batch)
-            weight = tally.add(_checked_loss(loss, index), batch)
+            weight = tally.weigh(batch)
+            loss = loss_fn(model, _to_device(batch, device))
+            tally.losses.append(_checked_loss(loss, index))
             _backward(loss * weight)
             if on_batch:
                 on_batch(index, tally.losses[-1])
-    _check_taken(targets, tally, hooks)
+    _check_taken(targets, tally, hooks, halves)
     frame = _table(targets, modules, halves, tally)
     steps = head_steps if head else 0
     return Profile(frame, _metadata(model, targets, tally, seed=seed, head_steps=steps, sketch_size=sketch_size))
 
 
-def _check_taken(targets: Sequence[TargetModule], tally: _Tally, hooks: _Hooks) -> None:
+def _check_taken(
+    targets: Sequence[TargetModule],
+    tally: _Tally,
+    hooks: _Hooks,
+    halves: Sequence[Mapping[str, GradientAccumulator]],
+) -> None:
+    """What can only be told in the end: looking at each gradient on the way would make a GPU wait each time."""
     if len(tally.losses) < 2:
         raise ProfileError(
             f"`batches` must hold at least 2 batches, so that signal can be told from noise, but held {len(tally.losses)}; "
@@ -109,6 +115,9 @@ def _check_taken(targets: Sequence[TargetModule], tally: _Tally, hooks: _Hooks) 
         )
     if unseen := [target.name for target in targets if target.name not in hooks.seen]:
         raise ProfileError(f"`{unseen[0]}` must get a gradient from the loss, but got none; drop it from `targets`.")
+    stores = [(target.name, half[target.name]) for target in targets for half in halves]
+    if broken := [name for name, store in stores if not store.is_finite()]:
+        raise ProfileError(f"the gradient at `{broken[0]}` must be finite, but is not; check the loss, or use float32.")
 
 
 # --- hooks -------------------------------------------------------------------------------------------------------
@@ -132,10 +141,6 @@ class _Hooks:
             inputs = args[0].detach()
 
             def receive(gradient: Tensor) -> None:
-                if not torch.isfinite(gradient).all():
-                    raise ProfileError(
-                        f"the gradient at `{name}` must be finite, but is not; check the loss, or use float32."
-                    )
                 flat_inputs = inputs.reshape(-1, inputs.shape[-1])
                 flat_gradient = gradient.detach().reshape(-1, gradient.shape[-1])
                 self.stores[name].add(flat_inputs.to(flat_gradient.dtype), flat_gradient)
@@ -233,8 +238,8 @@ class _Tally:
         self._first_size = 0
         self._digest = hashlib.sha256()
 
-    def add(self, loss: float, batch: Any) -> float:
-        """Takes note of a batch; returns its weight: its size, where the first batch's is 1."""
+    def weigh(self, batch: Any) -> float:
+        """Takes note of a batch, where it lies; returns its weight: its size, where the first batch's is 1."""
         tensors = [t for t in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(t, Tensor)]
         for tensor in tensors:
             self._digest.update(repr((tuple(tensor.shape), float(tensor.double().sum()))).encode())
@@ -243,7 +248,6 @@ class _Tally:
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
         size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
         self._first_size = self._first_size or size
-        self.losses.append(loss)
         self.weights.append(size / self._first_size)
         return self.weights[-1]
 

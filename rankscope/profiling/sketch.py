@@ -37,6 +37,10 @@ class GradientAccumulator(Protocol):
         """||G||_F^2, exact or without bias."""
         ...
 
+    def is_finite(self) -> bool:
+        """Whether no number kept is NaN or infinite."""
+        ...
+
     def numel(self) -> int:
         """Numbers kept."""
         ...
@@ -99,6 +103,10 @@ class ExactGradient:
     def energy(self) -> float:
         """See `GradientAccumulator`."""
         return float(self.gradient.square().sum())
+
+    def is_finite(self) -> bool:
+        """See `GradientAccumulator`."""
+        return bool(torch.isfinite(self.gradient).all())
 
     def numel(self) -> int:
         """See `GradientAccumulator`."""
@@ -178,6 +186,10 @@ class SketchedGradient:
         l, k = self.psi.shape[0], basis.shape[1]
         missed = float(residual.square().sum()) / (l - k)
         return float(core.square().sum()) + (1.0 - k / (l - k - 1)) * missed
+
+    def is_finite(self) -> bool:
+        """See `GradientAccumulator`."""
+        return bool(torch.isfinite(self.narrow).all() & torch.isfinite(self.wide).all())
 
     def numel(self) -> int:
         """See `GradientAccumulator`."""

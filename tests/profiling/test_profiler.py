@@ -162,6 +162,13 @@ def test_bad_input_gets_one_line_and_leaves_no_hooks(model: Body, change: dict, 
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_gradient_that_is_not_finite_is_named(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
+    """The loss is finite, its gradient is not: the square root's at zero."""
+    message = "the gradient at `first` must be finite, but is not; check the loss, or use float32."
+    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+        rs.profile(model, make_batches(), targets=targets, loss_fn=lambda m, b: (m(b["x"]) * 0.0).square().sum().sqrt())
+
+
 def test_unknown_and_unsupported_targets(model: Body) -> None:
     elsewhere = (rs.TargetModule(name="nowhere", in_features=8, out_features=8),)
     with pytest.raises(ProfileError, match="but it has no `nowhere`; find them again"):

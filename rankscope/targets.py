@@ -83,6 +83,11 @@ def find_targets(
 
     Raises:
         TargetError: Nothing matches, or one of the names matches nothing; near misses are named.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 2))
+    >>> [(target.name, target.rank_cost) for target in find_targets(model)]
+    [('1', 12), ('2', 10)]
     """
     if unknown := set(include) - set(LEFT_OUT):
         raise TargetError(f"`include` must be among {LEFT_OUT}, but got {sorted(unknown)}.")

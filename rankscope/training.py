@@ -34,6 +34,9 @@ class TrainingConfig:
         scaling: The factor on every module's update, whatever its rank.
         lora_dropout: Dropout before A.
         evaluate_every: Steps between intermediate evaluations; None: only at the end.
+
+    >>> TrainingConfig(steps=300, learning_rate=5e-4).warmup_fraction
+    0.1
     """
 
     steps: int = 100
@@ -98,6 +101,14 @@ def train(
     Raises:
         TrainingError: The loss or the metric is not finite.
         AllocationError: The allocation is not for this model.
+
+    >>> import rankscope as rs
+    >>> task = rs.load_task("digits-shift")
+    >>> targets = rs.find_targets(task.build_model())
+    >>> uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
+    >>> model, result = rs.train(task, uniform, rs.TrainingConfig(steps=2, learning_rate=0.01))
+    >>> result.parameters, sorted(result.metrics)
+    (6912, ['accuracy', 'loss'])
     """
     from accelerate import Accelerator
     from transformers import get_linear_schedule_with_warmup

@@ -70,6 +70,12 @@ def profile(
 
     Raises:
         ProfileError: Fewer than two batches, a loss that is not a finite scalar, or a module that got no gradient.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    >>> batches = [torch.ones(2, 4), -torch.ones(2, 4)]
+    >>> taken = profile(model, batches, loss_fn=lambda model, batch: model(batch).square().mean())
+    >>> {name: len(values) for name, values in taken.spectra().items()}
+    {'0': 3, '2': 1}
     """
     targets = tuple(targets) if targets is not None else find_targets(model)
     loss_fn = loss_fn or _model_loss

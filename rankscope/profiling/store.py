@@ -134,6 +134,11 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 
     Raises:
         FileFormatError: The file is missing, truncated, no profile, or of another schema.
+
+    >>> read_profile("nowhere.parquet")
+    Traceback (most recent call last):
+    ...
+    rankscope.exceptions.FileFormatError: `nowhere.parquet` must hold a profile, but there is no such file; check the path.
     """
     try:
         table = pq.read_table(path)

@@ -24,6 +24,7 @@ from rankscope.training import TrainingConfig
 
 DEFAULT_STORAGE = "sqlite:///rankscope.db"
 Grouping = Literal["depth", "gradient"]
+_UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be at it
 
 
 def search(
@@ -79,6 +80,19 @@ def search(
         StudyError: The storage holds trials of another task, budget or schedule, or every trial failed.
         BudgetError: Nothing feasible.
         ProfileError: The profile does not cover the targets.
+
+    >>> import rankscope as rs
+    >>> task = rs.load_task("digits-shift")
+    >>> profile = rs.profile(task.build_model(), list(task.train_batches(0)), loss_fn=task.loss)
+    >>> budget = rs.ParameterBudget.uniform(profile.targets, 1)
+    >>> short = rs.TrainingConfig(steps=2, learning_rate=0.01)
+    >>> result = rs.search(
+    ...     task, budget=budget, profile=profile, n_trials=3, n_confirm=1, training=short, storage=None
+    ... )
+    >>> [trial.origin for trial in result.trials]
+    ['uniform', 'one-shot', 'sampler']
+    >>> result.best_allocation.parameters <= budget.limit
+    True
     """
     training = training or TrainingConfig()
     rates = tuple(learning_rates or (training.learning_rate,))
@@ -113,7 +127,7 @@ def search(
     for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):
         missing = _enqueue(study, space.point(tau=tau), origin, rates)
         _optimize(study, objective, min(missing, _remaining(study, n_trials)), report)
-    if not completed(study):
+    if not completed(study) and not study.get_trials(deepcopy=False, states=_UNDER_WAY):
         raise StudyError(
             f"study `{name}` must have a trial that completes, but every one failed; lower `learning_rate`."
         )
@@ -157,11 +171,9 @@ def _about(
 
 
 def _enqueue(study: optuna.Study, point: dict[str, float], origin: str, rates: Sequence[float]) -> int:
-    """Queues a start point at each rate at which it has neither finished nor waits; returns how many wait now."""
+    """Queues a start point at each rate at which it is neither finished nor under way; returns how many wait now."""
     trials = study.get_trials(deepcopy=False)
-    settled = [
-        t for t in trials if t.user_attrs.get("origin") == origin and (_finished(t) or t.state == TrialState.WAITING)
-    ]
+    settled = [t for t in trials if t.user_attrs.get("origin") == origin and (_finished(t) or t.state in _UNDER_WAY)]
     known = {t.user_attrs["rate"] for t in settled}
     for rate in rates:
         if rate not in known:

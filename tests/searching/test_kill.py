@@ -65,3 +65,22 @@ def test_sigkill_in_mid_trial(tmp_path: Path) -> None:
         if t.user_attrs["rankscope"]["reused"] is None
     ]
     assert len(trained) == len(set(trained))
+
+
+def test_two_processes_share_a_search(tmp_path: Path) -> None:
+    (tmp_path / "killed.yaml").write_text(STUDY.replace("steps: 60", "steps: 20"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command(tmp_path)[:3], "profile", *command(tmp_path)[4:]], capture_output=True, env=environment, check=True
+    )
+    first = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 120
+    while not states(tmp_path):  # two processes may not create the tables at the same moment
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, env=environment)
+    assert (first.wait(), second.wait()) == (0, 0)
+    trials = optuna.load_study(study_name="killed", storage=f"sqlite:///{tmp_path}/search.db").get_trials()
+    assert {t.state for t in trials} == {TrialState.COMPLETE}
+    assert 6 <= len(trials) <= 7  # both may start the last one
+    assert [t.user_attrs["rankscope"]["origin"] for t in trials].count("uniform") == 1

@@ -1,0 +1,43 @@
+"""What the README shows is run: its Python example, its study file, its figures."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from rankscope.study import read_study
+from tests.architectures import build
+
+README = Path("README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_python_example_runs() -> None:
+    ids = torch.randint(2, 50, (3, 2, 9), generator=torch.Generator().manual_seed(0))
+    names: dict = {"model": build("llama"), "batches": [{"input_ids": i, "labels": i} for i in ids]}
+    exec(block("python"), names)
+    assert names["allocation"].parameters <= names["budget"].limit
+    trained = sum(p.numel() for p in names["peft_model"].parameters() if p.requires_grad)
+    assert trained == names["allocation"].parameters
+
+
+def test_the_study_file_is_valid(tmp_path: Path) -> None:
+    path = tmp_path / "my-study.yaml"
+    path.write_text(block("yaml"))
+    assert read_study(path).name == "my-study"
+
+
+def test_the_table_is_that_of_the_committed_result() -> None:
+    rows = {row["strategy"]: row for row in json.loads(Path("studies/results/comparison.json").read_text())["rows"]}
+    for strategy in ("uniform", "one-shot", "gradient-norm"):
+        row = rows[strategy]
+        cells = f"| {strategy} | {row['parameters']:,} | {row['learning_rate']:g} | {100 * row['test']:.1f} % |"
+        assert cells in README
+    mean, low, high = rows["one-shot"]["difference"]
+    assert f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in README

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankscope.tasks.folders import data_folder
 from rankscope.tasks.modes import evaluating, model_loss
-from rankscope.tasks.pretrained import load_pretrained
+from rankscope.tasks.pretrained import load_model
 from rankscope.tasks.protocol import Batch, Split, check_counts
 
 N_TRAIN = 200
@@ -50,9 +50,7 @@ class DigitsShift:
     def _loaded(self) -> nn.Module:
         from transformers import ViTForImageClassification
 
-        model = load_pretrained(ViTForImageClassification.from_pretrained, data_folder("digits_vit"), num_labels=5)
-        assert isinstance(model, nn.Module)
-        return model
+        return load_model(ViTForImageClassification.from_pretrained, data_folder("digits_vit"), num_labels=5)
 
     def build_model(self) -> nn.Module:
         """The encoder with a fresh head of five classes, the same at every call."""

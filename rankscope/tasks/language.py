@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
 from rankscope.tasks.modes import evaluating, model_loss
-from rankscope.tasks.pretrained import load_pretrained
+from rankscope.tasks.pretrained import load_model
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import read_table, split_rows
 from rankscope.tasks.tokens import TokenRows, check_positions, tokenize
@@ -75,9 +75,8 @@ class CausalLM:
     def _loaded(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        model = load_pretrained(AutoModelForCausalLM.from_pretrained, self.model, **self._options)
+        model = load_model(AutoModelForCausalLM.from_pretrained, self.model, fresh=r"$", **self._options)
         check_positions(self._rows, model.config)
-        assert isinstance(model, nn.Module)
         return model
 
     @cached_property

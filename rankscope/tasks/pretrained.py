@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from rankscope.exceptions import TaskError
 
@@ -45,6 +47,29 @@ def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0
         if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
             reason = "its config.json does not fit its weights."
         raise TaskError(f"`{source}` must be a model folder or hub id that loads, but does not: {reason}") from error
+
+
+def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | None = None, **options: Any) -> nn.Module:
+    """`load_pretrained` for a model, of which only a head may be missing from the checkpoint.
+
+    Args:
+        load: A `from_pretrained` of a model.
+        source: A local folder, or a hub id.
+        fresh: Regex for the beginning of names that may be missing; default: all outside the base model, and its pooler.
+        **options: Passed on.
+
+    Raises:
+        TaskError: There is nothing that can be loaded, or it lacks other weights: these would be random, unnoticed.
+    """
+    model, report = load_pretrained(load, source, output_loading_info=True, **options)
+    allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)|.*pooler\."
+    if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
+        raise TaskError(
+            f"`{source}` must hold the weights of {type(model).__name__}, but lacks {len(missing)} of them, "
+            f"as {missing[0]!r}; is it a model of another kind?"
+        )
+    assert isinstance(model, nn.Module)
+    return model
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
 from rankscope.tasks.modes import evaluating, model_loss
-from rankscope.tasks.pretrained import load_pretrained
+from rankscope.tasks.pretrained import load_model
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import check_filled, read_table, split_rows
 from rankscope.tasks.tokens import TokenRows, check_positions, tokenize
@@ -132,13 +132,13 @@ class TextClassification:
         from transformers import AutoModel, AutoModelForSequenceClassification
 
         if self.pooling == "model":
-            model = load_pretrained(
+            model: Any = load_model(
                 AutoModelForSequenceClassification.from_pretrained, self.model, num_labels=len(self.classes)
             )
             if model.config.pad_token_id is None:  # decoders find a text's last token by it
                 model.config.pad_token_id = self._rows["train"].pad
         else:
-            encoder = load_pretrained(AutoModel.from_pretrained, self.model)
+            encoder: Any = load_model(AutoModel.from_pretrained, self.model, fresh=r"pooler\.")
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
             model = MeanPooledClassifier(encoder, len(self.classes))

@@ -13,7 +13,7 @@ from rankscope.exceptions import TaskError
 from rankscope.tasks import evaluate
 from rankscope.tasks.packages import PackageSource, checked, fetch_package
 from rankscope.tasks.tables import read_table, split_rows
-from tests.tasks.models import save_bert, sentences
+from tests.tasks.models import save_bert, save_llama, sentences
 
 USER_TASK = """
 import torch
@@ -106,6 +106,19 @@ def test_a_model_folder_without_weights_or_config(folder: Path) -> None:
         TaskError, match=r"^`.*/bert` must be a model folder, but has no config\.json; save the model there"
     ):
         rs.load_task(spec, base_dir=folder).build_model()
+
+
+def test_weights_of_another_kind_of_model_are_refused(folder: Path) -> None:
+    """Transformers would draw what it does not find at random, and only warn."""
+    llama = save_llama(folder / "llama")
+    (folder / "bert" / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    for pooling in ("mean", "model"):
+        spec = {"type": "sequence-classification", "model": "bert", "data": "rows.parquet", "pooling": pooling}
+        with pytest.raises(
+            TaskError,
+            match=r"bert` must hold the weights of Bert\w+, but lacks \d+ of them, as '.*'; is it a model of another kind\?$",
+        ):
+            rs.load_task(spec, base_dir=folder).build_model()
 
 
 def test_tables(tmp_path: Path) -> None:

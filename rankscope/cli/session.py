@@ -30,7 +30,7 @@ def quiet_libraries() -> None:
     import optuna
     import transformers
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial gets our one line, not its page
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+import numpy as np
 import optuna
 
 from rankscope.allocation import RankAllocation
@@ -18,6 +19,7 @@ from rankscope.training import TrainingConfig, train
 logger = logging.getLogger(__name__)
 
 CONFIRMATION_KEY = "confirmation"
+_SIMPLICITY = {"uniform": 0, "one-shot": 1}
 FIRST_SEED = 500  # trials train on seeds 0, 1, …
 
 
@@ -54,6 +56,24 @@ def choose_finalists(trials: Sequence[Trial], n_sampled: int = 3) -> list[Trial]
             chosen.append(trial)
             taken.add(trial.allocation)
     return chosen
+
+
+def recommend(finalists: Sequence[Finalist]) -> Finalist:
+    """The simplest finalist within one standard error of the best; uniform is simplest, then one-shot.
+
+    The one-standard-error rule (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), with the standard error of a paired difference,
+    pooled over all finalists: what seeds and finalists leave unexplained in a two-way layout. One seed tells nothing of
+    noise; then it is the best.
+    """
+    metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
+    n, n_seeds = metrics.shape
+    means = metrics.mean(axis=1)
+    error = 0.0
+    if n > 1 and n_seeds > 1:
+        residuals = metrics - means[:, None] - metrics.mean(axis=0) + metrics.mean()
+        error = float(np.sqrt(np.square(residuals).sum() / ((n - 1) * (n_seeds - 1)) * 2.0 / n_seeds))
+    order = sorted(range(n), key=lambda i: (_SIMPLICITY.get(finalists[i].trial.origin, 2), -means[i]))
+    return next(finalists[i] for i in order if means[i] >= means.max() - error)
 
 
 def confirm(

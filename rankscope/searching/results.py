@@ -12,7 +12,7 @@ import pandas as pd
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
-from rankscope.searching.confirmation import Finalist
+from rankscope.searching.confirmation import Finalist, recommend
 from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.targets import TargetModule
 
@@ -40,12 +40,13 @@ class SearchResult:
 
     @property
     def best_trial(self) -> Trial:
-        """The recommended trial: the best of the finalists on fresh seeds, equal ones in favour of uniform and one-shot.
+        """The recommended trial: of the finalists on fresh seeds, the simplest within one standard error of the best.
 
-        Without finalists it is the best observed, which noise flatters: compare it on fresh seeds before you believe it.
+        Uniform is simplest, then one-shot; see `rankscope.searching.confirmation.recommend`. Without finalists it is the
+        best observed, which noise flatters: compare it on fresh seeds before you believe it.
         """
         if self.finalists:
-            return max(self.finalists, key=lambda finalist: finalist.metric).trial
+            return recommend(self.finalists).trial
         return self.best_of(self.trials)
 
     @property

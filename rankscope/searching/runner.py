@@ -64,7 +64,8 @@ def search(
         learning_rates: Rates to search over beside the ranks; default: the schedule's.
         n_seeds: Training seeds of each trial: 0, 1, ….
         n_confirm: Fresh seeds on which uniform, one-shot and the three best proposals are trained again in the end; the
-            recommendation is the best of these, since the best observed trial is flattered by noise. 0: none.
+            recommendation is the simplest of these within one standard error of the best, since the best observed trial
+            is flattered by noise. 0: none.
         storage: As Optuna takes it; None keeps the study in memory.
         study_name: Default: the task's name.
         seed: Of the sampler.

@@ -10,6 +10,7 @@ import pytest
 import rankscope as rs
 from rankscope.exceptions import BudgetError, StudyError
 from rankscope.searching import search
+from rankscope.searching.confirmation import recommend
 from rankscope.searching.trials import completed
 from rankscope.tasks import Task
 
@@ -59,12 +60,11 @@ def test_each_trial_stores_what_it_did(result: rs.SearchResult) -> None:
         assert trial.difference == pytest.approx(trial.metric - best_uniform.metric)
 
 
-def test_recommendation_is_the_best_finalist_on_fresh_seeds(result: rs.SearchResult) -> None:
+def test_finalists_are_trained_on_fresh_seeds(result: rs.SearchResult) -> None:
     assert [f.trial.origin for f in result.finalists[:2]] == ["uniform", "one-shot"]
     assert len({f.trial.allocation for f in result.finalists}) == len(result.finalists) <= 5
     assert all(set(f.metrics_by_seed) == {"500", "501"} for f in result.finalists)
-    best = max(result.finalists, key=lambda f: f.metric)
-    assert result.best_allocation == best.trial.allocation
+    assert result.best_allocation == recommend(result.finalists).trial.allocation
 
 
 def test_parquet_holds_the_trials(result: rs.SearchResult, tmp_path: Path) -> None:

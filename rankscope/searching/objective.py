@@ -68,7 +68,7 @@ class Objective:
             "metric": fmean(metrics.values()),
             "loss": loss,
             "metrics_by_seed": metrics,
-            "difference": _paired_difference(metrics, earlier),
+            "difference": None if origin == UNIFORM else _paired_difference(metrics, earlier),
             "wall_seconds": seconds,
             "reused": (same.number if same.reused is None else same.reused) if same else None,
         }

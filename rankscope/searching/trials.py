@@ -28,7 +28,8 @@ class Trial:
         metric: Validation metric, mean over seeds; higher is better.
         loss: Validation loss, mean over seeds.
         metrics_by_seed: Validation metric of each seed.
-        difference: Mean paired difference of the metric to uniform at uniform's best learning rate, seed by seed.
+        difference: Mean paired difference of the metric to uniform at uniform's best learning rate, seed by seed; None
+            for uniform itself.
         wall_seconds: Training time; 0 where the result of an equal trial was reused.
         reused: Number of the trial whose result was reused; None for one that was trained.
     """

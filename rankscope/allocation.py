@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -45,19 +46,22 @@ class RankAllocation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        object.__setattr__(self, "vector", tuple(int(rank) for rank in self.vector))
-        if len(self.targets) != len(self.vector):
+        ranks: tuple[Any, ...] = tuple(self.vector)
+        if len(self.targets) != len(ranks):
             raise AllocationError(
-                f"`vector` must hold one rank for each of the {len(self.targets)} targets, but holds {len(self.vector)}."
+                f"`vector` must hold one rank for each of the {len(self.targets)} targets, but holds {len(ranks)}."
             )
         if len({target.name for target in self.targets}) != len(self.targets):
             raise AllocationError("`targets` must not name a module twice.")
-        for target, rank in zip(self.targets, self.vector, strict=True):
-            if not 0 <= rank <= target.full_rank:
+        for target, rank in zip(self.targets, ranks, strict=True):
+            if not isinstance(rank, Integral):
+                raise AllocationError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
+            if not 0 <= int(rank) <= target.full_rank:
                 raise AllocationError(
                     f"the rank of `{target.name}` must lie between 0 and {target.full_rank} "
                     f"(its smaller side), but got {rank}."
                 )
+        object.__setattr__(self, "vector", tuple(int(rank) for rank in ranks))
 
     @classmethod
     def from_ranks(
@@ -128,7 +132,7 @@ class RankAllocation:
         """The inverse of `to_dict`.
 
         Raises:
-            FileFormatError: Another schema, a key is missing, or the parameter count contradicts the ranks.
+            FileFormatError: Another schema, a key is missing, or the parameter count or fingerprint contradicts the rest.
         """
         if value.get("schema") != SCHEMA:
             raise FileFormatError(
@@ -137,15 +141,20 @@ class RankAllocation:
         try:
             targets = tuple(TargetModule(**target) for target in value["targets"])
             allocation = cls.from_ranks(targets, value["ranks"], strategy=value["strategy"], budget=value["budget"])
-            stated = value["parameters"]
-        except (KeyError, TypeError) as error:
+            stated, model = value["parameters"], value["model"]
+        except (AttributeError, KeyError, TypeError) as error:
             raise FileFormatError(
                 f"an allocation must hold ranks and targets, but is incomplete ({error}); write it again."
             ) from None
         if stated != allocation.parameters:
             raise FileFormatError(
                 f"an allocation's `parameters` must equal what its ranks cost ({allocation.parameters:,}), "
-                f"but says {stated:,}; it was edited: write it again."
+                f"but says {stated!r}; it was edited: write it again."
+            )
+        if model != (actual := fingerprint_targets(targets)):
+            raise FileFormatError(
+                f"an allocation's `model` must be the fingerprint of its targets ({actual}), "
+                f"but says {model!r}; it was edited: write it again."
             )
         return allocation
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,7 +34,9 @@ class ParameterBudget:
     limit: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.limit, bool) or int(self.limit) != self.limit or self.limit <= 0:
+        limit: Any = self.limit
+        whole = isinstance(limit, Real) and float(limit).is_integer()
+        if isinstance(limit, bool) or not whole or limit <= 0:
             raise BudgetError(f"`limit` must be a positive whole number of adapter parameters, but got {self.limit!r}.")
         object.__setattr__(self, "limit", int(self.limit))
 
@@ -140,7 +143,7 @@ def allocate_marginal(
     )
     if not any(np.any(np.asarray(gains[target.name]) > 0) for target in targets):
         raise BudgetError("`gains` must not all be zero; take the profile again on data with a loss.")
-    order = np.lexsort((problem.name_order[module], rank, -density / problem.costs[module]))
+    order = np.lexsort((problem.name_order[module], rank, -_rounded(density / problem.costs[module])))
     module = module[order]
 
     # The longest prefix that fits goes in at once; what is left is tried rank by rank.
@@ -217,9 +220,8 @@ def _ideal_ranks(scores: Floats, problem: _Problem) -> Floats:
         return np.clip(scale * scores, problem.lowest, problem.highest).astype(np.float64)
 
     low, high = 0.0, 1.0
-    ceiling = float(problem.highest.max()) / float(
-        scores[scores > 0].min()
-    )  # here every scored module is at its maximum
+    least = max(float(scores[scores > 0].min()), 1e-300)  # scores may underflow; the ceiling must not overflow
+    ceiling = float(problem.highest.max()) / least  # here every scored module is at its maximum
     while high < ceiling and float(problem.costs @ at(high)) < problem.limit:
         high *= 2.0
     for _ in range(100):
@@ -229,6 +231,12 @@ def _ideal_ranks(scores: Floats, problem: _Problem) -> Floats:
         else:
             high = middle
     return at(low)
+
+
+def _rounded(values: Floats) -> Floats:
+    """Values to 12 digits of their mantissa: equal ones must stay ties after a rounding error in the last bit."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa, 12), exponent)
 
 
 def _padded(gains: Mapping[str, Any], target: TargetModule, low: int, high: int) -> Floats:

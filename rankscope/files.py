@@ -63,12 +63,16 @@ def read_json(path: str | os.PathLike[str], *, what: str) -> dict[str, Any]:
         what: What the file should hold, for the error message, as in "an allocation".
 
     Raises:
-        FileFormatError: The file is missing, is not JSON, or does not hold an object.
+        FileFormatError: The file is missing, cannot be read, is not JSON, or does not hold an object.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileFormatError(f"`{path}` must hold {what}, but there is no such file; check the path.") from None
+    except OSError as error:
+        raise FileFormatError(
+            f"`{path}` must hold {what}, but cannot be read ({error.strerror}); check the path."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(
             f"`{path}` must hold {what} as JSON, but it cannot be parsed ({error}); it may be truncated: write it again."

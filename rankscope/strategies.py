@@ -6,6 +6,7 @@ Each strategy is one function of a `Request`; `allocate` is the door to all of t
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,8 +132,8 @@ def random(request: Request) -> RankAllocation:
     shares.
     """
     concentration = float(request.options.get("concentration", 1.0))
-    if not concentration > 0:
-        raise BudgetError(f"`concentration` must be above 0, but got {concentration}.")
+    if not 0 < concentration < math.inf:
+        raise BudgetError(f"`concentration` must be above 0 and finite, but got {concentration}.")
     rng = np.random.default_rng(request.seed)
     names = sorted(target.name for target in request.targets)  # the draw must not depend on the targets' order
     shares = dict(zip(names, rng.gamma(concentration, size=len(names)), strict=True))
@@ -157,6 +158,8 @@ def one_shot(request: Request) -> RankAllocation:
     profile's batches agree on.
     """
     power = float(request.options.get("power", 2.0))
+    if not 0 < power < math.inf:
+        raise BudgetError(f"`power` must be above 0 and finite, but got {power}.")
     spectra = request.profiled().spectra(signal=bool(request.options.get("signal", True)))
     return request.marginal({t.name: spectra[t.name] ** power for t in request.targets})
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,19 +81,42 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         f"`{path}` does not hold a valid allocation: the rank of `{VIT[0].name}` must lie between 0 and 64 (its smaller side), but got 65.": {**stored, "ranks": {VIT[0].name: 65}},
         f"`{path}` does not hold a valid allocation: `ranks` must name target modules only, but names 'gone'.": {**stored, "ranks": {"gone": 1}},
         f"`{path}` must hold an allocation as a JSON object, but holds a list.": [],
+        "an allocation must have schema 1, but has None; write it again.": {},
+        "an allocation's `parameters` must equal what its ranks cost (384), but says '384'; it was edited: write it again.": {**stored, "parameters": "384"},
+        f"an allocation's `model` must be the fingerprint of its targets ({stored['model']}), but says 'other'; it was edited: write it again.": {**stored, "model": "other"},
+        "an allocation must hold ranks and targets, but is incomplete ('list' object has no attribute 'get'); write it again.": {**stored, "ranks": [VIT[0].name]},
+        f"`{path}` does not hold a valid allocation: the rank of `{VIT[0].name}` must be a whole number, but got 1.5.": {**stored, "ranks": {VIT[0].name: 1.5}},
     }  # fmt: skip
     for message, value in cases.items():
         path.write_text(json.dumps(value))
         with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
             rs.RankAllocation.from_json(path)
-    path.write_text(json.dumps(stored)[:50])
-    with pytest.raises(
-        FileFormatError,
-        match=r"must hold an allocation as JSON, but it cannot be parsed \(.*\); it may be truncated: write it again\.$",
-    ):
+
+
+def test_a_file_cut_anywhere_or_missing_is_named(tmp_path: Path) -> None:
+    path = rs.RankAllocation(VIT[:2], (1, 2)).to_json(tmp_path / "a.json")
+    whole = path.read_text().rstrip()
+    for end in range(0, len(whole), 37):
+        path.write_text(whole[:end])
+        start, stop = (
+            f"`{path}` must hold an allocation as JSON, but it cannot be parsed (",
+            "); it may be truncated: write it again.",
+        )
+        with pytest.raises(FileFormatError, match=f"^{re.escape(start)}.*{re.escape(stop)}$"):
+            rs.RankAllocation.from_json(path)
+    none = tmp_path / "none.json"
+    message = f"`{none}` must hold an allocation, but there is no such file; check the path."
+    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        rs.RankAllocation.from_json(none)
+
+
+def test_an_edited_shape_is_seen_even_where_it_costs_nothing(tmp_path: Path) -> None:
+    path = rs.RankAllocation(VIT[:2], (1, 0)).to_json(tmp_path / "a.json")
+    stored = json.loads(path.read_text())
+    stored["targets"][1]["in_features"] = 32
+    path.write_text(json.dumps(stored))
+    with pytest.raises(FileFormatError, match=r"^an allocation's `model` must be the fingerprint of its targets \("):
         rs.RankAllocation.from_json(path)
-    with pytest.raises(FileFormatError, match=r"must hold an allocation, but there is no such file; check the path\.$"):
-        rs.RankAllocation.from_json(tmp_path / "none.json")
 
 
 def test_fingerprint_is_the_same_in_another_process() -> None:
@@ -106,6 +130,7 @@ def test_fingerprint_is_the_same_in_another_process() -> None:
         capture_output=True,
         text=True,
         check=True,
+        cwd=Path(__file__).parents[1],
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": "."},
     )
     assert done.stdout.strip() == allocation.fingerprint
@@ -118,3 +143,18 @@ def test_ranks_must_fit() -> None:
         rs.RankAllocation(VIT, (1,))
     with pytest.raises(AllocationError, match=r"^`targets` must not name a module twice\.$"):
         rs.RankAllocation((VIT[0], VIT[0]), (1, 1))
+    for rank, message in [
+        (-1, f"the rank of `{VIT[0].name}` must lie between 0 and 64 (its smaller side), but got -1."),
+        (65, f"the rank of `{VIT[0].name}` must lie between 0 and 64 (its smaller side), but got 65."),
+        (1.5, f"the rank of `{VIT[0].name}` must be a whole number, but got 1.5."),
+        ("two", f"the rank of `{VIT[0].name}` must be a whole number, but got 'two'."),
+    ]:
+        with pytest.raises(AllocationError, match=f"^{re.escape(message)}$"):
+            rs.RankAllocation(VIT[:1], (rank,))
+    with pytest.raises(AllocationError, match=r"^`ranks` must name target modules only, but names 'gone'\.$"):
+        rs.RankAllocation.from_ranks(VIT, {"gone": 1})
+
+
+def test_numpy_ranks_become_plain_integers() -> None:
+    allocation = rs.RankAllocation(VIT[:2], np.array([1, 2]))
+    assert repr(allocation.vector) == "(1, 2)"

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -83,6 +84,21 @@ def test_marginal_is_optimal_for_equal_costs(targets: tuple, units: int, data: s
     assert value(gains, dict(found.ranks)) == pytest.approx(best_value(targets, gains, 12 * units))
 
 
+@given(inventories(max_size=3, equal_costs=True), st.data())
+def test_marginal_is_optimal_within_bounds(targets: tuple, data: st.DataObject) -> None:
+    gains = draw_gains(data, targets)
+    low = {t.name: data.draw(st.integers(0, 2)) for t in targets}
+    high = {t.name: data.draw(st.integers(max(low[t.name], 1), 6)) for t in targets}
+    limit = 12 * data.draw(st.integers(max(sum(low.values()), 1), 18))
+    found = allocate_marginal(targets, gains, rs.ParameterBudget(limit), min_rank=low, max_rank=high)
+    best = max(
+        value(gains, dict(zip([t.name for t in targets], ranks, strict=True)))
+        for ranks in itertools.product(*[range(low[t.name], high[t.name] + 1) for t in targets])
+        if 12 * sum(ranks) <= limit
+    )
+    assert value(gains, dict(found.ranks)) == pytest.approx(best)
+
+
 @given(inventories(max_size=3), st.integers(30, 120), st.data())
 def test_marginal_misses_at_most_one_rank_for_unequal_costs(
     targets: tuple[rs.TargetModule, ...], limit: int, data: st.DataObject
@@ -112,6 +128,57 @@ def test_proportional_is_largest_remainder_for_equal_costs(scores: list[int], un
     assert list(found.vector) == largest_remainder(scores, units)
 
 
+def exact_ideal(costs: list[int], scores: list[int], low: list[int], high: list[int], limit: int) -> list[Fraction]:
+    """clip(c * score, low, high) at the c where it costs the limit, in fractions, from breakpoint to breakpoint."""
+
+    def at(c: Fraction) -> list[Fraction]:
+        return [min(max(c * s, Fraction(a)), Fraction(b)) for s, a, b in zip(scores, low, high, strict=True)]
+
+    def cost(c: Fraction) -> Fraction:
+        return sum((w * r for w, r in zip(costs, at(c), strict=True)), Fraction(0))
+
+    ends = sorted({Fraction(0), *(Fraction(b, s) for s, *ab in zip(scores, low, high, strict=True) if s for b in ab)})
+    if cost(ends[-1]) <= limit:
+        return at(ends[-1])
+    before = max(end for end in ends if cost(end) <= limit)
+    after = min(end for end in ends if cost(end) > limit)
+    return at(before + (after - before) * (limit - cost(before)) / (cost(after) - cost(before)))
+
+
+@given(problems(), st.data())
+def test_proportional_is_exact_with_costs_and_bounds(problem: tuple, data: st.DataObject) -> None:
+    targets, budget, low, high = problem
+    targets = tuple(sorted(targets, key=lambda t: t.name))
+    scores = [data.draw(st.integers(0, 9)) for _ in targets]
+    scores[0] = 5
+    costs = [t.rank_cost for t in targets]
+    highest = [min(high[t.name], t.full_rank) for t in targets]
+    ideal = exact_ideal(costs, scores, [low[t.name] for t in targets], highest, budget.limit)
+    ranks = [int(i) for i in ideal]
+    left = budget.limit - sum(c * r for c, r in zip(costs, ranks, strict=True))
+    while fitting := [i for i in range(len(ranks)) if ranks[i] < highest[i] and costs[i] <= left]:
+        chosen = max(fitting, key=lambda i: (ideal[i] - ranks[i], -i))
+        ranks[chosen] += 1
+        left -= costs[chosen]
+    named = {t.name: float(s) for t, s in zip(targets, scores, strict=True)}
+    assert list(allocate_proportional(targets, named, budget, min_rank=low, max_rank=high).vector) == ranks
+
+
+@pytest.mark.parametrize("tiny", [1e-290, 1e-310, 5e-324, 0.0])
+def test_scores_that_underflow_do_not_make_the_ranks_even(tiny: float) -> None:
+    targets = tuple(rs.TargetModule(name=n, in_features=64, out_features=64) for n in "abc")
+    found = allocate_proportional(targets, {"a": 1.0, "b": tiny, "c": 0.0}, rs.ParameterBudget(70 * 128))
+    assert found.vector[0] == 64
+    assert sum(found.vector) == 70
+
+
+def test_ties_survive_rounding_errors() -> None:
+    """0.1 * 3 is not 0.3 in floating point, but a tie all the same: it goes to the name, not to the last bit."""
+    targets = tuple(rs.TargetModule(name=n, in_features=5, out_features=5) for n in "ab")
+    assert 0.1 * 3 > 0.3
+    assert allocate_marginal(targets, {"a": [0.3], "b": [0.1 * 3]}, rs.ParameterBudget(10)).vector == (1, 0)
+
+
 def test_a_hand_worked_water_filling() -> None:
     """Costs 4 and 8: gains per parameter 2, 0.5 against 1.25, 1; 20 parameters buy the first three."""
     targets = (
@@ -122,10 +189,8 @@ def test_a_hand_worked_water_filling() -> None:
     assert allocate_marginal(targets, gains, rs.ParameterBudget(20)).vector == (1, 2)
     assert allocate_marginal(targets, gains, rs.ParameterBudget(12)).vector == (1, 1)
     assert allocate_marginal(targets, gains, rs.ParameterBudget(15)).vector == (1, 1)
-    assert allocate_marginal(targets, gains, rs.ParameterBudget(16)).vector == (
-        2,
-        1,
-    )  # the third did not fit; a cheaper one did
+    found = allocate_marginal(targets, gains, rs.ParameterBudget(16))
+    assert found.vector == (2, 1)  # the second large one did not fit; a cheaper one did
 
 
 def test_an_inventory_of_a_70b_model() -> None:
@@ -177,13 +242,16 @@ def test_mistakes_are_named(arguments: dict, message: str) -> None:
             allocate_proportional(targets, options.pop("scores", ONES), budget, **options)
 
 
-@pytest.mark.parametrize("limit", [0, -3, 1.5, True])
-def test_a_budget_is_a_positive_whole_number(limit: float) -> None:
-    with pytest.raises(
-        BudgetError,
-        match=re.escape(f"`limit` must be a positive whole number of adapter parameters, but got {limit!r}."),
-    ):
+@pytest.mark.parametrize("limit", [0, -3, 1.5, True, float("nan"), float("inf"), "many", None])
+def test_a_budget_is_a_positive_whole_number(limit: object) -> None:
+    message = f"`limit` must be a positive whole number of adapter parameters, but got {limit!r}."
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
         rs.ParameterBudget(limit)
+
+
+@pytest.mark.parametrize("limit", [5, 5.0, np.int64(5)])
+def test_a_whole_budget_becomes_an_int(limit: float) -> None:
+    assert repr(rs.ParameterBudget(limit)) == "ParameterBudget(limit=5)"
 
 
 def test_uniform_budget() -> None:

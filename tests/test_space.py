@@ -9,7 +9,7 @@ import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.exceptions import BudgetError
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
-from tests.inventories import check_feasible, vit_inventory
+from tests.inventories import check_feasible, inventories, vit_inventory
 
 VIT = vit_inventory()
 RNG = np.random.default_rng(0)
@@ -37,6 +37,28 @@ def test_corners_are_one_shot_and_uniform(limit: int) -> None:
     assert found.allocation(found.point(tau=0.0)) == rs.allocate(
         "uniform", targets=VIT, budget=rs.ParameterBudget(limit)
     )
+
+
+@given(st.integers(128, 60_000))
+def test_corners_hold_at_every_budget(limit: int) -> None:
+    found, budget = space(limit), rs.ParameterBudget(limit)
+    assert found.allocation(found.point(tau=1.0)) == allocate_marginal(VIT, GAINS, budget)
+    assert found.allocation(found.point(tau=0.0)) == rs.allocate("uniform", targets=VIT, budget=budget)
+
+
+@given(inventories(), st.integers(26, 600), st.integers(0, 9))
+def test_corners_hold_for_unequal_costs(targets: tuple[rs.TargetModule, ...], limit: int, seed: int) -> None:
+    rng, budget = np.random.default_rng(seed), rs.ParameterBudget(limit)
+    gains = {t.name: np.sort(rng.exponential(size=t.full_rank))[::-1] for t in targets}
+    found = HierarchicalSpace(targets=targets, gains=gains, budget=budget, groups=group_by_depth(targets))
+    assert found.allocation(found.point(tau=1.0)) == allocate_marginal(targets, gains, budget)
+    assert found.allocation(found.point(tau=0.0)) == rs.allocate("uniform", targets=targets, budget=budget)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_tau_zero_is_plain_lora_at_its_budget(rank: int) -> None:
+    found = space(6_912 * rank)
+    assert found.allocation(found.point(tau=0.0)).vector == (rank,) * 36
 
 
 def test_tau_goes_from_even_to_uneven() -> None:
@@ -70,6 +92,9 @@ def test_mistakes_are_named() -> None:
     found = space(6_912)
     with pytest.raises(BudgetError, match=r"^`point` must give every tilt a value, but lacks 'tau'\.$"):
         found.allocation({})
+    partly = {name: value for name, value in found.point(tau=1.0).items() if name != "role/fc2"}
+    with pytest.raises(BudgetError, match=r"^`point` must give every tilt a value, but lacks 'role/fc2'\.$"):
+        found.allocation(partly)
     zero = HierarchicalSpace(
         targets=VIT, gains={t.name: np.zeros(3) for t in VIT}, budget=found.budget, groups=found.groups
     )

@@ -76,7 +76,11 @@ class TestConformance:
         assert (first.strategy, first.budget) == (strategy, 13_824)
 
     def test_infeasible(self, strategy: str, options: dict, seed: int) -> None:
-        with pytest.raises(BudgetError, match="must cover rank 1 on all 36 target modules"):
+        message = (
+            "`budget` must cover rank 1 on all 36 target modules (6,912 parameters), but got 6,000; "
+            "drop targets, allow rank 0, or raise it."
+        )
+        with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
             self.allocate(strategy, options, seed, budget=rs.ParameterBudget(6_000), min_rank=1)
 
 
@@ -92,6 +96,25 @@ def test_one_shot_by_hand() -> None:
     profile = make_profile(TWO, SPECTRA)
     for limit, ranks in [(40, (0, 1)), (60, (1, 1)), (80, (2, 1)), (120, (2, 2)), (140, (3, 2))]:
         assert rs.allocate("one-shot", targets=TWO, budget=rs.ParameterBudget(limit), profile=profile).vector == ranks
+
+
+def test_one_shot_options_by_hand() -> None:
+    """Raw values: energies 16/20 against 9/40 and 9/40, then values 4/20 against 3/40; agreed values: the wide one's."""
+    profile = make_profile(TWO, {"narrow": [4.0, 1.0], "wide": [3.0, 3.0]})
+    profile.table["signal_values"] = [[1.0, 0.0], [3.0, 3.0]]
+
+    def found(limit: int, **options: object) -> tuple[int, ...]:
+        budget = rs.ParameterBudget(limit)
+        return rs.allocate("one-shot", targets=TWO, budget=budget, profile=profile, **options).vector
+
+    assert found(40) == found(40, signal=True, power=2) == (0, 1)
+    assert found(40, signal=False) == (2, 0)  # the wide module's first rank no longer fits
+    assert found(60, signal=False) == (1, 1)
+    assert found(80, signal=True, power=2) == (0, 2)
+    assert found(80, signal=False, power=2) == (2, 1)  # 9/40 comes twice before 1/20, but only once fits
+    assert found(100, signal=False, power=2) == (1, 2)
+    assert found(100, signal=True, power=1) == (1, 2)
+    assert found(80, signal=True, power=0.1) == (2, 1)  # 1/20, then 3 ** 0.1 / 40 once; the rest takes what fits
 
 
 def test_gradient_norm_by_hand() -> None:
@@ -117,7 +140,10 @@ def test_mistakes_are_named() -> None:
         (BudgetError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'one-shoot'; did you mean 'one-shot'?"),
         (BudgetError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
         (BudgetError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
-        (BudgetError, "random", {"concentration": 0}, "`concentration` must be above 0, but got 0.0."),
+        (BudgetError, "random", {"concentration": 0}, "`concentration` must be above 0 and finite, but got 0.0."),
+        (BudgetError, "random", {"concentration": float("inf")}, "`concentration` must be above 0 and finite, but got inf."),
+        (BudgetError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be above 0 and finite, but got -1.0."),
+        (BudgetError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'bayes'."),
         (ProfileError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ProfileError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
     ]  # fmt: skip

@@ -51,6 +51,10 @@ class Request:
         """The request's projection of marginal gains."""
         return allocate_marginal(self.targets, gains, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
 
+    def per_parameter(self, scores: Mapping[str, float]) -> RankAllocation:
+        """Parameters in proportion to scores, so ranks to the score per parameter."""
+        return self.proportional({t.name: scores[t.name] / t.rank_cost for t in self.targets})
+
     def profiled(self) -> Profile:
         """The profile.
 
@@ -82,14 +86,16 @@ def allocate(
     still be placed.
 
     Args:
-        strategy: `"uniform"`, `"random"`, `"gradient-norm"` or `"one-shot"`.
+        strategy: `"uniform"`, `"random"`, `"gradient-norm"`, `"fisher"`, `"sensitivity"`, `"activation"`, `"one-shot"` or
+            `"blend"`.
         targets: The target modules.
         budget: The limit in parameters.
-        profile: Needed by `gradient-norm` and `one-shot`.
+        profile: Needed by all but `uniform` and `random`.
         seed: For `random`.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        **options: `random` takes `concentration`; `one-shot` takes `power` and `signal`.
+        **options: `random` takes `concentration`, `gradient-norm` `signal`, `one-shot` `power` and `signal`, `blend`
+            `weights`.
 
     Raises:
         BudgetError: Nothing feasible, or an unknown strategy or option.
@@ -142,9 +148,45 @@ def random(request: Request) -> RankAllocation:
 
 
 def gradient_norm(request: Request) -> RankAllocation:
-    """Parameters in proportion to the gradient's Frobenius norm, so ranks to the norm per parameter."""
-    norms = request.profiled().column("gradient_norm")
-    return request.proportional({t.name: norms[t.name] / t.rank_cost for t in request.targets})
+    """Parameters in proportion to the gradient's Frobenius norm, so ranks to the norm per parameter.
+
+    Option `signal` (default False): the norm without the batches' noise.
+    """
+    profile = request.profiled()
+    norms = profile.column("gradient_norm")
+    if request.options.get("signal", False):
+        shares = profile.column("signal_share")
+        norms = {name: norm * math.sqrt(shares[name]) for name, norm in norms.items()}
+    return request.per_parameter(norms)
+
+
+def fisher(request: Request) -> RankAllocation:
+    """Parameters in proportion to the root of the empirical Fisher trace: the scale of single examples' gradients."""
+    traces = request.profiled().column("fisher_trace")
+    return request.per_parameter({name: math.sqrt(max(trace, 0.0)) for name, trace in traces.items()})
+
+
+def sensitivity(request: Request) -> RankAllocation:
+    """Parameters in proportion to sum |w g|: GoRA's rule (arXiv 2502.12171), with the sum where it takes the mean."""
+    values = request.profiled().column("sensitivity")
+    if unread := [target.name for target in request.targets if math.isnan(values[target.name])]:
+        raise ProfileError(
+            f"the profile must hold the sensitivity of every target, but lacks that of `{unread[0]}`, whose weight "
+            "cannot be read; use another strategy."
+        )
+    return request.per_parameter(values)
+
+
+def activation(request: Request) -> RankAllocation:
+    """Each rank goes where it explains most of the inputs' variance: EVA's rule (arXiv 2410.07170), with parameters counted.
+
+    The gain of rank r is the share of the r-th principal component in the variance of the module's inputs.
+    """
+    profile = request.profiled()
+    variance = profile.column("activation_variance")
+    return request.marginal(
+        {name: values / max(variance[name], _TINY) for name, values in profile.lists("activation_values").items()}
+    )
 
 
 def one_shot(request: Request) -> RankAllocation:
@@ -154,8 +196,8 @@ def one_shot(request: Request) -> RankAllocation:
     the best rank-r part of the gradient, whose energy is the sum of its r leading squared singular values
     (Eckart and Young 1936; LoRA-GA, arXiv 2407.05000, Thm 3.1). The gain of rank r is therefore sigma_r ** 2.
 
-    Options: `power` of the singular values (default 2), and `signal` (default True): only what both halves of the
-    profile's batches agree on.
+    Options: `power` of the singular values (default 2), and `signal` (default True): only what the profile's batches agree
+    on.
     """
     power = float(request.options.get("power", 2.0))
     if not 0 < power < math.inf:
@@ -164,11 +206,48 @@ def one_shot(request: Request) -> RankAllocation:
     return request.marginal({t.name: spectra[t.name] ** power for t in request.targets})
 
 
+def blend(request: Request) -> RankAllocation:
+    """A weighted geometric mean of three views of what a module needs, its parameters in proportion to it.
+
+    Option `weights` (default `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`): exponents of the signal's norm, of
+    the root Fisher trace and of the sensitivity, each first divided by its mean over modules.
+    """
+    weights = {**dict.fromkeys(_BLEND, 0.0), **request.options.get("weights", _BLEND)}
+    if (unknown := set(weights) - set(_BLEND)) or not all(0 <= value < math.inf for value in weights.values()):
+        raise BudgetError(
+            f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {sorted(unknown) or weights}."
+        )
+    profile = request.profiled()
+    shares = profile.column("signal_share")
+    views = {
+        "gradient": {name: norm * math.sqrt(shares[name]) for name, norm in profile.column("gradient_norm").items()},
+        "fisher": {name: math.sqrt(max(trace, 0.0)) for name, trace in profile.column("fisher_trace").items()},
+        "sensitivity": {name: 0.0 if math.isnan(v) else v for name, v in profile.column("sensitivity").items()},
+    }
+    scores = dict.fromkeys((target.name for target in request.targets), 1.0)
+    for view, values in views.items():
+        mean = max(float(np.mean([values[name] for name in scores])), _TINY)
+        scores = {name: score * (values[name] / mean) ** weights[view] for name, score in scores.items()}
+    return request.per_parameter(scores)
+
+
+_TINY = float(np.finfo(np.float64).tiny)
+_BLEND = {"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}
+
 STRATEGIES: Mapping[str, Callable[[Request], RankAllocation]] = {
     "uniform": uniform,
     "random": random,
     "gradient-norm": gradient_norm,
+    "fisher": fisher,
+    "sensitivity": sensitivity,
+    "activation": activation,
     "one-shot": one_shot,
+    "blend": blend,
 }
-NEEDS_PROFILE = frozenset({"gradient-norm", "one-shot"})
-OPTIONS: Mapping[str, tuple[str, ...]] = {"random": ("concentration",), "one-shot": ("power", "signal")}
+NEEDS_PROFILE = frozenset(STRATEGIES) - {"uniform", "random"}
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "random": ("concentration",),
+    "gradient-norm": ("signal",),
+    "one-shot": ("power", "signal"),
+    "blend": ("weights",),
+}

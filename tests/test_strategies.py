@@ -22,7 +22,8 @@ def make_profile(targets: tuple[rs.TargetModule, ...], spectra: dict[str, list[f
             "in_features": t.in_features, "out_features": t.out_features, "rank_cost": t.rank_cost,
             "gradient_norm": float(np.linalg.norm(spectra[t.name])), "signal_energy": 0.0, "noise_energy": 0.0,
             "singular_values": spectra[t.name], "signal_values": [v / 2 for v in spectra[t.name]], "exact": True,
-            "weight_norm": 1.0,
+            "signal_share": 0.25, "fisher_trace": spectra[t.name][0] ** 2, "sensitivity": spectra[t.name][-1],
+            "activation_variance": float(np.sum(spectra[t.name])), "activation_values": spectra[t.name], "weight_norm": 1.0,
         }
         for t in targets
     ]  # fmt: skip
@@ -38,7 +39,12 @@ def random_profile(seed: int) -> rs.Profile:
 CASES = [
     ("uniform", {}),
     *[("random", {"concentration": c}) for c in (0.1, 1.0, 10.0)],
-    ("gradient-norm", {}),
+    *[("gradient-norm", {"signal": s}) for s in (True, False)],
+    ("fisher", {}),
+    ("sensitivity", {}),
+    ("activation", {}),
+    ("blend", {}),
+    ("blend", {"weights": {"fisher": 2.0}}),
     *[("one-shot", {"power": p, "signal": s}) for p in (1.0, 2.0) for s in (True, False)],
 ]
 
@@ -124,6 +130,24 @@ def test_gradient_norm_by_hand() -> None:
     assert found.vector == (6, 4)
 
 
+def test_rules_on_single_features_by_hand() -> None:
+    """Of 280 parameters: Fisher roots 3 : 4 and sensitivities 1 : 6 in parameters; input variance shares 3/4, 1/4 and 4/10, 6/10."""
+    profile = make_profile(TWO, {"narrow": [3.0, 1.0], "wide": [4.0, 6.0]})
+    profile.table["activation_values"] = [[3.0, 1.0], [6.0, 4.0]]
+
+    def found(strategy: str, limit: int = 280, **options: object) -> tuple[int, ...]:
+        budget = rs.ParameterBudget(limit)
+        return rs.allocate(strategy, targets=TWO, budget=budget, profile=profile, **options).vector
+
+    assert found("fisher") == (6, 4)
+    assert found("sensitivity") == (2, 6)
+    assert found("activation", 60) == (1, 1)  # per parameter: 75/20, 25/20; 60/40, 40/40
+    assert found("activation", 80) == (2, 1)
+    assert found("blend", weights={"fisher": 1.0}) == found("fisher")
+    assert found("blend", weights={"sensitivity": 1}) == found("sensitivity")
+    assert found("blend") not in (found("fisher"), found("sensitivity"))
+
+
 def test_uniform_is_uniform_and_random_is_not() -> None:
     budget = rs.ParameterBudget.uniform(VIT, 3)
     assert set(rs.allocate("uniform", targets=VIT, budget=budget).vector) == {3}
@@ -137,13 +161,14 @@ def test_uniform_is_uniform_and_random_is_not() -> None:
 def test_mistakes_are_named() -> None:
     budget = rs.ParameterBudget(1_000)
     cases = [
-        (BudgetError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'one-shoot'; did you mean 'one-shot'?"),
+        (BudgetError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'one-shoot'; did you mean 'one-shot'?"),
         (BudgetError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
         (BudgetError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
         (BudgetError, "random", {"concentration": 0}, "`concentration` must be above 0 and finite, but got 0.0."),
         (BudgetError, "random", {"concentration": float("inf")}, "`concentration` must be above 0 and finite, but got inf."),
         (BudgetError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be above 0 and finite, but got -1.0."),
-        (BudgetError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'bayes'."),
+        (BudgetError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'bayes'."),
+        (BudgetError, "blend", {"weights": {"fish": 1}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got ['fish']."),
         (ProfileError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ProfileError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
     ]  # fmt: skip

@@ -1,13 +1,14 @@
-"""`profile`: runs a model over batches and turns each target module's gradient into features.
+"""`profile`: runs a model over batches and turns each target module's gradient and inputs into features.
 
-Hooks see the input x and the output gradient delta of every target module; no weight needs `requires_grad`, so the
-base may be frozen or quantised, and no full gradient is ever kept (`sketch.py`). Even and odd batches feed two
-sketches: what both halves agree on is signal.
+Hooks (`observer.py`) see the input x and the output gradient delta of every target module; no weight needs
+`requires_grad`, so the base may be frozen or quantised, and no full gradient is ever kept (`sketch.py`). What the batches'
+gradients agree on is signal, their scatter is noise (`features.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,25 +16,33 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import ProfileError
-from rankscope.profiling.head import head_warmed
-from rankscope.profiling.sketch import (
-    ExactGradient,
-    GradientAccumulator,
-    RandomMatrices,
-    cross_values,
-    new_gradient_store,
-    signal_energy,
-    singular_values,
+from rankscope.profiling.batches import Tally, check_loss
+from rankscope.profiling.convergence import Convergence
+from rankscope.profiling.features import (
+    effective_rank,
+    frobenius_norm,
+    sensitivity,
+    signal_shares,
+    split_energy,
+    stable_rank,
 )
+from rankscope.profiling.head import head_warmed
+from rankscope.profiling.interrupt import stop_on_interrupt
+from rankscope.profiling.layers import SUPPORTED, base_modules, dense_weight, unwrapped
+from rankscope.profiling.observer import Observed, Observer, module_device
+from rankscope.profiling.processes import gathered, several, sum_over_processes
+from rankscope.profiling.sketch import ExactGradient, RandomMatrices, is_finite, singular_triples
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+logger = logging.getLogger(__name__)
 
 
 def profile(
@@ -45,31 +54,48 @@ def profile(
     n_batches: int | None = None,
     head: Sequence[str] = (),
     head_steps: int = 100,
-    sketch_size: int = 32,
+    head_batches: Iterable[Any] | None = None,
+    sketch_size: int = 48,
+    tolerance: float | None = None,
+    keep_directions: int = 0,
+    warm_up: torch.optim.Optimizer | None = None,
+    max_skipped: float = 0.1,
+    keep_partial: bool = False,
     seed: int = 0,
     on_batch: Callable[[int, float], None] | None = None,
 ) -> Profile:
-    """Profiles the gradient of the loss at every target module.
+    """Profiles the gradient of the loss, and the inputs, at every target module.
 
     The model is left as it was: its weights, its `requires_grad` flags, its training mode and its hooks. It is run in
-    evaluation mode, so that dropout adds no noise.
+    evaluation mode, so that dropout adds no noise. A model wrapped by PEFT, DistributedDataParallel or torch.compile is taken
+    as it is. Memory does not grow with the number of batches. Under torch.distributed, each process passes its own batches
+    and all get the profile of all of them.
 
     Args:
         model: Any torch module, on any device; frozen and quantised bases included.
         batches: Batches of the training data, iterable more than once where `head` is given (a list, a DataLoader).
             Each counts by its number of examples (the first dimension of its first tensor). At least two.
-        targets: Which modules; default: `find_targets(model)`.
+        targets: Which modules; default: `find_targets(model)`. Kinds that cannot be profiled (embeddings) are named in a
+            warning, skipped, and recorded under `skipped` in the metadata.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         n_batches: Use this many batches only.
         head: Full names of freshly initialised modules (a new classifier). A gradient through an untrained head says
             little, so they are trained first, alone, for `head_steps` steps, and restored afterwards.
         head_steps: AdamW steps on the head.
+        head_batches: Batches to train the head on; default: `batches`. A head that has fitted the profiled batches leaves
+            less gradient in them.
         sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are found.
+        tolerance: Stop once the leading 8 singular values move by no more than this share between looks; default: never.
+        keep_directions: Keep so many leading left and right singular vectors of each module, to initialise adapters from.
+        warm_up: An optimizer of some of the model's parameters, stepped after each batch: the profile is then taken along a
+            short run. `Profile.steps` holds each batch's gradient norms, and the parameters are restored afterwards.
+        max_skipped: The largest share of batches that may be skipped because their loss is NaN or infinite.
+        keep_partial: On Ctrl-C, return the profile of the batches so far, as soon as the present one is done.
         seed: Seeds the sketches.
         on_batch: Called after each batch with its index and loss.
 
     Raises:
-        ProfileError: Fewer than two batches, a loss that is not a finite scalar, or a module that got no gradient.
+        ProfileError: Fewer than two batches, too many without a finite loss, a gradient that is not finite, or none at all.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
     >>> batches = [torch.ones(2, 4), -torch.ones(2, 4)]
@@ -77,95 +103,129 @@ def profile(
     >>> {name: len(values) for name, values in taken.spectra().items()}
     {'0': 3, '2': 1}
     """
+    model = unwrapped(model)
     targets = tuple(targets) if targets is not None else find_targets(model)
     loss_fn = loss_fn or _model_loss
+    if tolerance is not None and several():
+        raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
+    targets, skipped = _profiled(targets)
     modules = _modules(model, targets)
-    device = _device(model)
     matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed)
-    halves = tuple(
-        {t.name: new_gradient_store(t.in_features, t.out_features, matrices, _device(modules[t.name])) for t in targets}
-        for _ in range(2)
-    )
-    tally = _Tally()
+    observer = Observer(targets, modules, matrices, trend=warm_up is not None)
+    tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
         if head and head_steps:
             batches = batches if not isinstance(batches, Iterator) else list(batches)
-            stack.enter_context(head_warmed(model, head, batches, loss_fn, steps=head_steps))
-        hooks = stack.enter_context(_hooked(modules))
+            source = batches if head_batches is None else head_batches
+            stack.enter_context(head_warmed(model, head, source, loss_fn, steps=head_steps))
+        if warm_up is not None:
+            stack.enter_context(_trained(warm_up))
+        stack.enter_context(observer.hooked())
+        stop = stack.enter_context(stop_on_interrupt(enabled=keep_partial))
+        device = module_device(model)
         for index, batch in enumerate(islice(batches, n_batches)):
-            hooks.stores = halves[index % 2]
-            weight = tally.weigh(batch)
-            loss = loss_fn(model, _to_device(batch, device))
-            tally.losses.append(_checked_loss(loss, index))
-            _backward(loss * weight)
-            if on_batch:
+            _see(model, batch, loss_fn, observer, tally, device)
+            if warm_up is not None:
+                warm_up.step()
+                warm_up.zero_grad()
+            if on_batch and tally.losses:
                 on_batch(index, tally.losses[-1])
-    _check_taken(targets, tally, hooks, halves)
-    frame = _table(targets, modules, halves, tally)
-    steps = head_steps if head else 0
-    return Profile(frame, _metadata(model, targets, tally, seed=seed, head_steps=steps, sketch_size=sketch_size))
+            if stop.requested or (convergence and _converged(convergence, observer, tally)):
+                break
+    tally = _sum_up(observer, tally)
+    tally.check(max_skipped)
+    silent = _check_taken(observer)
+    frame = _table(targets, modules, observer.observed, tally, keep_directions)
+    metadata = {
+        "schema": SCHEMA,
+        "model": fingerprint_targets(targets),
+        "weights": _fingerprint_weights(model),
+        "data": tally.fingerprint,
+        "targets": len(targets),
+        "skipped": skipped,
+        "without_gradient": silent,
+        "batches": len(tally.losses),
+        "skipped_batches": tally.skipped,
+        "interrupted": stop.requested,
+        "tokens": tally.tokens,
+        "loss": tally.loss,
+        "seed": seed,
+        "head_steps": head_steps if head else 0,
+        "sketch_size": sketch_size,
+        "versions": {name: version(name) for name in ("rankscope", "torch", "transformers")},
+    }
+    return Profile(frame, metadata, _steps(observer, tally) if warm_up is not None else None)
 
 
-def _check_taken(
-    targets: Sequence[TargetModule],
-    tally: _Tally,
-    hooks: _Hooks,
-    halves: Sequence[Mapping[str, GradientAccumulator]],
+def _see(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction,
+    observer: Observer,
+    tally: Tally,
+    device: torch.device,
 ) -> None:
+    """Forward and backward of one batch; one without a finite loss is passed over."""
+    from accelerate.utils import send_to_device
+
+    observer.weight = tally.weigh(batch)
+    loss = loss_fn(model, send_to_device(batch, device))
+    if not math.isfinite(value := check_loss(loss)):
+        tally.skipped += 1
+        observer.drop_batch()
+        return
+    (loss * observer.weight).backward()
+    observer.end_batch()
+    tally.count(batch, value)
+
+
+def _converged(convergence: Convergence, observer: Observer, tally: Tally) -> bool:
+    if not convergence.due(done := len(tally.losses)):
+        return False
+    scale = 1.0 / sum(tally.weights)
+    values = {name: singular_triples(seen.store)[1] * scale for name, seen in observer.observed.items()}
+    return convergence.reached(done, values)
+
+
+def _sum_up(observer: Observer, tally: Tally) -> Tally:
+    """The sums of all processes, in units of the first one's first batch."""
+    tallies: list[Tally] = gathered(tally)
+    scale = tally.first_size / tallies[0].first_size if tallies[0].first_size else 1.0
+    sums = [tensor for seen in observer.observed.values() for tensor in seen.tensors()]
+    for tensor in sums if several() else ():
+        tensor.mul_(scale)
+    sum_over_processes(sums)
+    sum_over_processes(tensor for sketch in observer.activations() for tensor in sketch.tensors())
+    for seen, counts in zip(observer.observed.values(), zip(*gathered(_counts(observer)), strict=True), strict=True):
+        seen.batches = sum(counts)
+    return tally.together(tallies)
+
+
+def _counts(observer: Observer) -> list[int]:
+    return [seen.batches for seen in observer.observed.values()]
+
+
+def _check_taken(observer: Observer) -> list[str]:
     """What can only be told in the end: looking at each gradient on the way would make a GPU wait each time."""
-    if len(tally.losses) < 2:
+    observed = observer.observed
+    silent = [name for name, seen in observed.items() if not seen.batches]
+    if len(silent) == len(observed):
         raise ProfileError(
-            f"`batches` must hold at least 2 batches, so that signal can be told from noise, but held {len(tally.losses)}; "
-            "pass more, or smaller ones."
+            f"`{silent[0]}` and every other target must get a gradient from the loss, but none does; check `targets`."
         )
-    if unseen := [target.name for target in targets if target.name not in hooks.seen]:
-        raise ProfileError(f"`{unseen[0]}` must get a gradient from the loss, but got none; drop it from `targets`.")
-    stores = [(target.name, half[target.name]) for target in targets for half in halves]
-    if broken := [name for name, store in stores if not store.is_finite()]:
-        raise ProfileError(f"the gradient at `{broken[0]}` must be finite, but is not; check the loss, or use float32.")
+    if silent:
+        logger.warning(
+            "%d of %d modules got no gradient and count as zero, as `%s`", len(silent), len(observed), silent[0]
+        )
+    if broken := [name for name, seen in observed.items() if not is_finite(seen.store.tensors())]:
+        raise ProfileError(
+            f"the gradient at `{broken[0]}` must be finite, but is not; check the loss, or use float32 or bfloat16."
+        )
+    return silent
 
 
-# --- hooks -------------------------------------------------------------------------------------------------------
-
-
-class _Hooks:
-    """Where the hooks put what they see: the stores of the present half, and the modules seen so far."""
-
-    def __init__(self) -> None:
-        self.stores: Mapping[str, GradientAccumulator] = {}
-        self.seen: set[str] = set()
-
-    def forward(self, name: str) -> Callable[..., None]:
-        """A forward hook that waits for the gradient of the module's output, at every call of the module."""
-
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not torch.is_grad_enabled():
-                return
-            if not output.requires_grad:  # the first modules: nothing before them needs a gradient
-                output.requires_grad_()
-            inputs = args[0].detach()
-
-            def receive(gradient: Tensor) -> None:
-                flat_inputs = inputs.reshape(-1, inputs.shape[-1])
-                flat_gradient = gradient.detach().reshape(-1, gradient.shape[-1])
-                self.stores[name].add(flat_inputs.to(flat_gradient.dtype), flat_gradient)
-                self.seen.add(name)
-
-            output.register_hook(receive)
-
-        return hook
-
-
-@contextmanager
-def _hooked(modules: Mapping[str, nn.Module]) -> Iterator[_Hooks]:
-    hooks = _Hooks()
-    handles = [module.register_forward_hook(hooks.forward(name)) for name, module in modules.items()]
-    try:
-        yield hooks
-    finally:
-        for handle in handles:
-            handle.remove()
+# --- the model ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -183,118 +243,82 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required[name])
 
 
+@contextmanager
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Lets the optimizer's parameters take gradients, and restores them on leaving."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+
+
+def _profiled(targets: Sequence[TargetModule]) -> tuple[tuple[TargetModule, ...], dict[str, str]]:
+    """The targets that can be profiled, and why the others cannot."""
+    skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
+    if len(skipped) == len(targets):
+        raise ProfileError(f"`targets` must hold a module of kind {', '.join(SUPPORTED)}, but hold none; find others.")
+    for name, reason in skipped.items():
+        logger.warning("`%s` is left out: %s", name, reason)
+    return tuple(target for target in targets if target.name not in skipped), skipped
+
+
 def _modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.Module]:
-    present = dict(model.named_modules())
+    present = base_modules(model)
     for target in targets:
         if target.name not in present:
             raise ProfileError(
                 f"`targets` must be modules of this model, but it has no `{target.name}`; find them again."
             )
-        if target.kind not in ("linear", "conv1d"):
-            raise ProfileError(
-                f"`{target.name}` must be a linear module to be profiled, but is a {target.kind}; drop it."
-            )
     return {target.name: present[target.name] for target in targets}
-
-
-# --- loss and batches --------------------------------------------------------------------------------------------
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return model(**batch).loss  # type: ignore[no-any-return]
 
 
-def _checked_loss(loss: Any, index: int) -> float:
-    if not isinstance(loss, Tensor) or loss.ndim:
-        raise ProfileError(
-            f"`loss_fn` must return a scalar tensor, but returned {type(loss).__name__}; do the batches have labels?"
-        )
-    if not math.isfinite(value := float(loss.detach())):
-        raise ProfileError(
-            f"the loss must be finite, but is {value} on batch {index}; look at that batch, or use float32."
-        )
-    return value
-
-
-def _backward(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise ProfileError(
-            "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."
-        )
-    loss.backward()
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device)
-
-
-class _Tally:
-    """Losses, weights, tokens and the data's fingerprint, batch by batch."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.weights: list[float] = []
-        self.tokens = 0
-        self._first_size = 0
-        self._digest = hashlib.sha256()
-
-    def weigh(self, batch: Any) -> float:
-        """Takes note of a batch, where it lies; returns its weight: its size, where the first batch's is 1."""
-        tensors = [t for t in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(t, Tensor)]
-        for tensor in tensors:
-            self._digest.update(repr((tuple(tensor.shape), float(tensor.double().sum()))).encode())
-        if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-            mask = batch.get("attention_mask")
-            self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
-        size = tensors[0].shape[0] if tensors and tensors[0].ndim else 1
-        self._first_size = self._first_size or size
-        self.weights.append(size / self._first_size)
-        return self.weights[-1]
-
-    @property
-    def loss(self) -> float:
-        """The mean loss over examples."""
-        return sum(w * loss for w, loss in zip(self.weights, self.losses, strict=True)) / sum(self.weights)
-
-    @property
-    def fingerprint(self) -> str:
-        """A short hash of shapes and sums of all tensors."""
-        return self._digest.hexdigest()[:16]
-
-
-# --- features ----------------------------------------------------------------------------------------------------
+# --- the tables --------------------------------------------------------------------------------------------------
 
 
 def _table(
     targets: Sequence[TargetModule],
     modules: Mapping[str, nn.Module],
-    halves: Sequence[Mapping[str, GradientAccumulator]],
-    tally: _Tally,
+    observed: Mapping[str, Observed],
+    tally: Tally,
+    keep_directions: int,
 ) -> pd.DataFrame:
-    frame = pd.DataFrame([_row(t, modules[t.name], halves[0][t.name], halves[1][t.name], tally) for t in targets])
+    rows = [_row(t, modules[t.name], observed[t.name], tally, keep_directions) for t in targets]
+    frame = pd.DataFrame(rows)
     if not (frame["gradient_norm"] > 0).any():
         raise ProfileError(
             "the gradient must not be zero at every target module, but is; check the loss and the labels."
         )
+    energy = frame["gradient_norm"].to_numpy() ** 2
+    shares = signal_shares(frame["signal_energy"].to_numpy(), energy, len(tally.losses))
+    frame["signal_share"] = shares
+    frame["signal_values"] = [
+        [value * math.sqrt(share) for value in values]
+        for share, values in zip(shares, frame["singular_values"], strict=True)
+    ]
     frame["block"] = frame["block"].astype("Int64")
     return frame
 
 
-def _row(
-    target: TargetModule, module: nn.Module, even: GradientAccumulator, odd: GradientAccumulator, tally: _Tally
-) -> dict[str, Any]:
-    n_even, n_odd = sum(tally.weights[0::2]), sum(tally.weights[1::2])
-    mean = even.combine(1.0 / (n_even + n_odd), odd, 1.0 / (n_even + n_odd))
-    first, second = even.combine(1.0 / n_even, odd, 0.0), even.combine(0.0, odd, 1.0 / n_odd)
-    energy = mean.energy()
-    signal = signal_energy(first, second)
-    agreed = cross_values(first, second).clamp_min(0.0).sort(descending=True).values
+def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, keep_directions: int) -> dict[str, Any]:
+    total = sum(tally.weights)
+    energy = max(seen.store.energy(), 0.0) / total**2
+    basis, core = seen.store.factors()
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    measured = float(seen.store.measure(seen.store.tensors())) / total**2
+    split = split_energy(energy, float(seen.squares) * tally.first_size, tally.sizes, measured=measured)
+    weight, activations = dense_weight(module), seen.activations
+    kept = slice(0, keep_directions)
     return {
         "module": target.name,
         "tower": target.tower,
@@ -304,40 +328,46 @@ def _row(
         "in_features": target.in_features,
         "out_features": target.out_features,
         "rank_cost": target.rank_cost,
-        "gradient_norm": math.sqrt(max(energy, 0.0)),
-        "signal_energy": signal,
-        "noise_energy": energy - signal,
-        "singular_values": singular_values(mean).tolist(),
-        "signal_values": agreed.tolist(),
-        "exact": isinstance(mean, ExactGradient),
-        "weight_norm": _weight_norm(module),
+        "gradient_norm": math.sqrt(energy),
+        "signal_energy": split.signal,
+        "noise_energy": split.noise,
+        "fisher_trace": split.fisher_trace,
+        "gradient_rank": effective_rank(values),
+        "singular_values": (values / total).tolist(),
+        "exact": isinstance(seen.store, ExactGradient),
+        "sensitivity": None if weight is None else sensitivity(weight, basis, core) / total,
+        "weight_norm": None if weight is None else frobenius_norm(weight),
+        "weight_rank": None if weight is None else stable_rank(weight),
+        "activation_moment": activations.second_moment() if activations else 0.0,
+        "activation_rank": activations.effective_rank() if activations else 0.0,
+        "activation_variance": activations.variance() if activations else 0.0,
+        "activation_values": activations.variances().tolist() if activations else [],
+        "gradient_trend": _trend(seen.energies),
+        "left_directions": (basis @ left)[:, kept].T.flatten().tolist() if keep_directions else None,
+        "right_directions": right[kept].flatten().tolist() if keep_directions else None,
     }
 
 
-def _weight_norm(module: nn.Module) -> float | None:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+def _trend(energies: Sequence[Tensor] | None) -> float | None:
+    """Slope of the log gradient norm over the steps of a warm-up run, by least squares; negative: it falls."""
+    if energies is None or len(energies) < 2:
         return None
-    return float(weight.detach().float().norm())
+    logs = 0.5 * np.log(np.maximum(torch.stack(list(energies)).tolist(), np.finfo(np.float64).tiny))
+    return float(np.polyfit(np.arange(len(logs)), logs, 1)[0])
 
 
-def _metadata(
-    model: nn.Module, targets: Sequence[TargetModule], tally: _Tally, *, seed: int, head_steps: int, sketch_size: int
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "model": fingerprint_targets(targets),
-        "weights": _fingerprint_weights(model),
-        "data": tally.fingerprint,
-        "targets": len(targets),
-        "batches": len(tally.losses),
-        "tokens": tally.tokens,
-        "loss": tally.loss,
-        "seed": seed,
-        "head_steps": head_steps,
-        "sketch_size": sketch_size,
-        "versions": {name: version(name) for name in ("rankscope", "torch", "transformers")},
+def _steps(observer: Observer, tally: Tally) -> pd.DataFrame:
+    """One row a step and module: the gradient norm along the warm-up run, and the loss."""
+    norms = {
+        name: torch.stack(seen.energies).sqrt().tolist() for name, seen in observer.observed.items() if seen.energies
     }
+    return pd.DataFrame(
+        [
+            {"step": step, "module": name, "gradient_norm": value, "loss": tally.losses[step]}
+            for name, values in norms.items()
+            for step, value in enumerate(values)
+        ]
+    )
 
 
 def _fingerprint_weights(model: nn.Module) -> str:

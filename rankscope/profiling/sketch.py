@@ -6,27 +6,40 @@ The gradient of a linear module is G = sum_n delta_n x_n^T (out x in). Two rando
 
 and from them the leading singular triples follow: Q = orth(Y), X = (Psi Q)^+ Z, G ~ Q X
 (Tropp, Yurtsever, Udell, Cevher, "Practical sketching algorithms for low-rank matrix approximation", 2017, Alg. 4).
-Both are linear in G, so sketches of sums and differences are sums and differences of sketches.
+Both are linear in G, so the sketch of a sum, over batches or processes, is the sum of sketches. Omega is Gaussian. Psi is
+a count sketch (Clarkson and Woodruff 2013): it adds coordinates up in l buckets under random signs, which costs one pass
+over the deltas and no memory, and on real gradients reconstructs as well as a Gaussian of l rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+Increment = tuple[Tensor, ...]
 
-class GradientAccumulator(Protocol):
-    """What the profiler needs of a gradient store: feed it, combine two, take triples and energy."""
 
-    def add(self, inputs: Tensor, deltas: Tensor) -> None:
-        """Adds sum_n deltas_n inputs_n^T; `inputs` is (n, in), `deltas` is (n, out)."""
+class GradientStore(Protocol):
+    """What the profiler needs: turn one call into an increment, add increments up, take factors and energy."""
+
+    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
+        """What sum_n deltas_n inputs_n^T adds to the store; `inputs` is (n, in), `deltas` is (n, out)."""
         ...
 
-    def combine(self, weight: float, other: GradientAccumulator, other_weight: float) -> GradientAccumulator:
-        """The store of `weight * G + other_weight * G_other`."""
+    def add(self, increment: Increment) -> None:
+        """Adds it."""
+        ...
+
+    def measure(self, increment: Increment) -> Tensor:
+        """||G||_F^2 of one increment, exact or without bias; a scalar that stays on the device."""
+        ...
+
+    def tensors(self) -> Increment:
+        """What is kept, itself an increment: these are summed over processes."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -34,24 +47,16 @@ class GradientAccumulator(Protocol):
         ...
 
     def energy(self) -> float:
-        """||G||_F^2, exact or without bias."""
-        ...
-
-    def is_finite(self) -> bool:
-        """Whether no number kept is NaN or infinite."""
-        ...
-
-    def numel(self) -> int:
-        """Numbers kept."""
+        """||G||_F^2 of all that was added; in expectation that of `measure`, but less scattered."""
         ...
 
 
 class RandomMatrices:
-    """The random matrices Omega and Psi of every size, made once and shared by all modules of that size.
+    """The random matrices of every size, made once and shared by all modules of that size.
 
     Args:
         k: Columns of the narrow sketch: how many singular triples can be found.
-        l: Rows of the wide sketch, at least k + 2; about 4 k for singular values within a few per cent.
+        l: Rows of the wide sketch, above k; about 4 k for singular values within a few per cent.
         seed: Equal seeds give equal matrices on every device and process.
     """
 
@@ -63,21 +68,24 @@ class RandomMatrices:
         """Omega, (size, k), independent standard normal."""
         return self._get("omega", size, (size, self.k), device)
 
-    def psi(self, size: int, device: torch.device) -> Tensor:
-        """Psi, (l, size), independent standard normal and independent of Omega."""
-        return self._get("psi", size, (self.l, size), device)
+    def signs(self, size: int, device: torch.device) -> Tensor:
+        """The signs of Psi, (size,), independent and fair."""
+        return self._get("signs", size, (size,), device)
 
-    def _get(self, which: str, size: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    def _get(self, which: str, size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if (which, size, device) not in self._made:
-            seed = 2 * (self.seed * 1_000_003 + size) + (which == "psi")
-            generator = torch.Generator().manual_seed(seed)
-            self._made[which, size, device] = torch.randn(shape, generator=generator).to(device)
+            generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + size) + (which == "signs"))
+            if which == "omega":
+                made = torch.randn(shape, generator=generator)
+            else:
+                made = torch.randint(2, shape, generator=generator).float() * 2.0 - 1.0
+            self._made[which, size, device] = made.to(device)
         return self._made[which, size, device]
 
 
 @dataclass(slots=True)
 class ExactGradient:
-    """The gradient itself, for modules so small that a sketch would not be smaller."""
+    """The gradient itself, for modules so small that a sketch would save less than half."""
 
     gradient: Tensor
 
@@ -86,31 +94,30 @@ class ExactGradient:
         """A store of the zero gradient."""
         return cls(torch.zeros(out_features, in_features, device=device))
 
-    def add(self, inputs: Tensor, deltas: Tensor) -> None:
-        """See `GradientAccumulator`."""
-        self.gradient += (deltas.T @ inputs).float()
+    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
+        """See `GradientStore`."""
+        return ((deltas.T @ inputs).float(),)
 
-    def combine(self, weight: float, other: GradientAccumulator, other_weight: float) -> ExactGradient:
-        """See `GradientAccumulator`."""
-        assert isinstance(other, ExactGradient)
-        return ExactGradient(weight * self.gradient + other_weight * other.gradient)
+    def add(self, increment: Increment) -> None:
+        """See `GradientStore`."""
+        self.gradient += increment[0]
+
+    def measure(self, increment: Increment) -> Tensor:
+        """See `GradientStore`."""
+        return increment[0].square().sum()
+
+    def tensors(self) -> Increment:
+        """See `GradientStore`."""
+        return (self.gradient,)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """See `GradientAccumulator`."""
+        """See `GradientStore`."""
         left, values, right = torch.linalg.svd(self.gradient, full_matrices=False)
         return left, values[:, None] * right
 
     def energy(self) -> float:
-        """See `GradientAccumulator`."""
+        """See `GradientStore`."""
         return float(self.gradient.square().sum())
-
-    def is_finite(self) -> bool:
-        """See `GradientAccumulator`."""
-        return bool(torch.isfinite(self.gradient).all())
-
-    def numel(self) -> int:
-        """See `GradientAccumulator`."""
-        return self.gradient.numel()
 
 
 @dataclass(slots=True)
@@ -118,21 +125,20 @@ class SketchedGradient:
     """Two-sided sketch (Y, Z) of a gradient, or of its transpose where `in > out`.
 
     The narrow sketch Y (k columns) lies on the longer side and the wide one Z (l rows) on the shorter, which costs
-    k * max(in, out) + l * min(in, out) numbers. Psi and Omega have independent standard normal entries and are
-    shared by all modules of one size.
+    k * max(in, out) + l * min(in, out) numbers. Omega and the signs of Psi are shared by all modules of one size.
 
     Attributes:
         narrow: Y, (max(in, out), k).
         wide: Z, (l, min(in, out)).
         omega: (min(in, out), k).
-        psi: (l, max(in, out)).
+        signs: Of Psi, (max(in, out),).
         transposed: Whether it is G^T that is sketched.
     """
 
     narrow: Tensor
     wide: Tensor
     omega: Tensor
-    psi: Tensor
+    signs: Tensor
     transposed: bool
 
     @classmethod
@@ -145,30 +151,31 @@ class SketchedGradient:
             narrow=torch.zeros(long, matrices.k, device=device),
             wide=torch.zeros(matrices.l, short, device=device),
             omega=matrices.omega(short, device),
-            psi=matrices.psi(long, device),
+            signs=matrices.signs(long, device),
             transposed=in_features > out_features,
         )
 
-    def add(self, inputs: Tensor, deltas: Tensor) -> None:
-        """See `GradientAccumulator`."""
+    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
+        """See `GradientStore`."""
         rows, columns = (inputs, deltas) if self.transposed else (deltas, inputs)  # G = rows^T columns
-        self.narrow += (rows.T @ (columns @ self.omega.to(columns.dtype))).float()
-        self.wide += ((rows @ self.psi.T.to(rows.dtype)).T @ columns).float()
+        narrow = rows.T @ (columns @ self.omega.to(columns.dtype))
+        return narrow.float(), (self.compress(rows).T @ columns).float()
 
-    def combine(self, weight: float, other: GradientAccumulator, other_weight: float) -> SketchedGradient:
-        """See `GradientAccumulator`."""
-        assert isinstance(other, SketchedGradient)
-        assert other.psi is self.psi
-        return SketchedGradient(
-            narrow=weight * self.narrow + other_weight * other.narrow,
-            wide=weight * self.wide + other_weight * other.wide,
-            omega=self.omega,
-            psi=self.psi,
-            transposed=self.transposed,
-        )
+    def add(self, increment: Increment) -> None:
+        """See `GradientStore`."""
+        self.narrow += increment[0]
+        self.wide += increment[1]
+
+    def measure(self, increment: Increment) -> Tensor:
+        """E ||Psi G||^2 = ||G||^2, since Psi's columns are unit vectors of independent signs. See `GradientStore`."""
+        return increment[1].square().sum()
+
+    def tensors(self) -> Increment:
+        """See `GradientStore`."""
+        return self.narrow, self.wide
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """See `GradientAccumulator`."""
+        """See `GradientStore`."""
         basis, core, _ = self._fit()
         if not self.transposed:
             return basis, core
@@ -176,72 +183,58 @@ class SketchedGradient:
         return right.T, (values[:, None] * left.T) @ basis.T
 
     def energy(self) -> float:
-        """||G||_F^2 without bias, given Y.
+        """See `GradientStore`. The fit X = Q^T G + (Psi Q)^+ Psi R, where R = G - Q Q^T G is what the range Q misses.
 
-        The least-squares fit X = Q^T G + (Psi Q)^+ Psi R, with R = G - Q Q^T G the part that the range Q misses. Q is
-        independent of Psi, so the fit's residual has the expected energy (l - k) ||R||^2, and X carries
-        k / (l - k - 1) ||R||^2 too much.
+        For R's columns of any direction outside Q, with P = Psi Q and D = Psi Psi^T (the buckets' sizes, diagonal), X carries
+        (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too much, and the fit's residual has tr (I - P P^+) D / (n - k) ||R||^2.
         """
         basis, core, residual = self._fit()
-        l, k = self.psi.shape[0], basis.shape[1]
-        missed = float(residual.square().sum()) / (l - k)
-        return float(core.square().sum()) + (1.0 - k / (l - k - 1)) * missed
-
-    def is_finite(self) -> bool:
-        """See `GradientAccumulator`."""
-        return bool(torch.isfinite(self.narrow).all() & torch.isfinite(self.wide).all())
-
-    def numel(self) -> int:
-        """See `GradientAccumulator`."""
-        return self.narrow.numel() + self.wide.numel()
+        n, k = basis.shape
+        projected = self.compress(basis.T).T
+        inverse = torch.linalg.pinv(projected)
+        l = len(projected)
+        sizes = torch.bincount(torch.arange(n, device=basis.device) % l, minlength=l).to(basis.dtype)
+        excess = (float((inverse.square() @ sizes).sum()) - k) / (n - k)
+        seen = float(((1.0 - (projected * inverse.T).sum(dim=1)) * sizes).sum()) / (n - k)
+        missed = float(residual.square().sum()) / seen
+        return float(core.square().sum()) + (1.0 - excess) * missed
 
     def _fit(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q, X and the residual of the fit Psi Q X = Z."""
         basis = torch.linalg.qr(self.narrow).Q
-        projected = self.psi @ basis
+        projected = self.compress(basis.T).T
         core = torch.linalg.pinv(projected) @ self.wide
         return basis, core, self.wide - projected @ core
+
+    def compress(self, rows: Tensor) -> Tensor:
+        """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign; 256 rows at a time, to save memory."""
+        long, l = self.signs.numel(), self.wide.shape[0]
+        signs = self.signs.to(rows.dtype)
+        pieces = []
+        for part in rows.split(256):
+            padded = part.new_zeros(len(part), -(-long // l) * l)
+            torch.mul(part, signs, out=padded[:, :long])
+            pieces.append(padded.view(len(part), -1, l).sum(dim=1))
+        return torch.cat(pieces)
 
 
 def new_gradient_store(
     in_features: int, out_features: int, matrices: RandomMatrices, device: torch.device
-) -> GradientAccumulator:
-    """A sketch of the zero gradient, or the gradient itself where a sketch would be as large."""
+) -> GradientStore:
+    """A sketch of the zero gradient, or the gradient itself where a sketch would save less than half of it."""
     short, long = sorted((in_features, out_features))
-    if matrices.k * long + matrices.l * short >= in_features * out_features:
+    if 2 * (matrices.k * long + matrices.l * short) > in_features * out_features:
         return ExactGradient.zeros(in_features, out_features, device)
     return SketchedGradient.zeros(in_features, out_features, matrices, device)
 
 
-def singular_values(store: GradientAccumulator) -> Tensor:
-    """Leading singular values of the stored gradient, descending."""
-    values: Tensor = torch.linalg.svdvals(store.factors()[1])
-    return values
-
-
-def cross_values(first: GradientAccumulator, second: GradientAccumulator) -> Tensor:
-    """u_j^T G_2 v_j along the singular directions of G_1, averaged with the same with the roles changed.
-
-    Where G_1 and G_2 are the mean gradients of disjoint batches, their noise is independent, and this is free of the
-    inflation by noise that raw singular values have: along a direction that is noise only, its mean is zero.
-    """
-    one, two = _triples(first), _triples(second)
-    return (_along(one, second) + _along(two, first)) / 2.0
-
-
-def signal_energy(first: GradientAccumulator, second: GradientAccumulator) -> float:
-    """||E[G]||_F^2 without bias, from two independent means: <G_1, G_2> = ||(G_1+G_2)/2||^2 - ||(G_1-G_2)/2||^2."""
-    return first.combine(0.5, second, 0.5).energy() - first.combine(0.5, second, -0.5).energy()
-
-
-def _triples(store: GradientAccumulator) -> tuple[Tensor, Tensor]:
-    """Left (out, k) and right (k, in) singular vectors, leading first."""
+def singular_triples(store: GradientStore) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading left vectors (out, k), singular values (k,) and right vectors (k, in) of the stored gradient."""
     basis, core = store.factors()
-    left, _, right = torch.linalg.svd(core, full_matrices=False)
-    return basis @ left, right
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    return basis @ left, values, right
 
 
-def _along(directions: tuple[Tensor, Tensor], store: GradientAccumulator) -> Tensor:
-    left, right = directions
-    basis, core = store.factors()
-    return ((left.T @ basis) * (right @ core.T)).sum(dim=1)
+def is_finite(tensors: Iterator[Tensor] | Increment) -> bool:
+    """Whether no number is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -11,13 +11,29 @@ Columns, one row a target module, in the model's order:
 | gradient_norm | double | Frobenius norm of the mean gradient G of the loss |
 | signal_energy | double | squared norm of the expected gradient, without bias (may be slightly negative) |
 | noise_energy | double | squared norm of what the mean of this many batches still has of noise |
+| signal_share | double | share of signal in the gradient's energy, drawn towards that of all modules, in [0, 1] |
+| fisher_trace | double | trace of the empirical Fisher matrix: mean squared gradient norm of single examples |
+| gradient_rank | double | effective rank of G (participation ratio of its leading singular values) |
 | singular_values | list of double | leading singular values of G, descending |
-| signal_values | list of double | the part of them that both halves of the batches agree on, descending, at least 0 |
+| signal_values | list of double | singular_values times the root of signal_share |
 | exact | bool | whether the gradient was kept whole (small modules) or sketched |
-| weight_norm | double, may be null | Frobenius norm of the frozen weight; null where it is quantised |
+| sensitivity | double, may be null | sum of abs(w * g) over the weight's elements; null where the weight cannot be read |
+| weight_norm | double, may be null | Frobenius norm of the frozen weight, dequantised |
+| weight_rank | double, may be null | stable rank of the frozen weight |
+| activation_moment | double | mean squared norm of an input row |
+| activation_variance | double | trace of the inputs' covariance |
+| activation_rank | double | effective rank of the inputs' covariance (participation ratio) |
+| activation_values | list of double | leading eigenvalues of the inputs' covariance, descending |
+| gradient_trend | double, may be null | slope of the log gradient norm a step; null without a warm-up run |
+| left_directions | list of float, may be null | leading left singular vectors of G, one after the other; null unless kept |
+| right_directions | list of float, may be null | leading right singular vectors of G, one after the other; null unless kept |
+
+A profile taken along a warm-up run has a second file beside it, `NAME.steps.parquet`: one row a step and module, with
+`step` (int64), `module` (string), `gradient_norm` (double) and the batch's `loss` (double).
 
 Key-value metadata, under `rankscope`: a JSON object with `schema`, `model` (fingerprint of the target modules),
-`weights` and `data` (fingerprints), `targets`, `batches`, `tokens`, `loss`, `seed`, `head_steps`, `versions`.
+`weights` and `data` (fingerprints), `targets`, `skipped` (modules and reasons), `without_gradient` (modules), `batches`,
+`skipped_batches`, `interrupted`, `tokens`, `loss`, `seed`, `head_steps`, `sketch_size`, `versions`.
 """
 
 from __future__ import annotations
@@ -39,7 +55,7 @@ from rankscope.exceptions import FileFormatError, ProfileError
 from rankscope.files import replacing
 from rankscope.targets import TargetModule, fingerprint_targets
 
-SCHEMA = 1
+SCHEMA = 2
 _KEY = b"rankscope"
 _FIELDS = pa.schema(
     [
@@ -51,13 +67,26 @@ _FIELDS = pa.schema(
         pa.field("in_features", pa.int64(), nullable=False),
         pa.field("out_features", pa.int64(), nullable=False),
         pa.field("rank_cost", pa.int64(), nullable=False),
-        pa.field("gradient_norm", pa.float64(), nullable=False),
-        pa.field("signal_energy", pa.float64(), nullable=False),
-        pa.field("noise_energy", pa.float64(), nullable=False),
+        *(
+            pa.field(name, pa.float64(), nullable=False)
+            for name in (
+                "gradient_norm",
+                "signal_energy",
+                "noise_energy",
+                "signal_share",
+                "fisher_trace",
+                "gradient_rank",
+            )
+        ),
         pa.field("singular_values", pa.list_(pa.float64()), nullable=False),
         pa.field("signal_values", pa.list_(pa.float64()), nullable=False),
         pa.field("exact", pa.bool_(), nullable=False),
-        pa.field("weight_norm", pa.float64()),
+        *(pa.field(name, pa.float64()) for name in ("sensitivity", "weight_norm", "weight_rank")),
+        *(pa.field(f"activation_{name}", pa.float64(), nullable=False) for name in ("moment", "variance", "rank")),
+        pa.field("activation_values", pa.list_(pa.float64()), nullable=False),
+        pa.field("gradient_trend", pa.float64()),
+        pa.field("left_directions", pa.list_(pa.float32())),
+        pa.field("right_directions", pa.list_(pa.float32())),
     ]
 )
 
@@ -69,10 +98,12 @@ class Profile:
     Attributes:
         table: One row a target module, with the columns of this file's header.
         metadata: Where it comes from: `batches`, `loss`, `seed`, fingerprints, versions.
+        steps: One row a step and module, where it was taken along a warm-up run.
     """
 
     table: pd.DataFrame
     metadata: Mapping[str, Any]
+    steps: pd.DataFrame | None = None
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
@@ -98,9 +129,26 @@ class Profile:
         """Leading singular values by module name, descending.
 
         Args:
-            signal: The part that both halves of the batches agree on; False: raw, inflated by noise.
+            signal: The part that the batches agree on; False: raw, inflated by noise.
         """
-        column = "signal_values" if signal else "singular_values"
+        return self.lists("signal_values" if signal else "singular_values")
+
+    def directions(self, module: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Leading left (r, out) and right (r, in) singular vectors of one module's gradient.
+
+        Raises:
+            ProfileError: They were not kept, or there is no such module.
+        """
+        row = self.table[self.table["module"] == module]
+        if row.empty or row["left_directions"].iloc[0] is None:
+            raise ProfileError(
+                f"the profile must hold directions of `{module}`, but does not; take it with `keep_directions=8`."
+            )
+        left, right = (np.asarray(row[f"{side}_directions"].iloc[0], dtype=np.float32) for side in ("left", "right"))
+        return left.reshape(-1, int(row["out_features"].iloc[0])), right.reshape(-1, int(row["in_features"].iloc[0]))
+
+    def lists(self, column: str) -> dict[str, NDArray[np.float64]]:
+        """One list column by module name."""
         return {
             module: np.asarray(values, dtype=np.float64)
             for module, values in zip(self.table["module"], self.table[column], strict=True)
@@ -126,7 +174,15 @@ class Profile:
         metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(dict(self.metadata)).encode()}
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        _steps_path(path).unlink(missing_ok=True)
+        if self.steps is not None:
+            with replacing(_steps_path(path)) as temporary:
+                self.steps.to_parquet(temporary, index=False)
         return Path(path)
+
+
+def _steps_path(path: str | os.PathLike[str]) -> Path:
+    return Path(path).with_suffix(".steps.parquet")
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
@@ -155,11 +211,13 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     metadata = json.loads(stored)
     if metadata.get("schema") != SCHEMA:
         raise FileFormatError(
-            f"`{path}` must have profile schema {SCHEMA}, but has {metadata.get('schema')!r}; take the profile again."
+            f"`{path}` must have profile schema {SCHEMA}, but has {metadata.get('schema')!r}: it is of another version of "
+            "rankscope; take the profile again, or read its columns with pandas."
         )
     frame = table.to_pandas()
     frame["block"] = frame["block"].astype("Int64")
-    profile = Profile(frame, metadata)
+    steps = _steps_path(path)
+    profile = Profile(frame, metadata, pd.read_parquet(steps) if steps.exists() else None)
     if metadata["model"] != fingerprint_targets(profile.targets):
         raise FileFormatError(f"`{path}` must match its own model fingerprint, but was edited; take the profile again.")
     return profile

@@ -95,7 +95,7 @@ print(json.dumps([ranks, count]))
          "`budget` must cover rank 2 on all 36 target modules (13,824 parameters), but got 6,912; "
          "drop targets, allow rank 0, or raise it."),
         (["allocate", "--strategy", "oneshot"], STUDY,
-         "`strategy` must be one of uniform, random, gradient-norm, one-shot, but got 'oneshot'; did you mean 'one-shot'?"),
+         "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'oneshot'; did you mean 'one-shot'?"),
         (["profile"], STUDY.replace("task: digits-shift", "task: digits-shift\ntargets: [q_prj]"),
          "`selection` must match modules of the model, but 'q_prj' matches none; did you mean 'q_proj', 'v_proj', 'o_proj'."),
         (["profile"], STUDY.replace("digits-shift", "digit-shift"),

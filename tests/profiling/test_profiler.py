@@ -1,8 +1,13 @@
 """Profiles against exact gradients of autograd, and every way in which taking one can go wrong."""
 
+import pathlib
 import re
+import signal
 from collections.abc import Iterator
 
+import numpy as np
+import pandas as pd
+import peft
 import pytest
 import torch
 from torch import nn
@@ -76,20 +81,26 @@ def test_spectra_and_norms_are_those_of_the_exact_gradient(model: Body, targets:
         assert found.column("gradient_norm")[name] == pytest.approx(float(gradient.norm()), rel=1e-4)
 
 
-def test_signal_and_noise_sum_to_the_energy_and_halves_decide(
+def test_signal_noise_and_fisher_trace_are_those_of_the_examples(
     model: Body, targets: tuple[rs.TargetModule, ...]
 ) -> None:
-    batches = make_batches(6)
+    """Batches of one example: then scatter between batches is scatter between examples, and all of it can be looped over."""
+    batches = make_batches(12, size=1)
     found = rs.profile(model, batches, targets=targets, loss_fn=loss_fn)
-    even, odd = (exact_gradients(model, batches[start::2], ["first"])["first"] for start in (0, 1))
-    assert found.column("signal_energy")["first"] == pytest.approx(float((even * odd).sum()), abs=1e-6)
-    total = found.column("signal_energy")["first"] + found.column("noise_energy")["first"]
-    assert total == pytest.approx(found.column("gradient_norm")["first"] ** 2, rel=1e-5)
+    for name in ("first", "twice"):
+        each = torch.stack([exact_gradients(model, [batch], [name])[name].flatten() for batch in batches])
+        pairs = each @ each.T
+        n = len(batches)
+        signal = float(pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))
+        assert found.column("signal_energy")[name] == pytest.approx(signal, rel=1e-3, abs=1e-6)
+        assert found.column("fisher_trace")[name] == pytest.approx(float(pairs.diagonal().mean()), rel=1e-4)
+        total = found.column("signal_energy")[name] + found.column("noise_energy")[name]
+        assert total == pytest.approx(found.column("gradient_norm")[name] ** 2, rel=1e-5)
 
 
 def test_large_modules_are_sketched_within_five_per_cent() -> None:
     torch.manual_seed(0)
-    model = Body(width=300)
+    model = Body(width=600)
     targets = rs.find_targets(model, ["twice"])
     batches = make_batches(4, size=40)
     found = rs.profile(model, batches, targets=targets, loss_fn=loss_fn)
@@ -142,9 +153,10 @@ def test_one_pass_iterators_are_accepted(model: Body, targets: tuple[rs.TargetMo
                                        "but held 1; pass more, or smaller ones."),
         ({"batches": [], "head": ("classifier",)}, "`batches` must hold at least 2 batches, but held none; check the data."),
         ({"head": ("clasifier",)}, "`head` must name modules of this model, but it has no `clasifier`; check the name."),
-        ({"names": ["first", "unused"]}, "`unused` must get a gradient from the loss, but got none; drop it from `targets`."),
+        ({"names": ["unused"]}, "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."),
         ({"loss_fn": lambda model, batch: loss_fn(model, batch) * float("nan")},
-         "the loss must be finite, but is nan on batch 0; look at that batch, or use float32."),
+         "the loss must be finite, but is not in 6 of 6 batches (at most 10% are skipped); look at these batches, "
+         "or use float32 or bfloat16."),
         ({"loss_fn": lambda model, batch: loss_fn(model, batch) * 0.0},
          "the gradient must not be zero at every target module, but is; check the loss and the labels."),
         ({"loss_fn": lambda model, batch: model(batch["x"])},
@@ -164,7 +176,7 @@ def test_bad_input_gets_one_line_and_leaves_no_hooks(model: Body, change: dict, 
 
 def test_a_gradient_that_is_not_finite_is_named(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
     """The loss is finite, its gradient is not: the square root's at zero."""
-    message = "the gradient at `first` must be finite, but is not; check the loss, or use float32."
+    message = "the gradient at `first` must be finite, but is not; check the loss, or use float32 or bfloat16."
     with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
         rs.profile(model, make_batches(), targets=targets, loss_fn=lambda m, b: (m(b["x"]) * 0.0).square().sum().sqrt())
 
@@ -173,6 +185,111 @@ def test_unknown_and_unsupported_targets(model: Body) -> None:
     elsewhere = (rs.TargetModule(name="nowhere", in_features=8, out_features=8),)
     with pytest.raises(ProfileError, match="but it has no `nowhere`; find them again"):
         rs.profile(model, make_batches(), targets=elsewhere, loss_fn=loss_fn)
-    convolution = nn.Sequential(nn.Conv2d(1, 2, 3))
-    with pytest.raises(ProfileError, match="`0` must be a linear module to be profiled, but is a conv2d; drop it"):
-        rs.profile(convolution, make_batches(), targets=rs.find_targets(convolution, ["0"]), loss_fn=loss_fn)
+    embeddings = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    only = rs.find_targets(embeddings, ["0"])
+    with pytest.raises(
+        ProfileError, match="^`targets` must hold a module of kind linear, conv1d, conv2d, but hold none"
+    ):
+        rs.profile(embeddings, make_batches(), targets=only, loss_fn=loss_fn)
+
+
+def test_what_is_skipped_is_named_and_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    batches = [torch.randint(5, (4, 6)) for _ in range(3)]
+    targets = rs.find_targets(model, ["0", "1"])
+    found = rs.profile(model, batches, targets=targets, loss_fn=lambda m, b: m(b).square().mean())
+    assert found.metadata["skipped"] == {"0": "embedding modules cannot be profiled"}
+    assert found.table["module"].tolist() == ["1"]
+    assert "`0` is left out: embedding modules cannot be profiled" in caplog.text
+
+
+def test_modules_without_a_gradient_are_named_and_zero(model: Body, caplog: pytest.LogCaptureFixture) -> None:
+    targets = rs.find_targets(model, ["first", "unused"])
+    found = rs.profile(model, make_batches(), targets=targets, loss_fn=loss_fn)
+    assert found.metadata["without_gradient"] == ["unused"]
+    assert found.column("gradient_norm")["unused"] == 0
+    assert "1 of 2 modules got no gradient and count as zero, as `unused`" in caplog.text
+
+
+def test_batches_without_a_finite_loss_are_skipped_and_counted(
+    model: Body, targets: tuple[rs.TargetModule, ...]
+) -> None:
+    good = make_batches(5)
+    bad = {**good[0], "x": torch.full_like(good[0]["x"], float("nan"))}
+    found = rs.profile(model, [*good[:2], bad, *good[2:]], targets=targets, loss_fn=loss_fn, max_skipped=0.2)
+    clean = rs.profile(model, good, targets=targets, loss_fn=loss_fn)
+    assert found.metadata["skipped_batches"] == 1
+    assert found.metadata["batches"] == 5
+    for name in ("first", "twice"):
+        assert found.spectra()[name].tolist() == clean.spectra()[name].tolist()
+    pd.testing.assert_frame_equal(found.table, clean.table)
+
+
+def test_it_stops_when_the_leading_values_stop_moving(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
+    batches = make_batches(4) * 50
+    found = rs.profile(model, batches, targets=targets, loss_fn=loss_fn, tolerance=0.05)
+    assert 4 < found.metadata["batches"] < 60
+    never = rs.profile(model, batches, targets=targets, loss_fn=loss_fn, tolerance=0.0)
+    assert never.metadata["batches"] == 200
+
+
+def test_interrupted_profile_keeps_what_it_has_if_asked(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
+    def interrupt(index: int, _loss: float) -> None:
+        if index == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    arguments = {"targets": targets, "loss_fn": loss_fn, "on_batch": interrupt}
+    found = rs.profile(model, make_batches(20), keep_partial=True, **arguments)
+    assert found.metadata["interrupted"]
+    assert found.metadata["batches"] == 4
+    whole = rs.profile(model, make_batches(20)[:4], targets=targets, loss_fn=loss_fn)
+    pd.testing.assert_frame_equal(found.table, whole.table)
+    with pytest.raises(KeyboardInterrupt):
+        rs.profile(model, make_batches(20), **arguments)
+
+
+def test_directions_are_the_leading_singular_vectors(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
+    batches = make_batches(6)
+    found = rs.profile(model, batches, targets=targets, loss_fn=loss_fn, keep_directions=3)
+    u, values, v = torch.linalg.svd(exact_gradients(model, batches, ["first"])["first"], full_matrices=False)
+    left, right = (torch.from_numpy(side) for side in found.directions("first"))
+    assert left.shape == (3, 12)
+    assert right.shape == (3, 8)
+    torch.testing.assert_close((left @ u[:, :3]).abs(), torch.eye(3), atol=1e-3, rtol=0)
+    rebuilt = left.T @ torch.diag(values[:3]) @ right  # the signs of both sides belong together
+    torch.testing.assert_close(rebuilt, u[:, :3] @ torch.diag(values[:3]) @ v[:3], atol=1e-5, rtol=0)
+    with pytest.raises(ProfileError, match="must hold directions of `first`, but does not"):
+        rs.profile(model, batches, targets=targets, loss_fn=loss_fn).directions("first")
+
+
+def test_profile_along_a_warm_up_run(model: Body, targets: tuple[rs.TargetModule, ...], tmp_path: pathlib.Path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batch = make_batches(1)[0]
+    found = rs.profile(model, [batch] * 20, targets=targets, loss_fn=loss_fn, warm_up=optimizer)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.steps is not None
+    assert len(found.steps) == 40
+    steps = found.steps[found.steps["module"] == "first"]
+    assert steps["loss"].iloc[-1] < steps["loss"].iloc[0]
+    first = float(exact_gradients(model, [batch], ["first"])["first"].norm())
+    assert steps["gradient_norm"].iloc[0] == pytest.approx(first, rel=1e-4)
+    slope = np.polyfit(steps["step"], np.log(steps["gradient_norm"]), 1)[0]
+    assert found.column("gradient_trend")["first"] == pytest.approx(slope, rel=1e-4)
+    again = rs.read_profile(found.to_parquet(tmp_path / "profile.parquet"))
+    pd.testing.assert_frame_equal(again.steps, found.steps)
+
+
+@pytest.mark.parametrize("wrap", ["peft", "compiled"])
+def test_wrapped_models_give_the_profile_of_the_model_inside(
+    model: Body, targets: tuple[rs.TargetModule, ...], wrap: str
+) -> None:
+    plain = rs.profile(model, make_batches(), targets=targets, loss_fn=loss_fn)
+    if wrap == "compiled":
+        wrapped = torch.compile(model)
+    else:
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["first", "twice"]))
+    found = rs.profile(wrapped, make_batches(), targets=targets, loss_fn=loss_fn)
+    assert found.table["weight_norm"].tolist() == pytest.approx(plain.table["weight_norm"].tolist())
+    for name in ("first", "twice"):
+        assert found.spectra()[name] == pytest.approx(plain.spectra()[name], rel=1e-4)

@@ -33,11 +33,11 @@ def test_digits_profile_has_36_rows_and_exact_spectra(digits: Task) -> None:
 
 def test_digits_spectra_when_sketched(digits: Task) -> None:
     model, batches = digits.build_model(), list(digits.train_batches(0))
-    profile = rs.profile(model, batches, loss_fn=digits.loss, sketch_size=10)
+    profile = rs.profile(model, batches, loss_fn=digits.loss, sketch_size=6)
     assert not profile.table["exact"].any()
-    errors = relative_errors(profile, exact_spectra(digits, batches, profile.targets), 4)
+    errors = relative_errors(profile, exact_spectra(digits, batches, profile.targets), 2)
     assert np.median(errors) < 0.01
-    assert errors.max() < 0.1
+    assert errors.max() < 0.12
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_minilm_spectra_at_default_settings() -> None:
     task = rs.load_task("supersense")
     model, batches = task.build_model(), list(task.train_batches(0))[:8]
     profile = rs.profile(model, batches, loss_fn=task.loss)
-    assert not profile.table["exact"].any()
-    errors = relative_errors(profile, exact_spectra(task, batches, profile.targets), 4)
-    assert np.median(errors) < 0.02
-    assert errors.max() < 0.15
+    assert set(profile.table.loc[profile.table["role"].isin(["fc1", "fc2"]), "exact"]) == {False}
+    errors = relative_errors(profile, exact_spectra(task, batches, profile.targets), 8)
+    assert np.median(errors) < 0.03
+    assert errors.max() < 0.1

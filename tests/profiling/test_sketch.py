@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from rankscope.profiling.features import split_energy
 from rankscope.profiling.sketch import (
     ExactGradient,
+    GradientStore,
     RandomMatrices,
     SketchedGradient,
-    cross_values,
     new_gradient_store,
-    signal_energy,
-    singular_values,
+    singular_triples,
 )
 
 CPU = torch.device("cpu")
@@ -19,6 +19,10 @@ CPU = torch.device("cpu")
 
 def matrices(k: int = 8, seed: int = 0) -> RandomMatrices:
     return RandomMatrices(k=k, l=4 * k, seed=seed)
+
+
+def numel(store: GradientStore) -> int:
+    return sum(tensor.numel() for tensor in store.tensors())
 
 
 def decaying(out: int, in_: int, rate: float, generator: torch.Generator) -> torch.Tensor:
@@ -33,7 +37,7 @@ def sketch_of(gradient: torch.Tensor, tests: RandomMatrices) -> SketchedGradient
     """A sketch fed with `gradient` as a sum of outer products: deltas are its rows' unit vectors."""
     out, in_ = gradient.shape
     store = SketchedGradient.zeros(in_, out, tests, CPU)
-    store.add(gradient, torch.eye(out))
+    store.add(store.increment(gradient, torch.eye(out)))
     return store
 
 
@@ -42,7 +46,11 @@ def test_leading_values_and_vectors_match_exact_svd(out: int, in_: int) -> None:
     gradient = decaying(out, in_, 0.8, torch.Generator().manual_seed(out))
     store = sketch_of(gradient, matrices(k=16))
     exact = torch.linalg.svdvals(gradient)
-    torch.testing.assert_close(singular_values(store)[:4], exact[:4], rtol=0.03, atol=0)
+    left, values, right = singular_triples(store)
+    torch.testing.assert_close(values[:4], exact[:4], rtol=0.03, atol=0)
+    u, _, v = torch.linalg.svd(gradient)
+    assert (left[:, :4].T @ u[:, :4]).square().sum() > 3.9  # of 4: the leading subspaces agree
+    assert (right[:4] @ v[:4].T).square().sum() > 3.9
     basis, core = store.factors()
     assert basis.shape[0] == out
     assert core.shape[1] == in_
@@ -55,22 +63,31 @@ def test_matrices_of_low_rank_are_recovered_exactly(out: int, in_: int) -> None:
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(out, 5, generator=generator) @ torch.randn(5, in_, generator=generator)
     store = sketch_of(gradient, matrices())
-    torch.testing.assert_close(singular_values(store)[:5], torch.linalg.svdvals(gradient)[:5], rtol=1e-4, atol=0)
+    torch.testing.assert_close(singular_triples(store)[1][:5], torch.linalg.svdvals(gradient)[:5], rtol=1e-4, atol=0)
     assert store.energy() == pytest.approx(float(gradient.square().sum()), rel=1e-4)
 
 
-def test_streaming_equals_the_sum_and_combination_is_linear() -> None:
+def test_streaming_equals_the_whole_and_increments_measure_the_energy() -> None:
     generator = torch.Generator().manual_seed(2)
     x, delta = torch.randn(30, 60, generator=generator), torch.randn(30, 80, generator=generator)
     whole, parts = (SketchedGradient.zeros(60, 80, tests, CPU) for tests in [matrices()] * 2)
-    whole.add(x, delta)
+    whole.add(whole.increment(x, delta))
     for rows in torch.arange(30).split(7):
-        parts.add(x[rows], delta[rows])
+        parts.add(parts.increment(x[rows], delta[rows]))
     torch.testing.assert_close(parts.narrow, whole.narrow)
     torch.testing.assert_close(parts.wide, whole.wide)
-    doubled = whole.combine(3.0, parts, -1.0) if parts.psi is whole.psi else None
-    assert doubled is not None
-    torch.testing.assert_close(doubled.wide, 2 * whole.wide, rtol=1e-4, atol=1e-4)
+    assert float(whole.measure(whole.tensors())) == pytest.approx(float((delta.T @ x).square().sum()), rel=0.5)
+
+
+def test_compression_is_a_signed_sum_into_buckets() -> None:
+    store = SketchedGradient.zeros(30, 70, matrices(k=4), CPU)
+    psi = store.compress(torch.eye(70)).T  # (l, long)
+    assert psi.shape == (16, 70)
+    assert (psi != 0).sum(dim=0).tolist() == [1] * 70
+    assert psi.sum(dim=0).tolist() == store.signs.tolist()
+    assert (psi != 0).sum(dim=1).max() == 5  # 70 coordinates over 16 buckets
+    rows = torch.randn(600, 70, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(store.compress(rows), rows @ psi.T)
 
 
 @pytest.mark.parametrize(("out", "in_"), [(60, 90), (90, 60)])
@@ -83,37 +100,38 @@ def test_energy_is_unbiased(out: int, in_: int) -> None:
 
 @pytest.mark.parametrize("sketched", [True, False])
 def test_signal_energy_is_unbiased_under_noise(sketched: bool) -> None:
+    """Eight batches of unequal sizes, whose noise falls with their size; over noise and random matrices."""
     generator = torch.Generator().manual_seed(4)
-    signal = decaying(50, 70, 0.5, generator)
-    found, raw = [], []
+    signal, sizes = decaying(50, 70, 0.5, generator), [4, 4, 4, 4, 4, 4, 4, 1]
+    found, raw, fisher = [], [], []
     for seed in range(300):
-        halves = [signal + 0.05 * torch.randn(50, 70, generator=generator) for _ in range(2)]
         tests = matrices(k=4, seed=seed)
-        first, second = (sketch_of(half, tests) if sketched else ExactGradient(half) for half in halves)
-        found.append(signal_energy(first, second))
-        raw.append(first.combine(0.5, second, 0.5).energy())
-    truth = float(signal.square().sum())
+        store = SketchedGradient.zeros(70, 50, tests, CPU) if sketched else ExactGradient.zeros(70, 50, CPU)
+        squares = 0.0
+        for size in sizes:
+            gradient = signal + 0.1 / size**0.5 * torch.randn(50, 70, generator=generator)
+            increment = store.increment(gradient, size * torch.eye(50))
+            squares += float(store.measure(increment)) / size
+            store.add(increment)
+        energy = store.energy() / sum(sizes) ** 2
+        measured = float(store.measure(store.tensors())) / sum(sizes) ** 2
+        split = split_energy(energy, squares, sizes, measured=measured)
+        assert split.signal + split.noise == pytest.approx(energy)
+        found.append(split.signal)
+        fisher.append(split.fisher_trace)
+        raw.append(energy)
+    truth, noise = float(signal.square().sum()), 0.01 * 50 * 70
     assert abs(np.mean(found) - truth) < 3.5 * np.std(found, ddof=1) / np.sqrt(len(found))
+    assert abs(np.mean(fisher) - truth - noise) < 3.5 * np.std(fisher, ddof=1) / np.sqrt(len(fisher))
     assert np.mean(raw) > 1.5 * truth  # what would be believed without the correction
-
-
-def test_cross_values_see_no_signal_in_noise() -> None:
-    generator = torch.Generator().manual_seed(5)
-    halves = [ExactGradient(torch.randn(64, 64, generator=generator)) for _ in range(2)]
-    assert singular_values(halves[0])[0] > 10
-    assert cross_values(*halves).abs().max() < 3
-    signal = 30 * torch.outer(torch.ones(64), torch.ones(64)) / 64
-    noisy = [ExactGradient(half.gradient + signal) for half in halves]
-    # Noise turns the singular vectors a little (their overlap squared is 0.93 here: Benaych-Georges, Nadakuditi 2012).
-    assert 25 < cross_values(*noisy)[0] < 30 < singular_values(noisy[0])[0]
 
 
 def test_bfloat16_inputs_are_accumulated_in_float32() -> None:
     generator = torch.Generator().manual_seed(6)
     x, delta = torch.randn(40, 60, generator=generator), torch.randn(40, 80, generator=generator)
     full, half = (SketchedGradient.zeros(60, 80, matrices(), CPU) for _ in range(2))
-    full.add(x, delta)
-    half.add(x.bfloat16(), delta.bfloat16())
+    full.add(full.increment(x, delta))
+    half.add(half.increment(x.bfloat16(), delta.bfloat16()))
     assert half.narrow.dtype == torch.float32
     assert torch.linalg.norm(half.narrow - full.narrow) < 0.02 * torch.linalg.norm(full.narrow)
 
@@ -123,10 +141,17 @@ def test_small_modules_are_kept_whole_and_large_ones_are_not() -> None:
     assert isinstance(new_gradient_store(64, 256, tests, CPU), ExactGradient)
     large = new_gradient_store(4096, 4096, tests, CPU)
     assert isinstance(large, SketchedGradient)
-    assert large.numel() == 32 * 4096 + 128 * 4096 < 4096 * 4096 / 25
+    assert numel(large) == 32 * 4096 + 128 * 4096 < 4096 * 4096 / 25
+
+
+def test_no_store_is_larger_than_the_gradient() -> None:
+    for size in (1, 7, 64, 200, 384, 390, 576, 1000, 1536, 4096):
+        for other in (1, 33, 64, 192, 384, 1536, 11008):
+            assert numel(new_gradient_store(size, other, matrices(k=48), CPU)) <= size * other
 
 
 def test_equal_seeds_give_equal_matrices() -> None:
     torch.testing.assert_close(matrices(seed=7).omega(20, CPU), matrices(seed=7).omega(20, CPU), rtol=0, atol=0)
     assert not torch.equal(matrices(seed=7).omega(20, CPU), matrices(seed=8).omega(20, CPU))
-    assert not torch.equal(matrices(seed=7).omega(20, CPU).T[:, :8], matrices(seed=7).psi(20, CPU)[:8, :8])
+    assert not torch.equal(matrices(seed=7).signs(200, CPU), matrices(seed=8).signs(200, CPU))
+    assert set(matrices().signs(200, CPU).tolist()) == {-1.0, 1.0}

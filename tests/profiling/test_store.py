@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import duckdb
 import pandas as pd
+import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +14,16 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.exceptions import FileFormatError, ProfileError
+from rankscope.profiling import store
+
+LISTS = [
+    "singular_values",
+    "signal_values",
+    "activation_values",
+    "left_directions",
+    "right_directions",
+    "gradient_trend",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +38,8 @@ def test_round_trip(profile: rs.Profile, tmp_path: Path) -> None:
     path = profile.to_parquet(tmp_path / "deep" / "profile.parquet")
     again = rs.read_profile(path)
     pd.testing.assert_frame_equal(
-        again.table.drop(columns=["singular_values", "signal_values"]),
-        profile.table.drop(columns=["singular_values", "signal_values"]),
+        again.table.drop(columns=LISTS),
+        profile.table[again.table.columns].drop(columns=LISTS),
         check_dtype=False,
     )
     assert again.metadata == profile.metadata
@@ -42,6 +54,26 @@ def test_plain_pandas_reads_it(profile: rs.Profile, tmp_path: Path) -> None:
     assert table["module"].tolist() == ["0", "2"]
     assert [len(values) for values in table["singular_values"]] == [6, 3]
     assert table["block"].isna().all()
+
+
+def test_polars_and_duckdb_read_it_without_rankscope(profile: rs.Profile, tmp_path: Path) -> None:
+    path = profile.to_parquet(tmp_path / "profile.parquet")
+    table = polars.read_parquet(path)
+    assert table["module"].to_list() == ["0", "2"]
+    assert table["singular_values"].to_list()[0] == profile.spectra(signal=False)["0"].tolist()
+    query = f"SELECT module, list_sum(list_transform(singular_values, lambda v: v * v)) FROM '{path}' ORDER BY module"
+    energies = dict(duckdb.sql(query).fetchall())
+    assert energies["2"] == pytest.approx(profile.column("gradient_norm")["2"] ** 2, rel=1e-4)
+
+
+def test_every_column_is_documented_and_present(profile: rs.Profile, tmp_path: Path) -> None:
+    documented = {
+        name.strip()
+        for line in (store.__doc__ or "").splitlines()
+        if line.startswith("| ") and "---" not in line and not line.startswith("| column")
+        for name in line.split("|")[1].split(",")
+    }
+    assert set(pq.read_table(profile.to_parquet(tmp_path / "profile.parquet")).column_names) == documented
 
 
 def test_metadata_says_where_it_comes_from(profile: rs.Profile) -> None:
@@ -69,7 +101,10 @@ def test_bad_files_are_named(profile: rs.Profile, tmp_path: Path) -> None:
     old = tmp_path / "old.parquet"
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({b"rankscope": b'{"schema": 0}'}), old)
-    with pytest.raises(FileFormatError, match=r"must have profile schema 1, but has 0; take the profile again\.$"):
+    with pytest.raises(
+        FileFormatError,
+        match=r"must have profile schema 2, but has 0: it is of another version of rankscope; take the profile again",
+    ):
         rs.read_profile(old)
     edited = tmp_path / "edited.parquet"
     renamed = table.set_column(0, "module", pa.array(["0", "1"]))

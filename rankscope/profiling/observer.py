@@ -1,0 +1,152 @@
+"""The hooks of a profile: they see x and delta of every target module and keep sketches and sums, never a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankscope.profiling.activations import ActivationSketch
+from rankscope.profiling.layers import as_rows
+from rankscope.profiling.sketch import GradientStore, Increment, RandomMatrices, new_gradient_store
+from rankscope.targets import TargetModule
+
+
+@dataclass(slots=True)
+class Observed:
+    """What is kept of one module.
+
+    Attributes:
+        store: The sum over batches of weight times mean gradient.
+        squares: The sum over batches of weight times the mean gradient's energy, a scalar.
+        activations: Sums over input rows; one object for modules that read the same tensor (q, k and v).
+        calls: In the present batch's forward pass.
+        pending: The present batch's increment where the module is called several times: its energy is that of the sum.
+        batches: That reached the module.
+        energies: Of each batch's gradient, where a trend is taken.
+    """
+
+    store: GradientStore
+    squares: Tensor
+    activations: ActivationSketch | None = None
+    calls: int = 0
+    pending: Increment | None = None
+    batches: int = 0
+    energies: list[Tensor] | None = None
+
+    def take(self, increment: Increment, weight: float) -> None:
+        """Adds one batch's gradient, already multiplied by the batch's weight."""
+        measured = self.store.measure(increment)
+        self.squares += measured / weight
+        self.store.add(increment)
+        self.batches += 1
+        if self.energies is not None:
+            self.energies.append(measured / weight**2)
+
+    def tensors(self) -> list[Tensor]:
+        """What is summed over processes, but for the activations, which modules share."""
+        return [*self.store.tensors(), self.squares]
+
+
+class Observer:
+    """Hooks on modules, and what they have seen.
+
+    Attributes:
+        observed: By module name.
+        weight: Of the present batch.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[TargetModule],
+        modules: Mapping[str, nn.Module],
+        matrices: RandomMatrices,
+        *,
+        trend: bool = False,
+    ) -> None:
+        self.weight = 1.0
+        self.observed: dict[str, Observed] = {}
+        self._modules, self._matrices = modules, matrices
+        self._last: tuple[Tensor, ActivationSketch] | None = None
+        for target in targets:
+            device = module_device(modules[target.name])
+            store = new_gradient_store(target.in_features, target.out_features, matrices, device)
+            zero = torch.zeros((), device=device)
+            self.observed[target.name] = Observed(store, zero, energies=[] if trend else None)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """With hooks on the modules."""
+        handles = [
+            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_batch(self) -> None:
+        """Takes what modules that were called several times have pending."""
+        for seen in self.observed.values():
+            if seen.pending is not None:
+                seen.take(seen.pending, self.weight)
+        self.drop_batch()
+
+    def drop_batch(self) -> None:
+        """Forgets a batch of which nothing was added."""
+        self._last = None
+        for seen in self.observed.values():
+            seen.calls, seen.pending = 0, None
+
+    def activations(self) -> list[ActivationSketch]:
+        """Every activation sketch once."""
+        kept = (seen.activations for seen in self.observed.values() if seen.activations is not None)
+        return list({id(sketch): sketch for sketch in kept}.values())
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        """A forward hook that waits for the gradient of the module's output, at every call of the module."""
+        seen = self.observed[name]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            seen.calls += 1  # also without gradients: a reentrant checkpoint runs such a segment again
+            if not torch.is_grad_enabled():
+                return
+            if not output.requires_grad:  # the first modules: nothing before them needs a gradient
+                output.requires_grad_()
+            inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+
+            def receive(gradient: Tensor) -> None:
+                rows, deltas = as_rows(module, inputs.detach(), gradient.detach())
+                self._see_inputs(seen, inputs, rows)
+                increment = seen.store.increment(rows, deltas)
+                if seen.calls == 1:
+                    seen.take(increment, self.weight)
+                elif seen.pending is None:
+                    seen.pending = increment
+                else:
+                    seen.pending = tuple(a + b for a, b in zip(seen.pending, increment, strict=True))
+
+            output.register_hook(receive)
+
+        return hook
+
+    def _see_inputs(self, seen: Observed, inputs: Tensor, rows: Tensor) -> None:
+        shared = self._last[1] if self._last is not None and self._last[0] is inputs else None
+        if shared is not None and (seen.activations is None or seen.activations is shared):
+            seen.activations = shared
+            return
+        if seen.activations is None:
+            omega = self._matrices.omega(rows.shape[1], rows.device)
+            seen.activations = ActivationSketch.zeros(omega[:, : self._matrices.k // 2])
+        seen.activations.add(rows)
+        self._last = (inputs, seen.activations)
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where a module's first parameter lies."""
+    return next(module.parameters()).device

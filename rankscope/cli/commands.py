@@ -6,37 +6,64 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from rankscope.adapters import save_lora_config
 from rankscope.allocation import RankAllocation
-from rankscope.cli.output import print_files, print_json, print_table, progress
+from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
 from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
-from rankscope.plotting import plot_energy, plot_ranks, save_figure
+from rankscope.plotting import plot_energy, plot_ranks, plot_spectra, save_figure
+from rankscope.profiling import Profile
+from rankscope.profiling.summary import cumulative_energy, group_energy, rank_modules
 from rankscope.searching import SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
+SHOWN_MODULES = 9
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
-def run_profile(path: Path, out: Path | None, overrides: Overrides, *, as_json: bool) -> None:
+def run_profile(path: Path, out: Path | None, overrides: Overrides, *, keep_partial: bool, as_json: bool) -> None:
     """`rankscope profile`."""
     session = Session.open(path, out, overrides)
-    taken = session.take_profile()
-    figure = save_figure(plot_energy(taken), session.out / "energy.png")
-    table = taken.table.assign(density=taken.table["gradient_norm"] ** 2 / taken.table["rank_cost"])
-    total = float((table["gradient_norm"] ** 2).sum())
+    taken = session.take_profile(keep_partial=keep_partial)
+    files = [
+        session.profile_path,
+        save_figure(plot_energy(taken), session.out / "energy.png"),
+        save_figure(plot_spectra(taken), session.out / "spectra.png"),
+    ]
+    modules, groups = rank_modules(taken), group_energy(taken)
     if as_json:
-        print_json({"profile": str(session.profile_path), "modules": len(table), **taken.metadata})
+        summary = {"groups": groups.to_dict("records"), "files": [str(file) for file in files]}
+        print_json({"profile": str(session.profile_path), "modules": len(modules), **taken.metadata, **summary})
         return
-    rows = [
-        (row["module"], f"{row['rank_cost']:,}", f"{row['gradient_norm']:.3g}", f"{row['gradient_norm'] ** 2 / total:.1%}",
-         f"{row['singular_values'][0] ** 2 / row['gradient_norm'] ** 2:.0%}" if row["gradient_norm"] else "-")
-        for row in table.nlargest(8, "density").to_dict("records")
-    ]  # fmt: skip
-    title = f"{len(table)} modules, {taken.metadata['batches']} batches: most gradient energy per parameter"
-    print_table(title, ("module", "rank cost", "‖G‖", "energy", "in rank 1"), rows)
-    print_files([session.profile_path, figure])
+    shown = modules if len(modules) <= SHOWN_MODULES else pd.concat([modules.head(6), modules.tail(3)])
+    title = (
+        f"{len(modules)} modules, {taken.metadata['batches']} batches: gradient energy per parameter, most and least"
+    )
+    header = ("module", "rank cost", "‖G‖", "energy", "signal", "in rank 1")
+    print_table(title, header, [_module_row(row) for row in shown.to_dict("records")])
+    title = "gradient energy by tower and role, beside the share of parameters at equal ranks"
+    rows = [(f"{g['tower']} {g['role']}", str(g["modules"]), f"{g['share']:.1%}", f"{g['parameters']:.1%}")
+            for g in groups.to_dict("records")]  # fmt: skip
+    print_table(title, ("group", "modules", "energy", "parameters"), rows)
+    parameters, captured = cumulative_energy(taken)
+    budget = session.budget.limit
+    print_line(
+        f"the best {budget:,} parameters (this study's budget) capture {np.interp(budget, parameters, captured):.0%} "
+        f"of the gradient's energy; signal is {_pooled_signal(taken):.0%} of it"
+    )
+    for kind, names in (
+        ("skipped", taken.metadata["skipped"]),
+        ("without a gradient", taken.metadata["without_gradient"]),
+    ):
+        if names:
+            print_line(f"{kind}: {', '.join(names)}")
+    if taken.metadata["interrupted"]:
+        print_line(f"interrupted: the profile holds the {taken.metadata['batches']} batches before")
+    print_files(files)
 
 
 def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy: str | None, as_json: bool) -> None:
@@ -206,6 +233,22 @@ def _pruner(name: str) -> Any:
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _module_row(row: Mapping[Any, Any]) -> tuple[str, ...]:
+    return (
+        row["module"],
+        f"{row['rank_cost']:,}",
+        f"{row['gradient_norm']:.3g}",
+        f"{row['share']:.1%}",
+        f"{row['signal_share']:.0%}",
+        f"{row['first']:.0%}",
+    )
+
+
+def _pooled_signal(taken: Profile) -> float:
+    signal, noise = taken.table["signal_energy"].sum(), taken.table["noise_energy"].sum()
+    return max(float(signal / (signal + noise)), 0.0)
 
 
 def _summary(allocation: RankAllocation) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def print_json(value: Any) -> None:
     stdout.print_json(json.dumps(value))
 
 
+def print_line(text: str) -> None:
+    """A line on stdout, not wrapped."""
+    stdout.print(text, soft_wrap=True)
+
+
 def print_files(paths: Sequence[Any]) -> None:
     """Which files were written."""
     stdout.print("wrote " + ", ".join(str(path) for path in paths), soft_wrap=True)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +73,11 @@ class Session:
         """Where the profile lies."""
         return self.out / "profile.parquet"
 
-    def take_profile(self) -> Profile:
+    def take_profile(self, *, keep_partial: bool = False) -> Profile:
         """Profiles the task's model and writes `profile.parquet`."""
         section, task = self.study.profile, self.task
-        batches = list(islice(task.train_batches(self.study.seed), section.batches))
+        epoch = list(task.train_batches(self.study.seed))
+        batches, rest = epoch[: section.batches], epoch[section.batches or len(epoch) :]
         with progress() as bar:
             line = bar.add_task("profiling", total=len(batches))
             taken = profile(
@@ -87,7 +87,11 @@ class Session:
                 loss_fn=task.loss,
                 head=getattr(task, "head_modules", ()),
                 head_steps=section.head_steps,
+                head_batches=rest or None,  # a head that has fitted the profiled batches leaves less gradient in them
                 sketch_size=section.sketch_size,
+                tolerance=section.tolerance,
+                keep_directions=section.keep_directions,
+                keep_partial=keep_partial,
                 seed=self.study.seed,
                 on_batch=lambda _index, _loss: bar.advance(line),
             )

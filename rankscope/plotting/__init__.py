@@ -2,5 +2,6 @@
 
 from rankscope.plotting.heatmap import module_grids, plot_energy, plot_ranks
 from rankscope.plotting.save import save_figure
+from rankscope.plotting.spectra import plot_spectra
 
-__all__ = ["module_grids", "plot_energy", "plot_ranks", "save_figure"]
+__all__ = ["module_grids", "plot_energy", "plot_ranks", "plot_spectra", "save_figure"]

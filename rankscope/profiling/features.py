@@ -67,7 +67,8 @@ def signal_shares(signal: NDArray[np.float64], energy: NDArray[np.float64], n_ba
     pooled = signal.sum() / energy.sum() if energy.sum() > 0 else 0.0
     own = np.divide(signal, energy, out=np.full_like(signal, pooled), where=energy > 0)
     weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
-    return np.asarray(np.clip(weight * own + (1.0 - weight) * pooled, 0.0, 1.0), dtype=np.float64)
+    shares = weight * np.clip(own, 0.0, 1.0) + (1.0 - weight) * np.clip(pooled, 0.0, 1.0)
+    return np.asarray(shares, dtype=np.float64)
 
 
 def effective_rank(values: Tensor) -> float:

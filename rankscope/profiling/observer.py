@@ -72,6 +72,7 @@ class Observer:
         self.observed: dict[str, Observed] = {}
         self._modules, self._matrices = modules, matrices
         self._last: tuple[Tensor, ActivationSketch] | None = None
+        self._active = False
         for target in targets:
             device = module_device(modules[target.name])
             store = new_gradient_store(target.in_features, target.out_features, matrices, device)
@@ -90,6 +91,10 @@ class Observer:
             for handle in handles:
                 handle.remove()
 
+    def begin_batch(self, weight: float) -> None:
+        """From now on the hooks see; the batch's gradients come multiplied by its weight."""
+        self.weight, self._active = weight, True
+
     def end_batch(self) -> None:
         """Takes what modules that were called several times have pending."""
         for seen in self.observed.values():
@@ -99,7 +104,7 @@ class Observer:
 
     def drop_batch(self) -> None:
         """Forgets a batch of which nothing was added."""
-        self._last = None
+        self._last, self._active = None, False
         for seen in self.observed.values():
             seen.calls, seen.pending = 0, None
 
@@ -113,6 +118,8 @@ class Observer:
         seen = self.observed[name]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if not self._active:
+                return
             seen.calls += 1  # also without gradients: a reentrant checkpoint runs such a segment again
             if not torch.is_grad_enabled():
                 return

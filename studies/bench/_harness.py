@@ -26,6 +26,16 @@ class Claim:
     bound: str
     holds: bool
 
+    @classmethod
+    def at_most(cls, name: str, value: float, bound: float) -> Claim:
+        """Holds up to the bound."""
+        return cls(name=name, value=value, bound=f"<= {bound:g}", holds=value <= bound)
+
+    @classmethod
+    def at_least(cls, name: str, value: float, bound: float) -> Claim:
+        """Holds from the bound on."""
+        return cls(name=name, value=value, bound=f">= {bound:g}", holds=value >= bound)
+
 
 def run_benchmark(measure: Callable[[bool], tuple[list[dict[str, Any]], Sequence[Claim]]], description: str) -> None:
     """Parses --quick and --out, measures, prints rows and claims, writes the result, exits 1 if a claim does not hold."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import ProfileError
+from rankscope.profiling.processes import process_count, sum_over_processes
 
 LEARNING_RATE = 1e-2
 
@@ -67,10 +68,19 @@ def _train(
         loss = loss_fn(model, send_to_device(batch, device))
         optimizer.zero_grad()
         loss.backward()
+        _average_gradients(parameters)
         optimizer.step()
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+
+
+def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Over processes, so that all have one head."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sum_over_processes(gradients)
+    for gradient in gradients:
+        gradient /= process_count()
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, distributed
 
 
+def process_count() -> int:
+    """Processes of the torch.distributed group; 1 without one."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def several() -> bool:
-    """Whether this is one of several processes of a torch.distributed group."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    """Whether this is one of several processes."""
+    return process_count() > 1
 
 
 def gathered(value: Any) -> list[Any]:
     """The values of all processes, in their order; one alone gives its own."""
     if not several():
         return [value]
-    values = [None] * distributed.get_world_size()
+    values = [None] * process_count()
     distributed.all_gather_object(values, value)
     return values
 

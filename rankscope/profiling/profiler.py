@@ -16,29 +16,20 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.batches import Tally, check_loss
 from rankscope.profiling.convergence import Convergence
-from rankscope.profiling.features import (
-    effective_rank,
-    frobenius_norm,
-    sensitivity,
-    signal_shares,
-    split_energy,
-    stable_rank,
-)
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
-from rankscope.profiling.layers import SUPPORTED, base_modules, dense_weight, unwrapped
-from rankscope.profiling.observer import Observed, Observer, module_device
+from rankscope.profiling.layers import SUPPORTED, base_modules, unwrapped
+from rankscope.profiling.observer import Observer, module_device
 from rankscope.profiling.processes import gathered, several, sum_over_processes
-from rankscope.profiling.sketch import ExactGradient, RandomMatrices, is_finite, singular_triples
+from rankscope.profiling.sketch import RandomMatrices, is_finite, singular_triples
 from rankscope.profiling.store import SCHEMA, Profile
+from rankscope.profiling.table import tabulate, tabulate_steps
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -55,7 +46,7 @@ def profile(
     head: Sequence[str] = (),
     head_steps: int = 100,
     head_batches: Iterable[Any] | None = None,
-    sketch_size: int = 48,
+    sketch_size: int = 64,
     tolerance: float | None = None,
     keep_directions: int = 0,
     warm_up: torch.optim.Optimizer | None = None,
@@ -80,11 +71,11 @@ def profile(
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         n_batches: Use this many batches only.
         head: Full names of freshly initialised modules (a new classifier). A gradient through an untrained head says
-            little, so they are trained first, alone, for `head_steps` steps, and restored afterwards.
+            little, so they are trained first, alone, and restored afterwards.
         head_steps: AdamW steps on each head.
         head_batches: Batches to train the head on; default: each half of `batches` is profiled behind a head that was
             trained on the other half, since a head that has fitted a batch leaves only noise in its gradient.
-        sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are found.
+        sketch_size: Columns k of the narrow sketch; the wide one has 3 k rows. So many singular values are found.
         tolerance: Stop once the leading 8 singular values move by no more than this share between looks; default: never.
         keep_directions: Keep so many leading left and right singular vectors of each module, to initialise adapters from.
         warm_up: An optimizer of some of the model's parameters, stepped after each batch: the profile is then taken along a
@@ -110,7 +101,7 @@ def profile(
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
     targets, skipped = _profiled(targets)
     modules = _modules(model, targets)
-    matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed)
+    matrices = RandomMatrices(k=sketch_size, l=3 * sketch_size, seed=seed)
     observer = Observer(targets, modules, matrices, trend=warm_up is not None)
     tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:
@@ -136,7 +127,7 @@ def profile(
     tally = _sum_up(observer, tally)
     tally.check(max_skipped)
     silent = _check_taken(observer)
-    frame = _table(targets, modules, observer.observed, tally, keep_directions)
+    frame = tabulate(targets, modules, observer.observed, tally, keep_directions)
     metadata = {
         "schema": SCHEMA,
         "model": fingerprint_targets(targets),
@@ -155,7 +146,7 @@ def profile(
         "sketch_size": sketch_size,
         "versions": {name: version(name) for name in ("rankscope", "torch", "transformers")},
     }
-    return Profile(frame, metadata, _steps(observer, tally) if warm_up is not None else None)
+    return Profile(frame, metadata, tabulate_steps(observer.observed, tally) if warm_up is not None else None)
 
 
 def _see(
@@ -303,93 +294,6 @@ def _modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return model(**batch).loss  # type: ignore[no-any-return]
-
-
-# --- the tables --------------------------------------------------------------------------------------------------
-
-
-def _table(
-    targets: Sequence[TargetModule],
-    modules: Mapping[str, nn.Module],
-    observed: Mapping[str, Observed],
-    tally: Tally,
-    keep_directions: int,
-) -> pd.DataFrame:
-    rows = [_row(t, modules[t.name], observed[t.name], tally, keep_directions) for t in targets]
-    frame = pd.DataFrame(rows)
-    if not (frame["gradient_norm"] > 0).any():
-        raise ProfileError(
-            "the gradient must not be zero at every target module, but is; check the loss and the labels."
-        )
-    energy = frame["gradient_norm"].to_numpy() ** 2
-    shares = signal_shares(frame["signal_energy"].to_numpy(), energy, len(tally.losses))
-    frame["signal_share"] = shares
-    frame["signal_values"] = [
-        [value * math.sqrt(share) for value in values]
-        for share, values in zip(shares, frame["singular_values"], strict=True)
-    ]
-    frame["block"] = frame["block"].astype("Int64")
-    return frame
-
-
-def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, keep_directions: int) -> dict[str, Any]:
-    total = sum(tally.weights)
-    energy = max(seen.store.energy(), 0.0) / total**2
-    basis, core = seen.store.factors()
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
-    measured = float(seen.store.measure(seen.store.tensors())) / total**2
-    split = split_energy(energy, float(seen.squares) * tally.first_size, tally.sizes, measured=measured)
-    weight, activations = dense_weight(module), seen.activations
-    kept = slice(0, keep_directions)
-    return {
-        "module": target.name,
-        "tower": target.tower,
-        "block": target.block,
-        "role": target.role,
-        "kind": target.kind,
-        "in_features": target.in_features,
-        "out_features": target.out_features,
-        "rank_cost": target.rank_cost,
-        "gradient_norm": math.sqrt(energy),
-        "signal_energy": split.signal,
-        "noise_energy": split.noise,
-        "fisher_trace": split.fisher_trace,
-        "gradient_rank": effective_rank(values),
-        "singular_values": (values / total).tolist(),
-        "exact": isinstance(seen.store, ExactGradient),
-        "sensitivity": None if weight is None else sensitivity(weight, basis, core) / total,
-        "weight_norm": None if weight is None else frobenius_norm(weight),
-        "weight_rank": None if weight is None else stable_rank(weight),
-        "activation_moment": activations.second_moment() if activations else 0.0,
-        "activation_rank": activations.effective_rank() if activations else 0.0,
-        "activation_variance": activations.variance() if activations else 0.0,
-        "activation_values": activations.variances().tolist() if activations else [],
-        "gradient_trend": _trend(seen.energies),
-        "left_directions": (basis @ left)[:, kept].T.flatten().tolist() if keep_directions else None,
-        "right_directions": right[kept].flatten().tolist() if keep_directions else None,
-    }
-
-
-def _trend(energies: Sequence[Tensor] | None) -> float | None:
-    """Slope of the log gradient norm over the steps of a warm-up run, by least squares; negative: it falls."""
-    if energies is None or len(energies) < 2:
-        return None
-    logs = 0.5 * np.log(np.maximum(torch.stack(list(energies)).tolist(), np.finfo(np.float64).tiny))
-    return float(np.polyfit(np.arange(len(logs)), logs, 1)[0])
-
-
-def _steps(observer: Observer, tally: Tally) -> pd.DataFrame:
-    """One row a step and module: the gradient norm along the warm-up run, and the loss."""
-    norms = {
-        name: torch.stack(seen.energies).sqrt().tolist() for name, seen in observer.observed.items() if seen.energies
-    }
-    return pd.DataFrame(
-        [
-            {"step": step, "module": name, "gradient_norm": value, "loss": tally.losses[step]}
-            for name, values in norms.items()
-            for step, value in enumerate(values)
-        ]
-    )
 
 
 def _fingerprint_weights(model: nn.Module) -> str:

@@ -216,7 +216,7 @@ def _worst_module(targets: tuple[rs.TargetModule, ...]) -> float:
     """The numbers that a gradient store keeps over those of the full gradient, at worst."""
     from rankscope.profiling.sketch import RandomMatrices, new_gradient_store
 
-    matrices = RandomMatrices(k=48, l=192, seed=0)
+    matrices = RandomMatrices(k=64, l=192, seed=0)
     kept = []
     for t in targets:
         store = new_gradient_store(t.in_features, t.out_features, matrices, torch.device("cpu"))

@@ -46,7 +46,7 @@ class ProfileSection(_Section):
 
     batches: int | None = Field(None, ge=2)
     head_steps: int = Field(100, ge=0)
-    sketch_size: int = Field(64, ge=2)
+    sketch_size: int = Field(56, ge=2)
     tolerance: float | None = Field(None, ge=0)
     keep_directions: int = Field(0, ge=0)
 

@@ -46,7 +46,7 @@ def profile(
     head: Sequence[str] = (),
     head_steps: int = 100,
     head_batches: Iterable[Any] | None = None,
-    sketch_size: int = 64,
+    sketch_size: int = 56,
     tolerance: float | None = None,
     keep_directions: int = 0,
     warm_up: torch.optim.Optimizer | None = None,
@@ -75,7 +75,7 @@ def profile(
         head_steps: AdamW steps on each head.
         head_batches: Batches to train the head on; default: each half of `batches` is profiled behind a head that was
             trained on the other half, since a head that has fitted a batch leaves only noise in its gradient.
-        sketch_size: Columns k of the narrow sketch; the wide one has 3 k rows. So many singular values are found.
+        sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are found.
         tolerance: Stop once the leading 8 singular values move by no more than this share between looks; default: never.
         keep_directions: Keep so many leading left and right singular vectors of each module, to initialise adapters from.
         warm_up: An optimizer of some of the model's parameters, stepped after each batch: the profile is then taken along a
@@ -101,7 +101,7 @@ def profile(
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
     targets, skipped = _profiled(targets)
     modules = _modules(model, targets)
-    matrices = RandomMatrices(k=sketch_size, l=3 * sketch_size, seed=seed)
+    matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed)
     observer = Observer(targets, modules, matrices, trend=warm_up is not None)
     tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:

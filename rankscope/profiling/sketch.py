@@ -56,7 +56,7 @@ class RandomMatrices:
 
     Args:
         k: Columns of the narrow sketch: how many singular triples can be found.
-        l: Rows of the wide sketch, above k; 3 k gave the truest spectra and subspaces for the memory on real gradients.
+        l: Rows of the wide sketch, above k; about 4 k: with 3 k, single modules are off by half as much again.
         seed: Equal seeds give equal matrices on every device and process.
     """
 

@@ -216,7 +216,7 @@ def _worst_module(targets: tuple[rs.TargetModule, ...]) -> float:
     """The numbers that a gradient store keeps over those of the full gradient, at worst."""
     from rankscope.profiling.sketch import RandomMatrices, new_gradient_store
 
-    matrices = RandomMatrices(k=64, l=192, seed=0)
+    matrices = RandomMatrices(k=56, l=224, seed=0)
     kept = []
     for t in targets:
         store = new_gradient_store(t.in_features, t.out_features, matrices, torch.device("cpu"))
@@ -227,11 +227,11 @@ def _worst_module(targets: tuple[rs.TargetModule, ...]) -> float:
 def _peers(
     model: nn.Module, targets: tuple[rs.TargetModule, ...], data: list[Any], loss: Callable[..., torch.Tensor]
 ) -> dict[str, Callable[[], Any]]:
-    """PEFT's EVA and LoRA-GA on the same data."""
+    """PEFT's EVA (stopped at once: its memory does not grow while it converges) and LoRA-GA on the same data."""
     names = [t.name for t in targets]
 
     def eva() -> None:
-        config = LoraConfig(r=32, target_modules=names, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+        config = LoraConfig(r=32, target_modules=names, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=0.0))
         wrapped = get_peft_model(copy.deepcopy(model), config)
         initialize_lora_eva_weights(wrapped, data)
 

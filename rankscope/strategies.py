@@ -153,17 +153,13 @@ def gradient_norm(request: Request) -> RankAllocation:
     Option `signal` (default False): the norm without the batches' noise.
     """
     profile = request.profiled()
-    norms = profile.column("gradient_norm")
-    if request.options.get("signal", False):
-        shares = profile.column("signal_share")
-        norms = {name: norm * math.sqrt(shares[name]) for name, norm in norms.items()}
-    return request.per_parameter(norms)
+    signal = request.options.get("signal", False)
+    return request.per_parameter(_signal_norms(profile) if signal else profile.column("gradient_norm"))
 
 
 def fisher(request: Request) -> RankAllocation:
     """Parameters in proportion to the root of the empirical Fisher trace: the scale of single examples' gradients."""
-    traces = request.profiled().column("fisher_trace")
-    return request.per_parameter({name: math.sqrt(max(trace, 0.0)) for name, trace in traces.items()})
+    return request.per_parameter(_fisher_roots(request.profiled()))
 
 
 def sensitivity(request: Request) -> RankAllocation:
@@ -218,10 +214,9 @@ def blend(request: Request) -> RankAllocation:
             f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {sorted(unknown) or weights}."
         )
     profile = request.profiled()
-    shares = profile.column("signal_share")
     views = {
-        "gradient": {name: norm * math.sqrt(shares[name]) for name, norm in profile.column("gradient_norm").items()},
-        "fisher": {name: math.sqrt(max(trace, 0.0)) for name, trace in profile.column("fisher_trace").items()},
+        "gradient": _signal_norms(profile),
+        "fisher": _fisher_roots(profile),
         "sensitivity": {name: 0.0 if math.isnan(v) else v for name, v in profile.column("sensitivity").items()},
     }
     scores = dict.fromkeys((target.name for target in request.targets), 1.0)
@@ -229,6 +224,16 @@ def blend(request: Request) -> RankAllocation:
         mean = max(float(np.mean([values[name] for name in scores])), _TINY)
         scores = {name: score * (values[name] / mean) ** weights[view] for name, score in scores.items()}
     return request.per_parameter(scores)
+
+
+def _signal_norms(profile: Profile) -> dict[str, float]:
+    """The gradient's norm without the batches' noise."""
+    shares = profile.column("signal_share")
+    return {name: norm * math.sqrt(shares[name]) for name, norm in profile.column("gradient_norm").items()}
+
+
+def _fisher_roots(profile: Profile) -> dict[str, float]:
+    return {name: math.sqrt(max(trace, 0.0)) for name, trace in profile.column("fisher_trace").items()}
 
 
 _TINY = float(np.finfo(np.float64).tiny)

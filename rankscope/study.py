@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rankscope.budget import ParameterBudget
 from rankscope.exceptions import StudyError
+from rankscope.profiling.sketch import SKETCH_SIZE
 from rankscope.targets import TargetModule
 from rankscope.training import TrainingConfig
 
@@ -46,7 +47,7 @@ class ProfileSection(_Section):
 
     batches: int | None = Field(None, ge=2)
     head_steps: int = Field(100, ge=0)
-    sketch_size: int = Field(56, ge=2)
+    sketch_size: int = Field(SKETCH_SIZE, ge=2)
     tolerance: float | None = Field(None, ge=0)
     keep_directions: int = Field(0, ge=0)
 

@@ -101,7 +101,8 @@ def find_targets(
         if not selection:
             raise TargetError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
 
-    candidates = {name: (module, kind) for name, module in _base_modules(model) if (kind := _kind(module))}
+    base = ((name, getattr(module, "base_layer", module)) for name, module in base_modules(model))
+    candidates = {name: (module, kind) for name, module in base if (kind := _kind(module))}
     matched = _match(selection, candidates) - _match_quietly(excluded, candidates)
     left_out = _left_out(model, candidates)
     named_in_full = set() if isinstance(selection, str) else set(selection)
@@ -132,8 +133,8 @@ def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
 # --- which modules -----------------------------------------------------------------------------------------------
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name in the base model; PEFT layers stand for the layer they wrap."""
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its name in the base model; a PEFT layer is named as the layer it wraps, its `base_layer`."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         model = cast(Any, model).get_base_model()
     wrapped: list[str] = []
@@ -142,7 +143,6 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if hasattr(module, "base_layer"):
             wrapped.append(name + ".")
-            module = module.base_layer
         yield name, module
 
 

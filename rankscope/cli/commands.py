@@ -16,8 +16,7 @@ from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_energy, plot_ranks, plot_spectra, save_figure
-from rankscope.profiling import Profile
-from rankscope.profiling.summary import cumulative_energy, group_energy, rank_modules
+from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
 from rankscope.searching import SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
@@ -53,7 +52,7 @@ def run_profile(path: Path, out: Path | None, overrides: Overrides, *, keep_part
     budget = session.budget.limit
     print_line(
         f"the best {budget:,} parameters (this study's budget) capture {np.interp(budget, parameters, captured):.0%} "
-        f"of the gradient's energy; signal is {_pooled_signal(taken):.0%} of it"
+        f"of the gradient's energy; signal is {pooled_signal(taken):.0%} of it"
     )
     for kind, names in (
         ("skipped", taken.metadata["skipped"]),
@@ -244,11 +243,6 @@ def _module_row(row: Mapping[Any, Any]) -> tuple[str, ...]:
         f"{row['signal_share']:.0%}",
         f"{row['first']:.0%}",
     )
-
-
-def _pooled_signal(taken: Profile) -> float:
-    signal, noise = taken.table["signal_energy"].sum(), taken.table["noise_energy"].sum()
-    return max(float(signal / (signal + noise)), 0.0)
 
 
 def _summary(allocation: RankAllocation) -> dict[str, Any]:

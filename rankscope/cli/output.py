@@ -45,4 +45,4 @@ def print_line(text: str) -> None:
 
 def print_files(paths: Sequence[Any]) -> None:
     """Which files were written."""
-    stdout.print("wrote " + ", ".join(str(path) for path in paths), soft_wrap=True)
+    print_line("wrote " + ", ".join(str(path) for path in paths))

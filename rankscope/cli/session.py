@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,10 @@ class Session:
     def take_profile(self, *, keep_partial: bool = False) -> Profile:
         """Profiles the task's model and writes `profile.parquet`."""
         section, task = self.study.profile, self.task
-        epoch = list(task.train_batches(self.study.seed))
-        batches, rest = epoch[: section.batches], epoch[section.batches or len(epoch) :]
+        head = getattr(task, "head_modules", ())
+        epoch = iter(task.train_batches(self.study.seed))
+        batches = list(islice(epoch, section.batches))
+        rest = list(islice(epoch, section.head_steps if head else 0))
         with progress() as bar:
             line = bar.add_task("profiling", total=len(batches))
             taken = profile(
@@ -85,7 +88,7 @@ class Session:
                 batches,
                 targets=self.targets,
                 loss_fn=task.loss,
-                head=getattr(task, "head_modules", ()),
+                head=head,
                 head_steps=section.head_steps,
                 head_batches=rest or None,  # a head that has fitted the profiled batches leaves less gradient in them
                 sketch_size=section.sketch_size,

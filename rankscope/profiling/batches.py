@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,15 +49,16 @@ class Tally:
         text = "".join(repr((tuple(tensor.shape), float(tensor.double().sum()))) for tensor in _tensors(batch))
         self.digests.append(hashlib.sha256(text.encode()).hexdigest())
 
-    def together(self, others: list[Tally]) -> Tally:
+    @classmethod
+    def together(cls, tallies: Sequence[Tally]) -> Tally:
         """One tally of all processes."""
-        return Tally(
-            losses=[loss for other in others for loss in other.losses],
-            sizes=[size for other in others for size in other.sizes],
-            tokens=sum(other.tokens for other in others),
-            skipped=sum(other.skipped for other in others),
-            first_size=others[0].first_size,
-            digests=[digest for other in others for digest in other.digests],
+        return cls(
+            losses=[loss for tally in tallies for loss in tally.losses],
+            sizes=[size for tally in tallies for size in tally.sizes],
+            tokens=sum(tally.tokens for tally in tallies),
+            skipped=sum(tally.skipped for tally in tallies),
+            first_size=tallies[0].first_size,
+            digests=[digest for tally in tallies for digest in tally.digests],
         )
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.processes import process_count, sum_over_processes
+from rankscope.profiling.restoring import values_restored
 
 LEARNING_RATE = 1e-2
 
@@ -41,15 +42,9 @@ def head_warmed(
     if missing := [name for name in head if name not in present]:
         raise ProfileError(f"`head` must name modules of this model, but it has no `{missing[0]}`; check the name.")
     parameters = [parameter for name in head for parameter in present[name].parameters()]
-    before = [parameter.detach().clone() for parameter in parameters]
-    device = parameters[0].device
-    try:
-        _train(model, parameters, islice(_endless(batches), steps), loss_fn, device)
+    with values_restored(parameters):
+        _train(model, parameters, islice(_endless(batches), steps), loss_fn, parameters[0].device)
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
 
 
 def _train(

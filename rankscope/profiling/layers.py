@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = cast(nn.Module, model._orig_mod)
         else:
             return model
-
-
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by their name in the base model; a module that PEFT has wrapped is named as before and stands for both."""
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = cast(Any, model).get_base_model()
-    return dict(model.named_modules())
 
 
 def as_rows(module: nn.Module, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:

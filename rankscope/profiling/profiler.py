@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -24,13 +24,14 @@ from rankscope.profiling.batches import Tally, check_loss
 from rankscope.profiling.convergence import Convergence
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
-from rankscope.profiling.layers import SUPPORTED, base_modules, unwrapped
+from rankscope.profiling.layers import SUPPORTED, unwrapped
 from rankscope.profiling.observer import Observer, module_device
 from rankscope.profiling.processes import gathered, several, sum_over_processes
-from rankscope.profiling.sketch import RandomMatrices, is_finite, singular_triples
+from rankscope.profiling.restoring import frozen, trained
+from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.profiling.table import tabulate, tabulate_steps
-from rankscope.targets import TargetModule, find_targets, fingerprint_targets
+from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def profile(
     head: Sequence[str] = (),
     head_steps: int = 100,
     head_batches: Iterable[Any] | None = None,
-    sketch_size: int = 56,
+    sketch_size: int = SKETCH_SIZE,
     tolerance: float | None = None,
     keep_directions: int = 0,
     warm_up: torch.optim.Optimizer | None = None,
@@ -101,17 +102,17 @@ def profile(
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
     targets, skipped = _profiled(targets)
     modules = _modules(model, targets)
-    matrices = RandomMatrices(k=sketch_size, l=4 * sketch_size, seed=seed)
+    matrices = RandomMatrices(k=sketch_size, seed=seed)
     observer = Observer(targets, modules, matrices, trend=warm_up is not None)
     tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:
-        stack.enter_context(_as_it_was(model))
+        stack.enter_context(frozen(model))
         stream: Iterator[Any] = islice(batches, n_batches)
         if head and head_steps:
             stream = _behind_heads(model, stream, head, head_batches, loss_fn, head_steps)
             stack.enter_context(closing(stream))
         if warm_up is not None:
-            stack.enter_context(_trained(warm_up))
+            stack.enter_context(trained(warm_up))
         stack.enter_context(observer.hooked())
         stop = stack.enter_context(stop_on_interrupt(enabled=keep_partial))
         device = module_device(model)
@@ -197,7 +198,7 @@ def _converged(convergence: Convergence, observer: Observer, tally: Tally) -> bo
     if not convergence.due(done := len(tally.losses)):
         return False
     scale = 1.0 / sum(tally.weights)
-    values = {name: singular_triples(seen.store)[1] * scale for name, seen in observer.observed.items()}
+    values = {name: seen.store.decompose().values * scale for name, seen in observer.observed.items()}
     return convergence.reached(done, values)
 
 
@@ -210,13 +211,10 @@ def _sum_up(observer: Observer, tally: Tally) -> Tally:
         tensor.mul_(scale)
     sum_over_processes(sums)
     sum_over_processes(tensor for sketch in observer.activations() for tensor in sketch.tensors())
-    for seen, counts in zip(observer.observed.values(), zip(*gathered(_counts(observer)), strict=True), strict=True):
-        seen.batches = sum(counts)
-    return tally.together(tallies)
-
-
-def _counts(observer: Observer) -> list[int]:
-    return [seen.batches for seen in observer.observed.values()]
+    counts = gathered([seen.batches for seen in observer.observed.values()])
+    for seen, each in zip(observer.observed.values(), zip(*counts, strict=True), strict=True):
+        seen.batches = sum(each)
+    return Tally.together(tallies)
 
 
 def _check_taken(observer: Observer) -> list[str]:
@@ -241,37 +239,6 @@ def _check_taken(observer: Observer) -> list[str]:
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Freezes the model in evaluation mode, and gives both back."""
-    training = {name: module.training for name, module in model.named_modules()}
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-
-
-@contextmanager
-def _trained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Lets the optimizer's parameters take gradients, and restores them on leaving."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    before = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
-
-
 def _profiled(targets: Sequence[TargetModule]) -> tuple[tuple[TargetModule, ...], dict[str, str]]:
     """The targets that can be profiled, and why the others cannot."""
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
@@ -283,7 +250,7 @@ def _profiled(targets: Sequence[TargetModule]) -> tuple[tuple[TargetModule, ...]
 
 
 def _modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.Module]:
-    present = base_modules(model)
+    present = dict(base_modules(model))
     for target in targets:
         if target.name not in present:
             raise ProfileError(

@@ -13,18 +13,35 @@ over the deltas and no memory, and on real gradients reconstructs as well as a G
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+SKETCH_SIZE = 56  # k, by default
 Increment = tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """G ~ left diag(values) right.
+
+    Attributes:
+        left: Leading left singular vectors, (out, k).
+        values: Leading singular values, (k,), descending.
+        right: Leading right singular vectors, (k, in).
+        energy: ||G||_F^2; in expectation that of `GradientStore.measure`, but less scattered.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    energy: float
+
+
 class GradientStore(Protocol):
-    """What the profiler needs: turn one call into an increment, add increments up, take factors and energy."""
+    """What the profiler needs: turn one call into an increment, add increments up, decompose the sum."""
 
     def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
         """What sum_n deltas_n inputs_n^T adds to the store; `inputs` is (n, in), `deltas` is (n, out)."""
@@ -42,12 +59,8 @@ class GradientStore(Protocol):
         """What is kept, itself an increment: these are summed over processes."""
         ...
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(Q, X) with G ~ Q X and Q's columns orthonormal; (out, k) and (k, in)."""
-        ...
-
-    def energy(self) -> float:
-        """||G||_F^2 of all that was added; in expectation that of `measure`, but less scattered."""
+    def decompose(self) -> Decomposition:
+        """The leading singular triples and the energy of all that was added."""
         ...
 
 
@@ -55,13 +68,13 @@ class RandomMatrices:
     """The random matrices of every size, made once and shared by all modules of that size.
 
     Args:
-        k: Columns of the narrow sketch: how many singular triples can be found.
-        l: Rows of the wide sketch, above k; about 4 k: with 3 k, single modules are off by half as much again.
+        k: Columns of the narrow sketch: how many singular triples can be found. The wide one has l = 4 k rows: with 3 k,
+            single modules are off by half as much again.
         seed: Equal seeds give equal matrices on every device and process.
     """
 
-    def __init__(self, *, k: int, l: int, seed: int) -> None:
-        self.k, self.l, self.seed = k, l, seed
+    def __init__(self, *, k: int, seed: int) -> None:
+        self.k, self.l, self.seed = k, 4 * k, seed
         self._made: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def omega(self, size: int, device: torch.device) -> Tensor:
@@ -110,14 +123,10 @@ class ExactGradient:
         """See `GradientStore`."""
         return (self.gradient,)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def decompose(self) -> Decomposition:
         """See `GradientStore`."""
         left, values, right = torch.linalg.svd(self.gradient, full_matrices=False)
-        return left, values[:, None] * right
-
-    def energy(self) -> float:
-        """See `GradientStore`."""
-        return float(self.gradient.square().sum())
+        return Decomposition(left, values, right, float(self.gradient.square().sum()))
 
 
 @dataclass(slots=True)
@@ -174,37 +183,27 @@ class SketchedGradient:
         """See `GradientStore`."""
         return self.narrow, self.wide
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """See `GradientStore`."""
-        basis, core, _ = self._fit()
-        if not self.transposed:
-            return basis, core
-        left, values, right = torch.linalg.svd(core, full_matrices=False)  # G = core^T basis^T
-        return right.T, (values[:, None] * left.T) @ basis.T
-
-    def energy(self) -> float:
+    def decompose(self) -> Decomposition:
         """See `GradientStore`. The fit X = Q^T G + (Psi Q)^+ Psi R, where R = G - Q Q^T G is what the range Q misses.
 
         For R's columns of any direction outside Q, with P = Psi Q and D = Psi Psi^T (the buckets' sizes, diagonal), X carries
         (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too much, and the fit's residual has tr (I - P P^+) D / (n - k) ||R||^2.
         """
-        basis, core, residual = self._fit()
-        n, k = basis.shape
+        basis = torch.linalg.qr(self.narrow).Q
         projected = self.compress(basis.T).T
         inverse = torch.linalg.pinv(projected)
-        l = len(projected)
+        core = inverse @ self.wide
+        (n, k), l = basis.shape, len(projected)
         sizes = torch.bincount(torch.arange(n, device=basis.device) % l, minlength=l).to(basis.dtype)
         excess = (float((inverse.square() @ sizes).sum()) - k) / (n - k)
         seen = float(((1.0 - (projected * inverse.T).sum(dim=1)) * sizes).sum()) / (n - k)
-        missed = float(residual.square().sum()) / seen
-        return float(core.square().sum()) + (1.0 - excess) * missed
-
-    def _fit(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, X and the residual of the fit Psi Q X = Z."""
-        basis = torch.linalg.qr(self.narrow).Q
-        projected = self.compress(basis.T).T
-        core = torch.linalg.pinv(projected) @ self.wide
-        return basis, core, self.wide - projected @ core
+        missed = float((self.wide - projected @ core).square().sum()) / seen
+        energy = float(core.square().sum()) + (1.0 - excess) * missed
+        left, values, right = torch.linalg.svd(core, full_matrices=False)
+        left = basis @ left
+        if self.transposed:
+            left, right = right.T, left.T
+        return Decomposition(left, values, right, energy)
 
     def compress(self, rows: Tensor) -> Tensor:
         """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign; 256 rows at a time, to save memory."""
@@ -228,13 +227,6 @@ def new_gradient_store(
     return SketchedGradient.zeros(in_features, out_features, matrices, device)
 
 
-def singular_triples(store: GradientStore) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading left vectors (out, k), singular values (k,) and right vectors (k, in) of the stored gradient."""
-    basis, core = store.factors()
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
-    return basis @ left, values, right
-
-
-def is_finite(tensors: Iterator[Tensor] | Increment) -> bool:
+def is_finite(tensors: Increment) -> bool:
     """Whether no number is NaN or infinite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

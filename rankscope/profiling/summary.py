@@ -41,6 +41,12 @@ def group_energy(profile: Profile) -> pd.DataFrame:
     return groups.sort_values("share", ascending=False, kind="stable").reset_index()
 
 
+def pooled_signal(profile: Profile) -> float:
+    """The share of signal in the gradient energy of all modules together, at least 0."""
+    signal, noise = profile.table["signal_energy"].sum(), profile.table["noise_energy"].sum()
+    return max(float(signal / (signal + noise)), 0.0)
+
+
 def cumulative_energy(profile: Profile) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Parameters spent and share of gradient energy captured when ranks are taken by energy per parameter.
 

@@ -58,9 +58,8 @@ def tabulate(
 
 def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, keep_directions: int) -> dict[str, Any]:
     total = sum(tally.weights)
-    energy = max(seen.store.energy(), 0.0) / total**2
-    basis, core = seen.store.factors()
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    found = seen.store.decompose()
+    energy = max(found.energy, 0.0) / total**2
     measured = float(seen.store.measure(seen.store.tensors())) / total**2
     split = split_energy(energy, float(seen.squares) * tally.first_size, tally.sizes, measured=measured)
     weight, activations = dense_weight(module), seen.activations
@@ -78,10 +77,12 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
         "signal_energy": split.signal,
         "noise_energy": split.noise,
         "fisher_trace": split.fisher_trace,
-        "gradient_rank": effective_rank(values),
-        "singular_values": (values / total).tolist(),
+        "gradient_rank": effective_rank(found.values),
+        "singular_values": (found.values / total).tolist(),
         "exact": isinstance(seen.store, ExactGradient),
-        "sensitivity": None if weight is None else sensitivity(weight, basis, core) / total,
+        "sensitivity": None
+        if weight is None
+        else sensitivity(weight, found.left, found.values[:, None] * found.right) / total,
         "weight_norm": None if weight is None else frobenius_norm(weight),
         "weight_rank": None if weight is None else stable_rank(weight),
         "activation_moment": activations.second_moment() if activations else 0.0,
@@ -89,8 +90,8 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
         "activation_variance": activations.variance() if activations else 0.0,
         "activation_values": activations.variances().tolist() if activations else [],
         "gradient_trend": _trend(seen.energies),
-        "left_directions": (basis @ left)[:, kept].T.flatten().tolist() if keep_directions else None,
-        "right_directions": right[kept].flatten().tolist() if keep_directions else None,
+        "left_directions": found.left[:, kept].T.flatten().tolist() if keep_directions else None,
+        "right_directions": found.right[kept].flatten().tolist() if keep_directions else None,
     }
 
 

@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 from rankscope.files import write_json
+from rankscope.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,12 @@ class Claim:
     def at_least(cls, name: str, value: float, bound: float) -> Claim:
         """Holds from the bound on."""
         return cls(name=name, value=value, bound=f">= {bound:g}", holds=value >= bound)
+
+
+def batches_of(task: Task, n: int, start: int = 0) -> list[Any]:
+    """Batches `start` to `start + n` of epoch after epoch, each in an order of its own."""
+    endless = chain.from_iterable(task.train_batches(seed) for seed in count())
+    return list(islice(endless, start, start + n))
 
 
 def run_benchmark(measure: Callable[[bool], tuple[list[dict[str, Any]], Sequence[Claim]]], description: str) -> None:

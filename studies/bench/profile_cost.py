@@ -15,13 +15,13 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import islice
+from contextlib import contextmanager
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from _harness import Claim, run_benchmark
+from _harness import Claim, batches_of, run_benchmark
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 import rankscope as rs
 from rankscope.profiling import profile
+from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, new_gradient_store
 from rankscope.tasks import Task
 
 RANK = 16
@@ -55,7 +56,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     claims.append(Claim.at_most("LLaMA-7B block: largest store over its full gradient", block["worst_module"], 1))
     if not quick:
         task = rs.load_task("glosses")
-        row = memory_row("glosses", task.build_model(), list(islice(task.train_batches(0), 4)), task.loss, peers=True)
+        row = memory_row("glosses", task.build_model(), batches_of(task, 4), task.loss, peers=True)
         rows.append(row)
         claims.append(Claim.at_most("SmolLM2: largest store over its full gradient", row["worst_module"], 1))
     return rows, claims
@@ -69,7 +70,7 @@ def time_row(name: str, n_batches: int) -> dict[str, Any]:
     task = rs.load_task(name)
     model = task.build_model().eval().requires_grad_(False)
     targets = rs.find_targets(model)
-    data = list(islice(_endless(task), n_batches))
+    data = batches_of(task, n_batches)
     lora = get_peft_model(copy.deepcopy(model), LoraConfig(r=RANK, target_modules=[t.name for t in targets])).eval()
     plain, lora_times, profiled = [], [], []
 
@@ -77,7 +78,8 @@ def time_row(name: str, n_batches: int) -> dict[str, Any]:
         """Times the other steps between two batches of the profile, and the profile's own from yield to yield."""
         for batch in data:
             lora_times.append(_timed(lambda batch=batch: _step(lora, task, batch)))
-            plain.append(_timed(lambda batch=batch: _step(model, task, batch, first=targets[0].name)))
+            with reached(model, targets[0].name):
+                plain.append(_timed(lambda batch=batch: _step(model, task, batch)))
             start = perf_counter()
             yield batch
             profiled.append(perf_counter() - start)
@@ -94,26 +96,24 @@ def time_row(name: str, n_batches: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _endless(task: Task) -> Iterator[Any]:
-    seed = 0
-    while True:
-        yield from task.train_batches(seed)
-        seed += 1
-
-
 def _timed(step: Callable[[], None]) -> float:
     start = perf_counter()
     step()
     return perf_counter() - start
 
 
-def _step(model: nn.Module, task: Task, batch: Any, first: str | None = None) -> None:
-    handle = None
-    if first is not None:  # a frozen model has no backward pass unless something asks for it
-        handle = model.get_submodule(first).register_forward_hook(lambda _m, _a, output: output.requires_grad_())
+def _step(model: nn.Module, task: Task, batch: Any) -> None:
     task.loss(model, batch).backward()
     model.zero_grad()
-    if handle:
+
+
+@contextmanager
+def reached(model: nn.Module, name: str) -> Iterator[None]:
+    """A frozen model has no backward pass unless something asks for it: here, the output of the named module."""
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, output: output.requires_grad_())
+    try:
+        yield
+    finally:
         handle.remove()
 
 
@@ -184,13 +184,11 @@ def memory_row(
     """Extra peaks in bytes."""
     targets = rs.find_targets(model)
     model = model.eval().requires_grad_(False)
-    first = targets[0].name
 
     def plain() -> None:
-        handle = model.get_submodule(first).register_forward_hook(lambda _m, _a, output: output.requires_grad_())
-        for batch in data:
-            loss(model, batch).backward()
-        handle.remove()
+        with reached(model, targets[0].name):
+            for batch in data:
+                loss(model, batch).backward()
 
     base = _peak(plain)
     profiled = _peak(lambda: profile(model, data, targets=targets, loss_fn=loss))
@@ -214,9 +212,7 @@ def _peak(run: Callable[[], Any]) -> int:
 
 def _worst_module(targets: tuple[rs.TargetModule, ...]) -> float:
     """The numbers that a gradient store keeps over those of the full gradient, at worst."""
-    from rankscope.profiling.sketch import RandomMatrices, new_gradient_store
-
-    matrices = RandomMatrices(k=56, l=224, seed=0)
+    matrices = RandomMatrices(k=SKETCH_SIZE, seed=0)
     kept = []
     for t in targets:
         store = new_gradient_store(t.in_features, t.out_features, matrices, torch.device("cpu"))

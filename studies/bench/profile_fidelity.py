@@ -14,15 +14,14 @@ batches. One thread; about 10 minutes. `--quick`: MiniLM's spectra only, one see
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from _harness import Claim, run_benchmark
+from _harness import Claim, batches_of, run_benchmark
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -60,18 +59,6 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
             rows.append(row)
             claims.append(Claim.at_least(f"glosses: one-shot on {row['bits']} bits and on 32", row["correlation"], 0.9))
     return rows, claims
-
-
-def batches_of(task: Task, n: int, start: int = 0) -> list[Any]:
-    """Batches `start` to `start + n` of epoch after epoch."""
-
-    def endless() -> Iterator[Any]:
-        seed = 0
-        while True:
-            yield from task.train_batches(seed)
-            seed += 1
-
-    return list(islice(endless(), start, start + n))
 
 
 def warmed(task: Task, model: nn.Module) -> AbstractContextManager[None]:

@@ -11,14 +11,13 @@ from rankscope.profiling.sketch import (
     RandomMatrices,
     SketchedGradient,
     new_gradient_store,
-    singular_triples,
 )
 
 CPU = torch.device("cpu")
 
 
 def matrices(k: int = 8, seed: int = 0) -> RandomMatrices:
-    return RandomMatrices(k=k, l=4 * k, seed=seed)
+    return RandomMatrices(k=k, seed=seed)
 
 
 def numel(store: GradientStore) -> int:
@@ -46,12 +45,13 @@ def test_leading_values_and_vectors_match_exact_svd(out: int, in_: int) -> None:
     gradient = decaying(out, in_, 0.8, torch.Generator().manual_seed(out))
     store = sketch_of(gradient, matrices(k=16))
     exact = torch.linalg.svdvals(gradient)
-    left, values, right = singular_triples(store)
+    found = store.decompose()
+    left, values, right = found.left, found.values, found.right
     torch.testing.assert_close(values[:4], exact[:4], rtol=0.03, atol=0)
     u, _, v = torch.linalg.svd(gradient)
     assert (left[:, :4].T @ u[:, :4]).square().sum() > 3.9  # of 4: the leading subspaces agree
     assert (right[:4] @ v[:4].T).square().sum() > 3.9
-    basis, core = store.factors()
+    basis, core = left, values[:, None] * right
     assert basis.shape[0] == out
     assert core.shape[1] == in_
     torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
@@ -63,8 +63,8 @@ def test_matrices_of_low_rank_are_recovered_exactly(out: int, in_: int) -> None:
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(out, 5, generator=generator) @ torch.randn(5, in_, generator=generator)
     store = sketch_of(gradient, matrices())
-    torch.testing.assert_close(singular_triples(store)[1][:5], torch.linalg.svdvals(gradient)[:5], rtol=1e-4, atol=0)
-    assert store.energy() == pytest.approx(float(gradient.square().sum()), rel=1e-4)
+    torch.testing.assert_close(store.decompose().values[:5], torch.linalg.svdvals(gradient)[:5], rtol=1e-4, atol=0)
+    assert store.decompose().energy == pytest.approx(float(gradient.square().sum()), rel=1e-4)
 
 
 def test_streaming_equals_the_whole_and_increments_measure_the_energy() -> None:
@@ -93,7 +93,7 @@ def test_compression_is_a_signed_sum_into_buckets() -> None:
 @pytest.mark.parametrize(("out", "in_"), [(60, 90), (90, 60)])
 def test_energy_is_unbiased(out: int, in_: int) -> None:
     gradient = torch.randn(out, in_, generator=torch.Generator().manual_seed(3))  # flat: the worst case
-    estimates = np.array([sketch_of(gradient, matrices(k=6, seed=seed)).energy() for seed in range(300)])
+    estimates = np.array([sketch_of(gradient, matrices(k=6, seed=seed)).decompose().energy for seed in range(300)])
     error = estimates.std(ddof=1) / np.sqrt(len(estimates))
     assert abs(estimates.mean() - float(gradient.square().sum())) < 3.5 * error
 
@@ -113,7 +113,7 @@ def test_signal_energy_is_unbiased_under_noise(sketched: bool) -> None:
             increment = store.increment(gradient, size * torch.eye(50))
             squares += float(store.measure(increment)) / size
             store.add(increment)
-        energy = store.energy() / sum(sizes) ** 2
+        energy = store.decompose().energy / sum(sizes) ** 2
         measured = float(store.measure(store.tensors())) / sum(sizes) ** 2
         split = split_energy(energy, squares, sizes, measured=measured)
         assert split.signal + split.noise == pytest.approx(energy)

@@ -146,6 +146,22 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of parameters that hold the weights of several experts in one 3-D tensor: no adapter here takes them.
+
+    So transformers 5 keeps Mixtral's, Qwen's and DeepSeek's experts; earlier versions had a linear module for each.
+    """
+    from torch import nn
+
+    return [
+        f"{name}.{weight}".removeprefix(".")
+        for name, module in base_modules(model)
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for weight, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    ]
+
+
 def _kind(module: nn.Module) -> Kind | None:
     """The kind of adapter a module takes, or None. Quantised linears subclass nn.Linear."""
     from torch import nn

@@ -32,9 +32,12 @@ class ActivationSketch:
         zero = torch.zeros((), device=omega.device)
         return cls(omega, zero.clone(), omega.new_zeros(len(omega)), zero.clone(), torch.zeros_like(omega))
 
-    def add(self, inputs: Tensor) -> None:
-        """Adds rows, (n, in)."""
-        self.count += len(inputs)
+    def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Adds rows, (n, in); where a mask (n,) is 0, the row is padding and does not count."""
+        if mask is not None:
+            mask = mask.ne(0)
+            inputs = inputs * mask[:, None]
+        self.count += len(inputs) if mask is None else mask.sum()
         self.total += inputs.sum(dim=0).float()
         self.squares += inputs.square().sum().float()
         self.product += (inputs.T @ (inputs @ self.omega.to(inputs.dtype))).float()

@@ -44,8 +44,8 @@ class Tally:
         self.losses.append(loss)
         self.sizes.append(_size(batch))
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-            mask = batch.get("attention_mask")
-            self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
+            mask = attention_mask(batch)
+            self.tokens += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
         text = "".join(repr((tuple(tensor.shape), float(tensor.double().sum()))) for tensor in _tensors(batch))
         self.digests.append(hashlib.sha256(text.encode()).hexdigest())
 
@@ -111,6 +111,12 @@ def check_loss(loss: Any) -> float:
             "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."
         )
     return value
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """The batch's mask of tokens against padding, (batch, length), if it has one of that shape."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -85,4 +85,4 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise ProfileError("`batches` must hold at least 2 batches, but held none; check the data.")
+            raise ProfileError("the batches that train the head must not be empty, but are; check `head_batches`.")

@@ -58,6 +58,7 @@ class Observer:
     Attributes:
         observed: By module name.
         weight: Of the present batch.
+        mask: The present batch's tokens against padding, (batch, length): inputs of that shape count without padding.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Observer:
         trend: bool = False,
     ) -> None:
         self.weight = 1.0
+        self.mask: Tensor | None = None
         self.observed: dict[str, Observed] = {}
         self._modules, self._matrices = modules, matrices
         self._last: tuple[Tensor, ActivationSketch] | None = None
@@ -91,9 +93,9 @@ class Observer:
             for handle in handles:
                 handle.remove()
 
-    def begin_batch(self, weight: float) -> None:
+    def begin_batch(self, weight: float, mask: Tensor | None = None) -> None:
         """From now on the hooks see; the batch's gradients come multiplied by its weight."""
-        self.weight, self._active = weight, True
+        self.weight, self.mask, self._active = weight, mask, True
 
     def end_batch(self) -> None:
         """Takes what modules that were called several times have pending."""
@@ -104,7 +106,7 @@ class Observer:
 
     def drop_batch(self) -> None:
         """Forgets a batch of which nothing was added."""
-        self._last, self._active = None, False
+        self._last, self.mask, self._active = None, None, False
         for seen in self.observed.values():
             seen.calls, seen.pending = 0, None
 
@@ -150,7 +152,8 @@ class Observer:
         if seen.activations is None:
             omega = self._matrices.omega(rows.shape[1], rows.device)
             seen.activations = ActivationSketch.zeros(omega[:, : self._matrices.k // 2])
-        seen.activations.add(rows)
+        masked = self.mask is not None and inputs.ndim == 3 and inputs.shape[:2] == self.mask.shape
+        seen.activations.add(rows, self.mask.flatten() if masked and self.mask is not None else None)
         self._last = (inputs, seen.activations)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import ProfileError
-from rankscope.profiling.batches import Tally, check_loss
+from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
@@ -31,7 +31,7 @@ from rankscope.profiling.restoring import frozen, trained
 from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.profiling.table import tabulate, tabulate_steps
-from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets
+from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def profile(
         model: Any torch module, on any device; frozen and quantised bases included.
         batches: Batches of the training data; kept in memory only where `head` is given without `head_batches`. Each counts
             by its number of examples (the first dimension of its first tensor). At least two.
-        targets: Which modules; default: `find_targets(model)`. Kinds that cannot be profiled (embeddings) are named in a
-            warning, skipped, and recorded under `skipped` in the metadata.
+        targets: Which modules; default: `find_targets(model)`. What cannot be profiled (embeddings, experts fused into one
+            weight) is named in a warning, skipped, and recorded under `skipped` in the metadata.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         n_batches: Use this many batches only.
         head: Full names of freshly initialised modules (a new classifier). A gradient through an untrained head says
@@ -100,7 +100,7 @@ def profile(
     loss_fn = loss_fn or _model_loss
     if tolerance is not None and several():
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
-    targets, skipped = _profiled(targets)
+    targets, skipped = _profiled(model, targets)
     modules = _modules(model, targets)
     matrices = RandomMatrices(k=sketch_size, seed=seed)
     observer = Observer(targets, modules, matrices, trend=warm_up is not None)
@@ -161,8 +161,9 @@ def _see(
     """Forward and backward of one batch; one without a finite loss is passed over."""
     from accelerate.utils import send_to_device
 
-    observer.begin_batch(tally.weigh(batch))
-    loss = loss_fn(model, send_to_device(batch, device))
+    weight, batch = tally.weigh(batch), send_to_device(batch, device)
+    observer.begin_batch(weight, attention_mask(batch))
+    loss = loss_fn(model, batch)
     if not math.isfinite(value := check_loss(loss)):
         tally.skipped += 1
         observer.drop_batch()
@@ -239,11 +240,12 @@ def _check_taken(observer: Observer) -> list[str]:
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
-def _profiled(targets: Sequence[TargetModule]) -> tuple[tuple[TargetModule, ...], dict[str, str]]:
-    """The targets that can be profiled, and why the others cannot."""
+def _profiled(model: nn.Module, targets: Sequence[TargetModule]) -> tuple[tuple[TargetModule, ...], dict[str, str]]:
+    """The targets that can be profiled, and why the others, and the model's fused experts, cannot."""
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
     if len(skipped) == len(targets):
         raise ProfileError(f"`targets` must hold a module of kind {', '.join(SUPPORTED)}, but hold none; find others.")
+    skipped |= dict.fromkeys(fused_experts(model), "experts fused into one 3-D weight cannot be profiled")
     for name, reason in skipped.items():
         logger.warning("`%s` is left out: %s", name, reason)
     return tuple(target for target in targets if target.name not in skipped), skipped

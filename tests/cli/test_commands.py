@@ -147,3 +147,35 @@ def test_help_has_an_example_and_version_prints(name: str) -> None:
     assert f"Example: rankscope {name} studies/digits.yaml" in " ".join(text.split())
     assert invoke("--version")[1] == f"rankscope {rs.__version__}\n"
     assert invoke(name)[0] == 2
+
+
+INTERRUPTED = """
+import signal
+from rankscope.tasks.digits import DigitsShift
+
+class Interrupted(DigitsShift):
+    profiled = 0
+
+    def loss(self, model, batch):
+        if not model.classifier.weight.requires_grad:  # the head is trained: batches are profiled now
+            self.profiled += 1
+            if self.profiled == 3:
+                signal.raise_signal(signal.SIGINT)
+        return super().loss(model, batch)
+
+def make():
+    return Interrupted()
+"""
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_ctrl_c_keeps_the_profile_of_the_batches_so_far_if_asked(tmp_path: Path, keep: bool) -> None:
+    (tmp_path / "task.py").write_text(INTERRUPTED)
+    (tmp_path / "short.yaml").write_text(STUDY.replace("digits-shift", "task.py:make"))
+    status, text, _ = invoke(
+        "profile", tmp_path / "short.yaml", "--out", tmp_path / "out", *(["--keep-partial"] if keep else [])
+    )
+    assert (status == 0) == keep
+    assert (tmp_path / "out" / "profile.parquet").exists() == keep
+    if keep:
+        assert "interrupted: the profile holds the 3 batches before" in text

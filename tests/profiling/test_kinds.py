@@ -160,3 +160,53 @@ def test_quantised_bases_are_near_full_precision(bits: int) -> None:
     found = rs.profile(model, batches, targets=targets, loss_fn=loss_fn)
     for column, tolerance in (("gradient_norm", 0.1), ("weight_norm", 0.05), ("sensitivity", 0.15)):
         assert found.table[column].tolist() == pytest.approx(full.table[column].tolist(), rel=tolerance)
+
+
+class FusedExperts(nn.Module):
+    """As transformers 5 keeps Mixtral's experts: one 3-D weight, here with a fixed route."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+        self.experts = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) @ self.experts[1]
+
+
+def test_fused_experts_are_named_skipped_and_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    found = check(FusedExperts(), [torch.randn(4, 6) for _ in range(3)], rs.find_targets(FusedExperts()))
+    assert found.metadata["skipped"] == {"experts": "experts fused into one 3-D weight cannot be profiled"}
+    assert "`experts` is left out" in caplog.text
+
+
+def test_mixtral_profiles_its_attention_and_names_its_experts() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 3}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**shape, **heads, vocab_size=50, pad_token_id=0))
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 50, (3, 2, 7))]
+    found = rs.profile(model, batches)
+    assert [target.role for target in found.targets] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert [name.rsplit(".", 1)[1] for name in found.metadata["skipped"]] == ["gate_up_proj", "down_proj"]
+
+
+def test_overflow_of_half_precision_is_an_error_that_names_the_module() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).half()
+    batches = [torch.ones(2, 4, dtype=torch.float16) for _ in range(2)]
+    with pytest.raises(rs.RankscopeError, match=r"gradient at `0` must be finite, but is not; .* float32 or bfloat16"):
+        rs.profile(model, batches, loss_fn=lambda m, b: m(b).float().sum() * 1e5)
+
+
+def test_half_precision_sums_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    batches = [torch.randn(64, 4) for _ in range(2)]
+
+    def loss(m: nn.Module, b: torch.Tensor) -> torch.Tensor:
+        return m(b.to(next(m.parameters()).dtype)).float().sum() * 3e4  # a sum of 64 deltas is beyond float16
+
+    whole, half = rs.profile(model, batches, loss_fn=loss), rs.profile(model.half(), batches, loss_fn=loss)
+    assert half.column("gradient_norm") == pytest.approx(whole.column("gradient_norm"), rel=1e-2)

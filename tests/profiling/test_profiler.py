@@ -310,3 +310,24 @@ def test_wrapped_models_give_the_profile_of_the_model_inside(
     assert found.table["weight_norm"].tolist() == pytest.approx(plain.table["weight_norm"].tolist())
     for name in ("first", "twice"):
         assert found.spectra()[name] == pytest.approx(plain.spectra()[name], rel=1e-4)
+
+
+def test_padding_does_not_count_in_the_inputs_features() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    batches = [{"x": torch.randn(2, 4, 6), "attention_mask": mask} for _ in range(3)]
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (model(batch["x"]).squeeze(-1) * batch["attention_mask"]).sum()
+
+    rows = torch.cat([batch["x"][mask.bool()] for batch in batches]).double()
+    found = rs.profile(model, batches, loss_fn=loss)
+    assert found.column("activation_moment")["0"] == pytest.approx(float(rows.square().sum(1).mean()), rel=1e-5)
+    variance = float(rows.var(0, correction=0).sum())
+    assert found.column("activation_variance")["0"] == pytest.approx(variance, rel=1e-4)
+
+
+def test_an_empty_loader_for_the_head_is_named(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
+    with pytest.raises(ProfileError, match="check `head_batches`"):
+        rs.profile(model, make_batches(4), targets=targets, loss_fn=loss_fn, head=("first",), head_batches=[])

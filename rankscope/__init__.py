@@ -13,11 +13,16 @@ from rankscope.exceptions import RankscopeError
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation as RankAllocation
     from rankscope.budget import ParameterBudget as ParameterBudget
+    from rankscope.performance import PerformanceModel as PerformanceModel
+    from rankscope.performance import rank_features as rank_features
     from rankscope.profiling import Profile as Profile
     from rankscope.profiling import profile as profile
     from rankscope.profiling import read_profile as read_profile
+    from rankscope.searching import PerformanceModelSampler as PerformanceModelSampler
     from rankscope.searching import SearchResult as SearchResult
     from rankscope.searching import search as search
+    from rankscope.searching import suggest_allocation as suggest_allocation
+    from rankscope.space import HierarchicalSpace as HierarchicalSpace
     from rankscope.strategies import allocate as allocate
     from rankscope.targets import TargetModule as TargetModule
     from rankscope.targets import find_targets as find_targets
@@ -29,7 +34,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HierarchicalSpace": "rankscope.space",
     "ParameterBudget": "rankscope.budget",
+    "PerformanceModel": "rankscope.performance",
+    "PerformanceModelSampler": "rankscope.searching",
     "Profile": "rankscope.profiling",
     "RankAllocation": "rankscope.allocation",
     "SearchResult": "rankscope.searching",
@@ -40,8 +48,10 @@ _HOMES = {
     "find_targets": "rankscope.targets",
     "load_task": "rankscope.tasks",
     "profile": "rankscope.profiling",
+    "rank_features": "rankscope.performance",
     "read_profile": "rankscope.profiling",
     "search": "rankscope.searching",
+    "suggest_allocation": "rankscope.searching",
     "train": "rankscope.training",
 }
 

@@ -23,6 +23,10 @@ class ProfileError(RankscopeError, ValueError):
     """A profile that cannot be taken, read, or used for the model at hand."""
 
 
+class PerformanceModelError(RankscopeError, ValueError):
+    """Observations that a performance model cannot be fitted to, or something it cannot tell."""
+
+
 class TaskError(RankscopeError, ValueError):
     """A task whose model, data or factory cannot be loaded, or whose loss cannot be trained on."""
 

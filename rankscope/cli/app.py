@@ -105,6 +105,10 @@ def search_command(
     study: StudyPath,
     out: Out = None,
     trials: Annotated[int | None, typer.Option(help="Overrides `search.trials`: finished trials in all.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
+    ] = None,
     storage: Annotated[str | None, typer.Option(help="Overrides `search.storage`: as Optuna takes it.")] = None,
     uniform_rank: UniformRank = None,
     parameters: Parameters = None,
@@ -117,6 +121,7 @@ def search_command(
 
     overrides = {
         "search.trials": trials,
+        "search.sampler": sampler,
         "search.storage": storage,
         "budget.uniform_rank": uniform_rank,
         "budget.parameters": parameters,

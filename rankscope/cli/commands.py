@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rankscope.searching import SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
+PROPOSED = ("sampler", "posterior-mean")
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
@@ -101,6 +103,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             storage=section.storage or _sqlite(session.out / "search.db"),
             study_name=session.study.name,
             seed=session.study.seed,
+            sampler=section.sampler,
             grouping=section.grouping,
             n_groups=section.groups,
             min_rank=bounds.min_rank,
@@ -110,7 +113,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial
-    allocation = best.allocation.renamed("searched") if best.origin == "sampler" else best.allocation
+    allocation = best.allocation.renamed("searched") if best.origin in PROPOSED else best.allocation
     starts = [t.allocation for t in _starts(result)]
     files = [
         *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
@@ -118,7 +121,13 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
     ]
     if as_json:
         finalists = [{**_trial_summary(f.trial), "confirmed": dict(f.metrics_by_seed)} for f in result.finalists]
-        outcome = {"recommended": _trial_summary(best), "finalists": finalists, "files": [str(file) for file in files]}
+        model = asdict(result.validation) if result.validation else None
+        outcome = {
+            "recommended": _trial_summary(best),
+            "finalists": finalists,
+            "performance_model": model,
+            "files": [str(file) for file in files],
+        }
         print_json({**_summary(allocation), **outcome})
         return
     _print_search(session, result, best)
@@ -136,6 +145,8 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
         rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
+    if result.validation is not None:
+        print_line(f"performance model: {result.validation}")
 
 
 def _starts(result: SearchResult) -> list[Trial]:

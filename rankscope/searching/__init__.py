@@ -3,6 +3,7 @@
 from rankscope.searching.confirmation import Finalist
 from rankscope.searching.results import SearchResult
 from rankscope.searching.runner import search
+from rankscope.searching.sampler import PerformanceModelSampler, suggest_allocation
 from rankscope.searching.trials import Trial
 
-__all__ = ["Finalist", "SearchResult", "Trial", "search"]
+__all__ = ["Finalist", "PerformanceModelSampler", "SearchResult", "Trial", "search", "suggest_allocation"]

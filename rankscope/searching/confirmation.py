@@ -10,7 +10,6 @@ from statistics import fmean
 import numpy as np
 import optuna
 
-from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
 from rankscope.searching.trials import Trial
 from rankscope.tasks import Task
@@ -43,16 +42,27 @@ class Finalist:
         return fmean(self.metrics_by_seed.values())
 
 
-def choose_finalists(trials: Sequence[Trial], n_sampled: int = 3) -> list[Trial]:
-    """The best trial of uniform, of one-shot, and the best few different ones that the sampler proposed."""
+def choose_finalists(
+    trials: Sequence[Trial], smoothed: Callable[[Trial], float] | None = None, n_sampled: int = 3
+) -> list[Trial]:
+    """Uniform, one-shot, and a few different others.
+
+    Args:
+        trials: Completed ones.
+        smoothed: The performance model's prediction of a trial's metric; None: no model is to be believed.
+        n_sampled: With a model, the others are the allocation of its posterior mean, the best by its prediction, and the
+            best observed ones; without, the best observed ones only. So many in all.
+    """
     ranked = sorted((t for t in trials if t.reused is None), key=lambda t: (-t.metric, t.loss, t.number))
     starts = [next((t for t in ranked if t.origin == origin), None) for origin in ("uniform", "one-shot")]
     chosen = [t for t in starts if t is not None]
-    taken: set[RankAllocation] = {t.allocation for t in chosen}
-    for trial in (t for t in ranked if t.origin == "sampler"):
-        if len(chosen) == len([t for t in starts if t is not None]) + n_sampled:
-            break
-        if trial.allocation not in taken:
+    others = [t for t in ranked if t.origin not in _SIMPLICITY]
+    if smoothed is not None:
+        newest = sorted((t for t in others if t.origin == "posterior-mean"), key=lambda t: -t.number)[:1]
+        others = [*newest, *sorted(others, key=smoothed, reverse=True)[:1], *others]
+    limit, taken = len(chosen) + n_sampled, {t.allocation for t in chosen}
+    for trial in others:
+        if len(chosen) < limit and trial.allocation not in taken:
             chosen.append(trial)
             taken.add(trial.allocation)
     return chosen

@@ -12,16 +12,17 @@ import optuna
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
+from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.study import signature
-from rankscope.searching.trials import TRIAL_KEY, Trial, completed, read_trial
+from rankscope.searching.trials import CONDITION, TRIAL_KEY, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, TrainingResult, train
 
 logger = logging.getLogger(__name__)
 
-LEARNING_RATE = "learning_rate"
-UNIFORM, ONE_SHOT, SAMPLER = "uniform", "one-shot", "sampler"
+LEARNING_RATE = CONDITION
+UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "posterior-mean"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +47,8 @@ class Objective:
         """Trains, or reuses an equal trial's result; stores everything in the trial's attributes."""
         for key, value in signature().items():  # a trial that waited may have been queued by another process
             trial.set_user_attr(key, value)
-        point = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in self.space.tilts}
+        allocation = suggest_allocation(trial, self.space)
         rate = self._learning_rate(trial)
-        allocation = self.space.allocation(point)
-        trial.set_user_attr("ranks", list(allocation.vector))
         earlier = [read_trial(frozen, self.space.targets) for frozen in completed(trial.study)]
         origin = trial.user_attrs.get("origin", SAMPLER)
         same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)

@@ -12,6 +12,7 @@ import pandas as pd
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
+from rankscope.performance import Validation
 from rankscope.searching.confirmation import Finalist, recommend
 from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.targets import TargetModule
@@ -26,12 +27,14 @@ class SearchResult:
         targets: The target modules.
         metric_name: The task's metric.
         finalists: What was trained again on fresh seeds; empty where nothing was.
+        validation: How well the performance model predicts trials it has not seen; None where there is no model, or too few.
     """
 
     study: optuna.Study
     targets: tuple[TargetModule, ...]
     metric_name: str
     finalists: tuple[Finalist, ...] = ()
+    validation: Validation | None = None
 
     @property
     def trials(self) -> list[Trial]:

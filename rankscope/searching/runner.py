@@ -1,7 +1,8 @@
-"""`search`: opens or resumes the study, runs uniform and one-shot first, then TPE over the hierarchical tilts."""
+"""`search`: opens or resumes the study, runs uniform and one-shot first, then what the sampler proposes, and confirms."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -11,16 +12,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError, TrainingError
+from rankscope.performance import Validation
 from rankscope.profiling import Profile
 from rankscope.searching.confirmation import Finalist, choose_finalists, confirm
-from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, UNIFORM, Objective
+from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Objective
 from rankscope.searching.results import SearchResult
+from rankscope.searching.sampler import PerformanceModelSampler
+from rankscope.searching.samplers import SamplerName, make_sampler
 from rankscope.searching.study import fail_orphans, open_study, signature
-from rankscope.searching.trials import Trial, completed, read_trial
+from rankscope.searching.trials import RANKS_KEY, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_STORAGE = "sqlite:///rankscope.db"
 Grouping = Literal["depth", "gradient"]
@@ -41,6 +47,7 @@ def search(
     storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
     study_name: str | None = None,
     seed: int = 0,
+    sampler: SamplerName | optuna.samplers.BaseSampler = "performance-model",
     grouping: Grouping = "depth",
     n_groups: int = 3,
     min_rank: Bound = 0,
@@ -63,12 +70,15 @@ def search(
         training: The schedule.
         learning_rates: Rates to search over beside the ranks; default: the schedule's.
         n_seeds: Training seeds of each trial: 0, 1, ….
-        n_confirm: Fresh seeds on which uniform, one-shot and the three best proposals are trained again in the end; the
-            recommendation is the simplest of these within one standard error of the best, since the best observed trial
-            is flattered by noise. 0: none.
+        n_confirm: Fresh seeds on which uniform, one-shot and three more are trained again in the end: the allocation of the
+            performance model's posterior mean, the best by its prediction, and the best observed. The recommendation
+            is the simplest of these within one standard error of the best, since the best observed trial is
+            flattered by noise. 0: none.
         storage: As Optuna takes it; None keeps the study in memory.
         study_name: Default: the task's name.
         seed: Of the sampler.
+        sampler: `"performance-model"`, or one of Optuna's over the tilts: `"tpe"`, `"gp"`, `"cma-es"`, `"qmc"`, `"random"`; or a
+            sampler of your own.
         grouping: Block groups by `"depth"` or by k-means over the `"gradient"`.
         n_groups: Block groups in each tower.
         min_rank: The least rank, for all modules or by name.
@@ -116,7 +126,7 @@ def search(
         pruner=pruner or optuna.pruners.NopPruner(),
         about=_about(task, space, training, rates, n_seeds, profile),
     )
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.get_trials(deepcopy=False)), multivariate=True)
+    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
     fail_orphans(study)
     objective = Objective(task=task, space=space, training=training, learning_rates=rates, seeds=range(n_seeds))
 
@@ -132,12 +142,43 @@ def search(
         raise StudyError(
             f"study `{name}` must have a trial that completes, but every one failed; lower `learning_rate`."
         )
+    _optimize(study, objective, _remaining(study, n_trials) - 1, report)
+    if _remaining(study, n_trials):
+        _enqueue_posterior_mean(study)
     _optimize(study, objective, _remaining(study, n_trials), report)
+    validation, smoothed = _judge(study)
     finalists: tuple[Finalist, ...] = ()
     if n_confirm:
-        chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)])
+        chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothed)
         finalists = confirm(study, task, chosen, training, n_seeds=n_confirm, on_run=on_confirm)
-    return SearchResult(study, targets, task.metric, finalists)
+    return SearchResult(study, targets, task.metric, finalists, validation)
+
+
+def _enqueue_posterior_mean(study: optuna.Study) -> None:
+    """Queues the allocation that the performance model values most, if there is a model and it was not tried yet."""
+    sampler = study.sampler
+    if not isinstance(sampler, PerformanceModelSampler) or sampler.model(study) is None:
+        return
+    allocation, rate = sampler.best(study)
+    if list(allocation.vector) in [trial.user_attrs.get(RANKS_KEY) for trial in completed(study)]:
+        return
+    point = sampler.describe(allocation) | ({LEARNING_RATE: rate} if rate is not None else {})
+    attributes = {"origin": POSTERIOR_MEAN, RANKS_KEY: list(allocation.vector), **signature()}
+    study.enqueue_trial(point, user_attrs=attributes)
+
+
+def _judge(study: optuna.Study) -> tuple[Validation | None, Callable[[Trial], float] | None]:
+    """The performance model's scores, and its prediction of a trial where it is to be believed."""
+    sampler = study.sampler
+    if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
+        return None, None
+    validation = sampler.validate(study)
+    if validation is not None and not validation.trustworthy:
+        logger.warning(
+            "the performance model does not beat the profile alone, so it chooses no finalist: %s", validation
+        )
+        return validation, None
+    return validation, lambda trial: float(model.predict([trial.allocation.vector])[0])
 
 
 def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:

@@ -14,6 +14,8 @@ from rankscope.exceptions import StudyError
 from rankscope.targets import TargetModule
 
 TRIAL_KEY = "rankscope"
+RANKS_KEY = "ranks"
+CONDITION = "learning_rate"  # the parameter beside the ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class Trial:
 
     Attributes:
         number: Of the Optuna trial.
-        origin: Where the allocation comes from: `"uniform"`, `"one-shot"` or `"sampler"`.
+        origin: Where the allocation comes from: `"uniform"`, `"one-shot"`, `"sampler"` or `"posterior-mean"`.
         allocation: The realised ranks.
         learning_rate: The rate it was trained with.
         metric: Validation metric, mean over seeds; higher is better.
@@ -63,7 +65,7 @@ def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
             f"the study must hold trials of rankscope only, but trial {trial.number} is foreign; use another study name."
         )
     allocation = RankAllocation(
-        targets, tuple(trial.user_attrs["ranks"]), strategy=stored["origin"], budget=stored["budget"]
+        targets, tuple(trial.user_attrs[RANKS_KEY]), strategy=stored["origin"], budget=stored["budget"]
     )
     return Trial(
         number=trial.number,

@@ -1,0 +1,8 @@
+"""The performance model: from (profile, allocation) to the metric, and honest scores of it."""
+
+from rankscope.performance.features import RankFeatures, rank_features
+from rankscope.performance.model import PerformanceModel
+from rankscope.performance.regression import HierarchicalRegressor
+from rankscope.performance.validation import Validation, validate
+
+__all__ = ["HierarchicalRegressor", "PerformanceModel", "RankFeatures", "Validation", "rank_features", "validate"]

@@ -1,0 +1,131 @@
+"""From ranks to features: every feature is a sum over modules of a concave gain, so that a linear model stays solvable.
+
+A feature is x_f(ranks) = sum_i W[f, i] h(i, r_i), with h one of two concave curves of the rank: `log`, log(1 + r), alike for
+all modules, and `energy` and `norm`, the share of the module's own spectrum (sigma^2 or sigma) that r ranks capture. A linear
+model on them values rank r of module i at sum_f beta_f W[f, i] (h(i, r) - h(i, r - 1)): gains that water-filling maximises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rankscope.budget import ParameterBudget, allocate_proportional
+from rankscope.targets import TargetModule
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+MAX_RANK = 512  # ranks above count as this one
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankFeatures:
+    """The features of allocations of one budget, each as the difference to uniform's.
+
+    Attributes:
+        targets: The target modules, in the order of the ranks.
+        curves: Cumulative gains by name, (n_modules, max_rank + 1).
+        weights: For each curve, (n_features of it, n_modules).
+        names: Of all features, curve by curve, as in `role/q_proj`.
+        levels: Of all features: `profile`, `model`, `tower`, `group`, `block`, `role` or `module`.
+        reference: Uniform's ranks, (n_modules,).
+    """
+
+    targets: tuple[TargetModule, ...]
+    curves: Mapping[str, Floats]
+    weights: Mapping[str, Floats]
+    names: tuple[str, ...]
+    levels: tuple[str, ...]
+    reference: Ints
+
+    def transform(self, ranks: ArrayLike) -> Floats:
+        """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform."""
+        found = np.atleast_2d(np.asarray(ranks, dtype=np.int64))
+        return self._sums(found) - self._sums(self.reference[None, :])
+
+    def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:
+        """What a linear model says each rank of each module adds, by module name, made non-negative and non-increasing."""
+        coefficients = np.asarray(coefficients, dtype=np.float64)
+        total = np.zeros_like(next(iter(self.curves.values()))[:, 1:])
+        start = 0
+        for name, curve in self.curves.items():
+            weights = self.weights[name]
+            shares = coefficients[start : start + len(weights)] @ weights
+            total += shares[:, None] * np.diff(curve, axis=1)
+            start += len(weights)
+        total = np.minimum.accumulate(np.maximum(total, 0.0), axis=1)
+        return {target.name: total[i, : target.full_rank] for i, target in enumerate(self.targets)}
+
+    def _sums(self, ranks: Ints) -> Floats:
+        index = np.arange(ranks.shape[1])
+        parts = []
+        for name, curve in self.curves.items():
+            heights = curve[index, np.minimum(ranks, curve.shape[1] - 1)]
+            parts.append(heights @ self.weights[name].T)
+        return np.hstack(parts)
+
+
+def rank_features(
+    targets: Sequence[TargetModule],
+    budget: ParameterBudget,
+    *,
+    gains: Mapping[str, ArrayLike] | None = None,
+    groups: Mapping[str, str] | None = None,
+) -> RankFeatures:
+    """The features of a search: the profile's terms, and one coefficient for each tower, block group, role and module.
+
+    All `log` features weigh a module by its rank cost over the mean: with equal coefficients every parameter is worth the
+    same, and water-filling gives uniform ranks.
+
+    Args:
+        targets: The target modules.
+        budget: Of the allocations; its uniform allocation is the reference.
+        gains: One-shot's, by module name: the gradient energy sigma^2 of each rank; they give the terms `profile/energy` and
+            `profile/norm`. None: there are none.
+        groups: The block group of each module by name; None: no such level.
+    """
+    targets = tuple(targets)
+    costs = np.array([target.rank_cost for target in targets], dtype=np.float64)
+    highest = int(min(MAX_RANK, max(min(t.full_rank, budget.limit // t.rank_cost) for t in targets)))
+    curves = {"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0)}
+    keys = {
+        "model": ["all"] * len(targets),
+        "tower": [t.tower for t in targets],
+        "group": [groups[t.name] for t in targets] if groups else ["all"] * len(targets),
+        "block": [f"{t.tower}/{t.block}" for t in targets],
+        "role": [t.role for t in targets],
+        "module": [t.name for t in targets],
+    }
+    names, levels, rows = [], [], []
+    for level, members in keys.items():
+        distinct = list(dict.fromkeys(members))
+        if level != "model" and len(distinct) == 1:
+            continue
+        for key in distinct:
+            names.append(f"{level}/{key}")
+            levels.append(level)
+            rows.append([member == key for member in members])
+    weights = {"log": np.array(rows, dtype=np.float64) * (costs / costs.mean())}
+    if gains is not None:
+        for name, power in (("energy", 1.0), ("norm", 0.5)):
+            curve = np.zeros((len(targets), highest + 1))
+            for i, target in enumerate(targets):
+                values = np.asarray(gains[target.name], dtype=np.float64)[:highest] ** power
+                curve[i, 1 : len(values) + 1] = values
+            curves[name] = np.cumsum(curve, axis=1) / max(curve.sum(axis=1).mean(), np.finfo(np.float64).tiny)
+            weights[name] = np.ones((1, len(targets)))
+            names.append(f"profile/{name}")
+            levels.append("profile")
+    uniform = allocate_proportional(targets, dict.fromkeys((t.name for t in targets), 1.0), budget)
+    return RankFeatures(
+        targets=targets,
+        curves=curves,
+        weights=weights,
+        names=tuple(names),
+        levels=tuple(levels),
+        reference=np.array(uniform.vector, dtype=np.int64),
+    )

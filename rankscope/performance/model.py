@@ -1,0 +1,260 @@
+"""`PerformanceModel`: predicts a task's metric from ranks, and says what each rank of each module is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm, spearmanr
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PowerTransformer, StandardScaler
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+
+from rankscope.exceptions import PerformanceModelError
+from rankscope.performance.features import RankFeatures
+from rankscope.performance.regression import HierarchicalRegressor
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+HIERARCHICAL = "hierarchical"
+PROFILE_SHARE = 10.0  # how much more than of another level the prior expects of the profile's terms
+PROFILE_MEAN = 0.3  # standard deviations of the metric that one of a profile term's is expected to bring
+GROWTH = 1.2  # the variances are estimated again once there are so many times the observations
+
+ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
+    "gp": lambda seed: make_pipeline(
+        StandardScaler(),
+        GaussianProcessRegressor(
+            ConstantKernel() * Matern(10.0, (1.0, 1e3), nu=2.5) + WhiteKernel(0.5), normalize_y=True, random_state=seed
+        ),
+    ),
+    "extra-trees": lambda seed: ExtraTreesRegressor(300, min_samples_leaf=2, random_state=seed),
+    "mlp": lambda seed: make_pipeline(
+        StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=1000, random_state=seed)
+    ),
+}
+
+
+class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """Regression from ranks to the metric.
+
+    The metric is made normal first (Yeo and Johnson 2000): a few allocations that starve a module would otherwise count
+    for more than all differences among good ones. The default regressor is linear in concave gains of the ranks
+    (`features.py`), with a hierarchical prior (`regression.py`), so that the allocation with the highest value is found
+    exactly by water-filling on `utilities()`.
+
+    Args:
+        features: Of the target modules and the budget.
+        regressor: `"hierarchical"`, `"gp"`, `"extra-trees"` or `"mlp"`.
+        random_state: Seed of the alternatives.
+
+    Attributes:
+        regressor_: The fitted scikit-learn regressor.
+        conditions_: The conditions seen, in order.
+    """
+
+    def __init__(self, features: RankFeatures, regressor: str = HIERARCHICAL, random_state: int = 0) -> None:
+        self.features = features
+        self.regressor = regressor
+        self.random_state = random_state
+
+    def fit(
+        self,
+        ranks: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        conditions: Sequence[Any] | None = None,
+    ) -> Self:
+        """Fits the observations.
+
+        Args:
+            ranks: One allocation a row, (n, n_modules).
+            y: The metric, higher is better, (n,); or its paired difference to uniform.
+            sample_weight: Repeats (seeds) behind each observation, (n,).
+            conditions: What else differs between observations, as their learning rates; each gets an offset. (n,).
+
+        Raises:
+            PerformanceModelError: Fewer than two observations, values that are not finite, or an unknown regressor.
+        """
+        self._data = self._checked(ranks, y, sample_weight, conditions)
+        self._estimated_at = 0  # observations when the variances were last estimated
+        return self._refit()
+
+    def update(
+        self,
+        ranks: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        conditions: Sequence[Any] | None = None,
+    ) -> Self:
+        """Adds observations. The posterior is exact; the prior's variances are estimated again at every fifth more."""
+        if not hasattr(self, "regressor_"):
+            return self.fit(ranks, y, sample_weight, conditions)
+        old, new = self._data, self._checked(ranks, y, sample_weight, conditions)
+        self._data = (
+            np.vstack([old[0], new[0]]),
+            np.append(old[1], new[1]),
+            np.append(old[2], new[2]),
+            [*old[3], *new[3]],
+        )
+        return self._refit()
+
+    def predict(self, ranks: ArrayLike, return_std: bool = False) -> Any:
+        """The expected (median) metric, (n,), averaged over conditions; with `return_std` half its central 68 % interval."""
+        if not return_std:
+            return self._back(self._predictions(ranks))
+        mean, deviation = self._predict_normal(ranks)
+        return self._back(mean), (self._back(mean + deviation) - self._back(mean - deviation)) / 2.0
+
+    def interval(
+        self, ranks: ArrayLike, confidence: float = 0.8, *, repeats: float | None = None
+    ) -> tuple[Floats, Floats]:
+        """Central interval of the metric, (n,) and (n,): of its expectation, or of a measurement over so many repeats."""
+        mean, deviation = self._predict_normal(ranks)
+        if repeats is not None:
+            deviation = np.sqrt(deviation**2 + self._hierarchical().variances_["noise"] / repeats)
+        half = norm.ppf(0.5 + confidence / 2.0) * deviation
+        return self._back(mean - half), self._back(mean + half)
+
+    def score(self, ranks: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
+        """Spearman's rank correlation of prediction and metric."""
+        return float(spearmanr(self.predict(ranks), y)[0])
+
+    def utilities(self) -> dict[str, Floats]:
+        """The posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
+        return self.features.gains(self._hierarchical().coef_[: len(self.features.names)])
+
+    def sample_utilities(self, rng: np.random.Generator) -> dict[str, Floats]:
+        """The same, of one draw from the posterior."""
+        return self.sample(rng)[0]
+
+    def sample(self, rng: np.random.Generator) -> tuple[dict[str, Floats], Any]:
+        """One draw from the posterior: the marginal gains, and the condition that is best in it."""
+        drawn = self._hierarchical().sample(rng)
+        n = len(self.features.names)
+        return self.features.gains(drawn[:n]), self.conditions_[int(np.argmax(drawn[n + 1 :]))]
+
+    @property
+    def constant(self) -> bool:
+        """Whether all metrics are equal, so that there is nothing to learn from yet."""
+        return self._scaler is None
+
+    @property
+    def best_condition(self) -> Any:
+        """The condition with the highest offset in the posterior mean."""
+        offsets = self._hierarchical().coef_[len(self.features.names) + 1 :]
+        return self.conditions_[int(np.argmax(offsets))]
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Posterior mean of each feature's coefficient, by feature name, in standard deviations of the metric."""
+        return dict(zip(self.features.names, self._hierarchical().coef_.tolist(), strict=False))
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _checked(
+        self, ranks: ArrayLike, y: ArrayLike, weight: ArrayLike | None, conditions: Sequence[Any] | None
+    ) -> tuple[Ints, Floats, Floats, list[Any]]:
+        table: Ints = np.atleast_2d(np.asarray(ranks, dtype=np.int64))
+        metric: Floats = column_or_1d(np.asarray(y, dtype=np.float64))
+        if table.shape != (len(metric), len(self.features.targets)):
+            raise PerformanceModelError(
+                f"`ranks` must have a row for each of {len(metric)} metrics and a column for each of "
+                f"{len(self.features.targets)} modules, but has shape {table.shape}."
+            )
+        if not np.isfinite(metric).all():
+            raise PerformanceModelError(
+                f"`y` must be finite, but {int((~np.isfinite(metric)).sum())} of {len(metric)} metrics are not; drop them."
+            )
+        weights = np.ones(len(metric)) if weight is None else np.asarray(weight, dtype=np.float64)
+        return table, metric, weights, list(conditions) if conditions is not None else [None] * len(metric)
+
+    def _refit(self) -> Self:
+        ranks, y, weight, conditions = self._data
+        if len(y) < 2:
+            raise PerformanceModelError(f"`y` must hold at least 2 metrics, but holds {len(y)}; run more trials.")
+        self.conditions_ = list(dict.fromkeys(conditions))
+        self._scaler = PowerTransformer().fit(y[:, None]) if np.ptp(y) > 1e-12 * np.abs(y).max() else None
+        target = y * 0.0 if self._scaler is None else self._scaler.transform(y[:, None]).ravel()
+        rows = self.features.transform(ranks)
+        if self.regressor != HIERARCHICAL:
+            self._refit_alternative(rows, target)
+            return self
+        columns = np.array([[c == condition for condition in self.conditions_] for c in conditions], dtype=np.float64)
+        due = self._estimated_at == 0 or len(y) >= GROWTH * self._estimated_at
+        self.regressor_ = HierarchicalRegressor(
+            levels=[*self.features.levels, "intercept", *["condition"] * len(self.conditions_)],
+            means=self._prior_means(rows),
+            shares={"profile": PROFILE_SHARE},
+            variances=None if due else self._hierarchical().variances_,
+        ).fit(np.hstack([rows, np.ones((len(rows), 1)), columns]), target, weight)
+        if due and not self.constant:
+            self._estimated_at = len(y)
+        return self
+
+    def _refit_alternative(self, rows: Floats, target: Floats) -> None:
+        if self.regressor not in ALTERNATIVES:
+            raise PerformanceModelError(
+                f"`regressor` must be one of {HIERARCHICAL}, {', '.join(ALTERNATIVES)}, but got {self.regressor!r}."
+            )
+        self.regressor_ = ALTERNATIVES[self.regressor](self.random_state).fit(rows, target)
+
+    def _prior_means(self, rows: Floats) -> Floats:
+        """The profile's terms are expected to help; of everything else nothing is expected."""
+        spread = rows.std(axis=0)
+        helps = (np.array(self.features.levels) == "profile") & (spread > 0)
+        means = np.zeros(rows.shape[1] + 1 + len(self.conditions_))
+        means[: rows.shape[1]][helps] = PROFILE_MEAN / spread[helps]
+        return means
+
+    def _predict_normal(self, ranks: ArrayLike) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the transformed metric.
+
+        Raises:
+            PerformanceModelError: The regressor gives no standard deviation.
+        """
+        check_is_fitted(self, "regressor_")
+        if self.regressor not in (HIERARCHICAL, "gp"):
+            raise PerformanceModelError(
+                f"`regressor` must be {HIERARCHICAL!r} or 'gp' for a standard deviation, but is {self.regressor!r}."
+            )
+        found: tuple[Floats, Floats] = self.regressor_.predict(self._rows(ranks), return_std=True)
+        return found
+
+    def _predictions(self, ranks: ArrayLike) -> Floats:
+        """Mean of the transformed metric."""
+        check_is_fitted(self, "regressor_")
+        found: Floats = self.regressor_.predict(self._rows(ranks))
+        return found
+
+    def _rows(self, ranks: ArrayLike) -> Floats:
+        """The regressor's columns; conditions count evenly."""
+        rows = self.features.transform(ranks)
+        if self.regressor != HIERARCHICAL:
+            return rows
+        n = len(self.conditions_)
+        return np.hstack([rows, np.ones((len(rows), 1)), np.full((len(rows), n), 1.0 / n)])
+
+    def _back(self, values: Floats) -> Floats:
+        """From the transformed metric to the metric; beyond the transform's range, the farthest metric seen."""
+        y = self._data[1]
+        if self._scaler is None:
+            return np.full(len(values), y[0])
+        found: Floats = self._scaler.inverse_transform(values[:, None]).ravel()
+        return np.where(np.isnan(found), np.where(values > 0, y.max(), y.min()), found)
+
+    def _hierarchical(self) -> HierarchicalRegressor:
+        check_is_fitted(self, "regressor_")
+        if not isinstance(self.regressor_, HierarchicalRegressor):
+            raise PerformanceModelError(
+                f"`regressor` must be {HIERARCHICAL!r} for utilities and draws, but is {self.regressor!r}."
+            )
+        return self.regressor_

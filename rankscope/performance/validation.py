@@ -1,0 +1,103 @@
+"""How far a performance model can be believed: scores on allocations it has not seen, beside simpler predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import kendalltau, spearmanr
+from sklearn.base import clone
+from sklearn.model_selection import GroupKFold
+
+from rankscope.performance.model import HIERARCHICAL, PerformanceModel
+
+MIN_ALLOCATIONS = 10  # with fewer, scores say nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Scores of predictions for left-out allocations; a predictor that always says the mean would score 0.
+
+    Attributes:
+        allocations: Different ones.
+        kendall: Kendall's tau of model and metric.
+        spearman: Spearman's correlation of model and metric.
+        profile: Kendall's tau of the profile alone (the captured norm, without a trial); None without a profile.
+        ceiling: What Spearman's correlation could reach at most, because the metric itself is noisy; None if unknown.
+        coverage: Share of measurements inside the model's 80 % intervals; None for models without.
+    """
+
+    allocations: int
+    kendall: float
+    spearman: float
+    profile: float | None
+    ceiling: float | None
+    coverage: float | None
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the model beats the profile alone, and the mean."""
+        return self.kendall > max(self.profile or 0.0, 0.0)
+
+    def __str__(self) -> str:
+        parts = [f"Kendall's tau {self.kendall:.2f} on left-out allocations"]
+        if self.profile is not None:
+            parts.append(f"profile alone {self.profile:.2f}")
+        if self.ceiling is not None:
+            parts.append(f"Spearman {self.spearman:.2f} of at most {self.ceiling:.2f}")
+        return "; ".join(parts)
+
+
+def validate(
+    model: PerformanceModel,
+    ranks: ArrayLike,
+    y: ArrayLike,
+    *,
+    sample_weight: ArrayLike | None = None,
+    conditions: Sequence[Any] | None = None,
+    noise_variance: float | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> Validation | None:
+    """Cross-validates: all observations of an allocation are left out together.
+
+    Args:
+        model: Cloned, not changed.
+        ranks: (n, n_modules).
+        y: The metric, (n,).
+        sample_weight: Repeats behind each observation, (n,).
+        conditions: As `PerformanceModel.fit` takes them.
+        noise_variance: Of one observation, from repeats; for the ceiling sqrt(1 - noise / variance) (Spearman 1904).
+        folds: Of the cross-validation.
+        seed: Of the folds.
+
+    Returns:
+        The scores; None with fewer than 10 different allocations or a constant metric.
+    """
+    table, metric = np.atleast_2d(np.asarray(ranks)), np.asarray(y, dtype=np.float64)
+    weight = np.ones(len(metric)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    labels = list(conditions) if conditions is not None else [None] * len(metric)
+    _, groups = np.unique(table, axis=0, return_inverse=True)
+    groups = groups.ravel()
+    if groups.max(initial=0) + 1 < MIN_ALLOCATIONS or np.ptp(metric) == 0:
+        return None
+    predicted, inside = np.zeros(len(metric)), np.zeros(len(metric), dtype=bool)
+    for train, test in GroupKFold(folds, shuffle=True, random_state=seed).split(table, metric, groups):
+        fitted = clone(model, safe=False).fit(table[train], metric[train], weight[train], [labels[i] for i in train])
+        predicted[test] = fitted.predict(table[test])
+        if model.regressor == HIERARCHICAL:
+            low, high = fitted.interval(table[test], 0.8, repeats=float(weight[test].mean()))
+            inside[test] = (low <= metric[test]) & (metric[test] <= high)
+    rows: NDArray[np.float64] = model.features.transform(table)
+    column = [i for i, name in enumerate(model.features.names) if name == "profile/norm"]
+    return Validation(
+        allocations=int(groups.max()) + 1,
+        kendall=float(kendalltau(predicted, metric)[0]),
+        spearman=float(spearmanr(predicted, metric)[0]),
+        profile=float(kendalltau(rows[:, column[0]], metric)[0]) if column else None,
+        ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / metric.var()))),
+        coverage=float(inside.mean()) if model.regressor == HIERARCHICAL else None,
+    )

@@ -1,0 +1,232 @@
+"""`PerformanceModelSampler`: an Optuna sampler that proposes allocations by Thompson sampling from the performance model.
+
+After a few start trials on the tilts, each proposal draws a value for every rank of every module from the model's posterior
+and solves it exactly, by water-filling (Thompson 1933; design.md 5.4). The proposal is an allocation in the full space;
+its parameters in the study are the tilts that sum it up, and the realised ranks are a trial attribute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from rankscope.allocation import RankAllocation
+from rankscope.budget import allocate_marginal
+from rankscope.performance import PerformanceModel, Validation, rank_features, validate
+from rankscope.searching.trials import CONDITION, RANKS_KEY, TRIAL_KEY
+from rankscope.space import HierarchicalSpace
+
+START_TRIALS = 8
+DRAWS = 10  # until one is an allocation that was not tried yet
+
+
+class PerformanceModelSampler(BaseSampler):
+    """Proposes allocations; works in any study whose objective calls `suggest_allocation`.
+
+    Parallel workers differ by nature: each draws from the posterior. Failed and pruned trials are passed over.
+
+    Args:
+        space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
+        n_startup_trials: Completed trials before the model proposes; before, tilts are drawn around one-shot.
+        seed: Of the draws.
+
+    >>> from rankscope.budget import ParameterBudget
+    >>> from rankscope.targets import TargetModule
+    >>> targets = tuple(TargetModule(name=f"h.{i}.fc1", in_features=8, out_features=8, block=i) for i in range(4))
+    >>> space = HierarchicalSpace(
+    ...     targets=targets,
+    ...     gains={t.name: np.ones(8) / np.arange(1, 9) for t in targets},
+    ...     budget=ParameterBudget.uniform(targets, 2),
+    ...     groups={t.name: f"model/{t.block // 2}" for t in targets},
+    ... )
+    >>> study = optuna.create_study(direction="maximize", sampler=PerformanceModelSampler(space, seed=0))
+    >>> study.optimize(lambda trial: suggest_allocation(trial, space).vector[3], n_trials=15)
+    >>> sum(study.trials[-1].user_attrs["ranks"]), study.trials[-1].user_attrs["ranks"][3] > 2
+    (8, True)
+    """
+
+    def __init__(
+        self,
+        space: HierarchicalSpace,
+        *,
+        n_startup_trials: int = START_TRIALS,
+        seed: int | None = None,
+    ) -> None:
+        self.space = space
+        self.n_startup_trials = max(2, n_startup_trials)
+        features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
+        self._rng = np.random.default_rng(seed)
+        self._independent = RandomSampler(seed)
+        self._model = PerformanceModel(features)
+        self._seen: dict[int, tuple[int, ...]] = {}
+        self._proposals: dict[int, tuple[RankAllocation, Any]] = {}
+
+    # --- Optuna's side ---------------------------------------------------------------------------------------------
+
+    def reseed_rng(self) -> None:
+        """See `optuna.samplers.BaseSampler`."""
+        self._rng = np.random.default_rng()
+        self._independent.reseed_rng()
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The tilts."""
+        return {tilt.name: FloatDistribution(tilt.low, tilt.high) for tilt in self.space.tilts}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A point around one-shot, or the tilts that sum up a draw from the posterior."""
+        if RANKS_KEY in trial.user_attrs or set(search_space) & set(trial.system_attrs.get("fixed_params", {})):
+            return {}
+        self._learn(study)
+        if len(self._seen) < self.n_startup_trials or self._model.constant:
+            return self._explore()
+        allocation, condition = self._draw()
+        self._proposals[trial.number] = allocation, condition
+        return self.describe(allocation)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The learning rate that is best in the posterior draw; anything else at random."""
+        choices = getattr(param_distribution, "choices", ())
+        if param_name == CONDITION and trial.number in self._proposals:
+            condition = self._proposals[trial.number][1]
+            if condition in choices:
+                return condition
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+    # --- rankscope's side ------------------------------------------------------------------------------------------
+
+    def take(self, number: int) -> RankAllocation | None:
+        """The allocation proposed for a trial, by its number, once; None where the tilts are the proposal."""
+        return self._proposals.pop(number, (None, None))[0]
+
+    def best(self, study: optuna.Study) -> tuple[RankAllocation, Any]:
+        """The allocation that the posterior mean values most, and the learning rate; see `PerformanceModel`."""
+        self._learn(study)
+        return self._solve(self._model.utilities()), self._model.best_condition
+
+    def model(self, study: optuna.Study) -> PerformanceModel | None:
+        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal."""
+        self._learn(study)
+        return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
+
+    def validate(self, study: optuna.Study) -> Validation | None:
+        """The model's scores on left-out allocations; None with too few."""
+        trials = [trial for trial in study.get_trials(deepcopy=False) if self._counts(trial)]
+        return validate(
+            self._model,
+            [trial.user_attrs[RANKS_KEY] for trial in trials],
+            [float(trial.value or 0.0) for trial in trials],
+            conditions=[trial.params.get(CONDITION) for trial in trials],
+            noise_variance=_noise(trials),
+        )
+
+    def describe(self, allocation: RankAllocation) -> dict[str, float]:
+        """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
+        one_shot = self.space.allocation(self.space.point(tau=1.0))
+        point = self.space.point(tau=1.0)
+        for name in point:
+            kind, _, key = name.partition("/")
+            members = [(self.space.groups[t.name] if kind == "group" else t.role) == key for t in self.space.targets]
+            mine, theirs = (
+                sum(r * t.rank_cost for r, t, m in zip(a.vector, a.targets, members, strict=True) if m)
+                for a in (allocation, one_shot)
+            )
+            least = min(t.rank_cost for t in self.space.targets)
+            if kind != "tau":
+                bound = next(tilt for tilt in self.space.tilts if tilt.name == name)
+                point[name] = float(np.clip(math.log((mine + least) / (theirs + least)), bound.low, bound.high))
+        return point
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _learn(self, study: optuna.Study) -> None:
+        """Shows the model what has completed since it last looked."""
+        new = [t for t in study.get_trials(deepcopy=False) if t.number not in self._seen and self._counts(t)]
+        sign = 1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
+        for trial in new:
+            self._seen[trial.number] = tuple(trial.user_attrs[RANKS_KEY])
+        if len(self._seen) < 2 or not new:
+            return
+        fresh = (
+            new
+            if hasattr(self._model, "regressor_")
+            else [t for t in study.get_trials(deepcopy=False) if t.number in self._seen]
+        )
+        self._model.update(
+            [trial.user_attrs[RANKS_KEY] for trial in fresh],
+            [sign * float(trial.value or 0.0) for trial in fresh],
+            conditions=[trial.params.get(CONDITION) for trial in fresh],
+        )
+
+    def _counts(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is a measurement of its own: complete, of these modules, and no copy of an equal one."""
+        return (
+            trial.state == TrialState.COMPLETE
+            and len(trial.user_attrs.get(RANKS_KEY, ())) == len(self.space.targets)
+            and trial.user_attrs.get(TRIAL_KEY, {}).get("reused") is None
+            and trial.value is not None
+            and math.isfinite(trial.value)
+        )
+
+    def _explore(self) -> dict[str, float]:
+        """Between uniform and beyond one-shot, with small or large offsets."""
+        width = self._rng.choice([0.25, 0.5, 1.0])
+        point = {tilt.name: float(self._rng.uniform(tilt.low, tilt.high) * width) for tilt in self.space.tilts}
+        return point | {"tau": float(self._rng.uniform(0.25, 1.25))}
+
+    def _draw(self) -> tuple[RankAllocation, Any]:
+        tried = set(self._seen.values())
+        for _ in range(DRAWS):
+            gains, condition = self._model.sample(self._rng)
+            allocation = self._solve(gains)
+            if allocation.vector not in tried:
+                break
+        return allocation, condition
+
+    def _solve(self, gains: Mapping[str, np.ndarray[Any, Any]]) -> RankAllocation:
+        if not any(values.any() for values in gains.values()):  # a draw in which nothing helps: all ranks are equal
+            return self.space.allocation(self.space.point(tau=0.0))
+        space = self.space
+        return allocate_marginal(
+            space.targets, gains, space.budget, min_rank=space.min_rank, max_rank=space.max_rank
+        ).renamed("performance-model")
+
+
+def suggest_allocation(trial: optuna.Trial, space: HierarchicalSpace) -> RankAllocation:
+    """The allocation of a trial under any sampler; it stores the realised ranks as the trial's attribute `ranks`.
+
+    Args:
+        trial: In an objective, or from `study.ask()`.
+        space: The same that the sampler was made with.
+    """
+    queued = trial.user_attrs.get(RANKS_KEY)
+    point = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in space.tilts}
+    sampler = trial.study.sampler
+    allocation = sampler.take(trial.number) if isinstance(sampler, PerformanceModelSampler) else None
+    if queued is not None:
+        allocation = RankAllocation(space.targets, tuple(queued), budget=space.budget.limit)
+    if allocation is None:
+        allocation = space.allocation(point)
+    trial.set_user_attr(RANKS_KEY, list(allocation.vector))
+    return allocation
+
+
+def _noise(trials: list[FrozenTrial]) -> float | None:
+    """Variance of a trial's mean over its seeds, beyond what the seeds have in common; None with one seed."""
+    seeds = [list(t.user_attrs.get(TRIAL_KEY, {}).get("metrics_by_seed", {}).values()) for t in trials]
+    if len({len(values) for values in seeds}) != 1 or len(seeds[0]) < 2 or len(seeds) < 2:
+        return None
+    table = np.array(seeds)
+    left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    n, k = table.shape
+    return float(np.square(left).sum() / ((n - 1) * (k - 1)) / k)

@@ -1,0 +1,123 @@
+"""How well performance models rank allocations they have not seen, on RankBench; and how honest their intervals are.
+
+    python studies/bench/performance_model.py --out studies/results/performance_model.json
+
+A model is fitted to the validation metric of n allocations under one seed, and judged on the others by Kendall's tau with the
+mean test metric over all seeds; 20 draws of the training set. Beside it: the profile alone (the captured norm, no trial),
+the mean predictor (0 by definition), and the ceiling: tau between one seed's measurement of the very same allocations
+and that mean, with the measurement's own seed left out of it where there are three. Coverage is the share of unseen allocations
+whose single validation measurement lies in the model's 80 % interval. Feature sets: all; without the profile's terms;
+without single modules; raw ranks (BayesianRidge). About 10 minutes. `--quick`: 3 draws of digits-shift, the default model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from _harness import Claim, run_benchmark
+from _landscapes import RankBench
+from joblib import Parallel, delayed
+from scipy.stats import kendalltau
+from sklearn.linear_model import BayesianRidge
+
+from rankscope.performance import PerformanceModel, RankFeatures, rank_features
+
+TABLES = {"digits-shift, rank 1": ("digits-shift", 1, 84), "digits-shift, rank 2": ("digits-shift", 2, 84),
+          "digits-shift, rank 4": ("digits-shift", 4, 84)}  # fmt: skip
+SIZES = (25, 50, 100)
+MODELS = ("hierarchical", "gp", "extra-trees", "mlp")
+
+
+def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
+    """Rows by table, model and feature set; the coverage claim for each table."""
+    names = list(TABLES)[:1] if quick else list(TABLES)
+    draws = range(3 if quick else 20)
+    cells = [(name, draw, quick) for name in names for draw in draws]
+    found = Parallel(n_jobs=2)(delayed(judge)(*cell) for cell in cells)
+    pooled: dict[tuple[Any, ...], list[float]] = {}
+    for scores in found:
+        for key, value in scores.items():
+            pooled.setdefault(key, []).append(value)
+    rows = [
+        {"table": name, "predictor": predictor, "trained_on": n, "score": score, "mean": float(np.mean(values))}
+        for (name, predictor, n, score), values in pooled.items()
+    ]
+    claims = []
+    for name in names:
+
+        def mean(predictor: str, n: int, score: str, name: str = name) -> float:
+            return float(np.mean(pooled[name, predictor, n, score]))
+
+        coverage = mean("hierarchical", 50, "coverage")
+        inside = 0.7 <= coverage <= 0.9
+        claims.append(
+            Claim(name=f"{name}: coverage of the 80 % intervals", value=coverage, bound="in 0.7 to 0.9", holds=inside)
+        )
+        ahead = mean("hierarchical", 100, "kendall") - mean("profile alone", 100, "kendall")
+        claims.append(Claim.at_least(f"{name}: tau at 100 trials, model minus profile alone", ahead, 0.0))
+    return rows, claims
+
+
+def judge(name: str, draw: int, quick: bool) -> dict[tuple[Any, ...], float]:
+    """All predictors on one draw of training sets."""
+    warnings.simplefilter("ignore")
+    table = RankBench(*TABLES[name])
+    features = rank_features(
+        table.space.targets, table.space.budget, gains=table.space.gains, groups=table.space.groups
+    )
+    rng = np.random.default_rng(draw)
+    order, seed = rng.permutation(len(table.ranks)), int(rng.integers(table.validation.shape[1]))
+    measured = table.validation[:, seed]
+    scores: dict[tuple[Any, ...], float] = {}
+    for n in SIZES:
+        train, test = order[:n], order[n:]
+
+        def tau(predicted: np.ndarray, test: np.ndarray = test) -> float:
+            return float(kendalltau(predicted, table.test[test])[0])
+
+        sets = {"": features} if quick else {"": features, **subsets(features)}
+        for label, columns in sets.items():
+            for regressor in ("hierarchical",) if quick or label else MODELS:
+                model = PerformanceModel(columns, regressor=regressor).fit(table.ranks[train], measured[train])
+                scores[name, regressor + label, n, "kendall"] = tau(model.predict(table.ranks[test]))
+                if regressor == "hierarchical" and not label:
+                    low, high = model.interval(table.ranks[test], 0.8, repeats=1)
+                    inside = (low <= measured[test]) & (measured[test] <= high)
+                    scores[name, regressor, n, "coverage"] = float(inside.mean())
+        ridge = BayesianRidge().fit(table.ranks[train], measured[train])
+        scores[name, "BayesianRidge, raw ranks", n, "kendall"] = tau(ridge.predict(table.ranks[test]))
+        profile = features.transform(table.ranks[test])[:, features.names.index("profile/norm")]
+        scores[name, "profile alone", n, "kendall"] = tau(profile)
+        scores[name, "ceiling: one measurement", n, "kendall"] = tau(measured[test])
+    return scores
+
+
+def subsets(features: RankFeatures) -> dict[str, RankFeatures]:
+    """Feature sets, by what is said of them."""
+    return {
+        ", without the profile": without(features, "profile"),
+        ", without modules": without(features, "module"),
+        ", profile and all modules alike": without(features, "module", "block", "group", "role", "tower"),
+    }
+
+
+def without(features: RankFeatures, *levels: str) -> RankFeatures:
+    """The features but for some levels."""
+    kept = np.array([level not in levels for level in features.levels])
+    weights, start = {}, 0
+    for curve, rows in features.weights.items():
+        weights[curve] = rows[kept[start : start + len(rows)]]
+        start += len(rows)
+    return replace(
+        features,
+        weights=weights,
+        names=tuple(np.array(features.names)[kept].tolist()),
+        levels=tuple(np.array(features.levels)[kept].tolist()),
+    )
+
+
+if __name__ == "__main__":
+    run_benchmark(measure, __doc__ or "")

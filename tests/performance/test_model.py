@@ -1,0 +1,168 @@
+"""Features, the performance model and its validation, on landscapes whose truth is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rankscope as rs
+from rankscope.budget import allocate_marginal
+from rankscope.exceptions import PerformanceModelError
+from rankscope.performance import PerformanceModel, RankFeatures, rank_features, validate
+from rankscope.targets import TargetModule
+
+ROLES = ("q_proj", "v_proj", "fc1")
+TARGETS = tuple(
+    TargetModule(name=f"h.{i}.{role}", in_features=16, out_features=32 if role == "fc1" else 16, block=i, role=role)
+    for i in range(4)
+    for role in ROLES
+)
+BUDGET = rs.ParameterBudget.uniform(TARGETS, 4)
+WORTH = np.array([3.0 if t.role == "fc1" else 1.0 for t in TARGETS]) * np.linspace(2.0, 0.5, len(TARGETS))
+
+
+def worth(ranks: np.ndarray) -> np.ndarray:
+    return np.log1p(ranks) @ WORTH
+
+
+@pytest.fixture(scope="module")
+def features() -> RankFeatures:
+    return rank_features(TARGETS, BUDGET)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> np.ndarray:
+    return np.array([rs.allocate("random", targets=TARGETS, budget=BUDGET, seed=s).vector for s in range(120)])
+
+
+@pytest.fixture(scope="module")
+def model(features: RankFeatures, ranks: np.ndarray) -> PerformanceModel:
+    noise = np.random.default_rng(0).normal(0.0, 0.1, len(ranks))
+    return PerformanceModel(features).fit(ranks, worth(ranks) + noise)
+
+
+def test_features_are_differences_to_uniform(features: RankFeatures) -> None:
+    assert set(features.levels) == {"model", "block", "role", "module"}  # there is one tower, and no groups are given
+    uniform = rs.allocate("uniform", targets=TARGETS, budget=BUDGET).vector
+    assert not features.transform([uniform]).any()
+    more = list(uniform)
+    more[2] += 1  # h.0.fc1
+    changed = dict(zip(features.names, features.transform([more])[0], strict=True))
+    step = (np.log(6) - np.log(5)) * 48 / np.mean([t.rank_cost for t in TARGETS])
+    for name in ("model/all", "block/model/0", "role/fc1", "module/h.0.fc1"):
+        assert changed.pop(name) == pytest.approx(step)
+    assert not any(changed.values())
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_gains_add_up_to_the_linear_models_value(seed: int) -> None:
+    features = rank_features(TARGETS, BUDGET)
+    rng = np.random.default_rng(seed)
+    coefficients = rng.uniform(0.0, 1.0, len(features.names))  # none negative: nothing is clipped
+    gains = features.gains(coefficients)
+    ranks = rng.integers(0, 10, len(TARGETS))
+    value = sum(gains[t.name][:r].sum() for t, r in zip(TARGETS, ranks, strict=True))
+    reference = sum(gains[t.name][:r].sum() for t, r in zip(TARGETS, features.reference, strict=True))
+    assert (features.transform([ranks]) @ coefficients)[0] == pytest.approx(value - reference)
+    assert all((np.diff(values) <= 1e-12).all() for values in gains.values())
+
+
+def test_equal_coefficients_give_uniform_ranks(features: RankFeatures) -> None:
+    gains = features.gains([1.0 if level == "model" else 0.0 for level in features.levels])
+    assert set(allocate_marginal(TARGETS, gains, BUDGET).vector) == {4}
+
+
+def test_profile_terms_follow_the_spectrum(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
+    energies = {name: values**2 for name, values in digits_profile.spectra().items()}
+    features = rank_features(digits_profile.targets, digits_budget, gains=energies)
+    gains = features.gains([name == "profile/energy" for name in features.names])
+    solved = allocate_marginal(digits_profile.targets, gains, digits_budget)
+    one_shot = rs.allocate("one-shot", targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
+    assert solved == one_shot
+
+
+def test_it_ranks_allocations_it_has_not_seen(model: PerformanceModel) -> None:
+    new = np.array([rs.allocate("random", targets=TARGETS, budget=BUDGET, seed=s).vector for s in range(500, 600)])
+    assert model.score(new, worth(new)) > 0.95
+
+
+def test_water_filling_on_its_utilities_is_nearly_optimal(model: PerformanceModel) -> None:
+    uniform = worth(np.array([rs.allocate("uniform", targets=TARGETS, budget=BUDGET).vector]))[0]
+    truth = {t.name: w * np.diff(np.log1p(np.arange(17.0))) for t, w in zip(TARGETS, WORTH, strict=True)}
+    best = worth(np.array([allocate_marginal(TARGETS, truth, BUDGET).vector]))[0]
+    mine = worth(np.array([allocate_marginal(TARGETS, model.utilities(), BUDGET).vector]))[0]
+    assert (mine - uniform) / (best - uniform) > 0.9
+
+
+def test_draws_scatter_around_the_mean(model: PerformanceModel) -> None:
+    rng = np.random.default_rng(0)
+    draws = np.array([[model.sample_utilities(rng)[t.name][0] for t in TARGETS] for _ in range(200)])
+    mean = np.array([model.utilities()[t.name][0] for t in TARGETS])
+    assert (draws.std(axis=0) > 0).all()
+    np.testing.assert_allclose(draws.mean(axis=0), mean, atol=4 * draws.std(axis=0).max() / np.sqrt(200))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(features: RankFeatures, ranks: np.ndarray) -> None:
+    inside = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        train = rng.permutation(len(ranks))[:40]
+        test = np.setdiff1d(np.arange(len(ranks)), train)
+        noisy = worth(ranks) + rng.normal(0.0, 1.0, len(ranks))
+        low, high = PerformanceModel(features).fit(ranks[train], noisy[train]).interval(ranks[test], 0.8, repeats=1)
+        inside.append(((low <= noisy[test]) & (noisy[test] <= high)).mean())
+    assert 0.7 < np.mean(inside) < 0.9
+
+
+def test_updates_end_where_one_fit_ends(features: RankFeatures, ranks: np.ndarray) -> None:
+    y = worth(ranks)
+    whole = PerformanceModel(features).fit(ranks, y)
+    steps = PerformanceModel(features)
+    for part in np.array_split(np.arange(120), 12):
+        steps.update(ranks[part], y[part])
+    assert steps.score(ranks, y) == pytest.approx(whole.score(ranks, y), abs=0.02)
+    assert np.corrcoef(steps.predict(ranks), whole.predict(ranks))[0, 1] > 0.99
+
+
+def test_conditions_get_offsets(features: RankFeatures, ranks: np.ndarray) -> None:
+    rates = [0.01 if i % 2 else 0.001 for i in range(len(ranks))]
+    y = worth(ranks) + np.array([5.0 if rate == 0.01 else 0.0 for rate in rates])
+    model = PerformanceModel(features).fit(ranks, y, conditions=rates)
+    assert model.best_condition == 0.01
+    assert model.score(ranks[::2], y[::2]) > 0.95
+
+
+@pytest.mark.parametrize("regressor", ["gp", "extra-trees", "mlp"])
+def test_alternatives_predict_but_have_no_utilities(features: RankFeatures, ranks: np.ndarray, regressor: str) -> None:
+    model = PerformanceModel(features, regressor=regressor).fit(ranks[:80], worth(ranks[:80]))
+    assert model.score(ranks[80:], worth(ranks[80:])) > {"mlp": 0.0}.get(regressor, 0.4)
+    with pytest.raises(PerformanceModelError, match="`regressor` must be 'hierarchical'"):
+        model.utilities()
+
+
+def test_validation_tells_a_good_model_from_noise(features: RankFeatures, ranks: np.ndarray) -> None:
+    good = validate(PerformanceModel(features), ranks, worth(ranks), noise_variance=0.0)
+    assert good is not None
+    assert good.kendall > 0.8
+    assert good.ceiling == 1.0
+    assert good.trustworthy
+    noise = np.random.default_rng(1).normal(size=len(ranks))
+    bad = validate(PerformanceModel(features), ranks, noise)
+    assert bad is not None
+    assert abs(bad.kendall) < 0.2
+    assert validate(PerformanceModel(features), ranks[:5], worth(ranks[:5])) is None
+    assert validate(PerformanceModel(features), ranks, np.ones(len(ranks))) is None
+
+
+def test_bad_input(features: RankFeatures, ranks: np.ndarray) -> None:
+    with pytest.raises(PerformanceModelError, match="at least 2 metrics, but holds 1; run more trials"):
+        PerformanceModel(features).fit(ranks[:1], [0.5])
+    with pytest.raises(PerformanceModelError, match="`y` must be finite, but 1 of 3 metrics are not"):
+        PerformanceModel(features).fit(ranks[:3], [0.5, np.nan, 0.4])
+    with pytest.raises(PerformanceModelError, match="a column for each of 12 modules"):
+        PerformanceModel(features).fit(ranks[:3, :5], [0.5, 0.6, 0.4])
+    with pytest.raises(PerformanceModelError, match="`regressor` must be one of hierarchical, gp"):
+        PerformanceModel(features, regressor="svr").fit(ranks[:3], [0.5, 0.6, 0.4])
+    constant = PerformanceModel(features).fit(ranks[:9], np.full(9, 0.7))
+    np.testing.assert_allclose(constant.predict(ranks[:3]), 0.7)

@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 HIERARCHICAL = "hierarchical"
 PROFILE_SHARE = 10.0  # how much more than of another level the prior expects of the profile's terms
 PROFILE_MEAN = 0.3  # standard deviations of the metric that one of a profile term's is expected to bring
-GROWTH = 1.2  # the variances are estimated again once there are so many times the observations
+GROWTH = 1.2  # transform and variances are estimated again once there are so many times the observations
 
 ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
     "gp": lambda seed: make_pipeline(
@@ -95,7 +95,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         sample_weight: ArrayLike | None = None,
         conditions: Sequence[Any] | None = None,
     ) -> Self:
-        """Adds observations. The posterior is exact; the prior's variances are estimated again at every fifth more."""
+        """Adds observations. The posterior is exact; transform and variances are estimated again at every fifth more."""
         if not hasattr(self, "regressor_"):
             return self.fit(ranks, y, sample_weight, conditions)
         old, new = self._data, self._checked(ranks, y, sample_weight, conditions)
@@ -182,14 +182,15 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if len(y) < 2:
             raise PerformanceModelError(f"`y` must hold at least 2 metrics, but holds {len(y)}; run more trials.")
         self.conditions_ = list(dict.fromkeys(conditions))
-        self._scaler = PowerTransformer().fit(y[:, None]) if np.ptp(y) > 1e-12 * np.abs(y).max() else None
+        due = self._estimated_at == 0 or len(y) >= GROWTH * self._estimated_at
+        if due:
+            self._scaler = PowerTransformer().fit(y[:, None]) if np.ptp(y) > 1e-12 * np.abs(y).max() else None
         target = y * 0.0 if self._scaler is None else self._scaler.transform(y[:, None]).ravel()
         rows = self.features.transform(ranks)
         if self.regressor != HIERARCHICAL:
             self._refit_alternative(rows, target)
             return self
         columns = np.array([[c == condition for condition in self.conditions_] for c in conditions], dtype=np.float64)
-        due = self._estimated_at == 0 or len(y) >= GROWTH * self._estimated_at
         self.regressor_ = HierarchicalRegressor(
             levels=[*self.features.levels, "intercept", *["condition"] * len(self.conditions_)],
             means=self._prior_means(rows),

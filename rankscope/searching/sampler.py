@@ -65,6 +65,7 @@ class PerformanceModelSampler(BaseSampler):
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed)
         self._model = PerformanceModel(features)
+        self._one_shot = space.allocation(space.point(tau=1.0))
         self._seen: dict[int, tuple[int, ...]] = {}
         self._proposals: dict[int, tuple[RankAllocation, Any]] = {}
 
@@ -132,8 +133,7 @@ class PerformanceModelSampler(BaseSampler):
 
     def describe(self, allocation: RankAllocation) -> dict[str, float]:
         """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
-        one_shot = self.space.allocation(self.space.point(tau=1.0))
-        point = self.space.point(tau=1.0)
+        one_shot, point = self._one_shot, self.space.point(tau=1.0)
         for name in point:
             kind, _, key = name.partition("/")
             members = [(self.space.groups[t.name] if kind == "group" else t.role) == key for t in self.space.targets]

@@ -16,7 +16,7 @@ from rankscope.cli.output import print_files, print_json, print_line, print_tabl
 from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
-from rankscope.plotting import plot_energy, plot_ranks, plot_spectra, save_figure
+from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
 from rankscope.searching import SearchResult, Trial, search
 
@@ -119,6 +119,11 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
         *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
         result.to_parquet(session.out / "trials.parquet"),
     ]
+    if result.model is not None:
+        files += [
+            save_figure(plot_predictions(result.model, result), session.out / "predictions.png"),
+            save_figure(plot_belief(result.model), session.out / "belief.png"),
+        ]
     if as_json:
         finalists = [{**_trial_summary(f.trial), "confirmed": dict(f.metrics_by_seed)} for f in result.finalists]
         model = asdict(result.validation) if result.validation else None

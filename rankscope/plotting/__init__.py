@@ -1,7 +1,16 @@
 """Plots: data prepared apart from drawing; every function returns a matplotlib figure."""
 
 from rankscope.plotting.heatmap import module_grids, plot_energy, plot_ranks
+from rankscope.plotting.model import plot_belief, plot_predictions
 from rankscope.plotting.save import save_figure
 from rankscope.plotting.spectra import plot_spectra
 
-__all__ = ["module_grids", "plot_energy", "plot_ranks", "plot_spectra", "save_figure"]
+__all__ = [
+    "module_grids",
+    "plot_belief",
+    "plot_energy",
+    "plot_predictions",
+    "plot_ranks",
+    "plot_spectra",
+    "save_figure",
+]

@@ -88,7 +88,14 @@ def plot_energy(profile: Profile) -> Figure:
     positive = [value for value in density.values() if value > 0]
     norm = LogNorm(max(min(positive), max(positive) * 1e-4), max(positive))
     title = f"gradient energy per parameter of one rank, {profile.metadata['batches']} batches"
-    return _draw([_titled(module_grids(targets, density), title)], norm, "squared gradient norm / rank cost", None)
+    return draw_grids(module_grids(targets, density), title, norm, "squared gradient norm / rank cost")
+
+
+def draw_grids(
+    grids: Sequence[ModuleGrid], title: str, norm: Normalize, label: str, text: Callable[[float], str] | None = None
+) -> Figure:
+    """One row of heatmaps, a panel a tower; `text` writes a value into its cell."""
+    return _draw([_titled(grids, title)], norm, label, text)
 
 
 _Panel = tuple[ModuleGrid, str]

@@ -12,7 +12,7 @@ import pandas as pd
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
-from rankscope.performance import Validation
+from rankscope.performance import PerformanceModel, Validation
 from rankscope.searching.confirmation import Finalist, recommend
 from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.targets import TargetModule
@@ -27,13 +27,15 @@ class SearchResult:
         targets: The target modules.
         metric_name: The task's metric.
         finalists: What was trained again on fresh seeds; empty where nothing was.
-        validation: How well the performance model predicts trials it has not seen; None where there is no model, or too few.
+        model: The performance model on all trials; None for other samplers, and with too few trials.
+        validation: How well the model predicts trials it has not seen; None where there are too few.
     """
 
     study: optuna.Study
     targets: tuple[TargetModule, ...]
     metric_name: str
     finalists: tuple[Finalist, ...] = ()
+    model: PerformanceModel | None = None
     validation: Validation | None = None
 
     @property

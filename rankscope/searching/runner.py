@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import optuna
@@ -12,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError, TrainingError
-from rankscope.performance import Validation
+from rankscope.performance import PerformanceModel, Validation
 from rankscope.profiling import Profile
 from rankscope.searching.confirmation import Finalist, choose_finalists, confirm
 from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Objective
@@ -146,12 +147,17 @@ def search(
     if _remaining(study, n_trials):
         _enqueue_posterior_mean(study)
     _optimize(study, objective, _remaining(study, n_trials), report)
-    validation, smoothed = _judge(study)
+    model, validation = _model(study)
+    smoothed = None
+    if model is not None and (validation is None or validation.trustworthy):
+        smoothed = partial(_predicted, model)
+    elif model is not None:
+        logger.warning("the performance model does not beat the profile alone and chooses no finalist: %s", validation)
     finalists: tuple[Finalist, ...] = ()
     if n_confirm:
         chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothed)
         finalists = confirm(study, task, chosen, training, n_seeds=n_confirm, on_run=on_confirm)
-    return SearchResult(study, targets, task.metric, finalists, validation)
+    return SearchResult(study, targets, task.metric, finalists, model, validation)
 
 
 def _enqueue_posterior_mean(study: optuna.Study) -> None:
@@ -167,18 +173,16 @@ def _enqueue_posterior_mean(study: optuna.Study) -> None:
     study.enqueue_trial(point, user_attrs=attributes)
 
 
-def _judge(study: optuna.Study) -> tuple[Validation | None, Callable[[Trial], float] | None]:
-    """The performance model's scores, and its prediction of a trial where it is to be believed."""
+def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | None]:
+    """The performance model on the study's trials, and its scores on left-out ones."""
     sampler = study.sampler
     if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
         return None, None
-    validation = sampler.validate(study)
-    if validation is not None and not validation.trustworthy:
-        logger.warning(
-            "the performance model does not beat the profile alone, so it chooses no finalist: %s", validation
-        )
-        return validation, None
-    return validation, lambda trial: float(model.predict([trial.allocation.vector])[0])
+    return model, sampler.validate(study)
+
+
+def _predicted(model: PerformanceModel, trial: Trial) -> float:
+    return float(model.predict([trial.allocation.vector])[0])
 
 
 def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:

@@ -3,15 +3,17 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pandas as pd
 import pytest
 
 import rankscope as rs
 from rankscope.exceptions import BudgetError, StudyError
+from rankscope.plotting import plot_belief, plot_predictions
 from rankscope.searching import search
-from rankscope.searching.confirmation import recommend
-from rankscope.searching.trials import completed
+from rankscope.searching.confirmation import choose_finalists, recommend
+from rankscope.searching.trials import Trial, completed
 from rankscope.tasks import Task
 
 SHORT = rs.TrainingConfig(steps=4, learning_rate=0.01)
@@ -193,3 +195,56 @@ def test_a_metric_that_is_not_finite_fails_its_trial(
 
     with pytest.raises(StudyError, match="must have a trial that completes, but every one failed"):
         run(Blind(), digits_profile, digits_budget, None, n_trials=2)
+
+
+@pytest.fixture(scope="module")
+def modelled(digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> rs.SearchResult:
+    return run(digits, digits_profile, digits_budget, None, n_trials=13, n_confirm=2)
+
+
+def test_the_model_proposes_once_it_has_seen_enough(
+    modelled: rs.SearchResult, digits_budget: rs.ParameterBudget
+) -> None:
+    assert modelled.model is not None
+    assert modelled.validation is not None
+    assert modelled.validation.allocations >= 10
+    assert len({trial.allocation for trial in modelled.trials}) >= 12
+    assert all(trial.allocation.parameters <= digits_budget.limit for trial in modelled.trials)
+    origins = [trial.origin for trial in modelled.trials]
+    assert origins[:2] == ["uniform", "one-shot"]
+    assert origins.count("posterior-mean") <= 1
+
+
+def test_finalists_of_a_model_are_posterior_mean_smoothed_and_observed(modelled: rs.SearchResult) -> None:
+    trials, model = modelled.trials, modelled.model
+    assert model is not None
+
+    def smoothed(trial: Trial) -> float:
+        return float(model.predict([trial.allocation.vector])[0])
+
+    chosen = choose_finalists(trials, smoothed)
+    assert [t.origin for t in chosen[:2]] == ["uniform", "one-shot"]
+    others = [t for t in trials if t.origin in ("sampler", "posterior-mean") and t.reused is None]
+    if any(t.origin == "posterior-mean" for t in others):
+        assert chosen[2].origin == "posterior-mean"
+    assert max(others, key=smoothed).allocation in {t.allocation for t in chosen}
+    assert len(chosen) == 5
+    observed = choose_finalists(trials)
+    assert [t.metric for t in observed[2:]] == sorted((t.metric for t in observed[2:]), reverse=True)
+
+
+def test_plots_of_the_model(modelled: rs.SearchResult) -> None:
+    assert modelled.model is not None
+    figure = plot_predictions(modelled.model, modelled)
+    assert figure.axes[0].get_xlabel().startswith("predicted accuracy")
+    cells = [text.get_text() for text in plot_belief(modelled.model).axes[0].texts]
+    assert len(cells) == 36
+    assert np.mean([float(cell) for cell in cells]) == pytest.approx(1.0, abs=0.05)
+
+
+def test_other_samplers_have_no_model(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    result = run(digits, digits_profile, digits_budget, None, sampler="tpe", n_trials=3)
+    assert result.model is None
+    assert result.validation is None

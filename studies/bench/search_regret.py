@@ -6,7 +6,7 @@ Every method gets the same one-shot gains and the same start: uniform and one-sh
 confirming: five finalists are measured again and again. They are the same for all methods (uniform, one-shot, the three
 best observed), but for ours, where they are uniform, one-shot, the posterior mean's allocation, the best by its prediction
 and the best observed. The recommendation is the best of their means; regret is 1 for uniform and 0 for the optimum. 20 seeds.
-CMA-ES runs only where the package cmaes is installed. Two processes, one thread each; about 25 minutes. `--quick`: ours, TPE
+CMA-ES runs only where the package cmaes is installed. Two processes, one thread each; over an hour. `--quick`: ours, TPE
 and random on the tilts, one synthetic landscape, 5 seeds, 60 trials.
 """
 

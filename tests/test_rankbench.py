@@ -1,0 +1,37 @@
+"""RankBench's tables: every run keeps its budget, names its allocation, and repeats nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import rankscope as rs
+
+FOLDER = Path(__file__).parents[1] / "data" / "rankbench"
+TABLES = sorted(path.stem for path in FOLDER.glob("*.parquet") if "." not in path.stem)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_runs_keep_their_budget_and_allocations_their_ranks(name: str) -> None:
+    table = pd.read_parquet(FOLDER / f"{name}.parquet")
+    profile = rs.read_profile(FOLDER / f"{name}.profile.parquet")
+    assert not table.duplicated(["rank", "steps", "number", "seed"]).any()
+    costs = np.array([target.rank_cost for target in profile.targets])
+    for rank, part in table.groupby("rank"):
+        ranks = np.array(part["ranks"].tolist())
+        limit = rs.ParameterBudget.uniform(profile.targets, int(rank)).limit
+        assert ((ranks @ costs) == part["parameters"]).all()
+        assert (part["parameters"] <= limit).all()
+        assert (part["parameters"] > limit - costs.min()).all()
+        assert (ranks[part["number"] == 0] == rank).all()
+        assert part.groupby("number")["ranks"].agg(lambda rows: len({tuple(row) for row in rows})).max() == 1
+    assert table["validation"].between(0, 1).all()
+
+
+def test_digits_is_as_large_as_its_readme_says() -> None:
+    table = pd.read_parquet(FOLDER / "digits-shift.parquet")
+    full = table[table["steps"] == 84]
+    assert full.groupby("rank")["number"].nunique().to_dict() == {1: 600, 2: 450, 4: 450}
+    assert full.groupby("rank")["seed"].nunique().to_dict() == {1: 3, 2: 2, 4: 2}
+    assert full["test"].notna().all()

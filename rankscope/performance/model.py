@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -249,7 +250,8 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         y = self._data[1]
         if self._scaler is None:
             return np.full(len(values), y[0])
-        found: Floats = self._scaler.inverse_transform(values[:, None]).ravel()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # sklearn's, of values beyond the range
+            found: Floats = self._scaler.inverse_transform(values[:, None]).ravel()
         return np.where(np.isnan(found), np.where(values > 0, y.max(), y.min()), found)
 
     def _hierarchical(self) -> HierarchicalRegressor:

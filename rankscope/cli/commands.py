@@ -18,11 +18,12 @@ from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
-from rankscope.searching import SearchResult, Trial, search
+from rankscope.searching import START_TRIALS, SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
 PROPOSED = ("sampler", "posterior-mean")
+FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
@@ -150,8 +151,20 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
         rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
-    if result.validation is not None:
-        print_line(f"performance model: {result.validation}")
+    if session.study.search.sampler == "performance-model":
+        print_line(f"performance model: {_model_line(result)}")
+
+
+def _model_line(result: SearchResult) -> str:
+    """What the performance model was good for, and what so many trials can give at all."""
+    if result.model is None:
+        return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
+    scores = str(result.validation) if result.validation else "too few different allocations to validate it"
+    if result.validation and not result.validation.trustworthy:
+        scores += "; it does not beat the profile alone, so it chose no finalist"
+    if len(result.trials) < FEW_TRIALS:
+        scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
+    return scores
 
 
 def _starts(result: SearchResult) -> list[Trial]:

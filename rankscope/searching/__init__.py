@@ -3,7 +3,15 @@
 from rankscope.searching.confirmation import Finalist
 from rankscope.searching.results import SearchResult
 from rankscope.searching.runner import search
-from rankscope.searching.sampler import PerformanceModelSampler, suggest_allocation
+from rankscope.searching.sampler import START_TRIALS, PerformanceModelSampler, suggest_allocation
 from rankscope.searching.trials import Trial
 
-__all__ = ["Finalist", "PerformanceModelSampler", "SearchResult", "Trial", "search", "suggest_allocation"]
+__all__ = [
+    "START_TRIALS",
+    "Finalist",
+    "PerformanceModelSampler",
+    "SearchResult",
+    "Trial",
+    "search",
+    "suggest_allocation",
+]

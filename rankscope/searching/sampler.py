@@ -126,7 +126,7 @@ class PerformanceModelSampler(BaseSampler):
         return validate(
             self._model,
             [trial.user_attrs[RANKS_KEY] for trial in trials],
-            [float(trial.value or 0.0) for trial in trials],
+            [_sign(study) * float(trial.value or 0.0) for trial in trials],
             conditions=[trial.params.get(CONDITION) for trial in trials],
             noise_variance=_noise(trials),
         )
@@ -152,7 +152,6 @@ class PerformanceModelSampler(BaseSampler):
     def _learn(self, study: optuna.Study) -> None:
         """Shows the model what has completed since it last looked."""
         new = [t for t in study.get_trials(deepcopy=False) if t.number not in self._seen and self._counts(t)]
-        sign = 1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
         for trial in new:
             self._seen[trial.number] = tuple(trial.user_attrs[RANKS_KEY])
         if len(self._seen) < 2 or not new:
@@ -164,7 +163,7 @@ class PerformanceModelSampler(BaseSampler):
         )
         self._model.update(
             [trial.user_attrs[RANKS_KEY] for trial in fresh],
-            [sign * float(trial.value or 0.0) for trial in fresh],
+            [_sign(study) * float(trial.value or 0.0) for trial in fresh],
             conditions=[trial.params.get(CONDITION) for trial in fresh],
         )
 
@@ -219,6 +218,11 @@ def suggest_allocation(trial: optuna.Trial, space: HierarchicalSpace) -> RankAll
         allocation = space.allocation(point)
     trial.set_user_attr(RANKS_KEY, list(allocation.vector))
     return allocation
+
+
+def _sign(study: optuna.Study) -> float:
+    """1 where higher is better."""
+    return 1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
 
 
 def _noise(trials: list[FrozenTrial]) -> float | None:

@@ -51,6 +51,7 @@ def test_the_whole_path(folder: Path) -> None:
     status, text, _ = invoke("search", study, "--out", out)
     assert status == 0
     assert "difference to uniform" in text
+    assert "no proposal yet; it needs 8 trials" in text
     assert len(pd.read_parquet(out / "trials.parquet")) == 3
 
     status, text, _ = invoke(

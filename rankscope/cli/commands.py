@@ -160,8 +160,6 @@ def _model_line(result: SearchResult) -> str:
     if result.model is None:
         return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
     scores = str(result.validation) if result.validation else "too few different allocations to validate it"
-    if result.validation and not result.validation.trustworthy:
-        scores += "; it does not beat the profile alone, so it chose no finalist"
     if len(result.trials) < FEW_TRIALS:
         scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
     return scores

@@ -6,15 +6,19 @@ Every method gets the same one-shot gains and the same start: uniform and one-sh
 confirming: five finalists are measured again and again. They are the same for all methods (uniform, one-shot, the three
 best observed), but for ours, where they are uniform, one-shot, the posterior mean's allocation, the best by its prediction
 and the best observed. The recommendation is the best of their means; regret is 1 for uniform and 0 for the optimum. 20 seeds.
-CMA-ES runs only where the package cmaes is installed. Two processes, one thread each; over an hour. `--quick`: ours, TPE
+CMA-ES runs only where the package cmaes is installed. Two processes, one thread each; over an hour;
+searches that are done are kept in `.cache/search_regret.jsonl`, so an interrupted run goes on. `--quick`: ours, TPE
 and random on the tilts, one synthetic landscape, 5 seeds, 60 trials.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,6 +34,8 @@ from rankscope.budget import allocate_proportional
 OURS = "performance model"
 BUDGETS = (30, 33, 60, 100, 150)
 POPULATION, TOURNAMENT = 20, 5
+LOG = Path(__file__).parents[2] / ".cache" / "search_regret.jsonl"
+Cell = tuple[str, str, int]
 
 LANDSCAPES: dict[str, Callable[[int], Landscape]] = {
     "rankbench digits-shift": lambda _seed: RankBench("digits-shift", 1, 84),
@@ -46,11 +52,11 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     names = ["synthetic, 72 modules"] if quick else list(LANDSCAPES)
     methods = [OURS, "tpe tilts", "random tilts"] if quick else [m for m in METHODS if m != "cma-es tilts" or _cmaes()]
     seeds = range(5 if quick else 20)
-    cells = [(name, method, seed) for name in names for method in methods for seed in seeds]
-    found = Parallel(n_jobs=2, batch_size=1)(delayed(run)(*cell, 60 if quick else max(BUDGETS)) for cell in cells)
+    cells = [(name, method, seed) for seed in seeds for name in names for method in methods]
+    curves_by_cell = run_all(cells, 60 if quick else max(BUDGETS))
     regrets: dict[tuple[str, str], list[dict[int, float]]] = {}
-    for (name, method, _), curve in zip(cells, found, strict=True):
-        regrets.setdefault((name, method), []).append(curve)
+    for name, method, seed in cells:
+        regrets.setdefault((name, method), []).append(curves_by_cell[name, method, seed])
     rows = [
         {"landscape": name, "method": method, "trials": t, "regret_quartiles": medians([c[t] for c in curves])}
         for (name, method), curves in regrets.items()
@@ -74,6 +80,30 @@ def claims(name: str, methods: list[str], regrets: dict[tuple[str, str], list[di
             (f"30 trials, minus the best other's ({best})", at(OURS, 30) - at(best, 30)),
         ]
     return [Claim.at_most(f"{name}: our regret of {text}", value, 0.0) for text, value in bounds]
+
+
+def run_all(cells: list[Cell], n_trials: int) -> dict[Cell, dict[int, float]]:
+    """Every search, two at a time; those that this version of the package has done already are read from the log."""
+    version = subprocess.run(["git", "rev-parse", "HEAD:rankscope"], capture_output=True, text=True, check=True)
+    known: dict[Cell, dict[int, float]] = {}
+    for line in LOG.read_text().splitlines() if LOG.exists() else ():
+        entry = json.loads(line)
+        if (entry["version"], entry["trials"]) == (version.stdout.strip(), n_trials):
+            known[tuple(entry["cell"])] = {int(t): regret for t, regret in entry["curve"].items()}
+    missing = [cell for cell in cells if cell not in known]
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("a") as log:
+        jobs = (delayed(run_cell)(cell, n_trials) for cell in missing)
+        for cell, curve in Parallel(n_jobs=2, batch_size=1, return_as="generator_unordered")(jobs):
+            known[cell] = curve
+            entry = {"version": version.stdout.strip(), "trials": n_trials, "cell": cell, "curve": curve}
+            print(json.dumps(entry), file=log, flush=True)
+    return known
+
+
+def run_cell(cell: Cell, n_trials: int) -> tuple[Cell, dict[int, float]]:
+    """One search, with what identifies it."""
+    return cell, run(*cell, n_trials)
 
 
 # --- one search --------------------------------------------------------------------------------------------------

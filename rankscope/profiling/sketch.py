@@ -13,6 +13,7 @@ over the deltas and no memory, and on real gradients reconstructs as well as a G
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,12 +33,14 @@ class Decomposition:
         values: Leading singular values, (k,), descending.
         right: Leading right singular vectors, (k, in).
         energy: ||G||_F^2; in expectation that of `GradientStore.measure`, but less scattered.
+        error: Standard error of each leading singular value, in its units; 0 where the gradient was kept whole.
     """
 
     left: Tensor
     values: Tensor
     right: Tensor
     energy: float
+    error: float
 
 
 class GradientStore(Protocol):
@@ -126,7 +129,7 @@ class ExactGradient:
     def decompose(self) -> Decomposition:
         """See `GradientStore`."""
         left, values, right = torch.linalg.svd(self.gradient, full_matrices=False)
-        return Decomposition(left, values, right, float(self.gradient.square().sum()))
+        return Decomposition(left, values, right, float(self.gradient.square().sum()), 0.0)
 
 
 @dataclass(slots=True)
@@ -188,6 +191,9 @@ class SketchedGradient:
 
         For R's columns of any direction outside Q, with P = Psi Q and D = Psi Psi^T (the buckets' sizes, diagonal), X carries
         (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too much, and the fit's residual has tr (I - P P^+) D / (n - k) ||R||^2.
+
+        A leading direction v loses about ||R||^2 / k to R, of which the fit scatters a k-th of that excess onto its own left
+        vector: hence the error of a singular value, to first order (tests/profiling/test_real_gradients.py has MiniLM's).
         """
         basis = torch.linalg.qr(self.narrow).Q
         projected = self.compress(basis.T).T
@@ -203,7 +209,8 @@ class SketchedGradient:
         left = basis @ left
         if self.transposed:
             left, right = right.T, left.T
-        return Decomposition(left, values, right, energy)
+        error = math.sqrt(max(missed * excess, 0.0)) / k
+        return Decomposition(left, values, right, energy, error)
 
     def compress(self, rows: Tensor) -> Tensor:
         """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign; 256 rows at a time, to save memory."""

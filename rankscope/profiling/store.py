@@ -15,6 +15,7 @@ Columns, one row a target module, in the model's order:
 | fisher_trace | double | trace of the empirical Fisher matrix: mean squared gradient norm of single examples |
 | gradient_rank | double | effective rank of G (participation ratio of its leading singular values) |
 | singular_values | list of double | leading singular values of G, descending |
+| singular_error | double | standard error of each leading singular value, from the sketch; 0 where exact |
 | signal_values | list of double | singular_values times the root of signal_share |
 | exact | bool | whether the gradient was kept whole (small modules) or sketched |
 | sensitivity | double, may be null | sum of abs(w * g) over the weight's elements; null where the weight cannot be read |
@@ -55,7 +56,7 @@ from rankscope.exceptions import FileFormatError, ProfileError
 from rankscope.files import replacing
 from rankscope.targets import TargetModule, fingerprint_targets
 
-SCHEMA = 2
+SCHEMA = 3
 _KEY = b"rankscope"
 _FIELDS = pa.schema(
     [
@@ -79,6 +80,7 @@ _FIELDS = pa.schema(
             )
         ),
         pa.field("singular_values", pa.list_(pa.float64()), nullable=False),
+        pa.field("singular_error", pa.float64(), nullable=False),
         pa.field("signal_values", pa.list_(pa.float64()), nullable=False),
         pa.field("exact", pa.bool_(), nullable=False),
         *(pa.field(name, pa.float64()) for name in ("sensitivity", "weight_norm", "weight_rank")),

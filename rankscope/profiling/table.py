@@ -79,6 +79,7 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
         "fisher_trace": split.fisher_trace,
         "gradient_rank": effective_rank(found.values),
         "singular_values": (found.values / total).tolist(),
+        "singular_error": found.error / total,
         "exact": isinstance(seen.store, ExactGradient),
         "sensitivity": None
         if weight is None

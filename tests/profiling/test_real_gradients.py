@@ -46,6 +46,11 @@ def test_minilm_spectra_at_default_settings() -> None:
     model, batches = task.build_model(), list(task.train_batches(0))[:8]
     profile = rs.profile(model, batches, loss_fn=task.loss)
     assert set(profile.table.loc[profile.table["role"].isin(["fc1", "fc2"]), "exact"]) == {False}
-    errors = relative_errors(profile, exact_spectra(task, batches, profile.targets), 8)
+    exact = exact_spectra(task, batches, profile.targets)
+    errors = relative_errors(profile, exact, 8)
     assert np.median(errors) < 0.03
     assert errors.max() < 0.1
+    stated, spectra = profile.column("singular_error"), profile.spectra(signal=False)
+    scores = [(spectra[n][:8] - exact[n][:8]) / stated[n] for n in exact if stated[n]]
+    assert len(scores) == 12
+    assert 0.7 < np.sqrt(np.mean(np.square(scores))) < 1.4  # a standard error is as large as the errors are

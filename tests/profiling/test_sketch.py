@@ -155,3 +155,13 @@ def test_equal_seeds_give_equal_matrices() -> None:
     assert not torch.equal(matrices(seed=7).omega(20, CPU), matrices(seed=8).omega(20, CPU))
     assert not torch.equal(matrices(seed=7).signs(200, CPU), matrices(seed=8).signs(200, CPU))
     assert set(matrices().signs(200, CPU).tolist()) == {-1.0, 1.0}
+
+
+def test_the_error_of_leading_values_is_as_large_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(8)
+    gradient = decaying(300, 400, 0.9, generator) + 0.002 * torch.randn(300, 400, generator=generator)
+    exact = torch.linalg.svdvals(gradient)[:4]
+    found = [sketch_of(gradient, matrices(k=16, seed=seed)).decompose() for seed in range(60)]
+    deviations = torch.stack([(f.values[:4] - exact) / f.error for f in found])
+    assert 0.6 < float(deviations.square().mean().sqrt()) < 1.7
+    assert ExactGradient(gradient).decompose().error == 0.0

@@ -83,12 +83,13 @@ def claims(name: str, methods: list[str], regrets: dict[tuple[str, str], list[di
 
 
 def run_all(cells: list[Cell], n_trials: int) -> dict[Cell, dict[int, float]]:
-    """Every search, two at a time; those that this version of the package has done already are read from the log."""
-    version = subprocess.run(["git", "rev-parse", "HEAD:rankscope"], capture_output=True, text=True, check=True)
+    """Every search, two at a time; those that these sources have done already are read from the log."""
+    sources = [f"HEAD:rankscope/{part}" for part in ("searching", "performance", "space.py", "budget.py")]
+    version = subprocess.run(["git", "rev-parse", *sources], capture_output=True, text=True, check=True).stdout.split()
     known: dict[Cell, dict[int, float]] = {}
     for line in LOG.read_text().splitlines() if LOG.exists() else ():
         entry = json.loads(line)
-        if (entry["version"], entry["trials"]) == (version.stdout.strip(), n_trials):
+        if (entry["version"], entry["trials"]) == (version, n_trials):
             known[tuple(entry["cell"])] = {int(t): regret for t, regret in entry["curve"].items()}
     missing = [cell for cell in cells if cell not in known]
     LOG.parent.mkdir(exist_ok=True)
@@ -96,7 +97,7 @@ def run_all(cells: list[Cell], n_trials: int) -> dict[Cell, dict[int, float]]:
         jobs = (delayed(run_cell)(cell, n_trials) for cell in missing)
         for cell, curve in Parallel(n_jobs=2, batch_size=1, return_as="generator_unordered")(jobs):
             known[cell] = curve
-            entry = {"version": version.stdout.strip(), "trials": n_trials, "cell": cell, "curve": curve}
+            entry = {"version": version, "trials": n_trials, "cell": cell, "curve": curve}
             print(json.dumps(entry), file=log, flush=True)
     return known
 

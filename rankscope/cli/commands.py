@@ -22,7 +22,6 @@ from rankscope.searching import START_TRIALS, SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
-PROPOSED = ("sampler", "posterior-mean")
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
@@ -114,7 +113,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial
-    allocation = best.allocation.renamed("searched") if best.origin in PROPOSED else best.allocation
+    allocation = best.allocation.renamed("searched") if best.proposed else best.allocation
     starts = [t.allocation for t in _starts(result)]
     files = [
         *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),

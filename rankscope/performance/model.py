@@ -131,7 +131,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def utilities(self) -> dict[str, Floats]:
         """The posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
-        return self.features.gains(self._hierarchical().coef_[: len(self.features.names)])
+        return self._read(self._hierarchical().coef_)[0]
 
     def sample_utilities(self, rng: np.random.Generator) -> dict[str, Floats]:
         """The same, of one draw from the posterior."""
@@ -139,9 +139,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def sample(self, rng: np.random.Generator) -> tuple[dict[str, Floats], Any]:
         """One draw from the posterior: the marginal gains, and the condition that is best in it."""
-        drawn = self._hierarchical().sample(rng)
-        n = len(self.features.names)
-        return self.features.gains(drawn[:n]), self.conditions_[int(np.argmax(drawn[n + 1 :]))]
+        return self._read(self._hierarchical().sample(rng))
 
     @property
     def constant(self) -> bool:
@@ -151,15 +149,14 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def best_condition(self) -> Any:
         """The condition with the highest offset in the posterior mean."""
-        offsets = self._hierarchical().coef_[len(self.features.names) + 1 :]
-        return self.conditions_[int(np.argmax(offsets))]
-
-    @property
-    def coefficients(self) -> dict[str, float]:
-        """Posterior mean of each feature's coefficient, by feature name, in standard deviations of the metric."""
-        return dict(zip(self.features.names, self._hierarchical().coef_.tolist(), strict=False))
+        return self._read(self._hierarchical().coef_)[1]
 
     # --- inside ----------------------------------------------------------------------------------------------------
+
+    def _read(self, coefficients: Floats) -> tuple[dict[str, Floats], Any]:
+        """The marginal gains that coefficients stand for, and the condition with the highest offset among them."""
+        n = len(self.features.names)  # the intercept is between features and conditions
+        return self.features.gains(coefficients[:n]), self.conditions_[int(np.argmax(coefficients[n + 1 :]))]
 
     def _checked(
         self, ranks: ArrayLike, y: ArrayLike, weight: ArrayLike | None, conditions: Sequence[Any] | None

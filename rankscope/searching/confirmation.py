@@ -11,7 +11,8 @@ import numpy as np
 import optuna
 
 from rankscope.exceptions import TrainingError
-from rankscope.searching.trials import Trial
+from rankscope.searching.noise import residual_variance
+from rankscope.searching.trials import POSTERIOR_MEAN, Trial
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, train
 
@@ -56,9 +57,9 @@ def choose_finalists(
     ranked = sorted((t for t in trials if t.reused is None), key=lambda t: (-t.metric, t.loss, t.number))
     starts = [next((t for t in ranked if t.origin == origin), None) for origin in ("uniform", "one-shot")]
     chosen = [t for t in starts if t is not None]
-    others = [t for t in ranked if t.origin not in _SIMPLICITY]
+    others = [t for t in ranked if t.proposed]
     if smoothed is not None:
-        newest = sorted((t for t in others if t.origin == "posterior-mean"), key=lambda t: -t.number)[:1]
+        newest = sorted((t for t in others if t.origin == POSTERIOR_MEAN), key=lambda t: -t.number)[:1]
         others = [*newest, *sorted(others, key=smoothed, reverse=True)[:1], *others]
     limit, taken = len(chosen) + n_sampled, {t.allocation for t in chosen}
     for trial in others:
@@ -76,13 +77,9 @@ def recommend(finalists: Sequence[Finalist]) -> Finalist:
     noise; then it is the best.
     """
     metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
-    n, n_seeds = metrics.shape
     means = metrics.mean(axis=1)
-    error = 0.0
-    if n > 1 and n_seeds > 1:
-        residuals = metrics - means[:, None] - metrics.mean(axis=0) + metrics.mean()
-        error = float(np.sqrt(np.square(residuals).sum() / ((n - 1) * (n_seeds - 1)) * 2.0 / n_seeds))
-    order = sorted(range(n), key=lambda i: (_SIMPLICITY.get(finalists[i].trial.origin, 2), -means[i]))
+    error = float(np.sqrt(2.0 * residual_variance(metrics) / metrics.shape[1]))
+    order = sorted(range(len(metrics)), key=lambda i: (_SIMPLICITY.get(finalists[i].trial.origin, 2), -means[i]))
     return next(finalists[i] for i in order if means[i] >= means.max() - error)
 
 

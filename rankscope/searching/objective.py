@@ -14,15 +14,12 @@ from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
 from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.study import signature
-from rankscope.searching.trials import CONDITION, TRIAL_KEY, Trial, completed, read_trial
+from rankscope.searching.trials import LEARNING_RATE, SAMPLER, TRIAL_KEY, UNIFORM, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, TrainingResult, train
 
 logger = logging.getLogger(__name__)
-
-LEARNING_RATE = CONDITION
-UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "posterior-mean"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

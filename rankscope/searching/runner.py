@@ -16,12 +16,21 @@ from rankscope.exceptions import StudyError, TrainingError
 from rankscope.performance import PerformanceModel, Validation
 from rankscope.profiling import Profile
 from rankscope.searching.confirmation import Finalist, choose_finalists, confirm
-from rankscope.searching.objective import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Objective
+from rankscope.searching.objective import Objective
 from rankscope.searching.results import SearchResult
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.samplers import SamplerName, make_sampler
 from rankscope.searching.study import fail_orphans, open_study, signature
-from rankscope.searching.trials import RANKS_KEY, Trial, completed, read_trial
+from rankscope.searching.trials import (
+    LEARNING_RATE,
+    ONE_SHOT,
+    POSTERIOR_MEAN,
+    RANKS_KEY,
+    UNIFORM,
+    Trial,
+    completed,
+    read_trial,
+)
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task

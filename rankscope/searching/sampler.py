@@ -8,6 +8,7 @@ its parameters in the study are the tilts that sum it up, and the realised ranks
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rankscope.allocation import RankAllocation
 from rankscope.budget import allocate_marginal
 from rankscope.performance import PerformanceModel, Validation, rank_features, validate
-from rankscope.searching.trials import CONDITION, RANKS_KEY, TRIAL_KEY
+from rankscope.searching.noise import residual_variance
+from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.space import HierarchicalSpace
 
 START_TRIALS = 8
@@ -98,7 +100,7 @@ class PerformanceModelSampler(BaseSampler):
     ) -> Any:
         """The learning rate that is best in the posterior draw; anything else at random."""
         choices = getattr(param_distribution, "choices", ())
-        if param_name == CONDITION and trial.number in self._proposals:
+        if param_name == LEARNING_RATE and trial.number in self._proposals:
             condition = self._proposals[trial.number][1]
             if condition in choices:
                 return condition
@@ -127,44 +129,41 @@ class PerformanceModelSampler(BaseSampler):
             self._model,
             [trial.user_attrs[RANKS_KEY] for trial in trials],
             [_sign(study) * float(trial.value or 0.0) for trial in trials],
-            conditions=[trial.params.get(CONDITION) for trial in trials],
+            conditions=[trial.params.get(LEARNING_RATE) for trial in trials],
             noise_variance=_noise(trials),
         )
 
     def describe(self, allocation: RankAllocation) -> dict[str, float]:
         """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
-        one_shot, point = self._one_shot, self.space.point(tau=1.0)
-        for name in point:
-            kind, _, key = name.partition("/")
-            members = [(self.space.groups[t.name] if kind == "group" else t.role) == key for t in self.space.targets]
-            mine, theirs = (
-                sum(r * t.rank_cost for r, t, m in zip(a.vector, a.targets, members, strict=True) if m)
-                for a in (allocation, one_shot)
-            )
-            least = min(t.rank_cost for t in self.space.targets)
-            if kind != "tau":
-                bound = next(tilt for tilt in self.space.tilts if tilt.name == name)
-                point[name] = float(np.clip(math.log((mine + least) / (theirs + least)), bound.low, bound.high))
+        least = min(target.rank_cost for target in self.space.targets)
+        mine, theirs = self._parameters_by_tilt(allocation), self._parameters_by_tilt(self._one_shot)
+        point = self.space.point(tau=1.0)
+        for tilt in self.space.tilts:
+            if tilt.name != "tau":
+                offset = math.log((mine[tilt.name] + least) / (theirs[tilt.name] + least))
+                point[tilt.name] = float(np.clip(offset, tilt.low, tilt.high))
         return point
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
+    def _parameters_by_tilt(self, allocation: RankAllocation) -> Counter[str]:
+        """Adapter parameters of each group and role, under their tilts' names."""
+        spent: Counter[str] = Counter()
+        for target, rank in zip(self.space.targets, allocation.vector, strict=True):
+            spent[f"group/{self.space.groups[target.name]}"] += rank * target.rank_cost
+            spent[f"role/{target.role}"] += rank * target.rank_cost
+        return spent
+
     def _learn(self, study: optuna.Study) -> None:
         """Shows the model what has completed since it last looked."""
         new = [t for t in study.get_trials(deepcopy=False) if t.number not in self._seen and self._counts(t)]
-        for trial in new:
-            self._seen[trial.number] = tuple(trial.user_attrs[RANKS_KEY])
-        if len(self._seen) < 2 or not new:
+        if not new or len(self._seen) + len(new) < 2:
             return
-        fresh = (
-            new
-            if hasattr(self._model, "regressor_")
-            else [t for t in study.get_trials(deepcopy=False) if t.number in self._seen]
-        )
+        self._seen |= {trial.number: tuple(trial.user_attrs[RANKS_KEY]) for trial in new}
         self._model.update(
-            [trial.user_attrs[RANKS_KEY] for trial in fresh],
-            [_sign(study) * float(trial.value or 0.0) for trial in fresh],
-            conditions=[trial.params.get(CONDITION) for trial in fresh],
+            [trial.user_attrs[RANKS_KEY] for trial in new],
+            [_sign(study) * float(trial.value or 0.0) for trial in new],
+            conditions=[trial.params.get(LEARNING_RATE) for trial in new],
         )
 
     def _counts(self, trial: FrozenTrial) -> bool:
@@ -230,7 +229,4 @@ def _noise(trials: list[FrozenTrial]) -> float | None:
     seeds = [list(t.user_attrs.get(TRIAL_KEY, {}).get("metrics_by_seed", {}).values()) for t in trials]
     if len({len(values) for values in seeds}) != 1 or len(seeds[0]) < 2 or len(seeds) < 2:
         return None
-    table = np.array(seeds)
-    left = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
-    n, k = table.shape
-    return float(np.square(left).sum() / ((n - 1) * (k - 1)) / k)
+    return residual_variance(seeds) / len(seeds[0])

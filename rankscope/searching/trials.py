@@ -15,7 +15,8 @@ from rankscope.targets import TargetModule
 
 TRIAL_KEY = "rankscope"
 RANKS_KEY = "ranks"
-CONDITION = "learning_rate"  # the parameter beside the ranks
+LEARNING_RATE = "learning_rate"  # the parameter beside the tilts
+UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "posterior-mean"  # a trial's origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,11 @@ class Trial:
     difference: float | None
     wall_seconds: float
     reused: int | None
+
+    @property
+    def proposed(self) -> bool:
+        """Whether the search came up with it, and did not start from it."""
+        return self.origin not in (UNIFORM, ONE_SHOT)
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:

@@ -99,12 +99,9 @@ class Synthetic:
         modules: How many; six roles a block.
         noise: Standard deviation of a measurement, over the gap between uniform and the optimum.
         informative: Correlation of the profile's log weights with the true ones.
-        interaction: Strength of the products of neighbouring modules, over that of the sum.
     """
 
-    def __init__(
-        self, seed: int, *, modules: int = 72, noise: float = 0.3, informative: float = 0.5, interaction: float = 0.0
-    ) -> None:
+    def __init__(self, seed: int, *, modules: int = 72, noise: float = 0.3, informative: float = 0.5) -> None:
         rng = np.random.default_rng(seed)
         blocks = modules // len(ROLES)
         targets = tuple(_module(block, role) for block in range(blocks) for role in ROLES)
@@ -121,7 +118,7 @@ class Synthetic:
             budget=rs.ParameterBudget.uniform(targets, 4),
             groups=group_by_depth(targets),
         )
-        self.interaction, self.noise, self._rng = interaction, noise, rng
+        self.noise, self._rng = noise, rng
         steps = {
             t.name: np.diff(w * np.log1p(c * np.arange(t.full_rank + 1.0)))
             for t, w, c in zip(targets, self.weights, self.curvature, strict=True)
@@ -132,8 +129,7 @@ class Synthetic:
 
     def value(self, ranks: Ints) -> float:
         """The truth."""
-        gains = self.weights * np.log1p(self.curvature * ranks)
-        return float(gains.sum() + self.interaction * np.sqrt(gains[:-1] * gains[1:]).sum())
+        return float((self.weights * np.log1p(self.curvature * ranks)).sum())
 
     def realise(self, ranks: Ints) -> Ints:
         """See `Landscape`."""
@@ -144,7 +140,7 @@ class Synthetic:
         return self.value(ranks) + float(self._rng.normal(0.0, self.noise * self.gap))
 
     def regret(self, ranks: Ints) -> float:
-        """See `Landscape`; with interactions the optimum is that without, so regret may fall below 0."""
+        """See `Landscape`."""
         return 1.0 - (self.value(ranks) - self.uniform) / self.gap
 
 

@@ -56,7 +56,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
 
 
 def searched(landscape: Synthetic, n_trials: int) -> tuple[optuna.Study, rs.PerformanceModelSampler]:
-    """A study of random tilts, and a sampler that has yet to see it."""
+    """A study of random tilts, and a sampler that has learnt from it."""
     sampler = rs.PerformanceModelSampler(landscape.space, seed=0)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
     for _ in range(n_trials):

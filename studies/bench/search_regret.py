@@ -124,7 +124,7 @@ def run(name: str, method: str, seed: int, n_trials: int) -> dict[int, float]:
     curve = {}
     for number in range(n_trials):
         trial = study.ask()
-        ranks = landscape.realise(np.asarray(propose(trial, study)))
+        ranks = landscape.realise(np.asarray(propose(trial)))
         trial.set_user_attr("ranks", ranks.tolist())
         key = tuple(ranks.tolist())
         visits[key] = visits.get(key, -1) + 1
@@ -163,7 +163,7 @@ class Proposer:
     def __init__(self, landscape: Landscape, sampler: optuna.samplers.BaseSampler) -> None:
         self.space, self.sampler = landscape.space, sampler
 
-    def __call__(self, trial: optuna.Trial, study: optuna.Study) -> tuple[int, ...]:
+    def __call__(self, trial: optuna.Trial) -> tuple[int, ...]:
         """The ranks that the trial proposes."""
         return rs.suggest_allocation(trial, self.space).vector
 
@@ -171,7 +171,7 @@ class Proposer:
 class Raw(Proposer):
     """One integer a module, repaired onto the budget."""
 
-    def __call__(self, trial: optuna.Trial, study: optuna.Study) -> tuple[int, ...]:
+    def __call__(self, trial: optuna.Trial) -> tuple[int, ...]:
         """The ranks that the trial proposes."""
         top = 4 * max(self.space.allocation(self.space.point(tau=0.0)).vector)
         wanted = {t.name: float(trial.suggest_int(t.name, 0, min(top, t.full_rank))) for t in self.space.targets}
@@ -189,11 +189,11 @@ class Evolution(Proposer):
         super().__init__(landscape, optuna.samplers.RandomSampler(seed))
         self.rng = np.random.default_rng(seed)
 
-    def __call__(self, trial: optuna.Trial, study: optuna.Study) -> tuple[int, ...]:
+    def __call__(self, trial: optuna.Trial) -> tuple[int, ...]:
         """The ranks that the trial proposes."""
         if "ranks" in trial.user_attrs:
             return tuple(trial.user_attrs["ranks"])
-        done = [t for t in study.get_trials(deepcopy=False) if t.value is not None]
+        done = [t for t in trial.study.get_trials(deepcopy=False) if t.value is not None]
         if len(done) < POPULATION:
             point = {tilt.name: float(self.rng.uniform(tilt.low, tilt.high)) for tilt in self.space.tilts}
             return self.space.allocation(point).vector

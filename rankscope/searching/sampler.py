@@ -19,7 +19,6 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import allocate_marginal
 from rankscope.performance import PerformanceModel, Validation, rank_features, validate
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
@@ -194,10 +193,7 @@ class PerformanceModelSampler(BaseSampler):
     def _solve(self, gains: Mapping[str, np.ndarray[Any, Any]]) -> RankAllocation:
         if not any(values.any() for values in gains.values()):  # a draw in which nothing helps: all ranks are equal
             return self.space.allocation(self.space.point(tau=0.0))
-        space = self.space
-        return allocate_marginal(
-            space.targets, gains, space.budget, min_rank=space.min_rank, max_rank=space.max_rank
-        ).renamed("performance-model")
+        return self.space.solve(gains).renamed("performance-model")
 
 
 def suggest_allocation(trial: optuna.Trial, space: HierarchicalSpace) -> RankAllocation:

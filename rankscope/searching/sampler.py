@@ -17,6 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import allocate_marginal
@@ -118,7 +119,11 @@ class PerformanceModelSampler(BaseSampler):
         return self._solve(self._model.utilities()), self._model.best_condition
 
     def model(self, study: optuna.Study) -> PerformanceModel | None:
-        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal."""
+        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal.
+
+        It is fitted anew: one that learned trial by trial depends on when it was interrupted.
+        """
+        self._seen, self._model = {}, clone(self._model, safe=False)
         self._learn(study)
         return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
 

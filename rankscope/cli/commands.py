@@ -100,6 +100,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             learning_rates=session.study.training.learning_rate,
             n_seeds=section.seeds,
             confirm_fraction=section.confirm_fraction,
+            fidelity=section.fidelity,
             storage=section.storage or _sqlite(session.out / "search.db"),
             study_name=session.study.name,
             seed=session.study.seed,
@@ -108,7 +109,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             n_groups=section.groups,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
-            pruner=_pruner(section.pruner),
+            pruner=section.pruner,
             on_trial=lambda trial: bar.update(line, completed=(trial.number + 1) * section.seeds),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
@@ -131,6 +132,10 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
             "unconfirmed": result.unconfirmed,
             "performance_model": model,
+            "trials": len(result.trials),
+            "confirming_runs": result.confirming_runs,
+            "steps": result.steps,
+            "fidelity": [asdict(agreement) for agreement in result.agreements],
             "files": [str(file) for file in files],
         }
         print_json({**_summary(allocation), **outcome})
@@ -153,6 +158,11 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
     print_line(_verdict(result))
+    print_line(
+        f"cost: {len(result.study.trials)} trials, {result.confirming_runs} confirming runs, {result.steps:,} steps"
+    )
+    for agreement in result.agreements:
+        print_line(f"fidelity: {agreement}")
     if session.study.search.sampler == "performance-model":
         print_line(f"performance model: {_model_line(result)}")
 
@@ -263,16 +273,6 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
 def _sqlite(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path}"
-
-
-def _pruner(name: str) -> Any:
-    import optuna
-
-    return {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "hyperband": optuna.pruners.HyperbandPruner,
-    }[name]()
 
 
 # --- rows --------------------------------------------------------------------------------------------------------

@@ -98,9 +98,14 @@ def confirm(
     return judge([t for t, _ in steady], [m for _, m in steady]), None
 
 
+def confirmed_keys(study: optuna.Study) -> set[str]:
+    """The attributes of the study that hold a confirming run each."""
+    return {key for key in study.user_attrs if key.startswith(f"{CONFIRMATION_KEY}:")}
+
+
 def _affordable_seeds(study: optuna.Study, finalists: Sequence[Trial], n_runs: int) -> int:
     """The most fresh seeds on which each finalist can be trained; what is known costs nothing more."""
-    known = {key for key in study.user_attrs if key.startswith(f"{CONFIRMATION_KEY}:")}
+    known = confirmed_keys(study)
     seeds, left = 0, n_runs - len(known)
     while True:
         missing = sum(_key(trial, str(FIRST_SEED + seeds)) not in known for trial in finalists)

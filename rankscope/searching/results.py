@@ -13,8 +13,11 @@ from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
 from rankscope.performance import PerformanceModel, Validation
+from rankscope.searching.confirmation import confirmed_keys
+from rankscope.searching.fidelity import Agreement, agreement_on_the_way, agreement_when_confirmed
 from rankscope.searching.finalists import Finalist, recommend
-from rankscope.searching.trials import Trial, completed, read_trial
+from rankscope.searching.study import STUDY_KEY
+from rankscope.searching.trials import STEPS_KEY, Trial, completed, read_trial
 from rankscope.targets import TargetModule
 
 
@@ -44,6 +47,28 @@ class SearchResult:
     def trials(self) -> list[Trial]:
         """The completed trials, in order."""
         return [read_trial(trial, self.targets) for trial in completed(self.study)]
+
+    @property
+    def agreements(self) -> list[Agreement]:
+        """Whether short training ranks allocations like long training, as far as these trials can tell."""
+        return [*agreement_on_the_way(self.trials), *agreement_when_confirmed(self.finalists, *self._schedule)]
+
+    @property
+    def confirming_runs(self) -> int:
+        """Trainings on fresh seeds that the study holds, those of earlier finalists included."""
+        return len(confirmed_keys(self.study))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the search took in all; those that a killed process lost are not counted."""
+        exploring: int = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
+        return exploring + self.confirming_runs * self._schedule[1]
+
+    @property
+    def _schedule(self) -> tuple[int, int]:
+        """Steps of a trial, and of a confirming run."""
+        about = self.study.user_attrs[STUDY_KEY]
+        return about["trial_steps"], about["training"]["steps"]
 
     @property
     def recommendation(self) -> Finalist | None:

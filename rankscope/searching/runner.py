@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from rankscope.searching.confirmation import confirm, split_budget
 from rankscope.searching.exploring import explore
 from rankscope.searching.finalists import choose_finalists
 from rankscope.searching.objective import Objective
+from rankscope.searching.pruners import PrunerName, make_pruner
 from rankscope.searching.results import SearchResult
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.samplers import SamplerName, make_sampler
@@ -46,6 +47,7 @@ def search(
     learning_rates: Sequence[float] | None = None,
     n_seeds: int = 1,
     confirm_fraction: float = 1 / 3,
+    fidelity: float = 1.0,
     storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
     study_name: str | None = None,
     seed: int = 0,
@@ -54,7 +56,7 @@ def search(
     n_groups: int = 3,
     min_rank: Bound = 0,
     max_rank: Bound = None,
-    pruner: optuna.pruners.BasePruner | None = None,
+    pruner: PrunerName | optuna.pruners.BasePruner = "none",
     on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
     on_confirm: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -80,6 +82,9 @@ def search(
             observed. As many seeds of each as fit in; where not one does, all trainings explore and
             `SearchResult.unconfirmed` says so. The recommendation is the simplest of these within one standard error of
             the best, since the best observed trial is flattered by noise. 0: none.
+        fidelity: Share of the schedule's steps that a trial takes, on a complete schedule of its own; confirming takes all of
+            them. A short trial counts as one of `n_trials`, as a long one does; `SearchResult.steps` is what all
+            took. Trials of one study share one fidelity.
         storage: As Optuna takes it; None keeps the study in memory.
         study_name: Default: the task's name.
         seed: Of the sampler.
@@ -89,7 +94,8 @@ def search(
         n_groups: Block groups in each tower.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        pruner: Stops bad trials early, where `training.evaluate_every` is set; default: none is stopped.
+        pruner: Stops bad trials early: `"median"` and `"hyperband"` where `training.evaluate_every` is set, `"wilcoxon"` with
+            five seeds or more; `"none"`; or a pruner of your own. The performance model learns from pruned trials too.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
@@ -114,6 +120,7 @@ def search(
     """
     exploring, confirming = split_budget(n_trials, confirm_fraction, n_seeds)
     training = training or TrainingConfig()
+    short = _shortened(training, fidelity)
     rates = tuple(learning_rates or (training.learning_rate,))
     targets = tuple(targets) if targets is not None else profile.targets
     profile.require(targets)
@@ -131,12 +138,12 @@ def search(
         name=name,
         storage=storage,
         sampler=optuna.samplers.RandomSampler(seed),
-        pruner=pruner or optuna.pruners.NopPruner(),
-        about=_about(task, space, training, rates, n_seeds, profile),
+        pruner=make_pruner(pruner, short, n_seeds),
+        about=_about(task, space, training, short.steps, rates, n_seeds, profile),
     )
     study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
     fail_orphans(study)
-    objective = Objective(task=task, space=space, training=training, learning_rates=rates, seeds=range(n_seeds))
+    objective = Objective(task=task, space=space, training=short, learning_rates=rates, seeds=range(n_seeds))
 
     def report(study: optuna.Study, trial: FrozenTrial) -> None:
         if on_trial:
@@ -154,6 +161,13 @@ def search(
     if unconfirmed and confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)
     return SearchResult(study, targets, task.metric, finalists, model, validation, unconfirmed)
+
+
+def _shortened(training: TrainingConfig, fidelity: float) -> TrainingConfig:
+    """The schedule of a trial."""
+    if not 0.0 < fidelity <= 1.0:
+        raise StudyError(f"`fidelity` must lie in (0, 1], but got {fidelity:g}.")
+    return replace(training, steps=max(1, round(fidelity * training.steps)))
 
 
 def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | None]:
@@ -180,6 +194,7 @@ def _about(
     task: Task,
     space: HierarchicalSpace,
     training: TrainingConfig,
+    trial_steps: int,
     rates: Sequence[float],
     n_seeds: int,
     profile: Profile,
@@ -192,6 +207,7 @@ def _about(
         "model": fingerprint_targets(space.targets),
         "budget": space.budget.limit,
         "training": asdict(training),
+        "trial_steps": trial_steps,
         "learning_rates": list(rates),
         "n_seeds": n_seeds,
         "tilts": [tilt.name for tilt in space.tilts],

@@ -73,7 +73,7 @@ def with_history(number: int, history: dict[int, float], rate: float = 0.01) -> 
 
 
 def test_agreement_is_of_allocations_and_not_of_rates() -> None:
-    early, late = [0.1, 0.2, 0.3, 0.25, 0.15], [0.5, 0.6, 0.8, 0.9, 0.4]
+    early, late = [1.0, 2.0, 3.0, 2.5, 1.5], [0.5, 0.6, 0.8, 0.9, 0.4]  # sums are exact: ties stay ties
     trials = [with_history(i, {20: a, 40: a, 80: b}) for i, (a, b) in enumerate(zip(early, late, strict=True))]
     expected = kendalltau(early, late)[0]
     assert [(a.steps, a.of_steps, a.pairs) for a in agreement_on_the_way(trials)] == [(20, 80, 5), (40, 80, 5)]

@@ -18,7 +18,7 @@ from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
-from rankscope.searching import START_TRIALS, SearchResult, Trial, search
+from rankscope.searching import START_TRIALS, Finalist, SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
@@ -99,7 +99,8 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             training=session.study.training.resolve(),
             learning_rates=session.study.training.learning_rate,
             n_seeds=section.seeds,
-            n_confirm=section.confirm,
+            confirm_fraction=section.confirm_fraction,
+            fidelity=section.fidelity,
             storage=section.storage or _sqlite(session.out / "search.db"),
             study_name=session.study.name,
             seed=session.study.seed,
@@ -108,8 +109,8 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             n_groups=section.groups,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
-            pruner=_pruner(section.pruner),
-            on_trial=lambda trial: bar.update(line, completed=trial.number + 1),
+            pruner=section.pruner,
+            on_trial=lambda trial: bar.update(line, completed=(trial.number + 1) * section.seeds),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial
@@ -125,12 +126,16 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             save_figure(plot_belief(result.model), session.out / "belief.png"),
         ]
     if as_json:
-        finalists = [{**_trial_summary(f.trial), "confirmed": dict(f.metrics_by_seed)} for f in result.finalists]
         model = asdict(result.validation) if result.validation else None
         outcome = {
-            "recommended": _trial_summary(best),
-            "finalists": finalists,
+            "recommended": _finalist_summary(result.recommendation) if result.recommendation else _trial_summary(best),
+            "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
+            "unconfirmed": result.unconfirmed,
             "performance_model": model,
+            "trials": len(result.trials),
+            "confirming_runs": result.confirming_runs,
+            "steps": result.steps,
+            "fidelity": [asdict(agreement) for agreement in result.agreements],
             "files": [str(file) for file in files],
         }
         print_json({**_summary(allocation), **outcome})
@@ -143,15 +148,38 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
     """The table of finalists; without a confirmation, of the start points and the recommended trial."""
     if result.finalists:
         seeds = len(result.finalists[0].metrics_by_seed)
-        rows = [_trial_row(f.trial, best, f.metric, f.difference) for f in result.finalists]
-        title = f"{len(result.trials)} trials; finalists on {seeds} fresh validation seeds; * recommended"
+        rows = [_trial_row(f.trial, best, f.metric, f.difference, f.interval) for f in result.finalists]
+        title = (
+            f"{len(result.trials)} trials; finalists on fresh validation seeds ({seeds}), 95 % interval; * recommended"
+        )
     else:
         shown = {t.number: t for t in [*_starts(result), best]}
         rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
+    print_line(_verdict(result))
+    print_line(
+        f"cost: {len(result.study.trials)} trials, {result.confirming_runs} confirming runs, {result.steps:,} steps"
+    )
+    for agreement in result.agreements:
+        print_line(f"fidelity: {agreement}")
     if session.study.search.sampler == "performance-model":
         print_line(f"performance model: {_model_line(result)}")
+
+
+def _verdict(result: SearchResult) -> str:
+    """What fresh seeds say of the recommendation, in words."""
+    found = result.recommendation
+    if found is None:
+        return f"not confirmed: {result.unconfirmed}"
+    if found.trial.origin == "uniform":
+        return "uniform is recommended: no finalist is better on fresh seeds by more than noise"
+    if found.interval is None:
+        return "no interval: one fresh seed tells nothing of noise, and without uniform there is no difference"
+    low, high = found.interval
+    if low > 0:
+        return f"better than uniform: {found.difference:+.3f}, and not less than {low:+.3f}"
+    return f"not told apart from uniform: {low:+.3f} to {high:+.3f}"
 
 
 def _model_line(result: SearchResult) -> str:
@@ -247,16 +275,6 @@ def _sqlite(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
-def _pruner(name: str) -> Any:
-    import optuna
-
-    return {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "hyperband": optuna.pruners.HyperbandPruner,
-    }[name]()
-
-
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
@@ -286,14 +304,19 @@ def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
     return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
 
 
-def _trial_row(trial: Trial, best: Trial, metric: float, difference: float | None) -> tuple[str, ...]:
+def _trial_row(
+    trial: Trial, best: Trial, metric: float, difference: float | None, interval: tuple[float, float] | None = None
+) -> tuple[str, ...]:
+    shown = "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}"
+    if interval is not None:
+        shown += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
     name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
     return (
         f"{name} *" if trial.number == best.number else name,
         f"{trial.allocation.parameters:,}",
         f"{trial.learning_rate:g}",
         f"{metric:.3f}",
-        "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}",
+        shown,
     )
 
 
@@ -305,6 +328,16 @@ def _trial_summary(trial: Trial) -> dict[str, Any]:
         "learning_rate": trial.learning_rate,
         "metric": trial.metric,
         "difference": trial.difference,
+    }
+
+
+def _finalist_summary(finalist: Finalist) -> dict[str, Any]:
+    """The trial's, with what fresh seeds say in place of the trial's own difference."""
+    return {
+        **_trial_summary(finalist.trial),
+        "confirmed": dict(finalist.metrics_by_seed),
+        "difference": finalist.difference,
+        "interval": finalist.interval,
     }
 
 

@@ -18,7 +18,7 @@ task: digits-shift
 budget: {uniform_rank: 1}
 profile: {head_steps: 5}
 training: {steps: 4, learning_rate: 0.01}
-search: {trials: 3, confirm: 1}
+search: {trials: 9, confirm_fraction: 0.67}
 """
 
 

@@ -2,7 +2,7 @@
 
 from rankscope.benchmark.landscapes import LANDSCAPES, Landscape, RankBench, Synthetic
 from rankscope.benchmark.methods import METHODS, OURS, Method
-from rankscope.benchmark.regret import BUDGETS, regret_curve, regret_curves
+from rankscope.benchmark.regret import BUDGETS, regret_curve, regret_curves, run_search, tabulate
 
 __all__ = [
     "BUDGETS",
@@ -15,4 +15,6 @@ __all__ = [
     "Synthetic",
     "regret_curve",
     "regret_curves",
+    "run_search",
+    "tabulate",
 ]

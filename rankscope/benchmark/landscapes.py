@@ -155,13 +155,13 @@ def _module(block: int, role: str) -> TargetModule:
     return TargetModule(name=f"h.{block}.{role}", in_features=64, out_features=out, block=block, role=role)
 
 
-LANDSCAPES: Mapping[str, Callable[[int], Landscape]] = {  # from a seed; RankBench's tables are the same for all
-    "rankbench digits-shift, rank 1": lambda _seed: RankBench("digits-shift", 1, 84),
-    "rankbench digits-shift, rank 2": lambda _seed: RankBench("digits-shift", 2, 84),
-    "rankbench digits-shift, rank 4": lambda _seed: RankBench("digits-shift", 4, 84),
-    "synthetic, 72 modules": lambda seed: Synthetic(seed),
-    "synthetic, 72 modules, little noise": lambda seed: Synthetic(seed, noise=0.1),
-    "synthetic, 72 modules, useless profile": lambda seed: Synthetic(seed, informative=0.0),
-    "synthetic, 24 modules": lambda seed: Synthetic(seed, modules=24),
-    "synthetic, 210 modules": lambda seed: Synthetic(seed, modules=210),
+LANDSCAPES: Mapping[str, Callable[[int], Landscape]] = {  # from a seed; RankBench's tables are the same for all seeds
+    "digits-shift/1": lambda _seed: RankBench("digits-shift", 1, 84),
+    "digits-shift/2": lambda _seed: RankBench("digits-shift", 2, 84),
+    "digits-shift/4": lambda _seed: RankBench("digits-shift", 4, 84),
+    "synthetic/72": lambda seed: Synthetic(seed),
+    "synthetic/72-quiet": lambda seed: Synthetic(seed, noise=0.1),
+    "synthetic/72-useless-profile": lambda seed: Synthetic(seed, informative=0.0),
+    "synthetic/24": lambda seed: Synthetic(seed, modules=24),
+    "synthetic/210": lambda seed: Synthetic(seed, modules=210),
 }

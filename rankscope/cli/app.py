@@ -1,4 +1,4 @@
-"""The typer application: `rankscope profile`, `allocate`, `search` and `train`. Heavy imports wait inside the commands."""
+"""The typer application: `rankscope profile`, `allocate`, `search`, `train` and `bench`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rankscope import __version__
+from rankscope.cli.bench import bench_app
 from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, StudyPath, UniformRank, reports_errors
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -42,6 +43,23 @@ ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
         StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=1000, random_state=seed)
     ),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """A coefficient's posterior: standard deviations of the metric for one unit of the feature (`features.py`).
+
+    Attributes:
+        name: Of the feature, as in `role/q_proj`.
+        level: Its level.
+        mean: Posterior mean.
+        std: Posterior standard deviation.
+    """
+
+    name: str
+    level: str
+    mean: float
+    std: float
 
 
 class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -152,6 +170,16 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """The same observations, regressed on the profile's terms alone; None where there is no profile."""
         features = self.features.of_profile
         return None if features is None else type(self)(features).fit(*self._data)
+
+    def effects(self) -> list[Effect]:
+        """The coefficients of the features, in their order, with what is not known of them."""
+        regressor = self._hierarchical()
+        n = len(self.features.names)
+        mean, deviation = regressor.predict(np.eye(regressor.n_features_in_)[:n], return_std=True)
+        return [
+            Effect(name=name, level=level, mean=float(m), std=float(d))
+            for name, level, m, d in zip(self.features.names, self.features.levels, mean, deviation, strict=True)
+        ]
 
     def utilities(self) -> dict[str, Floats]:
         """The posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
@@ -273,7 +301,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             return np.full(len(values), y[0])
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # sklearn's, of values beyond the range
             found: Floats = self._scaler.inverse_transform(values[:, None]).ravel()
-        return np.where(np.isnan(found), np.where(values > 0, y.max(), y.min()), found)
+        return np.where(np.isfinite(found), found, np.where(values > 0, y.max(), y.min()))
 
     def _hierarchical(self) -> HierarchicalRegressor:
         check_is_fitted(self, "regressor_")

@@ -123,6 +123,20 @@ def validate(
     )
 
 
+def believable(model: PerformanceModel, validation: Validation | None) -> PerformanceModel | None:
+    """What left-out allocations speak for: the model; else the profile alone, fitted to the same observations; else nothing.
+
+    Args:
+        model: Fitted.
+        validation: Its scores; None, where they could not be had, speaks for nothing.
+    """
+    if validation is None:
+        return None
+    if validation.trustworthy:
+        return model
+    return model.of_profile() if (validation.explained_by_profile or 0.0) > 0.0 else None
+
+
 def _at_one_condition(metric: Floats, conditions: Sequence[Any]) -> Floats:
     """The metric without what conditions do to it on average: predictions are averaged over conditions."""
     codes = np.unique([str(condition) for condition in conditions], return_inverse=True)[1]

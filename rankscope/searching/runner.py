@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, Literal
 
 import optuna
@@ -13,11 +12,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError
-from rankscope.performance import PerformanceModel, Validation
+from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
-from rankscope.searching.confirmation import confirm, split_budget
+from rankscope.searching.confirmation import CONFIRM_FRACTION, confirm, split_budget
 from rankscope.searching.exploring import explore
-from rankscope.searching.finalists import choose_finalists
+from rankscope.searching.finalists import choose_finalists, smoothing
 from rankscope.searching.objective import Objective
 from rankscope.searching.pruners import PrunerName, make_pruner
 from rankscope.searching.results import SearchResult
@@ -46,7 +45,7 @@ def search(
     training: TrainingConfig | None = None,
     learning_rates: Sequence[float] | None = None,
     n_seeds: int = 1,
-    confirm_fraction: float = 1 / 3,
+    confirm_fraction: float = CONFIRM_FRACTION,
     fidelity: float = 1.0,
     storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
     study_name: str | None = None,
@@ -80,8 +79,8 @@ def search(
         confirm_fraction: Share of the trainings that is kept for training uniform, one-shot and three more on fresh seeds in
             the end: the allocation of the performance model's posterior mean, the best by its prediction, and the best
             observed. As many seeds of each as fit in; where not one does, all trainings explore and
-            `SearchResult.unconfirmed` says so. The recommendation is the simplest of these within one standard error of
-            the best, since the best observed trial is flattered by noise. 0: none.
+            `SearchResult.unconfirmed` says so. The recommendation is what trials and fresh seeds together value most
+            (`rankscope.searching.finalists.recommend`), since the best observed trial is flattered by noise. 0: none.
         fidelity: Share of the schedule's steps that a trial takes, on a complete schedule of its own; confirming takes all of
             them. A short trial counts as one of `n_trials`, as a long one does; `SearchResult.steps` is what all
             took. Trials of one study share one fidelity.
@@ -151,16 +150,17 @@ def search(
 
     explore(study, objective, exploring, report)
     model, validation = _model(study)
-    smoothed = None
-    if model is not None and (validation is None or validation.trustworthy):
-        smoothed = partial(_predicted, model)
-    elif model is not None:
-        logger.warning("the performance model does not beat the profile alone and chooses no finalist: %s", validation)
-    chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothed)
+    belief = None if model is None else believable(model, validation)
+    if validation is not None and not validation.trustworthy:
+        instead = "nothing but fresh seeds" if belief is None else "the profile alone"
+        logger.warning(
+            "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
+        )
+    chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothing(belief))
     finalists, unconfirmed = confirm(study, task, chosen, training, n_runs=confirming, on_run=on_confirm)
     if unconfirmed and confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)
-    return SearchResult(study, targets, task.metric, finalists, model, validation, unconfirmed)
+    return SearchResult(study, targets, task.metric, finalists, model, validation, belief, unconfirmed)
 
 
 def _shortened(training: TrainingConfig, fidelity: float) -> TrainingConfig:
@@ -176,10 +176,6 @@ def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | N
     if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
         return None, None
     return model, sampler.validate(study)
-
-
-def _predicted(model: PerformanceModel, trial: Trial) -> float:
-    return float(model.predict([trial.allocation.vector])[0])
 
 
 def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
-from rankscope.performance import PerformanceModel, Validation, rank_features, validate
+from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.fidelity import observe
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.pruners import judges_seeds
@@ -116,9 +116,13 @@ class PerformanceModelSampler(BaseSampler):
         return self._proposals.pop(number, (None, None))[0]
 
     def best(self, study: optuna.Study) -> tuple[RankAllocation, Any]:
-        """The allocation that the posterior mean values most, and the learning rate; see `PerformanceModel`."""
+        """The allocation that the posterior mean values most, and the learning rate; of the profile alone, if it is believed."""
         self._learn(study)
-        return self._solve(self._model.utilities()), self._model.best_condition
+        return self._solve((self.believed(study) or self._model).utilities()), self._model.best_condition
+
+    def believed(self, study: optuna.Study) -> PerformanceModel | None:
+        """The model, or the profile alone, fitted to the same trials, whichever predicts left-out trials; None: neither does."""
+        return None if self.model(study) is None else believable(self._model, self.validate(study))
 
     def model(self, study: optuna.Study) -> PerformanceModel | None:
         """The performance model on the study's trials; None with fewer than it starts with, or where all are equal.

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 from _harness import Claim, run_benchmark
-from _landscapes import RankBench
 from joblib import Parallel, delayed
 from scipy.stats import kendalltau
 from sklearn.linear_model import BayesianRidge
 
+from rankscope.benchmark import RankBench
 from rankscope.performance import PerformanceModel, RankFeatures, rank_features
 
 TABLES = {"digits-shift, rank 1": ("digits-shift", 1, 84), "digits-shift, rank 2": ("digits-shift", 2, 84),

@@ -6,8 +6,8 @@ The gain per parameter of rank r of module i becomes
 
 a geometric blend of the module's own spectrum with one that all modules share. With zero offsets, tau = 1 is exactly the
 one-shot allocation and tau = 0 exactly the uniform one. (A bare power of the gains would change nothing: it keeps their
-order.) Every point is projected onto the budget, so every point is feasible. Where only certain allocations may be used, as those of
-a table that was measured once, the projection is the best of them.
+order.) Every point is projected onto the budget, so every point is feasible. Where only certain allocations may be used, as
+those of a table that was measured once, the projection is the best of them.
 """
 
 from __future__ import annotations

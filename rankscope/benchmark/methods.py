@@ -58,7 +58,8 @@ class Evolution:
     """Regularised evolution (Real et al. 2019): the best of a few of the last twenty moves ranks between a few modules."""
 
     def __init__(self, landscape: Landscape, seed: int) -> None:
-        self.space, self.sampler = landscape.space, optuna.samplers.RandomSampler(seed)
+        self.space = landscape.space
+        self.sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, trial: optuna.Trial) -> Ints:
@@ -84,7 +85,8 @@ def repaired(wanted: Ints, space: HierarchicalSpace) -> Ints:
     costs = np.array([t.rank_cost for t in space.targets])
     table = np.array([candidate.vector for candidate in space.candidates])
     away = (costs * np.square(np.log1p(table) - np.log1p(fitting))).sum(axis=1)
-    return table[int(np.argmin(away))]
+    nearest: Ints = table[int(np.argmin(away))]
+    return nearest
 
 
 def _tilts(name: str) -> Callable[[Landscape, int], Method]:

@@ -63,7 +63,14 @@ def regret_curves(
         curves[cell] = curve
         if on_search:
             on_search(done, len(cells))
-    return tabulate({(name, method, seed): curves[name, method, seed] for name in landscapes for method in methods for seed in seeds})
+    return tabulate(
+        {
+            (name, method, seed): curves[name, method, seed]
+            for name in landscapes
+            for method in methods
+            for seed in seeds
+        }
+    )
 
 
 def tabulate(curves: Mapping[tuple[str, str, int], Mapping[int, float]]) -> pd.DataFrame:
@@ -167,4 +174,3 @@ def _as_trial(number: int, origin: str, allocation: RankAllocation, metric: floa
         wall_seconds=0.0,
         reused=None,
     )
-

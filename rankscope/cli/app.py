@@ -1,4 +1,4 @@
-"""The typer application: `rankscope profile`, `allocate`, `search`, `train` and `bench`. Heavy imports wait inside the commands."""
+"""The typer application: `rankscope profile`, `allocate`, `search`, `train`, `bench`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ from rankscope.cli.options import Debug, Json, reports_errors
 if TYPE_CHECKING:
     import pandas as pd
 
-bench_app = typer.Typer(help="Compare searches on tabulated and synthetic landscapes, without training.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Compare searches on tabulated and synthetic landscapes, without training.", no_args_is_help=True
+)
 DEFAULT_LANDSCAPES = ("digits-shift/1", "synthetic/24")
 DEFAULT_METHODS = ("performance-model", "tpe", "random")
 
@@ -23,13 +25,17 @@ DEFAULT_METHODS = ("performance-model", "tpe", "random")
 def bench_search_command(
     landscape: Annotated[
         list[str] | None,
-        typer.Option(help="A table of RankBench (digits-shift/1, /2, /4) or a SYNTHETIC landscape (synthetic/24, /72, "
-                     "/72-quiet, /72-useless-profile, /210); repeatable.  [default: digits-shift/1, synthetic/24]"),
+        typer.Option(
+            help="A table of RankBench (digits-shift/1, /2, /4) or a SYNTHETIC landscape (synthetic/24, /72, "
+            "/72-quiet, /72-useless-profile, /210); repeatable.  [default: digits-shift/1, synthetic/24]"
+        ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="performance-model, tpe, gp, cma-es, random (over the tilts), tpe-raw, random-raw (over raw ranks) or "
-                     "evolution; repeatable.  [default: performance-model, tpe, random]"),
+        typer.Option(
+            help="performance-model, tpe, gp, cma-es, random (over the tilts), tpe-raw, random-raw (over raw ranks) or "
+            "evolution; repeatable.  [default: performance-model, tpe, random]"
+        ),
     ] = None,
     trials: Annotated[
         list[int] | None, typer.Option(help="Trials after which to judge; repeatable.  [default: 30, 60, 100]")
@@ -40,9 +46,15 @@ def bench_search_command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search RankBench's tables or synthetic landscapes: median regret of what is recommended (uniform 1, best 0)."""  # fmt: skip
+    """Search RankBench's tables or synthetic landscapes: median regret of what is recommended (uniform 1, best 0)."""
     run_bench_search(
-        landscape or DEFAULT_LANDSCAPES, method or DEFAULT_METHODS, trials or (30, 60, 100), seeds, jobs, out, as_json=json
+        landscape or DEFAULT_LANDSCAPES,
+        method or DEFAULT_METHODS,
+        trials or (30, 60, 100),
+        seeds,
+        jobs,
+        out,
+        as_json=json,
     )
 
 

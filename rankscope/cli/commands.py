@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,17 @@ import pandas as pd
 
 from rankscope.adapters import save_lora_config
 from rankscope.allocation import RankAllocation
+from rankscope.cli.outcome import print_search, search_summary, starts_of
 from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
 from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
-from rankscope.searching import START_TRIALS, Finalist, SearchResult, Trial, search
+from rankscope.searching import search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
-FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
@@ -115,7 +114,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
         )
     best = result.best_trial
     allocation = best.allocation.renamed("searched") if best.proposed else best.allocation
-    starts = [t.allocation for t in _starts(result)]
+    starts = [t.allocation for t in starts_of(result)]
     files = [
         *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
         result.to_parquet(session.out / "trials.parquet"),
@@ -126,76 +125,10 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             save_figure(plot_belief(result.model), session.out / "belief.png"),
         ]
     if as_json:
-        model = asdict(result.validation) if result.validation else None
-        outcome = {
-            "recommended": _finalist_summary(result.recommendation) if result.recommendation else _trial_summary(best),
-            "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
-            "unconfirmed": result.unconfirmed,
-            "performance_model": model,
-            "trials": len(result.trials),
-            "confirming_runs": result.confirming_runs,
-            "steps": result.steps,
-            "fidelity": [asdict(agreement) for agreement in result.agreements],
-            "files": [str(file) for file in files],
-        }
-        print_json({**_summary(allocation), **outcome})
+        print_json({**_summary(allocation), **search_summary(result), "files": [str(file) for file in files]})
         return
-    _print_search(session, result, best)
+    print_search(result, modelled=section.sampler == "performance-model")
     print_files(files)
-
-
-def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
-    """The table of finalists; without a confirmation, of the start points and the recommended trial."""
-    if result.finalists:
-        seeds = len(result.finalists[0].metrics_by_seed)
-        rows = [_trial_row(f.trial, best, f.metric, f.difference, f.interval) for f in result.finalists]
-        title = (
-            f"{len(result.trials)} trials; finalists on fresh validation seeds ({seeds}), 95 % interval; * recommended"
-        )
-    else:
-        shown = {t.number: t for t in [*_starts(result), best]}
-        rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
-        title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
-    print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
-    print_line(_verdict(result))
-    print_line(
-        f"cost: {len(result.study.trials)} trials, {result.confirming_runs} confirming runs, {result.steps:,} steps"
-    )
-    for agreement in result.agreements:
-        print_line(f"fidelity: {agreement}")
-    if session.study.search.sampler == "performance-model":
-        print_line(f"performance model: {_model_line(result)}")
-
-
-def _verdict(result: SearchResult) -> str:
-    """What fresh seeds say of the recommendation, in words."""
-    found = result.recommendation
-    if found is None:
-        return f"not confirmed: {result.unconfirmed}"
-    if found.trial.origin == "uniform":
-        return "uniform is recommended: no finalist is better on fresh seeds by more than noise"
-    if found.interval is None:
-        return "no interval: one fresh seed tells nothing of noise, and without uniform there is no difference"
-    low, high = found.interval
-    if low > 0:
-        return f"better than uniform: {found.difference:+.3f}, and not less than {low:+.3f}"
-    return f"not told apart from uniform: {low:+.3f} to {high:+.3f}"
-
-
-def _model_line(result: SearchResult) -> str:
-    """What the performance model was good for, and what so many trials can give at all."""
-    if result.model is None:
-        return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
-    scores = str(result.validation) if result.validation else "too few different allocations to validate it"
-    if len(result.trials) < FEW_TRIALS:
-        scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
-    return scores
-
-
-def _starts(result: SearchResult) -> list[Trial]:
-    """The best trials of uniform and of one-shot, as far as the search has come."""
-    origins = {trial.origin for trial in result.trials}
-    return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
 
 
 def run_train(
@@ -302,43 +235,6 @@ def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
     adapted = sum(rank > 0 for rank in allocation.vector)
     modules = f"{adapted} of {len(allocation.targets)}"
     return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
-
-
-def _trial_row(
-    trial: Trial, best: Trial, metric: float, difference: float | None, interval: tuple[float, float] | None = None
-) -> tuple[str, ...]:
-    shown = "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}"
-    if interval is not None:
-        shown += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
-    return (
-        f"{name} *" if trial.number == best.number else name,
-        f"{trial.allocation.parameters:,}",
-        f"{trial.learning_rate:g}",
-        f"{metric:.3f}",
-        shown,
-    )
-
-
-def _trial_summary(trial: Trial) -> dict[str, Any]:
-    return {
-        "trial": trial.number,
-        "origin": trial.origin,
-        "parameters": trial.allocation.parameters,
-        "learning_rate": trial.learning_rate,
-        "metric": trial.metric,
-        "difference": trial.difference,
-    }
-
-
-def _finalist_summary(finalist: Finalist) -> dict[str, Any]:
-    """The trial's, with what fresh seeds say in place of the trial's own difference."""
-    return {
-        **_trial_summary(finalist.trial),
-        "confirmed": dict(finalist.metrics_by_seed),
-        "difference": finalist.difference,
-        "interval": finalist.interval,
-    }
 
 
 def _repeats_row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:

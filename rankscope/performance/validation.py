@@ -141,7 +141,8 @@ def _at_one_condition(metric: Floats, conditions: Sequence[Any]) -> Floats:
     """The metric without what conditions do to it on average: predictions are averaged over conditions."""
     codes = np.unique([str(condition) for condition in conditions], return_inverse=True)[1]
     means = np.bincount(codes, weights=metric) / np.bincount(codes)
-    return metric - means[codes] + metric.mean()
+    even: Floats = metric - means[codes] + metric.mean()
+    return even
 
 
 def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
@@ -149,4 +150,6 @@ def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
     scaler = PowerTransformer().fit(metric[:, None])
     truth, guess = (scaler.transform(values[:, None]).ravel() for values in (metric, predicted))
     centre = np.average(truth, weights=weight)
-    return float(1.0 - np.average((guess - truth) ** 2, weights=weight) / np.average((truth - centre) ** 2, weights=weight))
+    return float(
+        1.0 - np.average((guess - truth) ** 2, weights=weight) / np.average((truth - centre) ** 2, weights=weight)
+    )

@@ -52,7 +52,9 @@ def plot_belief(model: PerformanceModel) -> Figure:
     relative = {name: value / mean for name, value in density.items()}
     title = "what the search believes one more rank is worth, per parameter (mean: 1)"
     colours = Normalize(0.0, max(2.0, *relative.values()))
-    return draw_grids(module_grids(targets, relative), title, colours, "worth over the mean", lambda value: f"{value:.1f}")
+    return draw_grids(
+        module_grids(targets, relative), title, colours, "worth over the mean", lambda value: f"{value:.1f}"
+    )
 
 
 def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:

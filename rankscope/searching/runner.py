@@ -23,7 +23,7 @@ from rankscope.searching.results import SearchResult
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.samplers import SamplerName, make_sampler
 from rankscope.searching.study import fail_orphans, open_study
-from rankscope.searching.trials import Trial, completed, read_trial
+from rankscope.searching.trials import UNIFORM, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
@@ -153,10 +153,11 @@ def search(
     belief = None if model is None else believable(model, validation)
     if validation is not None and not validation.trustworthy:
         instead = "nothing but fresh seeds" if belief is None else "the profile alone"
-        logger.warning(
-            "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
-        )
-    chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothing(belief))
+        logger.warning("the performance model does not beat the profile alone, so %s chooses: %s", instead, validation)
+    trials = [read_trial(trial, targets) for trial in completed(study)]
+    if trials and not any(trial.origin == UNIFORM for trial in trials):
+        logger.warning("uniform completed no trial: differences to it are not known")
+    chosen = choose_finalists(trials, smoothing(belief))
     finalists, unconfirmed = confirm(study, task, chosen, training, n_runs=confirming, on_run=on_confirm)
     if unconfirmed and confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)

@@ -42,9 +42,16 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     found = tabulate({(n, m, s): curves[n, m, s] for n in names for m in methods for s in seeds})
     if not quick:
         save_figure(plot_regret(found), Path(__file__).parents[1] / "results" / "search_regret.png")
-    quartiles = found.groupby(["landscape", "method", "trials"], sort=False)["regret"].quantile([0.25, 0.5, 0.75]).unstack()
+    quartiles = (
+        found.groupby(["landscape", "method", "trials"], sort=False)["regret"].quantile([0.25, 0.5, 0.75]).unstack()
+    )
     rows = [
-        {"landscape": name, "method": method, "trials": trials, "regret_quartiles": [round(float(v), 4) for v in values]}
+        {
+            "landscape": name,
+            "method": method,
+            "trials": trials,
+            "regret_quartiles": [round(float(v), 4) for v in values],
+        }
         for (name, method, trials), values in zip(quartiles.index, quartiles.to_numpy(), strict=True)
     ]
     return rows, [claim for name in names for claim in claims(found[found["landscape"] == name], name, budgets)]

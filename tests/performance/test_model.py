@@ -179,10 +179,12 @@ def test_validation_sets_aside_what_conditions_do(features: RankFeatures, ranks:
     assert scores.explained > 0.8
 
 
-def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(model: PerformanceModel, ranks: np.ndarray) -> None:
+def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
+    model: PerformanceModel, ranks: np.ndarray
+) -> None:
     chosen = ranks[:4]
     before = model.predict(chosen)
-    new = before + [0.5, 0.0, 0.0, -0.5]
+    new = before + np.array([0.5, 0.0, 0.0, -0.5])
     np.testing.assert_allclose(model.weigh(chosen, before, 2), before, atol=0.02)
     np.testing.assert_allclose(model.weigh(chosen, before + 3.0, 2), before, atol=0.3)  # a common shift says nothing
     little, much = model.weigh(chosen, new, 1) - before, model.weigh(chosen, new, 1e6) - before

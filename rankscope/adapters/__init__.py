@@ -1,4 +1,4 @@
-"""Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models."""
+"""Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
 from rankscope.adapters.lora import (
     apply_allocation,
@@ -8,12 +8,15 @@ from rankscope.adapters.lora import (
     save_lora_config,
     to_lora_config,
 )
+from rankscope.adapters.resize import Resize, resize_adapters
 
 __all__ = [
+    "Resize",
     "apply_allocation",
     "count_adapter_parameters",
     "from_lora_config",
     "from_peft_model",
+    "resize_adapters",
     "save_lora_config",
     "to_lora_config",
 ]

@@ -15,7 +15,11 @@ def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name
 
 
 def restore_ranks(
-    model: PeftModel, folder: str | os.PathLike[str], *, optimizer: Optimizer | None = None, adapter_name: str | None = None
+    model: PeftModel,
+    folder: str | os.PathLike[str],
+    *,
+    optimizer: Optimizer | None = None,
+    adapter_name: str | None = None,
 ) -> None:
     """Gives the model the ranks of a checkpoint, so that its weights (and the optimizer's state) can be loaded."""
     raise NotImplementedError

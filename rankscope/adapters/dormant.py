@@ -68,7 +68,8 @@ def entry_of(layer: LoraLayer, container: str, adapter: str) -> Any:
     if is_dormant(layer, adapter):
         return getattr(layer, _CONTAINER)[adapter].entries.get(container)
     entries = getattr(layer, container)
-    return entries[adapter] if adapter in entries else None
+    present: bool = adapter in entries
+    return entries[adapter] if present else None  # a ModuleDict has no `get`
 
 
 def _containers(layer: LoraLayer) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Rotation:
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
         """Mixes along `dim`; squares are mixed by the squared matrix."""
         matrix = self.matrix.square() if squared else self.matrix
-        mixed = torch.tensordot(matrix, tensor.to(matrix.dtype), dims=([1], [dim]))
+        mixed: Tensor = torch.tensordot(matrix, tensor.to(matrix.dtype), dims=([1], [dim]))
         return mixed.movedim(0, dim).to(tensor.dtype).contiguous()
 
 
@@ -84,7 +84,8 @@ def component_norms(a: Tensor, b: Tensor) -> Tensor:
     tensor([10.0000,  0.5000])
     """
     a, b = _precise(a), _precise(b)
-    return torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=0)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=0)
+    return norms
 
 
 def drop_components(a: Tensor, b: Tensor, rank: int) -> Resized:

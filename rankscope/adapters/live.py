@@ -26,9 +26,7 @@ class Part(NamedTuple):
     def of(self, layer: LoraLayer, adapter: str) -> nn.Parameter | None:
         """The parameter; None where the adapter has no such part."""
         entry = entry_of(layer, self.container, adapter)
-        if entry is None or self.attribute is None:
-            return entry
-        value: nn.Parameter | None = getattr(entry, self.attribute, None)
+        value: nn.Parameter | None = getattr(entry, self.attribute, None) if self.attribute else entry
         return value
 
     def install(self, layer: LoraLayer, adapter: str, parameter: nn.Parameter) -> None:

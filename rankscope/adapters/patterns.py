@@ -30,10 +30,10 @@ def target_pattern(names: Iterable[str]) -> str:
 
 
 def exceptions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A `rank_pattern` or `alpha_pattern`: the values that are not the most common one.
+    r"""A `rank_pattern` or `alpha_pattern`: the values that are not the most common one.
 
     >>> exceptions({"a": 2, "b.c": 8, "d": 2})
-    {'^b\\\\.c': 8}
+    {'^b\\.c': 8}
     """
     common = most_common(values)
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != common}  # PEFT appends `$`

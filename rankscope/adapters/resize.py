@@ -90,8 +90,8 @@ def resize_adapters(
     loses DoRA's magnitude and LoRA's bias meanwhile.
 
     Parameters are replaced, not written to: whoever else holds them (an EMA, tensor hooks on the parameter) holds the
-    old ones; hooks on modules survive. Gradients are carried like first moments. In a model that `torch.compile` wraps, every call
-    means a recompilation, and torch gives up after a few: change ranks rarely there, or mask them.
+    old ones; hooks on modules survive. Gradients are carried like first moments. In a model that `torch.compile` wraps,
+    every call means a recompilation, and torch gives up after a few: change ranks rarely there, or mask them.
 
     Args:
         model: Not wrapped by DDP or FSDP, adapters not merged.
@@ -194,9 +194,10 @@ def check_resize(resize: Resize, layer: LoraLayer, adapter: str, *, largest: int
         AdapterError: The rank or the directions.
     """
     largest = full_rank_of(layer, adapter) if largest is None else largest
-    if not isinstance(resize.rank, Integral) or not 0 <= resize.rank <= largest:
+    rank: Any = resize.rank
+    if not isinstance(rank, Integral) or not 0 <= int(rank) <= largest:
         raise AdapterError(
-            f"the rank of `{resize.name}` must be a whole number between 0 and {largest}, but got {resize.rank!r}."
+            f"the rank of `{resize.name}` must be a whole number between 0 and {largest}, but got {rank!r}."
         )
 
 

@@ -8,9 +8,11 @@ from rankscope.adapters.lora import (
     save_lora_config,
     to_lora_config,
 )
+from rankscope.adapters.masks import RankMasks
 from rankscope.adapters.resize import Resize, resize_adapters
 
 __all__ = [
+    "RankMasks",
     "Resize",
     "apply_allocation",
     "count_adapter_parameters",

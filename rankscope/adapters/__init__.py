@@ -10,6 +10,7 @@ from rankscope.adapters.lora import (
 )
 from rankscope.adapters.masks import RankMasks
 from rankscope.adapters.resize import Resize, resize_adapters
+from rankscope.adapters.sidecar import restore_ranks, restore_ranks_on_load, save_ranks
 
 __all__ = [
     "RankMasks",
@@ -19,6 +20,9 @@ __all__ = [
     "from_lora_config",
     "from_peft_model",
     "resize_adapters",
+    "restore_ranks",
+    "restore_ranks_on_load",
     "save_lora_config",
+    "save_ranks",
     "to_lora_config",
 ]

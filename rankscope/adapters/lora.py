@@ -19,6 +19,7 @@ from torch import nn
 
 from rankscope.adapters.dormant import is_dormant
 from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
+from rankscope.adapters.resize import Resize, resize_adapters
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError
 from rankscope.files import replacing
@@ -144,19 +145,33 @@ def from_peft_model(
     return RankAllocation.from_ranks(targets, ranks, strategy="peft-model")
 
 
-def apply_allocation(model: nn.Module, allocation: RankAllocation, **peft_kwargs: Any) -> PeftModel:
+def apply_allocation(
+    model: nn.Module, allocation: RankAllocation, *, dormant: bool = False, **peft_kwargs: Any
+) -> PeftModel:
     """Wraps `model` (in place) with LoRA of exactly these ranks, and checks that PEFT built what was asked.
+
+    Args:
+        model: The base model.
+        allocation: For its target modules.
+        dormant: True: modules of rank 0 get an adapter too, which sleeps and which `resize_adapters` can wake.
+        **peft_kwargs: As `to_lora_config` takes them.
 
     Raises:
         AllocationError: PEFT built other ranks or another parameter count: the model is not the allocation's.
     """
+    if dormant and "lora_alpha" in peft_kwargs:
+        raise AllocationError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
     present = {name for name, _ in model.named_modules()}
-    if missing := [name for name, rank in allocation.ranks.items() if rank and name not in present]:
+    if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
         raise AllocationError(
             f"`allocation` must be for this model, but {type(model).__name__} has no module {missing[0]!r} "
             f"({len(missing)} missing in all); find targets on this model and allocate again."
         )
-    peft_model = get_peft_model(model, to_lora_config(allocation, **peft_kwargs))
+    asleep = [Resize(name=name, rank=0) for name, rank in allocation.ranks.items() if rank == 0 and dormant]
+    wrapped = dict(allocation.ranks) | {resize.name: 1 for resize in asleep}
+    config = to_lora_config(RankAllocation.from_ranks(allocation.targets, wrapped), **peft_kwargs)
+    peft_model = get_peft_model(model, config)
+    resize_adapters(peft_model, None, asleep)
     if from_peft_model(peft_model, allocation.targets) != allocation:
         raise AllocationError(
             "`allocation` must become exactly its ranks in PEFT, but PEFT built others; please report this."

@@ -163,8 +163,7 @@ def replace_factors(
     if optimizer is not None:
         replace_parameters(optimizer, replacements, states)
     _update_config(model.peft_config[adapter], layers, adapter)
-    if plans:
-        logger.debug("resized %s", ", ".join(f"{name} to {ranks[name]}" for name in plans))
+    logger.debug("resized %s", ", ".join(f"{name} to {ranks[name]}" for name in plans))
 
 
 # --- what is asked -------------------------------------------------------------------------------------------------

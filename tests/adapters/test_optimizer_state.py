@@ -10,6 +10,7 @@ import transformers
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rankscope.adapters import Resize, resize_adapters
@@ -162,8 +163,6 @@ def test_adafactor_estimates_of_what_stays_are_the_same(name: str, module: str, 
 @pytest.mark.parametrize("factory", [bitsandbytes.optim.Adam8bit, bitsandbytes.optim.AdamW8bit])
 def test_moments_in_8_bits_are_carried(factory: type) -> None:
     model = nn.Sequential(nn.Linear(1200, 600, bias=False))
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(model, LoraConfig(target_modules=["0"], r=4))
     optimizer = factory(trainable(model), lr=1e-3)
     generator = torch.Generator().manual_seed(0)

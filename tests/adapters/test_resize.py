@@ -1,6 +1,7 @@
 """Ranks change in a live model: same function, same trajectory of what stays, same parameters after plain PEFT loads them."""
 
 import copy
+import inspect
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
@@ -269,7 +270,7 @@ def test_loads_where_rankscope_is_not_installed(tmp_path: Path) -> None:
     torch.save(model(tokens()), tmp_path / "outputs.pt")
     (tmp_path / "live_models.py").write_text(
         "import torch\nfrom torch import Tensor, nn\nfrom transformers.pytorch_utils import Conv1D\n\n\n"
-        + source_of(Kinds)
+        + inspect.getsource(Kinds)
     )
     code = f"""
 import sys, torch
@@ -286,12 +287,6 @@ print("same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip().endswith("same"), done.stderr
-
-
-def source_of(thing: type) -> str:
-    import inspect
-
-    return inspect.getsource(thing)
 
 
 def test_merging_and_unloading_work_while_modules_sleep() -> None:
@@ -323,6 +318,69 @@ def test_a_compiled_model_is_recompiled() -> None:
     torch.testing.assert_close(compiled(tokens()), model(tokens()))
     stir(model)
     torch.testing.assert_close(compiled(tokens()), model(tokens()))
+
+
+def quantised(bits: int) -> nn.Module:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False))
+    for index in (0, 2):
+        weight = model[index].weight.data
+        if bits == 8:
+            model[index] = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+            model[index].weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            model[index] = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+            model[index].weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    model = model.to("cpu")  # quantises
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = bits == 8, bits == 4  # as transformers marks what it loads
+    return model
+
+
+@pytest.mark.parametrize(("bits", "dora"), [(8, False), (4, False), (4, True)])  # DoRA on 8 bits: PEFT's fails on a CPU
+def test_quantised_bases(tmp_path: Path, bits: int, dora: bool) -> None:
+    model = get_peft_model(quantised(bits), LoraConfig(target_modules=["0", "2"], r=3, use_dora=dora)).eval()
+    stir(model)
+    x = torch.randn(5, 64)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = model(x)
+    resize_adapters(model, optimizer, resizes({"0": 6, "2": 4}))
+    torch.testing.assert_close(model(x), before)
+    resize_adapters(model, optimizer, resizes({"0": 0, "2": 2}), shrink="svd")
+    model(x).square().mean().backward()
+    optimizer.step()
+    model.save_pretrained(str(tmp_path))
+    other = PeftModel.from_pretrained(quantised(bits), str(tmp_path)).eval()
+    torch.testing.assert_close(other(x), model(x))
+    before = model(x)
+    resize_adapters(model, optimizer, resizes({"0": 5}))
+    torch.testing.assert_close(model(x), before)
+
+
+def test_gradient_checkpointing_goes_on_between_steps() -> None:
+    targets = rs.find_targets(digits_vit())
+    losses = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(digits_vit(), LoraConfig(target_modules=[t.name for t in targets], r=2)).train()
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+        pixels = torch.rand(4, model.config.num_channels, model.config.image_size, model.config.image_size)
+        history = []
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = model(pixel_values=pixels, labels=torch.arange(4)).loss
+            loss.backward()
+            optimizer.step()
+            history.append(loss)  # a graph that is kept alive holds the old parameters
+            plan = {target.name: (index + step) % 4 for index, target in enumerate(targets)}
+            resize_adapters(model, optimizer, resizes(plan), generator=torch.Generator().manual_seed(step))
+        losses[checkpointing] = [loss.item() for loss in history]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][-1] < losses[True][0]
 
 
 # --- what is refused, and changes nothing ---------------------------------------------------------------------------
@@ -412,8 +470,6 @@ def test_bad_models_are_refused() -> None:
 
 
 def test_other_kinds_of_adapters_are_refused() -> None:
-    from peft import LoHaConfig
-
     loha = get_peft_model(Kinds(), LoHaConfig(target_modules=["linear"]))
     refuses(loha, "adapter 'default' must be LoRA to have ranks, but is LOHA.")
     mica = get_peft_model(Kinds(), LoraConfig(target_modules=["linear"], r=2, init_lora_weights="mica"))

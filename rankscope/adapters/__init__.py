@@ -9,7 +9,8 @@ from rankscope.adapters.lora import (
     to_lora_config,
 )
 from rankscope.adapters.masks import RankMasks
-from rankscope.adapters.resize import Resize, resize_adapters
+from rankscope.adapters.requests import Resize
+from rankscope.adapters.resize import resize_adapters
 from rankscope.adapters.sidecar import restore_ranks, restore_ranks_on_load, save_ranks
 
 __all__ = [

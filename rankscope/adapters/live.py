@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rankscope.adapters.dormant import entry_of, is_dormant
+from rankscope.adapters.requests import Room
 from rankscope.exceptions import AdapterError
 
 
@@ -66,10 +66,11 @@ def rank_of(layer: LoraLayer, adapter: str) -> int:
     return factors(layer, adapter)[0].shape[0]
 
 
-def full_rank_of(layer: LoraLayer, adapter: str) -> int:
-    """The largest rank that an update of this layer can have."""
+def room_of(layer: LoraLayer, adapter: str) -> Room:
+    """The layer's rank, and the largest that its update can have."""
     a, b = factors(layer, adapter)
-    return min(a.shape[1:].numel(), b.shape[0])
+    inputs = a.shape[1:].numel()
+    return Room(rank=len(a), largest=min(inputs, len(b)), inputs=inputs)
 
 
 def unwrap_peft_model(model: nn.Module) -> PeftModel:
@@ -166,13 +167,6 @@ def check_single_process() -> None:
                 f"a live resize must run in one process, but there are {n_processes}, whose wrappers (DDP, FSDP, ZeRO) fix "
                 "the parameters; mask ranks instead (RankMasks)."
             )
-
-
-def unknown_module(name: str, layers: Mapping[str, LoraLayer]) -> AdapterError:
-    """The error for a module that carries no adapter, with near misses."""
-    close = difflib.get_close_matches(name, layers, n=2)
-    remedy = f"did you mean {' or '.join(repr(c) for c in close)}" if close else "adapt it when the model is wrapped"
-    return AdapterError(f"`resizes` must name modules that carry the adapter, but {name!r} does not; {remedy}.")
 
 
 def _unsupported(layer: LoraLayer, adapter: str) -> str | None:

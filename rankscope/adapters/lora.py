@@ -19,7 +19,8 @@ from torch import nn
 
 from rankscope.adapters.dormant import is_dormant
 from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
-from rankscope.adapters.resize import Resize, resize_adapters
+from rankscope.adapters.requests import Resize
+from rankscope.adapters.resize import resize_adapters
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError
 from rankscope.files import replacing

@@ -28,11 +28,11 @@ from rankscope.adapters.live import (
     choose_adapter,
     factor_parts,
     factors,
-    unknown_module,
     unwrap_peft_model,
 )
 from rankscope.adapters.optimizer_state import Replacement, carry_state, replace_parameters, unwrap_optimizer
-from rankscope.adapters.resize import Resize, check_directions, check_resize, config_fields, replace_factors
+from rankscope.adapters.requests import Resize, Room, check_resizes
+from rankscope.adapters.resize import config_fields, replace_factors
 from rankscope.exceptions import AdapterError
 
 _BUFFER = "rank_mask"
@@ -80,11 +80,12 @@ class RankMasks:
                 raise AdapterError(
                     f"masked ranks must be of linear or convolution layers, but `{name}` is an embedding."
                 )
-        self._check([Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()])
+        asked = [Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()]
+        self._check(asked, {name: len(factors(layer, self._adapter)[0]) for name, layer in self._layers.items()})
         self._hooks = [
             _install(self._inner(name), len(factors(layer, self._adapter)[0])) for name, layer in self._layers.items()
         ]
-        self.resize([Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()])
+        self.resize(asked)
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -117,7 +118,7 @@ class RankMasks:
             AdapterError: A resize that cannot be followed, or processes that have diverged.
             OptimizerError: An optimizer that does not own the parameters, or whose state cannot be carried.
         """
-        self._check(resizes)
+        self._check(resizes, self.ranks)
         drawn = [self._with_rows(resize, generator) for resize in resizes]
         switches = {resize.name: self._plan(resize) for resize in from_first_process(drawn)}
         check_same({name: switch.mask.tolist() for name, switch in switches.items()}, what="the masks")
@@ -208,20 +209,18 @@ class RankMasks:
         mask: Tensor = getattr(self._inner(name), _BUFFER)
         return mask
 
-    def _check(self, resizes: Sequence[Resize]) -> None:
-        seen: set[str] = set()
-        for resize in resizes:
-            if resize.name not in self._layers:
-                raise unknown_module(resize.name, self._layers)
-            if resize.name in seen:
-                raise AdapterError(f"`resizes` must name each module once, but names `{resize.name}` twice.")
-            seen.add(resize.name)
-            layer = self._layers[resize.name]
-            if factors(layer, self._adapter)[0].ndim < 2:
+    def _check(self, resizes: Sequence[Resize], ranks: Mapping[str, int]) -> None:
+        rooms = {}
+        for name, layer in self._layers.items():
+            a = factors(layer, self._adapter)[0]
+            if a.ndim < 2:
                 raise AdapterError(
                     "masked ranks need parameters of their own shape, which FSDP1 flattens; use FSDP2 (fully_shard)."
                 )
-            check_resize(resize, layer, self._adapter, largest=len(factors(layer, self._adapter)[0]))
+            rooms[name] = Room(rank=ranks[name], largest=len(a), inputs=a.shape[1:].numel())
+        check_resizes(resizes, rooms)
+        for resize in resizes:
+            layer = self._layers[resize.name]
             if resize.rank == 0 and any(part.of(layer, self._adapter) is not None for part in (BIAS, MAGNITUDE)):
                 raise AdapterError(
                     f"the masked rank of `{resize.name}` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
@@ -232,7 +231,6 @@ class RankMasks:
         a = factors(self._layers[resize.name], self._adapter)[0]
         added = resize.rank - self.ranks[resize.name]
         inputs = a.shape[1:].numel()
-        check_directions(resize, added, inputs)
         rows = resize.directions
         if rows is None and added > 0:
             rows = kaiming_rows(added, torch.empty(0, inputs, device=a.device), generator)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -36,9 +34,8 @@ from rankscope.adapters.live import (
     choose_adapter,
     factor_parts,
     factors,
-    full_rank_of,
     rank_of,
-    unknown_module,
+    room_of,
     unwrap_peft_model,
 )
 from rankscope.adapters.optimizer_state import (
@@ -49,26 +46,13 @@ from rankscope.adapters.optimizer_state import (
     unwrap_optimizer,
 )
 from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
+from rankscope.adapters.requests import Resize, check_resizes
 from rankscope.exceptions import AdapterError
 
 logger = logging.getLogger(__name__)
 
 Shrink = Literal["svd", "drop"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resize:
-    """One module's new rank.
-
-    Attributes:
-        name: Full dotted name in the base model (`TargetModule.name`).
-        rank: The new rank; 0 puts the module's adapter to sleep, a later resize wakes it.
-        directions: (added, inputs) rows for the new part of A, as they are meant to be scaled; None: drawn as PEFT draws A.
-    """
-
-    name: str
-    rank: int
-    directions: Tensor | None = None
+_SHRINKS = {"drop": drop_components, "svd": truncate_svd}
 
 
 def resize_adapters(
@@ -117,10 +101,12 @@ def resize_adapters(
     >>> [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
     [(3, 8), (8, 3), (0, 8), (4, 0)]
     """
+    if shrink not in _SHRINKS:
+        raise AdapterError(f"`shrink` must be among {sorted(_SHRINKS)}, but got {shrink!r}.")
     model = unwrap_peft_model(model)
     adapter = choose_adapter(model, adapter_name)
     layers = adapter_layers(model, adapter)
-    _check_resizes(resizes, layers, adapter)
+    check_resizes(resizes, {name: room_of(layer, adapter) for name, layer in layers.items()})
     check_changeable({resize.name: layers[resize.name] for resize in resizes}, adapter)
     if optimizer is not None:
         check_single_process()
@@ -169,58 +155,7 @@ def replace_factors(
     logger.debug("resized %s", ", ".join(f"{name} to {ranks[name]}" for name in plans))
 
 
-# --- what is asked -------------------------------------------------------------------------------------------------
-
-
-def _check_resizes(resizes: Sequence[Resize], layers: Mapping[str, LoraLayer], adapter: str) -> None:
-    seen: set[str] = set()
-    for resize in resizes:
-        if resize.name not in layers:
-            raise unknown_module(resize.name, layers)
-        if resize.name in seen:
-            raise AdapterError(f"`resizes` must name each module once, but names `{resize.name}` twice.")
-        seen.add(resize.name)
-        check_resize(resize, layers[resize.name], adapter)
-
-
-def check_resize(resize: Resize, layer: LoraLayer, adapter: str, *, largest: int | None = None) -> None:
-    """Refuses ranks and directions that do not fit the layer.
-
-    Args:
-        resize: What is asked.
-        layer: Of which layer.
-        adapter: Of which of its adapters.
-        largest: The largest rank allowed; None: the layer's full rank.
-
-    Raises:
-        AdapterError: The rank or the directions.
-    """
-    largest = full_rank_of(layer, adapter) if largest is None else largest
-    rank: Any = resize.rank
-    if not isinstance(rank, Integral) or not 0 <= int(rank) <= largest:
-        raise AdapterError(
-            f"the rank of `{resize.name}` must be a whole number between 0 and {largest}, but got {rank!r}."
-        )
-
-
-def check_directions(resize: Resize, added: int, inputs: int) -> None:
-    """Refuses directions that are not one usable row for each component that is added.
-
-    Raises:
-        AdapterError: Their shape, a row of zeros (with B at zero it would never get a gradient), or values that are not finite.
-    """
-    directions = resize.directions
-    if directions is None:
-        return
-    if tuple(directions.shape) != (max(added, 0), inputs):
-        raise AdapterError(
-            f"`directions` of `{resize.name}` must be of shape ({max(added, 0)}, {inputs}), one row for each added rank, "
-            f"but are of shape {tuple(directions.shape)}."
-        )
-    if not torch.isfinite(directions).all() or not directions.any(dim=1).all():
-        raise AdapterError(
-            f"`directions` of `{resize.name}` must be finite and without a row of zeros; leave them out to draw."
-        )
+# --- what it takes -------------------------------------------------------------------------------------------------
 
 
 def _new_factors(
@@ -229,9 +164,12 @@ def _new_factors(
     """The layer's factors at the new rank, as matrices."""
     a, b = (factor.detach().flatten(1) for factor in factors(layer, adapter))
     added = resize.rank - len(a)
-    check_directions(resize, added, a.shape[1])
-    if added <= 0:
-        return drop_components(a, b, resize.rank) if shrink == "drop" else truncate_svd(a, b, resize.rank)
+    if added < 0:
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise AdapterError(
+                f"the factors of `{resize.name}` must be finite to be shrunk, but are not; go back to a checkpoint."
+            )
+        return _SHRINKS[shrink](a, b, resize.rank)
     columns = b.new_zeros(len(b), added)
     if resize.directions is not None:
         return add_components(a, b, resize.directions, columns)
@@ -241,8 +179,6 @@ def _new_factors(
         return add_components(a, b, a.new_zeros(added, a.shape[1]), columns)
     return add_components(a, b, kaiming_rows(added, a, generator), columns)
 
-
-# --- what it takes -------------------------------------------------------------------------------------------------
 
 _Plan = list[tuple[Part, Replacement]]
 

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from rankscope.adapters.live import adapter_layers, choose_adapter, rank_of, unwrap_peft_model
 from rankscope.adapters.masks import RankMasks
-from rankscope.adapters.resize import Resize, resize_adapters
+from rankscope.adapters.requests import Resize
+from rankscope.adapters.resize import resize_adapters
 from rankscope.exceptions import AdapterError, FileFormatError
 from rankscope.files import read_json, write_json
 

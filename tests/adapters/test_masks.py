@@ -223,6 +223,12 @@ def test_what_is_refused() -> None:
         AdapterError, match=r"^masked ranks must be of linear or convolution layers, but `table` is an embedding\.$"
     ):
         RankMasks(kinds_model())
+    model = masked_model()
+    with pytest.raises(
+        AdapterError, match=r"^the rank of `linear` must be a whole number between 0 and 5, but got 6\.$"
+    ):
+        RankMasks(model, {"linear": 6})
+    assert not any(module._forward_hooks for module in model.modules())
     refuses(
         [Resize(name="linear", rank=0)],
         "the masked rank of `linear` must be at least 1, for its bias or DoRA magnitude stays, but got 0.",

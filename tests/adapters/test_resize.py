@@ -422,6 +422,10 @@ def snapshot(model: PeftModel, optimizer: torch.optim.Optimizer) -> tuple:
             "`directions` of `linear` must be of shape (0, 6), one row for each added rank, but are of shape (1, 6).",
         ),
         (
+            [Resize(name="linear", rank=2, directions=torch.ones(1, 6))],
+            "`directions` of `linear` must be of shape (0, 6), one row for each added rank, but are of shape (1, 6).",
+        ),
+        (
             [Resize(name="linear", rank=3, directions=torch.zeros(1, 6))],
             "`directions` of `linear` must be finite and without a row of zeros; leave them out to draw.",
         ),
@@ -445,6 +449,15 @@ def test_bad_resizes_change_nothing(asked: list[Resize], message: str) -> None:
     assert snapshot(model, optimizer) == before
 
 
+@pytest.mark.parametrize("shrink", ["drop", "svd"])
+def test_factors_that_are_not_finite_are_not_shrunk(shrink: str) -> None:
+    model = kinds_model()
+    model.get_base_model().linear.lora_B["default"].weight.data[0, 0] = torch.nan
+    message = "the factors of `linear` must be finite to be shrunk, but are not; go back to a checkpoint."
+    refuses(model, message, shrink=shrink)
+    assert ranks(model)["linear"] == 2
+
+
 def refuses(model: nn.Module, message: str, name: str = "linear", **options: object) -> None:
     with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
         resize_adapters(model, None, [Resize(name=name, rank=1)], **options)
@@ -452,6 +465,7 @@ def refuses(model: nn.Module, message: str, name: str = "linear", **options: obj
 
 def test_bad_models_are_refused() -> None:
     refuses(Kinds(), "`model` must be a peft.PeftModel, but is a Kinds; wrap it with get_peft_model.")
+    refuses(kinds_model(), "`shrink` must be among ['drop', 'svd'], but got 'best'.", shrink="best")
     merged = kinds_model()
     merged.merge_adapter()
     refuses(merged, "adapters must not be merged, but ['default'] are in `linear`; unmerge first.")

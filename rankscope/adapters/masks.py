@@ -118,9 +118,10 @@ class RankMasks:
             AdapterError: A resize that cannot be followed, or processes that have diverged.
             OptimizerError: An optimizer that does not own the parameters, or whose state cannot be carried.
         """
-        self._check(resizes, self.ranks)
-        drawn = [self._with_rows(resize, generator) for resize in resizes]
-        switches = {resize.name: self._plan(resize) for resize in from_first_process(drawn)}
+        asked = from_first_process(_portable(resizes))
+        self._check(asked, self.ranks)
+        drawn = from_first_process(_portable([self._with_rows(resize, generator) for resize in asked]))
+        switches = {resize.name: self._plan(resize) for resize in drawn}
         check_same({name: switch.mask.tolist() for name, switch in switches.items()}, what="the masks")
         replacements = [r for name, switch in switches.items() for r in self._replacements(name, switch)]
         states = []
@@ -227,20 +228,19 @@ class RankMasks:
                 )
 
     def _with_rows(self, resize: Resize, generator: torch.Generator | None) -> Resize:
-        """The resize with the rows of A that it adds, so that all processes add the same."""
+        """The resize with the rows of A that it adds."""
         a = factors(self._layers[resize.name], self._adapter)[0]
-        added = resize.rank - self.ranks[resize.name]
-        inputs = a.shape[1:].numel()
-        rows = resize.directions
-        if rows is None and added > 0:
-            rows = kaiming_rows(added, torch.empty(0, inputs, device=a.device), generator)
-        return replace(resize, directions=rows.cpu() if rows is not None and n_processes() > 1 else rows)
+        added = resize.rank - int(self._mask(resize.name).sum())
+        if resize.directions is not None or added <= 0:
+            return resize
+        like = torch.empty(0, a.shape[1:].numel(), device=a.device)
+        return replace(resize, directions=kaiming_rows(added, like, generator))
 
     def _plan(self, resize: Resize) -> _Switch:
         """What is switched on and off, and the factors afterwards; nothing is changed yet."""
         mask = self._mask(resize.name).bool()
         a, b = (_whole(factor.detach()) for factor in factors(self._layers[resize.name], self._adapter))
-        if resize.directions is not None:
+        if resize.directions is not None and resize.rank > mask.sum():
             born = (~mask).nonzero().flatten()[: len(resize.directions)]
             a = a.clone()
             a[born] = resize.directions.to(a).reshape(-1, *a.shape[1:])
@@ -305,6 +305,13 @@ class _Keep:
         shape[dim] = -1
         zero = torch.zeros((), dtype=whole.dtype, device=whole.device)
         return _like(torch.where(self.stays.to(whole.device).reshape(shape), whole, zero), tensor)
+
+
+def _portable(resizes: Sequence[Resize]) -> Sequence[Resize]:
+    """Resizes that can be sent to other processes, whose devices are others."""
+    if n_processes() == 1:
+        return resizes
+    return [replace(r, directions=None if r.directions is None else r.directions.cpu()) for r in resizes]
 
 
 def _install(inner: nn.Module, capacity: int) -> RemovableHandle:

@@ -69,6 +69,12 @@ def test_trains_as_a_resized_twin(sequence: list[dict[str, int]], name: str) -> 
     torch.testing.assert_close(model(tokens()), twin(tokens()), rtol=1e-8, atol=1e-10)
 
 
+def test_no_directions_are_needed_to_shrink() -> None:
+    masks = RankMasks(masked_model())
+    masks.resize([Resize(name="linear", rank=2, directions=torch.empty(0, 6))])
+    assert masks.ranks["linear"] == 2
+
+
 def test_inactive_components_stay_at_nothing() -> None:
     model = masked_model()
     masks = RankMasks(model)

@@ -36,24 +36,18 @@ ADAFACTOR: dict[str, OptimizerFactory] = {
 EVERY = ADAM | ADAFACTOR
 
 
-class Pair(nn.Module):
-    """Loss terms that are separate for each component, so that what happens to one cannot reach another."""
-
-    def forward_loss(self, a: nn.Parameter, b: nn.Parameter, seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        total = a.new_zeros(())
-        target_a = torch.randn(6, generator=generator, dtype=a.dtype)
-        target_b = torch.randn(8, generator=generator, dtype=a.dtype)
-        for i in range(len(a)):
-            total = total + (a[i] - target_a).square().sum() + (b[:, i] * target_b).sin().sum()
-        return total
+def separate_loss(a: torch.Tensor, b: torch.Tensor, seed: int) -> torch.Tensor:
+    """Terms of single components only, so that what happens to one cannot reach another."""
+    generator = torch.Generator().manual_seed(seed)
+    target_a, target_b = (torch.randn(n, generator=generator, dtype=a.dtype) for n in (a.shape[1], len(b)))
+    return (a - target_a).square().sum() + (b * target_b[:, None]).sin().sum()
 
 
 def separate_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     linear = model.get_base_model().linear
     a, b = linear.lora_A["default"].weight, linear.lora_B["default"].weight
     optimizer.zero_grad()
-    Pair().forward_loss(a, b, seed).backward()
+    separate_loss(a, b, seed).backward()
     optimizer.step()
 
 

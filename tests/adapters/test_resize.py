@@ -224,7 +224,7 @@ def test_carried_gradients_are_the_gradients_at_the_new_place(shrink: str) -> No
 
 
 def test_both_ways_to_shrink_lose_little_and_svd_least() -> None:
-    """On the factors of a ViT that was trained, measured on every module's update."""
+    """On every module of a real ViT, with random factors whose components fall off in size."""
     model = get_peft_model(digits_vit(), LoraConfig(target_modules="all-linear", r=4, lora_alpha=8))
     stir(model)
     for _, layer in layers(model):

@@ -19,6 +19,14 @@ class AllocationError(RankscopeError, ValueError):
     """Ranks that do not fit their target modules, or allocations that cannot be compared."""
 
 
+class AdapterError(RankscopeError, ValueError):
+    """A live adapter whose ranks cannot be changed as asked, or ranks saved beside a checkpoint that do not fit it."""
+
+
+class OptimizerError(RankscopeError, ValueError):
+    """An optimizer whose state cannot be carried over a change of ranks."""
+
+
 class ProfileError(RankscopeError, ValueError):
     """A profile that cannot be taken, read, or used for the model at hand."""
 

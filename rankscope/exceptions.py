@@ -47,6 +47,10 @@ class StudyError(RankscopeError, ValueError):
     """A study file or study database that does not fit what was asked."""
 
 
+class DashboardError(RankscopeError, RuntimeError):
+    """The dashboard cannot be opened: a package is missing, or its port is taken."""
+
+
 class FileFormatError(RankscopeError, ValueError):
     """A file that is missing, truncated, or written by another schema."""
 

@@ -1,4 +1,4 @@
-"""The typer application: `rankscope profile`, `allocate`, `search`, `train`, `bench`. Heavy imports wait inside the commands."""
+"""The typer application: one command a step, from `rankscope profile` on. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from rankscope import __version__
 from rankscope.cli.bench import bench_app
-from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, StudyPath, UniformRank, reports_errors
+from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, Storage, StudyPath, UniformRank, reports_errors
 
 app = typer.Typer(
     name="rankscope",
@@ -121,7 +121,7 @@ def search_command(
         str | None,
         typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="Overrides `search.storage`: as Optuna takes it.")] = None,
+    storage: Storage = None,
     uniform_rank: UniformRank = None,
     parameters: Parameters = None,
     seed: Seed = None,
@@ -170,3 +170,20 @@ def train_command(
     run_train(
         study, out, overrides, allocation_path=allocation, baseline=baseline, n_seeds=seeds, jobs=jobs, as_json=json
     )
+
+
+@app.command("dashboard", epilog="Example: rankscope dashboard studies/digits.yaml --open")
+@reports_errors
+def dashboard_command(
+    study: StudyPath,
+    out: Out = None,
+    storage: Storage = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine's loopback; 0: any free one.")] = 8080,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
+    from rankscope.cli.dashboard import run_dashboard
+
+    run_dashboard(study, out, {"search.storage": storage}, port=port, open_browser=open_browser, as_json=json)

@@ -2,10 +2,10 @@
 
     python studies/bench/search_real.py --out studies/results/search_real.json
 
-Five searches (60 trainings: 45 trials, then five finalists on three fresh seeds; three rates), differing in the sampler's seed; then the
-recommended allocations, one-shot and uniform are trained on 12 fresh seeds each, at equal parameters and steps, the learning
-rate tuned for each on validation, and compared on the test split, seed by seed. Two processes, one torch thread each; about 20
-minutes. `--quick`: one search of 10 trials, two fresh seeds. The claims are what one would hope for, whatever comes out.
+Five searches (60 trainings: 45 trials, then five finalists on three fresh seeds; three rates), differing in the sampler's seed;
+then the recommended allocations, one-shot and uniform are trained on 12 fresh seeds each, at equal parameters and steps, the
+learning rate tuned for each on validation, and compared on the test split, seed by seed. Two processes, one torch thread each;
+about 15 minutes. `--quick`: one search of 10 trials, two fresh seeds. The claims are what one would hope for, whatever comes out.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert type(result.exception).__name__ == "StudyError"
 
 
-@pytest.mark.parametrize("name", ["profile", "allocate", "search", "train"])
+@pytest.mark.parametrize("name", ["profile", "allocate", "search", "train", "dashboard"])
 def test_help_has_an_example_and_version_prints(name: str) -> None:
     status, text, _ = invoke(name, "--help")
     assert status == 0

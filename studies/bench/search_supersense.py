@@ -2,9 +2,9 @@
 
     python studies/bench/search_supersense.py --out studies/results/search_supersense.json
 
-The search is that of `studies/supersense.yaml`: trials of 50 steps, then five finalists on two fresh seeds at 250, three learning
+The search is that of `studies/supersense.yaml`: trials of 50 steps, then five finalists on two fresh seeds at 125, three learning
 rates, all-MiniLM-L6-v2 on WordNet glosses at uniform rank 2's budget. Then uniform, one-shot and what was recommended are
-trained in full on four fresh seeds, each at its best rate in the search, and compared on the test split, seed by seed. About 50
+trained in full on four fresh seeds, each at its best rate in the search, and compared on the test split, seed by seed. About 25
 minutes on two cores; study and runs are kept under `.cache/`, so an interrupted run goes on. `--quick`: five trials of
 two steps, one seed. The claims are what one would hope for, whatever comes out.
 """

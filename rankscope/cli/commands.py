@@ -16,7 +16,15 @@ from rankscope.cli.output import print_files, print_json, print_line, print_tabl
 from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
-from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
+from rankscope.plotting import (
+    plot_belief,
+    plot_energy,
+    plot_levels,
+    plot_predictions,
+    plot_ranks,
+    plot_spectra,
+    save_figure,
+)
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
 from rankscope.searching import search
 
@@ -123,6 +131,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
         files += [
             save_figure(plot_predictions(result.model, result), session.out / "predictions.png"),
             save_figure(plot_belief(result.model), session.out / "belief.png"),
+            save_figure(plot_levels(result.model), session.out / "levels.png"),
         ]
     if as_json:
         print_json({**_summary(allocation), **search_summary(result), "files": [str(file) for file in files]})

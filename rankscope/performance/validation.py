@@ -31,6 +31,8 @@ class Validation:
         kendall: Kendall's tau of model and metric.
         spearman: Spearman's correlation of model and metric.
         profile: Kendall's tau of the profile alone (the captured norm, without a trial); None without a profile.
+        top_regret: How far the best of the five predicted best falls short of the best, over how far the mean does.
+        profile_top_regret: The same of the profile alone; None without a profile.
         ceiling: What Spearman's correlation could reach at most, because the metric itself is noisy; None if unknown.
         coverage: Share of measurements inside the model's 80 % intervals; None for models without.
     """
@@ -41,6 +43,8 @@ class Validation:
     kendall: float
     spearman: float
     profile: float | None
+    top_regret: float
+    profile_top_regret: float | None
     ceiling: float | None
     coverage: float | None
 
@@ -61,6 +65,8 @@ class Validation:
             parts[1] += f" (profile alone {self.profile:.2f})"
         if self.ceiling is not None:
             parts.append(f"Spearman {self.spearman:.2f} of at most {self.ceiling:.2f}")
+        if self.coverage is not None:
+            parts.append(f"80 % intervals hold {self.coverage:.0%}")
         return "; ".join(parts)
 
 
@@ -118,9 +124,23 @@ def validate(
         kendall=float(kendalltau(predicted, even)[0]),
         spearman=float(spearmanr(predicted, even)[0]),
         profile=float(kendalltau(rows[:, column[0]], even)[0]) if column else None,
+        top_regret=top_regret(predicted, even),
+        profile_top_regret=top_regret(rows[:, column[0]], even) if column else None,
         ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / even.var()))),
         coverage=float(inside.mean()) if model.regressor == HIERARCHICAL else None,
     )
+
+
+def top_regret(predicted: ArrayLike, metric: ArrayLike, k: int = 5) -> float:
+    """How far the best of the k predicted best falls short of the best, over how far the mean does: 0 is perfect.
+
+    >>> top_regret([1, 2, 3, 4], [0.5, 0.9, 0.7, 0.5], k=2)
+    0.8
+    """
+    truth = np.asarray(metric, dtype=np.float64)
+    chosen = np.argsort(-np.asarray(predicted, dtype=np.float64), kind="stable")[:k]
+    gap = truth.max() - truth.mean()
+    return round(float((truth.max() - truth[chosen].max()) / gap), 12) if gap > 0 else 0.0
 
 
 def believable(model: PerformanceModel, validation: Validation | None) -> PerformanceModel | None:

@@ -7,18 +7,20 @@ mean test metric over all seeds; 20 draws of the training set. Beside it: the pr
 the mean predictor (0 by definition, as is a model that predicts a constant), and one measurement: tau between one seed's
 validation metric of the very same allocations and that mean, which a good model surpasses by smoothing. Coverage is
 the share of unseen allocations whose single validation measurement lies in the model's 80 % interval. Feature sets: all;
-without the profile's terms; without single modules; raw ranks (BayesianRidge). About two minutes. `--quick`: 3 draws of one
-budget, the default model.
+without the profile's terms; without single modules; the captured share of a module's own spectrum in place of log1p as the gain
+of every level; raw ranks (BayesianRidge). About two minutes. `--quick`: 3 draws of one budget, the default model.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
+from numpy.typing import NDArray
 from scipy.stats import kendalltau
 from sklearn.linear_model import BayesianRidge
 
@@ -28,6 +30,7 @@ from rankscope.performance import PerformanceModel, RankFeatures, rank_features
 TABLES = {"digits-shift, rank 1": ("digits-shift", 1, 84), "digits-shift, rank 2": ("digits-shift", 2, 84),
           "digits-shift, rank 4": ("digits-shift", 4, 84)}  # fmt: skip
 SIZES = (25, 50, 100)
+Floats = NDArray[np.float64]
 MODELS = ("hierarchical", "gp", "extra-trees", "mlp")
 
 
@@ -95,12 +98,20 @@ def judge(name: str, draw: int, quick: bool) -> dict[tuple[Any, ...], float]:
     return scores
 
 
+def shares(features: RankFeatures) -> Floats:
+    """What all ranks of each module capture: with it, the energy's curve is the captured share of a module's own spectrum."""
+    return np.maximum(features.curves["energy"][:, -1:], np.finfo(np.float64).tiny)
+
+
 def subsets(features: RankFeatures) -> dict[str, RankFeatures]:
     """Feature sets, by what is said of them."""
     return {
         ", without the profile": features.without("profile"),
         ", without modules": features.without("module"),
         ", profile and all modules alike": features.of_profile,
+        ", captured share instead of log1p": replace(
+            features, curves={**features.curves, "log": features.curves["energy"] / shares(features)}
+        ),
     }
 
 

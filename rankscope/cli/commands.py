@@ -109,6 +109,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
             pruner=_pruner(section.pruner),
+            warm_start=[s if "://" in s else session.study.base_dir / s for s in section.warm_start],
             on_trial=lambda trial: bar.update(line, completed=trial.number + 1),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
@@ -131,6 +132,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             "recommended": _trial_summary(best),
             "finalists": finalists,
             "performance_model": model,
+            "warm_start": result.prior.studies if result.prior else None,
             "files": [str(file) for file in files],
         }
         print_json({**_summary(allocation), **outcome})
@@ -152,6 +154,8 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
     if session.study.search.sampler == "performance-model":
         print_line(f"performance model: {_model_line(result)}")
+    if result.prior is not None:
+        print_line(f"warm start: {result.prior}")
 
 
 def _model_line(result: SearchResult) -> str:

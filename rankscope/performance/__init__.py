@@ -3,6 +3,18 @@
 from rankscope.performance.features import RankFeatures, rank_features
 from rankscope.performance.model import PerformanceModel
 from rankscope.performance.regression import HierarchicalRegressor
+from rankscope.performance.transfer import MIN_TRIALS, EarlierStudy, Prior, learn_prior
 from rankscope.performance.validation import Validation, validate
 
-__all__ = ["HierarchicalRegressor", "PerformanceModel", "RankFeatures", "Validation", "rank_features", "validate"]
+__all__ = [
+    "MIN_TRIALS",
+    "EarlierStudy",
+    "HierarchicalRegressor",
+    "PerformanceModel",
+    "Prior",
+    "RankFeatures",
+    "Validation",
+    "learn_prior",
+    "rank_features",
+    "validate",
+]

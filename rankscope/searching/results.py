@@ -12,7 +12,7 @@ import pandas as pd
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
-from rankscope.performance import PerformanceModel, Validation
+from rankscope.performance import PerformanceModel, Prior, Validation
 from rankscope.searching.confirmation import Finalist, recommend
 from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.targets import TargetModule
@@ -29,6 +29,7 @@ class SearchResult:
         finalists: What was trained again on fresh seeds; empty where nothing was.
         model: The performance model on all trials; None for other samplers, and with too few trials.
         validation: How well the model predicts trials it has not seen; None where there are too few.
+        prior: What earlier studies gave the model; None without a warm start.
     """
 
     study: optuna.Study
@@ -37,6 +38,7 @@ class SearchResult:
     finalists: tuple[Finalist, ...] = ()
     model: PerformanceModel | None = None
     validation: Validation | None = None
+    prior: Prior | None = None
 
     @property
     def trials(self) -> list[Trial]:

@@ -31,6 +31,7 @@ from rankscope.searching.trials import (
     completed,
     read_trial,
 )
+from rankscope.searching.warm_start import Source, settle_prior
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
@@ -63,6 +64,7 @@ def search(
     min_rank: Bound = 0,
     max_rank: Bound = None,
     pruner: optuna.pruners.BasePruner | None = None,
+    warm_start: Sequence[Source] = (),
     on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
     on_confirm: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -94,11 +96,15 @@ def search(
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
         pruner: Stops bad trials early, where `training.evaluate_every` is set; default: none is stopped.
+        warm_start: Databases of earlier searches, of other tasks and models too: paths of SQLite files, or storages as Optuna
+            takes them. All their studies give the performance model its prior, and it proposes from the third trial on.
+            A study keeps the prior that it was started with.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
     Raises:
-        StudyError: The storage holds trials of another task, budget or schedule, or every trial failed.
+        StudyError: The storage holds trials of another task, budget or schedule, every trial failed, or nothing can be learnt
+            from a study of `warm_start`.
         BudgetError: Nothing feasible.
         ProfileError: The profile does not cover the targets.
 
@@ -136,7 +142,8 @@ def search(
         pruner=pruner or optuna.pruners.NopPruner(),
         about=_about(task, space, training, rates, n_seeds, profile),
     )
-    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
+    prior = settle_prior(study, space, warm_start, storage)
+    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)), prior)
     fail_orphans(study)
     objective = Objective(task=task, space=space, training=training, learning_rates=rates, seeds=range(n_seeds))
 
@@ -166,7 +173,7 @@ def search(
     if n_confirm:
         chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothed)
         finalists = confirm(study, task, chosen, training, n_seeds=n_confirm, on_run=on_confirm)
-    return SearchResult(study, targets, task.metric, finalists, model, validation)
+    return SearchResult(study, targets, task.metric, finalists, model, validation, prior)
 
 
 def _enqueue_posterior_mean(study: optuna.Study) -> None:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import allocate_marginal
-from rankscope.performance import PerformanceModel, Validation, rank_features, validate
+from rankscope.performance import PerformanceModel, Prior, Validation, rank_features, validate
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.space import HierarchicalSpace
@@ -36,8 +36,10 @@ class PerformanceModelSampler(BaseSampler):
 
     Args:
         space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
-        n_startup_trials: Completed trials before the model proposes; before, tilts are drawn around one-shot.
+        n_startup_trials: Completed trials before the model proposes; before, tilts are drawn around one-shot. None: 8, or 2
+            with a prior.
         seed: Of the draws.
+        prior: What earlier studies say; see `rankscope.performance.learn_prior`.
 
     >>> from rankscope.budget import ParameterBudget
     >>> from rankscope.targets import TargetModule
@@ -58,15 +60,16 @@ class PerformanceModelSampler(BaseSampler):
         self,
         space: HierarchicalSpace,
         *,
-        n_startup_trials: int = START_TRIALS,
+        n_startup_trials: int | None = None,
         seed: int | None = None,
+        prior: Prior | None = None,
     ) -> None:
         self.space = space
-        self.n_startup_trials = max(2, n_startup_trials)
+        self.n_startup_trials = max(2, n_startup_trials or (START_TRIALS if prior is None else 2))
         features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed)
-        self._model = PerformanceModel(features)
+        self._model = PerformanceModel(features, prior=prior)
         self._one_shot = space.allocation(space.point(tau=1.0))
         self._seen: dict[int, tuple[int, ...]] = {}
         self._proposals: dict[int, tuple[RankAllocation, Any]] = {}

@@ -43,9 +43,9 @@ def open_study(
         study = optuna.create_study(
             study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
         )
-    except (ValueError, RuntimeError, optuna.exceptions.OptunaError, _database_error()) as error:
+    except database_errors() as error:
         raise StudyError(
-            f"`storage` must be a database that Optuna can open, but {storage!r} is not: {_first_line(error)}"
+            f"`storage` must be a database that Optuna can open, but {storage!r} is not: {first_line(error)}"
         ) from None
     stored = study.user_attrs.get(STUDY_KEY)
     if stored is None:
@@ -92,11 +92,13 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _database_error() -> type[Exception]:
+def database_errors() -> tuple[type[Exception], ...]:
+    """What Optuna raises where it cannot open a storage."""
     from sqlalchemy.exc import SQLAlchemyError
 
-    return SQLAlchemyError
+    return ValueError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of an error's message; its type where it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

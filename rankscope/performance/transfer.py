@@ -7,8 +7,7 @@ task never seen is then expected at the posterior mean of m_j, within sqrt(Var m
 of Higgins, Thompson, Spiegelhalter 2009, sec. 5). One earlier task cannot tell m from d: the regression's prior shares what
 it says between them. Studies of one task, as at several budgets, share their d: they do not count as several tasks.
 
-The shared unit of a coefficient is standard deviations of the metric within its study, for one standard deviation of the
-column over reference allocations of the study's budget.
+The shared unit of a coefficient is standard deviations of the metric within its study, for one `RankFeatures.unit` of the column.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.preprocessing import PowerTransformer
 
-from rankscope.budget import ParameterBudget, allocate_proportional
 from rankscope.exceptions import PerformanceModelError
 from rankscope.performance.features import RankFeatures
 from rankscope.performance.regression import HierarchicalRegressor
@@ -34,7 +32,6 @@ Ints = NDArray[np.int64]
 TRANSFERABLE = ("profile", "model", "tower", "group", "role")  # levels whose names mean the same in every study
 PROFILE_MEAN = 0.3  # standard deviations of the metric that one of a profile term's is expected to bring
 PROFILE_SHARE = 10.0  # how much more than of another level the prior expects of the profile's terms
-REFERENCES = 64  # allocations that give a column its unit
 MIN_TRIALS = 10  # of a study; fewer say nothing of a dozen coefficients
 
 
@@ -78,14 +75,13 @@ class Prior:
 
         A block group is known only where it is a third by depth, as those of the earlier studies are.
         """
-        unit = reference_spread(features)
+        unit = np.where(features.unit > 0, features.unit, np.nan)
         known = [name in self.means and has for name, has in zip(features.names, transferable(features), strict=True)]
         means, deviations = (
             np.array([values[n] if k else np.nan for n, k in zip(features.names, known, strict=True)], dtype=np.float64)
             for values in (self.means, self.deviations)
         )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(unit > 0, means / unit, np.nan), np.where(unit > 0, deviations / unit, np.nan)
+        return means / unit, deviations / unit
 
     def predict(self, features: RankFeatures, ranks: Ints) -> Floats:
         """The expected metric without a trial, (n,), in standard deviations from uniform's; it ranks allocations."""
@@ -128,24 +124,6 @@ def learn_prior(studies: Sequence[EarlierStudy]) -> Prior:
     )
 
 
-def reference_spread(features: RankFeatures) -> Floats:
-    """Standard deviation of each column over reference allocations of the same budget, (n_features,).
-
-    They give each module a share of the parameters drawn from the flat Dirichlet distribution.
-    """
-    costs = np.array([target.rank_cost for target in features.targets])
-    budget = ParameterBudget(int(features.reference @ costs))
-    names = [target.name for target in features.targets]
-    draws = np.random.default_rng(0).gamma(1.0, size=(REFERENCES, len(names)))
-    shares = np.maximum(draws, np.finfo(np.float64).tiny) / costs
-    ranks = [
-        allocate_proportional(features.targets, dict(zip(names, row.tolist(), strict=True)), budget).vector
-        for row in shares
-    ]
-    spread: Floats = features.transform(ranks).std(axis=0)
-    return np.where(spread > 1e-9 * spread.max(), spread, 0.0)
-
-
 def transferable(features: RankFeatures) -> list[bool]:
     """Whether each column means the same in other studies."""
     depth = group_by_depth(features.targets)
@@ -171,7 +149,7 @@ class _Column(NamedTuple):
 
 def _columns(study: EarlierStudy, index: int) -> dict[_Column, Floats]:
     """A study's columns in the shared unit: those shared by all tasks, the task's own, and the study's offsets, (n,) each."""
-    unit = reference_spread(study.features)
+    unit = study.features.unit
     rows = study.features.transform(study.ranks)
     scaled = np.divide(rows, unit, out=np.zeros_like(rows), where=unit > 0)
     found = {_Column(study.task, "intercept", f"{index}"): np.ones(len(rows))}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,6 @@ from scipy.stats import kendalltau
 import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.performance import EarlierStudy, PerformanceModel, Prior, RankFeatures, learn_prior, rank_features
-from rankscope.performance.transfer import reference_spread
 
 TABLES = {
     "digits-shift, rank 1": ("digits-shift", 1, 84),
@@ -90,7 +90,7 @@ def judge(name: str, draw: int) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")
     rng = np.random.default_rng(draw)
     table = load(name)
-    features = features_of(table)
+    features = features_of(name)
     truth = table.test if np.isfinite(table.test).all() else table.validation.mean(axis=1)
     measured = table.validation[:, rng.integers(table.validation.shape[1])]
     order = np.append([0, 1], 2 + rng.permutation(len(truth) - 2))  # a search measures uniform and one-shot first
@@ -101,10 +101,8 @@ def judge(name: str, draw: int) -> list[dict[str, Any]]:
         tau = float(np.nan_to_num(kendalltau(predicted, truth[of])[0]))
         rows.append({"table": name, "predictor": predictor, "trials": n, "tau": tau})
 
-    columns = features.transform(table.ranks) / np.where(
-        reference_spread(features) > 0, reference_spread(features), 1.0
-    )
-    norm, energy = (columns[:, features.names.index(f"profile/{term}")] for term in ("norm", "energy"))
+    places = [features.names.index(f"profile/{term}") for term in ("norm", "energy")]
+    norm, energy = (features.transform(table.ranks)[:, places] / features.unit[places]).T
     everything = np.arange(len(truth))
     add("profile alone", 0, norm, everything)
     add(COLD, 0, norm + energy, everything)
@@ -141,7 +139,7 @@ def study_of(name: str, rng: np.random.Generator) -> EarlierStudy:
     return EarlierStudy(
         name=name,
         task=TABLES[name][0],
-        features=features_of(table),
+        features=features_of(name),
         ranks=table.ranks[rows],
         metric=table.validation[rows, 0],
         conditions=[None] * len(rows),
@@ -159,7 +157,7 @@ def search(name: str, method: str, seed: int) -> dict[str, Any]:
     space = table.space
     start = space.allocation(space.point(tau=1.0))
     if prior is not None:
-        features = features_of(table)
+        features = features_of(name)
         gains = features.gains(np.nan_to_num(prior.coefficients(features)[0]))
         start = allocate_marginal(space.targets, gains, space.budget)
     found: dict[Any, Any] = {"table": name, "method": method, 0: regret(table, start)}
@@ -181,14 +179,16 @@ def regret(table: RankBench, allocation: rs.RankAllocation) -> float:
     return table.regret(table.realise(np.array(allocation.vector)))
 
 
+@cache
 def load(name: str) -> RankBench:
-    """A table by its name here."""
+    """A table by its name here, read once a process."""
     return RankBench(*TABLES[name])
 
 
-def features_of(table: RankBench) -> RankFeatures:
-    """Those that a search on the table would use."""
-    space = table.space
+@cache
+def features_of(name: str) -> RankFeatures:
+    """Those that a search on a table would use."""
+    space = load(name).space
     return rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
 
 

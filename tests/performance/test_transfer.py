@@ -8,7 +8,7 @@ import pytest
 import rankscope as rs
 from rankscope.exceptions import PerformanceModelError
 from rankscope.performance import EarlierStudy, PerformanceModel, RankFeatures, learn_prior, rank_features
-from rankscope.performance.transfer import reference_spread, transferable
+from rankscope.performance.transfer import transferable
 from rankscope.space import group_by_depth
 from rankscope.targets import TargetModule
 
@@ -51,7 +51,7 @@ def study(
     """Trials whose metric is what the model says: coefficients in shared units, a scatter of its own, and noise."""
     features = features_of(**{"n_blocks": 4 + seed % 3, "width": 16 + 4 * (seed % 2), "seed": seed, **model})
     rng = np.random.default_rng(seed)
-    unit, ranks = reference_spread(features), ranks_of(features, n, seed)
+    unit, ranks = features.unit, ranks_of(features, n, seed)
     truth = np.array([worth.get(name, 0.0) for name in features.names])
     truth += rng.normal(0.0, scatter, len(truth)) * transferable(features)
     value = features.transform(ranks) @ np.divide(truth, unit, out=np.zeros_like(unit), where=unit > 0)

@@ -18,7 +18,7 @@ from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
-from rankscope.searching import START_TRIALS, SearchResult, Trial, search
+from rankscope.searching import START_TRIALS, WARM_START_TRIALS, SearchResult, Trial, search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
@@ -161,7 +161,8 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
 def _model_line(result: SearchResult) -> str:
     """What the performance model was good for, and what so many trials can give at all."""
     if result.model is None:
-        return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
+        needed = START_TRIALS if result.prior is None else WARM_START_TRIALS
+        return f"no proposal yet; it needs {needed} trials whose metrics differ"
     scores = str(result.validation) if result.validation else "too few different allocations to validate it"
     if len(result.trials) < FEW_TRIALS:
         scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"

@@ -26,6 +26,7 @@ from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.space import HierarchicalSpace
 
 START_TRIALS = 8
+WARM_START_TRIALS = 2  # with a prior from earlier studies
 DRAWS = 10  # until one is an allocation that was not tried yet
 
 
@@ -65,7 +66,7 @@ class PerformanceModelSampler(BaseSampler):
         prior: Prior | None = None,
     ) -> None:
         self.space = space
-        self.n_startup_trials = max(2, n_startup_trials or (START_TRIALS if prior is None else 2))
+        self.n_startup_trials = max(2, n_startup_trials or (START_TRIALS if prior is None else WARM_START_TRIALS))
         features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed)

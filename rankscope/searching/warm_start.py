@@ -69,7 +69,7 @@ def settle_prior(
 
 
 def describe_space(space: HierarchicalSpace) -> dict[str, Any]:
-    """What `read_earlier` needs of a space, as JSON values; some 300 bytes a module."""
+    """What `read_earlier` needs of a space, as JSON values; some 800 bytes a module."""
     return {
         "schema": SCHEMA,
         "budget": space.budget.limit,

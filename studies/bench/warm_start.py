@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -179,17 +178,23 @@ def regret(table: RankBench, allocation: rs.RankAllocation) -> float:
     return table.regret(table.realise(np.array(allocation.vector)))
 
 
-@cache
+_loaded: dict[str, tuple[RankBench, RankFeatures]] = {}
+
+
 def load(name: str) -> RankBench:
     """A table by its name here, read once a process."""
-    return RankBench(*TABLES[name])
+    if name not in _loaded:
+        table = RankBench(*TABLES[name])
+        space = table.space
+        features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
+        _loaded[name] = table, features
+    return _loaded[name][0]
 
 
-@cache
 def features_of(name: str) -> RankFeatures:
     """Those that a search on a table would use."""
-    space = load(name).space
-    return rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
+    load(name)
+    return _loaded[name][1]
 
 
 def encoder(name: str) -> str:

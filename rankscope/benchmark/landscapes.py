@@ -44,7 +44,8 @@ class Landscape(Protocol):
 class RankBench:
     """One task and budget of data/rankbench: allocations that were trained once, and are the only ones there are.
 
-    Measurements are validation metrics, seed by seed; regret is of the test metric's mean over seeds.
+    Measurements are validation metrics, seed by seed; regret is of the test metric's mean over seeds, or of the validation
+    metric's where no test split was read.
 
     Args:
         task: Name of the table.
@@ -54,25 +55,26 @@ class RankBench:
     Attributes:
         ranks: (n, n_modules).
         validation: (n, n_seeds).
-        test: Mean over seeds, (n,).
+        truth: What regret is of, (n,).
 
     Raises:
-        BenchmarkError: The table holds no such runs, or no test metric of them.
+        BenchmarkError: The table holds no such runs.
     """
 
     def __init__(self, task: str, rank: int, steps: int) -> None:
         folder = data_folder("rankbench")
         frame = pd.read_parquet(folder / f"{task}.parquet")
         frame = frame[(frame["rank"] == rank) & (frame["steps"] == steps)]
-        if frame.empty or frame["test"].isna().any():
+        if frame.empty:
             raise BenchmarkError(
-                f"RankBench must hold tested runs of {task} at rank {rank} and {steps} steps, but has none; "
+                f"RankBench must hold runs of {task} at rank {rank} and {steps} steps, but has none; "
                 "see data/rankbench/README.md."
             )
         first = frame.drop_duplicates("number").set_index("number").sort_index()
         self.ranks: Ints = np.array(first["ranks"].tolist(), dtype=np.int64)
         self.validation = frame.pivot(index="number", columns="seed", values="validation").to_numpy()
-        self.test = frame.pivot(index="number", columns="seed", values="test").mean(axis=1).to_numpy()
+        judged = "validation" if frame["test"].isna().any() else "test"
+        self.truth = frame.pivot(index="number", columns="seed", values=judged).mean(axis=1).to_numpy()
         profile = read_profile(folder / f"{task}.profile.parquet")
         self._row = {tuple(row): i for i, row in enumerate(self.ranks.tolist())}
         self._uniform = self._row[(rank,) * self.ranks.shape[1]]
@@ -90,8 +92,8 @@ class RankBench:
 
     def regret(self, ranks: Ints) -> float:
         """See `Landscape`."""
-        best = self.test.max()
-        return float((best - self.test[self._row[tuple(ranks.tolist())]]) / (best - self.test[self._uniform]))
+        best = self.truth.max()
+        return float((best - self.truth[self._row[tuple(ranks.tolist())]]) / (best - self.truth[self._uniform]))
 
 
 class Synthetic:

@@ -117,6 +117,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
             pruner=section.pruner,
+            warm_start=[s if "://" in s else session.study.base_dir / s for s in section.warm_start],
             on_trial=lambda trial: bar.update(line, completed=(trial.number + 1) * section.seeds),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from rankscope.cli.output import print_line, print_table
-from rankscope.searching import START_TRIALS, Finalist, SearchResult, Trial
+from rankscope.searching import START_TRIALS, WARM_START_TRIALS, Finalist, SearchResult, Trial
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 
@@ -37,6 +37,8 @@ def print_search(result: SearchResult, *, modelled: bool) -> None:
         print_line(f"fidelity: {agreement}")
     if modelled:
         print_line(f"performance model: {_model_line(result)}")
+    if result.prior is not None:
+        print_line(f"warm start: {result.prior}")
 
 
 def search_summary(result: SearchResult) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def search_summary(result: SearchResult) -> dict[str, Any]:
         "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
         "unconfirmed": result.unconfirmed,
         "performance_model": asdict(result.validation) if result.validation else None,
+        "warm_start": result.prior.studies if result.prior else None,
         "trials": len(result.trials),
         "confirming_runs": result.confirming_runs,
         "steps": result.steps,
@@ -91,7 +94,8 @@ def _verdict(result: SearchResult) -> str:
 def _model_line(result: SearchResult) -> str:
     """What the performance model was good for, and what so many trials can give at all."""
     if result.model is None:
-        return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
+        needed = START_TRIALS if result.prior is None else WARM_START_TRIALS
+        return f"no proposal yet; it needs {needed} trials whose metrics differ"
     scores = str(result.validation) if result.validation else "too few different allocations to validate it"
     if len(result.trials) < FEW_TRIALS:
         scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"

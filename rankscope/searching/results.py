@@ -12,7 +12,7 @@ import pandas as pd
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
-from rankscope.performance import PerformanceModel, Validation
+from rankscope.performance import PerformanceModel, Prior, Validation
 from rankscope.searching.confirmation import confirmed_keys
 from rankscope.searching.fidelity import Agreement, agreement_on_the_way, agreement_when_confirmed
 from rankscope.searching.finalists import Finalist, recommend
@@ -34,6 +34,7 @@ class SearchResult:
         validation: How well the model predicts trials it has not seen; None where there are too few.
         belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds do.
         unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
+        prior: What earlier studies gave the model; None without a warm start.
     """
 
     study: optuna.Study
@@ -44,6 +45,7 @@ class SearchResult:
     validation: Validation | None = None
     belief: PerformanceModel | None = None
     unconfirmed: str | None = None
+    prior: Prior | None = None
 
     @property
     def trials(self) -> list[Trial]:

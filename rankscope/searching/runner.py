@@ -24,6 +24,7 @@ from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.samplers import SamplerName, make_sampler
 from rankscope.searching.study import fail_orphans, open_study
 from rankscope.searching.trials import UNIFORM, Trial, completed, read_trial
+from rankscope.searching.warm_start import Source, settle_prior
 from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
@@ -56,6 +57,7 @@ def search(
     min_rank: Bound = 0,
     max_rank: Bound = None,
     pruner: PrunerName | optuna.pruners.BasePruner = "none",
+    warm_start: Sequence[Source] = (),
     on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
     on_confirm: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
@@ -95,12 +97,15 @@ def search(
         max_rank: The greatest rank, for all modules or by name; None: full rank.
         pruner: Stops bad trials early: `"median"` and `"hyperband"` where `training.evaluate_every` is set, `"wilcoxon"` with
             five seeds or more; `"none"`; or a pruner of your own. The performance model learns from pruned trials too.
+        warm_start: Databases of earlier searches, of other tasks and models too: paths of SQLite files, or storages as Optuna
+            takes them. All their studies give the performance model its prior, and it proposes from the third trial on.
+            A study keeps the prior that it was started with.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
     Raises:
-        StudyError: The storage holds trials of another task, budget or schedule, every trial failed, or an argument is out
-            of its range.
+        StudyError: The storage holds trials of another task, budget or schedule, every trial failed, nothing can be learnt
+            from a study of `warm_start`, or an argument is out of its range.
         BudgetError: Nothing feasible.
         ProfileError: The profile does not cover the targets.
 
@@ -140,7 +145,8 @@ def search(
         pruner=make_pruner(pruner, short, n_seeds),
         about=_about(task, space, training, short.steps, rates, n_seeds, profile),
     )
-    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
+    prior = settle_prior(study, space, warm_start, storage)
+    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)), prior)
     fail_orphans(study)
     objective = Objective(task=task, space=space, training=short, learning_rates=rates, seeds=range(n_seeds))
 
@@ -161,7 +167,7 @@ def search(
     finalists, unconfirmed = confirm(study, task, chosen, training, n_runs=confirming, on_run=on_confirm)
     if unconfirmed and confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)
-    return SearchResult(study, targets, task.metric, finalists, model, validation, belief, unconfirmed)
+    return SearchResult(study, targets, task.metric, finalists, model, validation, belief, unconfirmed, prior)
 
 
 def _shortened(training: TrainingConfig, fidelity: float) -> TrainingConfig:

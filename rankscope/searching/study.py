@@ -40,7 +40,7 @@ def open_study(
     """
     if isinstance(storage, str) and (file := _sqlite_file(storage)):
         file.parent.mkdir(parents=True, exist_ok=True)
-    with _storage_errors(storage):
+    with storage_errors(_unopened(storage)):
         study = optuna.create_study(
             study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
         )
@@ -71,7 +71,7 @@ def find_storage(url: str) -> optuna.storages.RDBStorage:
         raise StudyError(
             f"`storage` must hold an earlier search, but there is no file `{file}`; run `rankscope search` first."
         )
-    with _storage_errors(url):
+    with storage_errors(_unopened(url)):
         return optuna.storages.RDBStorage(url, skip_table_creation=True)
 
 
@@ -82,7 +82,7 @@ def load_study(*, name: str, storage: optuna.storages.BaseStorage) -> optuna.Stu
         StudyError: There is none of this name, or rankscope did not make it.
     """
     try:
-        with _storage_errors(storage):
+        with storage_errors(_unopened(storage)):
             study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         known = ", ".join(optuna.get_all_study_names(storage)) or "none"
@@ -129,16 +129,18 @@ def _sqlite_file(url: str) -> Path | None:
 
 
 @contextmanager
-def _storage_errors(storage: str | optuna.storages.BaseStorage | None) -> Iterator[None]:
-    """Says in one line why Optuna cannot open a storage."""
+def storage_errors(said: str) -> Iterator[None]:
+    """Says in one line, after `said`, why Optuna cannot open a storage."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (ValueError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-        raise StudyError(
-            f"`storage` must be a database that Optuna can open, but {storage!r} is not: {_first_line(error)}"
-        ) from None
+        raise StudyError(f"{said}: {_first_line(error)}") from None
+
+
+def _unopened(storage: object) -> str:
+    return f"`storage` must be a database that Optuna can open, but {storage!r} is not"
 
 
 def _first_line(error: Exception) -> str:

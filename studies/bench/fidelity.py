@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from _harness import Claim, run_benchmark
-from _landscapes import RANKBENCH
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from rankscope.searching.noise import residual_variance
+from rankscope.tasks.folders import data_folder
 
 Floats = NDArray[np.float64]
 PAIRS = (
@@ -57,7 +57,7 @@ class Pair:
 
 def read_pair(task: str, rank: int, short: int, full: int) -> Pair:
     """From RankBench's table: the allocations that were trained at both lengths."""
-    table = pd.read_parquet(RANKBENCH / f"{task}.parquet")
+    table = pd.read_parquet(data_folder("rankbench") / f"{task}.parquet")
     runs = table[(table["rank"] == rank)].set_index(["steps", "number", "seed"]).sort_index()
     early = runs.loc[short]["validation"].unstack("seed")[0]
     late = runs.loc[full]["validation"].unstack("seed")[0]

@@ -79,7 +79,7 @@ def judge(name: str, draw: int, quick: bool) -> dict[tuple[Any, ...], float]:
         train, test = order[:n], order[n:]
 
         def tau(predicted: np.ndarray, test: np.ndarray = test) -> float:
-            return float(np.nan_to_num(kendalltau(predicted, table.test[test])[0]))
+            return float(np.nan_to_num(kendalltau(predicted, table.truth[test])[0]))
 
         sets = {"": features} if quick else {"": features, **subsets(features)}
         for label, columns in sets.items():

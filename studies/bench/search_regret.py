@@ -4,8 +4,8 @@
 
 Every method gets the same one-shot gains and the same start, uniform and one-shot, and spends the last quarter of its trials on
 confirming five finalists (`rankscope.benchmark.regret`); regret is 1 for uniform and 0 for the optimum. 20 seeds, medians.
-`rankscope bench search` shows the same in small. Two processes, one thread each; about 20 minutes. Searches that are done are kept
-in `.cache/search_regret.jsonl`, by the sources that they measure, so an interrupted run goes on. It also draws
+`rankscope bench search` shows the same in small. Two processes, one thread each; about 20 minutes. Searches that are done are
+kept in `.cache/search_regret.jsonl`, by the sources that they measure, so an interrupted run goes on. It also draws
 `search_regret.png` beside the result. `--quick`: ours, TPE and random on the tilts, one synthetic landscape, 5 seeds.
 """
 

@@ -23,7 +23,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def run(digits: Task, profile: rs.Profile, rank: int, storage: str | None, **options) -> rs.SearchResult:
     budget = rs.ParameterBudget.uniform(profile.targets, rank)
-    arguments = {"n_trials": 4, "training": SHORT, "n_confirm": 0, "study_name": "later", **options}
+    arguments = {"n_trials": 4, "training": SHORT, "confirm_fraction": 0.0, "study_name": "later", **options}
     return search(digits, budget=budget, profile=profile, storage=storage, **arguments)
 
 

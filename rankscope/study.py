@@ -97,6 +97,8 @@ class SearchSection(_Section):
     groups: int = Field(3, gt=0)
     storage: str | None = None
     pruner: Literal["none", "median", "hyperband"] = "none"
+    evaluator: Literal["stand-alone", "shared"] = "stand-alone"
+    judged: int = Field(200, gt=0)
 
 
 class Study(_Section):

@@ -17,10 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from torch import nn
 
 from rankscope.allocation import RankAllocation
-from rankscope.exceptions import AllocationError
+from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import replacing
 from rankscope.targets import TargetModule, find_targets
 
@@ -165,6 +166,20 @@ def apply_allocation(model: nn.Module, allocation: RankAllocation, **peft_kwargs
             "`allocation` must become exactly its ranks in PEFT, but PEFT built others; please report this."
         )
     return peft_model
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """Wraps `model` (in place) with the adapter that `PeftModel.save_pretrained` left in a folder, trained modules included.
+
+    Raises:
+        FileFormatError: The folder does not hold an adapter of this model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise FileFormatError(
+            f"`{folder}` must hold an adapter of this model, but cannot be loaded ({str(error).splitlines()[0]}); delete it."
+        ) from None
 
 
 def count_adapter_parameters(model: nn.Module) -> int:

@@ -109,6 +109,9 @@ def search_command(
         str | None,
         typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
     ] = None,
+    evaluator: Annotated[
+        str | None, typer.Option(help="Overrides `search.evaluator`: stand-alone or shared (one nested super-adapter).")
+    ] = None,
     storage: Annotated[str | None, typer.Option(help="Overrides `search.storage`: as Optuna takes it.")] = None,
     uniform_rank: UniformRank = None,
     parameters: Parameters = None,
@@ -122,6 +125,7 @@ def search_command(
     overrides = {
         "search.trials": trials,
         "search.sampler": sampler,
+        "search.evaluator": evaluator,
         "search.storage": storage,
         "budget.uniform_rank": uniform_rank,
         "budget.parameters": parameters,

@@ -109,7 +109,13 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
             pruner=_pruner(section.pruner),
-            on_trial=lambda trial: bar.update(line, completed=trial.number + 1),
+            evaluator=section.evaluator,
+            n_judged=section.judged,
+            shared_folder=session.out / "shared-adapter",
+            on_trial=lambda trial: bar.update(
+                line, description="searching", completed=trial.number + 1, total=section.trials
+            ),
+            on_judged=lambda done, total: bar.update(line, description="judging", completed=done, total=total),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial
@@ -131,6 +137,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             "recommended": _trial_summary(best),
             "finalists": finalists,
             "performance_model": model,
+            "shared_evaluator": asdict(result.screening) if result.screening else None,
             "files": [str(file) for file in files],
         }
         print_json({**_summary(allocation), **outcome})
@@ -152,6 +159,8 @@ def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
     print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
     if session.study.search.sampler == "performance-model":
         print_line(f"performance model: {_model_line(result)}")
+    if result.screening is not None:
+        print_line(f"shared evaluator: {result.screening}")
 
 
 def _model_line(result: SearchResult) -> str:
@@ -287,7 +296,7 @@ def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
 
 
 def _trial_row(trial: Trial, best: Trial, metric: float, difference: float | None) -> tuple[str, ...]:
-    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
+    name = f"trial {trial.number}" if trial.origin in ("sampler", "screened") else trial.origin
     return (
         f"{name} *" if trial.number == best.number else name,
         f"{trial.allocation.parameters:,}",

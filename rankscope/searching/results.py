@@ -14,6 +14,7 @@ from rankscope.exceptions import StudyError
 from rankscope.files import replacing
 from rankscope.performance import PerformanceModel, Validation
 from rankscope.searching.confirmation import Finalist, recommend
+from rankscope.searching.screening import Screening
 from rankscope.searching.trials import Trial, completed, read_trial
 from rankscope.targets import TargetModule
 
@@ -29,6 +30,7 @@ class SearchResult:
         finalists: What was trained again on fresh seeds; empty where nothing was.
         model: The performance model on all trials; None for other samplers, and with too few trials.
         validation: How well the model predicts trials it has not seen; None where there are too few.
+        screening: What came of the shared evaluator; None where the search had none, or did not come so far.
     """
 
     study: optuna.Study
@@ -37,6 +39,7 @@ class SearchResult:
     finalists: tuple[Finalist, ...] = ()
     model: PerformanceModel | None = None
     validation: Validation | None = None
+    screening: Screening | None = None
 
     @property
     def trials(self) -> list[Trial]:

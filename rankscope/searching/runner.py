@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -20,6 +21,7 @@ from rankscope.searching.objective import Objective
 from rankscope.searching.results import SearchResult
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.samplers import SamplerName, make_sampler
+from rankscope.searching.screening import CHECK_TRIALS, N_PROMOTED, SHARED, EvaluatorName, Screener
 from rankscope.searching.study import fail_orphans, open_study, signature
 from rankscope.searching.trials import (
     LEARNING_RATE,
@@ -63,7 +65,11 @@ def search(
     min_rank: Bound = 0,
     max_rank: Bound = None,
     pruner: optuna.pruners.BasePruner | None = None,
+    evaluator: EvaluatorName = "stand-alone",
+    n_judged: int = 200,
+    shared_folder: str | os.PathLike[str] | None = None,
     on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
+    on_judged: Callable[[int, int], None] | None = None,
     on_confirm: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
     """Searches for the allocation with the best validation metric under a budget.
@@ -94,7 +100,14 @@ def search(
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
         pruner: Stops bad trials early, where `training.evaluate_every` is set; default: none is stopped.
+        evaluator: `"stand-alone"` trains every allocation. `"shared"` also trains one nested super-adapter, for four times a
+            trial's steps, that judges an allocation by a validation pass. It is compared with the first ten stand-alone trials;
+            if Kendall's tau is at least 0.5 it judges `n_judged` more allocations, and the best five of these are trained
+            as trials. Else the search goes on without it, and says so. Only trained trials are ever recommended.
+        n_judged: Allocations that the shared evaluator judges, if it is trusted.
+        shared_folder: Where the super-adapter is kept; None: in memory, so that an interrupted search trains it again.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
+        on_judged: Called after each allocation that the shared evaluator judges, with their number and how many in all.
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
     Raises:
@@ -115,6 +128,7 @@ def search(
     >>> result.best_allocation.parameters <= budget.limit
     True
     """
+    _check_evaluator(evaluator, n_trials, n_judged)
     training = training or TrainingConfig()
     rates = tuple(learning_rates or (training.learning_rate,))
     targets = tuple(targets) if targets is not None else profile.targets
@@ -129,12 +143,13 @@ def search(
     )
     space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
     name = study_name or task.name
+    about = _about(task, space, training, rates, n_seeds, profile)
     study = open_study(
         name=name,
         storage=storage,
         sampler=optuna.samplers.RandomSampler(seed),
         pruner=pruner or optuna.pruners.NopPruner(),
-        about=_about(task, space, training, rates, n_seeds, profile),
+        about=about,
     )
     study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
     fail_orphans(study)
@@ -152,6 +167,29 @@ def search(
         raise StudyError(
             f"study `{name}` must have a trial that completes, but every one failed; lower `learning_rate`."
         )
+
+    def train_another(fixed: dict[str, Any]) -> bool:
+        if not _remaining(study, n_trials):
+            return False
+        study.enqueue_trial(fixed, user_attrs=signature())
+        _optimize(study, objective, 1, report)
+        return True
+
+    screening = None
+    if evaluator == SHARED:
+        screener = Screener(
+            task=task,
+            space=space,
+            training=training,
+            about=about,
+            storage=storage,
+            sampler=sampler if isinstance(sampler, str) else "performance-model",
+            seed=seed,
+            n_judged=n_judged,
+            folder=shared_folder,
+            on_judged=on_judged,
+        )
+        screening = screener.run(study, train_another)
     _optimize(study, objective, _remaining(study, n_trials) - 1, report)
     if _remaining(study, n_trials):
         _enqueue_posterior_mean(study)
@@ -166,7 +204,21 @@ def search(
     if n_confirm:
         chosen = choose_finalists([read_trial(trial, targets) for trial in completed(study)], smoothed)
         finalists = confirm(study, task, chosen, training, n_seeds=n_confirm, on_run=on_confirm)
-    return SearchResult(study, targets, task.metric, finalists, model, validation)
+    return SearchResult(study, targets, task.metric, finalists, model, validation, screening)
+
+
+def _check_evaluator(evaluator: str, n_trials: int, n_judged: int) -> None:
+    if evaluator not in get_args(EvaluatorName):
+        raise StudyError(f"`evaluator` must be 'stand-alone' or 'shared', but got {evaluator!r}.")
+    if evaluator == SHARED and n_trials < CHECK_TRIALS + N_PROMOTED:
+        raise StudyError(
+            f"`n_trials` must be at least {CHECK_TRIALS + N_PROMOTED} for the evaluator 'shared' ({CHECK_TRIALS} to check it, "
+            f"{N_PROMOTED} to train its best), but got {n_trials}; raise it, or use 'stand-alone'."
+        )
+    if n_judged < N_PROMOTED:
+        raise StudyError(
+            f"`n_judged` must be at least {N_PROMOTED} (the best of them are trained), but got {n_judged}."
+        )
 
 
 def _enqueue_posterior_mean(study: optuna.Study) -> None:

@@ -108,11 +108,14 @@ class Screener:
         training = replace(self.training, learning_rate=_uniforms_rate(study, self.training.learning_rate))
         fixed = {LEARNING_RATE: training.learning_rate} if len(self.about["learning_rates"]) > 1 else {}
         shared = functools.cache(functools.partial(self._evaluator, training))
-        if SCREENING_KEY not in study.user_attrs:
+        if SCREENING_KEY in study.user_attrs:
+            found = Screening(**study.user_attrs[SCREENING_KEY])
+        else:
             while len(trained := _trained_at(study, training.learning_rate)) < CHECK_TRIALS and train_another(fixed):
                 pass
-            study.set_user_attr(SCREENING_KEY, asdict(self._check(shared, trained)))
-        found = Screening(**study.user_attrs[SCREENING_KEY])
+            found = self._check(shared, trained)
+            if found.trials >= CHECK_TRIALS:  # with fewer, a longer search asks again
+                study.set_user_attr(SCREENING_KEY, asdict(found))
         if not found.trusted:
             logger.warning("the shared evaluator is not used: %s", found)
             return found
@@ -160,7 +163,7 @@ class Screener:
         )
         judging.sampler = make_sampler(self.sampler, self.space, self.seed + len(judging.get_trials(deepcopy=False)))
         fail_orphans(judging)
-        for done in range(len(completed(judging)), self.n_judged):
+        while (done := len(completed(judging))) < self.n_judged:
             judging.optimize(functools.partial(self._judge, shared), n_trials=1)
             if self.on_judged:
                 self.on_judged(done + 1, self.n_judged)

@@ -10,7 +10,8 @@ ceiling, one stand-alone run against the mean of the others (on supersense, 16 a
 
 How ranks are drawn was chosen on allocations and seeds of their own, by the highest mean tau over both tasks: tilts of one-shot
 with noise on single modules (the default), tilts alone, or the sandwich of largest, uniform and such a draw, in turns.
-`kendall_with_profile` is that of the sum of both ranks. `share_trusted` is how often ten of the allocations, each trained once, give the tau that `rankscope.search` asks for.
+`kendall_with_profile` is that of the sum of both ranks. `share_trusted` is how often ten of the allocations, each trained once,
+give the tau that `rankscope.search` asks for.
 
 About 16 CPU minutes, one process. `--quick`: one super-adapter of digits-shift.
 """

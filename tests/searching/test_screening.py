@@ -150,6 +150,18 @@ def test_an_interrupted_search_goes_on_with_the_kept_adapter(run, tmp_path: Path
     assert again.screening.judged == 12
 
 
+def test_too_few_trials_are_no_verdict_and_a_longer_search_asks_again(run, tmp_path: Path) -> None:
+    options = {
+        "storage": f"sqlite:///{tmp_path}/study.db",
+        "training": rs.TrainingConfig(steps=2, learning_rate=0.01, evaluate_every=1),
+    }
+    nothing_is_that_good = optuna.pruners.ThresholdPruner(lower=100.0)
+    first = run(CountsRanks(), n_trials=15, pruner=nothing_is_that_good, **options)
+    assert first.screening == Screening(kendall=None, trials=2)
+    again = run(CountsRanks(), n_trials=29, **options)
+    assert again.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, judged=12)
+
+
 def test_the_check_is_made_at_uniforms_best_learning_rate(run) -> None:
     result = run(CountsRanks(), learning_rates=[0.001, 0.01], n_trials=20)
     at_rate = [trial for trial in result.trials if trial.learning_rate == 0.001]  # all rates are alike to it: the first

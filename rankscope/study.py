@@ -91,12 +91,13 @@ class SearchSection(_Section):
 
     trials: int = Field(60, gt=0)
     seeds: int = Field(1, gt=0)
-    confirm: int = Field(4, ge=0)
+    confirm_fraction: float = Field(1 / 3, ge=0, lt=1)
+    fidelity: float = Field(1.0, gt=0, le=1)
     sampler: Literal["performance-model", "tpe", "gp", "cma-es", "qmc", "random"] = "performance-model"
     grouping: Literal["depth", "gradient"] = "depth"
     groups: int = Field(3, gt=0)
     storage: str | None = None
-    pruner: Literal["none", "median", "hyperband"] = "none"
+    pruner: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
     evaluator: Literal["stand-alone", "shared"] = "stand-alone"
     judged: int = Field(200, gt=0)
 

@@ -104,7 +104,17 @@ def allocate_command(
 def search_command(
     study: StudyPath,
     out: Out = None,
-    trials: Annotated[int | None, typer.Option(help="Overrides `search.trials`: finished trials in all.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Overrides `search.trials`: trainings in all.")] = None,
+    confirm_fraction: Annotated[
+        float | None,
+        typer.Option(help="Overrides `search.confirm_fraction`: share of the trainings for finalists on fresh seeds."),
+    ] = None,
+    fidelity: Annotated[
+        float | None, typer.Option(help="Overrides `search.fidelity`: share of the steps that a trial takes.")
+    ] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="Overrides `search.pruner`: none, median, hyperband or wilcoxon.")
+    ] = None,
     sampler: Annotated[
         str | None,
         typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
@@ -124,6 +134,9 @@ def search_command(
 
     overrides = {
         "search.trials": trials,
+        "search.confirm_fraction": confirm_fraction,
+        "search.fidelity": fidelity,
+        "search.pruner": pruner,
         "search.sampler": sampler,
         "search.evaluator": evaluator,
         "search.storage": storage,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,17 @@ import pandas as pd
 
 from rankscope.adapters import save_lora_config
 from rankscope.allocation import RankAllocation
+from rankscope.cli.outcome import print_search, search_summary, starts_of
 from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
 from rankscope.cli.session import Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import plot_belief, plot_energy, plot_predictions, plot_ranks, plot_spectra, save_figure
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
-from rankscope.searching import START_TRIALS, SearchResult, Trial, search
+from rankscope.searching import search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
-FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
@@ -99,7 +98,8 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             training=session.study.training.resolve(),
             learning_rates=session.study.training.learning_rate,
             n_seeds=section.seeds,
-            n_confirm=section.confirm,
+            confirm_fraction=section.confirm_fraction,
+            fidelity=section.fidelity,
             storage=section.storage or _sqlite(session.out / "search.db"),
             study_name=session.study.name,
             seed=session.study.seed,
@@ -108,19 +108,19 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             n_groups=section.groups,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
-            pruner=_pruner(section.pruner),
+            pruner=section.pruner,
             evaluator=section.evaluator,
             n_judged=section.judged,
             shared_folder=session.out / "shared-adapter",
             on_trial=lambda trial: bar.update(
-                line, description="searching", completed=trial.number + 1, total=section.trials
+                line, description="searching", completed=(trial.number + 1) * section.seeds, total=section.trials
             ),
             on_judged=lambda done, total: bar.update(line, description="judging", completed=done, total=total),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial
     allocation = best.allocation.renamed("searched") if best.proposed else best.allocation
-    starts = [t.allocation for t in _starts(result)]
+    starts = [t.allocation for t in starts_of(result)]
     files = [
         *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
         result.to_parquet(session.out / "trials.parquet"),
@@ -131,52 +131,10 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             save_figure(plot_belief(result.model), session.out / "belief.png"),
         ]
     if as_json:
-        finalists = [{**_trial_summary(f.trial), "confirmed": dict(f.metrics_by_seed)} for f in result.finalists]
-        model = asdict(result.validation) if result.validation else None
-        outcome = {
-            "recommended": _trial_summary(best),
-            "finalists": finalists,
-            "performance_model": model,
-            "shared_evaluator": asdict(result.screening) if result.screening else None,
-            "files": [str(file) for file in files],
-        }
-        print_json({**_summary(allocation), **outcome})
+        print_json({**_summary(allocation), **search_summary(result), "files": [str(file) for file in files]})
         return
-    _print_search(session, result, best)
+    print_search(result, modelled=section.sampler == "performance-model")
     print_files(files)
-
-
-def _print_search(session: Session, result: SearchResult, best: Trial) -> None:
-    """The table of finalists; without a confirmation, of the start points and the recommended trial."""
-    if result.finalists:
-        seeds = len(result.finalists[0].metrics_by_seed)
-        rows = [_trial_row(f.trial, best, f.metric, f.difference) for f in result.finalists]
-        title = f"{len(result.trials)} trials; finalists on {seeds} fresh validation seeds; * recommended"
-    else:
-        shown = {t.number: t for t in [*_starts(result), best]}
-        rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
-        title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
-    print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
-    if session.study.search.sampler == "performance-model":
-        print_line(f"performance model: {_model_line(result)}")
-    if result.screening is not None:
-        print_line(f"shared evaluator: {result.screening}")
-
-
-def _model_line(result: SearchResult) -> str:
-    """What the performance model was good for, and what so many trials can give at all."""
-    if result.model is None:
-        return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
-    scores = str(result.validation) if result.validation else "too few different allocations to validate it"
-    if len(result.trials) < FEW_TRIALS:
-        scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
-    return scores
-
-
-def _starts(result: SearchResult) -> list[Trial]:
-    """The best trials of uniform and of one-shot, as far as the search has come."""
-    origins = {trial.origin for trial in result.trials}
-    return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
 
 
 def run_train(
@@ -256,16 +214,6 @@ def _sqlite(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
-def _pruner(name: str) -> Any:
-    import optuna
-
-    return {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "hyperband": optuna.pruners.HyperbandPruner,
-    }[name]()
-
-
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
@@ -293,28 +241,6 @@ def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
     adapted = sum(rank > 0 for rank in allocation.vector)
     modules = f"{adapted} of {len(allocation.targets)}"
     return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
-
-
-def _trial_row(trial: Trial, best: Trial, metric: float, difference: float | None) -> tuple[str, ...]:
-    name = f"trial {trial.number}" if trial.origin in ("sampler", "screened") else trial.origin
-    return (
-        f"{name} *" if trial.number == best.number else name,
-        f"{trial.allocation.parameters:,}",
-        f"{trial.learning_rate:g}",
-        f"{metric:.3f}",
-        "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}",
-    )
-
-
-def _trial_summary(trial: Trial) -> dict[str, Any]:
-    return {
-        "trial": trial.number,
-        "origin": trial.origin,
-        "parameters": trial.allocation.parameters,
-        "learning_rate": trial.learning_rate,
-        "metric": trial.metric,
-        "difference": trial.difference,
-    }
 
 
 def _repeats_row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:

@@ -31,6 +31,9 @@ def quiet_libraries() -> None:
     import transformers
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial gets our one line, not its page
+    warnings.filterwarnings(
+        "ignore", category=optuna.exceptions.ExperimentalWarning
+    )  # samplers and pruners asked for by name
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -1,6 +1,6 @@
 """Searching: an Optuna study over the hierarchical space, resumable, paired to uniform, confirmed on fresh seeds."""
 
-from rankscope.searching.confirmation import Finalist
+from rankscope.searching.finalists import Finalist
 from rankscope.searching.results import SearchResult
 from rankscope.searching.runner import search
 from rankscope.searching.sampler import START_TRIALS, PerformanceModelSampler, suggest_allocation

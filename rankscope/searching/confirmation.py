@@ -1,86 +1,53 @@
-"""Confirmation: the finalists of a search, trained again on fresh seeds, so that no lucky trial is recommended."""
+"""Confirmation: the last share of a search's trainings, spent on its finalists on fresh seeds, so that no luck is recommended."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import numpy as np
 import optuna
 
-from rankscope.exceptions import TrainingError
-from rankscope.searching.noise import residual_variance
-from rankscope.searching.trials import POSTERIOR_MEAN, Trial
+from rankscope.exceptions import StudyError, TrainingError
+from rankscope.searching.finalists import N_SAMPLED, Finalist, judge
+from rankscope.searching.trials import Trial
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, train
 
 logger = logging.getLogger(__name__)
 
-CONFIRMATION_KEY = "confirmation"
-_SIMPLICITY = {"uniform": 0, "one-shot": 1}
+CONFIRMATION_KEY = "confirmation"  # of study attributes: one a run, so that processes which share a study lose none
 FIRST_SEED = 500  # trials train on seeds 0, 1, …
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finalist:
-    """An allocation that was trained again on fresh seeds.
+def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tuple[int, int]:
+    """How many trials explore, and how many trainings confirm.
 
-    Attributes:
-        trial: The trial that made it a finalist.
-        metrics_by_seed: Validation metric of each fresh seed.
-        difference: Mean paired difference to the finalist `uniform` on these seeds; None for uniform itself.
-    """
-
-    trial: Trial
-    metrics_by_seed: Mapping[str, float]
-    difference: float | None
-
-    @property
-    def metric(self) -> float:
-        """Mean validation metric over the fresh seeds."""
-        return fmean(self.metrics_by_seed.values())
-
-
-def choose_finalists(
-    trials: Sequence[Trial], smoothed: Callable[[Trial], float] | None = None, n_sampled: int = 3
-) -> list[Trial]:
-    """Uniform, one-shot, and a few different others.
+    Confirming takes as many whole seeds of all finalists (five at most) as fit into its share; what is left explores.
 
     Args:
-        trials: Completed ones.
-        smoothed: The performance model's prediction of a trial's metric; None: no model is to be believed.
-        n_sampled: With a model, the others are the allocation of its posterior mean, the best by its prediction, and the
-            best observed ones; without, the best observed ones only. So many in all.
+        n_trials: Trainings in all.
+        confirm_fraction: The share that confirms.
+        n_seeds: Trainings of an exploring trial.
+
+    Raises:
+        StudyError: There is no room for one trial, or the share is not in [0, 1).
+
+    >>> split_budget(60, 1 / 3), split_budget(60, 1 / 3, n_seeds=2), split_budget(12, 1 / 3)
+    ((40, 20), (20, 20), (12, 0))
     """
-    ranked = sorted((t for t in trials if t.reused is None), key=lambda t: (-t.metric, t.loss, t.number))
-    starts = [next((t for t in ranked if t.origin == origin), None) for origin in ("uniform", "one-shot")]
-    chosen = [t for t in starts if t is not None]
-    others = [t for t in ranked if t.proposed]
-    if smoothed is not None:
-        newest = sorted((t for t in others if t.origin == POSTERIOR_MEAN), key=lambda t: -t.number)[:1]
-        others = [*newest, *sorted(others, key=smoothed, reverse=True)[:1], *others]
-    limit, taken = len(chosen) + n_sampled, {t.allocation for t in chosen}
-    for trial in others:
-        if len(chosen) < limit and trial.allocation not in taken:
-            chosen.append(trial)
-            taken.add(trial.allocation)
-    return chosen
-
-
-def recommend(finalists: Sequence[Finalist]) -> Finalist:
-    """The simplest finalist within one standard error of the best; uniform is simplest, then one-shot.
-
-    The one-standard-error rule (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), with the standard error of a paired difference,
-    pooled over all finalists: what seeds and finalists leave unexplained in a two-way layout. One seed tells nothing of
-    noise; then it is the best.
-    """
-    metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
-    means = metrics.mean(axis=1)
-    error = float(np.sqrt(2.0 * residual_variance(metrics) / metrics.shape[1]))
-    order = sorted(range(len(metrics)), key=lambda i: (_SIMPLICITY.get(finalists[i].trial.origin, 2), -means[i]))
-    return next(finalists[i] for i in order if means[i] >= means.max() - error)
+    if not 0.0 <= confirm_fraction < 1.0:
+        raise StudyError(f"`confirm_fraction` must lie in [0, 1), but got {confirm_fraction:g}.")
+    if n_seeds < 1:
+        raise StudyError(f"`n_seeds` must be at least 1, but got {n_seeds}.")
+    if n_trials < n_seeds:
+        raise StudyError(f"`n_trials` must cover one trial of {n_seeds} seeds, but got {n_trials}; raise it.")
+    share = math.floor(confirm_fraction * n_trials + 1e-9)
+    possible = min(2 + N_SAMPLED, (n_trials - share) // n_seeds)
+    confirming = share - share % possible if possible > 1 else 0
+    return (n_trials - confirming) // n_seeds, confirming
 
 
 def confirm(
@@ -89,42 +56,62 @@ def confirm(
     finalists: Sequence[Trial],
     training: TrainingConfig,
     *,
-    n_seeds: int,
+    n_runs: int,
     on_run: Callable[[int, int], None] | None = None,
-) -> tuple[Finalist, ...]:
-    """Trains each finalist on the same fresh seeds; runs that the study already holds are not repeated.
+) -> tuple[tuple[Finalist, ...], str | None]:
+    """Trains the finalists on fresh seeds, the same for each; runs that the study already holds are not repeated.
 
-    A finalist that diverges on a fresh seed is dropped.
+    A finalist that diverges on a fresh seed is dropped. Processes that share a study share the runs: each goes through them
+    in an order of its own and passes over what another has stored.
 
     Args:
         study: Keeps the runs, so that an interrupted confirmation goes on.
         task: Where model, data, loss and metric come from.
         finalists: Trials, each with its allocation and learning rate.
         training: The schedule.
-        n_seeds: Fresh seeds.
+        n_runs: Trainings for confirming in all, those included that the study already holds, also of earlier finalists.
         on_run: Called with the number of runs done and of runs in all.
+
+    Returns:
+        The finalists, and why there are none.
     """
-    known: dict[str, dict[str, float | None]] = dict(study.user_attrs.get(CONFIRMATION_KEY, {}))
-    for index, trial in enumerate(finalists):
-        runs = known.setdefault(_key(trial), {})
-        for seed in range(FIRST_SEED, FIRST_SEED + n_seeds):
-            if str(seed) not in runs:
-                runs[str(seed)] = _metric(task, trial, training, seed)
-                study.set_user_attr(CONFIRMATION_KEY, known)
-            if on_run:
-                on_run(index * n_seeds + seed - FIRST_SEED + 1, len(finalists) * n_seeds)
-    seeds = [str(seed) for seed in range(FIRST_SEED, FIRST_SEED + n_seeds)]
-    metrics = {t.number: {seed: known[_key(t)][seed] for seed in seeds} for t in finalists}
-    steady = {number: by_seed for number, found in metrics.items() if (by_seed := _complete(found)) is not None}
-    uniform = next((steady[t.number] for t in finalists if t.origin == "uniform" and t.number in steady), None)
-    return tuple(_finalist(t, steady[t.number], uniform) for t in finalists if t.number in steady)
+    if len(finalists) < 2:
+        return (), "there are fewer than two allocations to compare; raise `n_trials`."
+    seeds = [str(FIRST_SEED + i) for i in range(_affordable_seeds(study, finalists, n_runs))]
+    if not seeds:
+        return (), (
+            f"{n_runs} trainings for confirming have no room for a fresh seed of each of {len(finalists)} finalists; "
+            "raise `n_trials` or `confirm_fraction`."
+        )
+    runs = [(trial, seed) for trial in finalists for seed in seeds]
+    random.Random().shuffle(runs)
+    for done, (trial, seed) in enumerate(runs, start=1):
+        if _key(trial, seed) not in study.user_attrs:
+            study.set_user_attr(_key(trial, seed), _metric(task, trial, training, int(seed)))
+        if on_run:
+            on_run(done, len(runs))
+    known = study.user_attrs
+    metrics = [{seed: known[_key(trial, seed)] for seed in seeds} for trial in finalists]
+    steady = [(t, m) for t, m in zip(finalists, metrics, strict=True) if None not in m.values()]
+    if not steady:
+        return (), "every finalist diverged on a fresh seed; lower `learning_rate`."
+    return judge([t for t, _ in steady], [m for _, m in steady]), None
 
 
-def _finalist(trial: Trial, metrics: Mapping[str, float], uniform: Mapping[str, float] | None) -> Finalist:
-    difference = None
-    if uniform is not None and trial.origin != "uniform":
-        difference = fmean(metrics[seed] - uniform[seed] for seed in metrics)
-    return Finalist(trial=trial, metrics_by_seed=metrics, difference=difference)
+def confirmed_keys(study: optuna.Study) -> set[str]:
+    """The attributes of the study that hold a confirming run each."""
+    return {key for key in study.user_attrs if key.startswith(f"{CONFIRMATION_KEY}:")}
+
+
+def _affordable_seeds(study: optuna.Study, finalists: Sequence[Trial], n_runs: int) -> int:
+    """The most fresh seeds on which each finalist can be trained; what is known costs nothing more."""
+    known = confirmed_keys(study)
+    seeds, left = 0, n_runs - len(known)
+    while True:
+        missing = sum(_key(trial, str(FIRST_SEED + seeds)) not in known for trial in finalists)
+        if missing > max(left, 0):
+            return seeds
+        seeds, left = seeds + 1, left - missing
 
 
 def _metric(task: Task, trial: Trial, training: TrainingConfig, seed: int) -> float | None:
@@ -137,11 +124,5 @@ def _metric(task: Task, trial: Trial, training: TrainingConfig, seed: int) -> fl
     return result.metrics[task.metric]
 
 
-def _complete(metrics: Mapping[str, float | None]) -> dict[str, float] | None:
-    """The metrics, if none is missing."""
-    found = {seed: value for seed, value in metrics.items() if value is not None}
-    return found if len(found) == len(metrics) else None
-
-
-def _key(trial: Trial) -> str:
-    return f"{trial.allocation.fingerprint}@{trial.learning_rate:g}"
+def _key(trial: Trial, seed: str) -> str:
+    return f"{CONFIRMATION_KEY}:{trial.allocation.fingerprint}@{trial.learning_rate:g}:{seed}"

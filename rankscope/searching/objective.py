@@ -12,9 +12,19 @@ import optuna
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
+from rankscope.searching.pruners import judges_seeds
 from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.study import signature
-from rankscope.searching.trials import LEARNING_RATE, SAMPLER, TRIAL_KEY, UNIFORM, Trial, completed, read_trial
+from rankscope.searching.trials import (
+    LEARNING_RATE,
+    SAMPLER,
+    STEPS_KEY,
+    TRIAL_KEY,
+    UNIFORM,
+    Trial,
+    completed,
+    read_trial,
+)
 from rankscope.space import HierarchicalSpace
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig, TrainingResult, train
@@ -46,16 +56,20 @@ class Objective:
             trial.set_user_attr(key, value)
         allocation = suggest_allocation(trial, self.space)
         rate = self._learning_rate(trial)
-        earlier = [read_trial(frozen, self.space.targets) for frozen in completed(trial.study)]
+        finished = completed(trial.study)
+        earlier = [read_trial(frozen, self.space.targets) for frozen in finished]
         origin = trial.user_attrs.get("origin", SAMPLER)
         same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
-            metrics, loss, seconds = dict(same.metrics_by_seed), same.loss, 0.0
+            metrics, loss, seconds, history = dict(same.metrics_by_seed), same.loss, 0.0, same.history
+            for step, value in finished[earlier.index(same)].intermediate_values.items():
+                trial.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
             results = self._train(trial, allocation, rate, may_prune=origin == SAMPLER)
             metrics = {str(s): r.metrics[self.task.metric] for s, r in zip(self.seeds, results, strict=True)}
             loss = fmean(r.metrics["loss"] for r in results)
             seconds = sum(r.wall_seconds for r in results)
+            history = {step: found[self.task.metric] for step, found in results[0].history.items()}
         stored = {
             "origin": origin,
             "budget": self.space.budget.limit,
@@ -67,6 +81,7 @@ class Objective:
             "difference": None if origin == UNIFORM else _paired_difference(metrics, earlier),
             "wall_seconds": seconds,
             "reused": (same.number if same.reused is None else same.reused) if same else None,
+            "history": history,
         }
         trial.set_user_attr(TRIAL_KEY, stored)
         return float(fmean(metrics.values()))
@@ -79,27 +94,32 @@ class Objective:
     def _train(
         self, trial: optuna.Trial, allocation: RankAllocation, rate: float, *, may_prune: bool
     ) -> list[TrainingResult]:
-        def report(step: int, metrics: Mapping[str, float]) -> None:
-            trial.report(metrics[self.task.metric], step)
-            if may_prune and step < self.training.steps and trial.should_prune():
-                raise optuna.TrialPruned(f"pruned at step {step}")
+        by_seed = judges_seeds(trial.study.pruner)
+        steps: list[int] = []
+
+        def report(step: int, metric: float, last: int) -> None:
+            trial.report(metric, step)
+            if may_prune and step < last and trial.should_prune():
+                raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
+
+        def on_evaluation(step: int, metrics: Mapping[str, float]) -> None:
+            report(step, metrics[self.task.metric], self.training.steps)
 
         config = replace(self.training, learning_rate=rate)
-        results = []
-        for index, seed in enumerate(self.seeds):
-            try:
-                _, result = train(
-                    self.task,
-                    allocation,
-                    config,
-                    seed=seed,
-                    on_evaluation=report if index == 0 else None,  # later seeds repeat, they do not go on
-                )
-            except TrainingError as error:
-                trial.set_user_attr("failure", str(error))
-                logger.warning("trial %d failed: %s", trial.number, error)
-                raise
-            results.append(result)
+        results: list[TrainingResult] = []
+        try:
+            for number, seed in enumerate(self.seeds, start=1):
+                watch = on_evaluation if number == 1 and not by_seed else None  # later seeds repeat, they do not go on
+                _, result = train(self.task, allocation, config, seed=seed, on_evaluation=watch, on_step=steps.append)
+                results.append(result)
+                if by_seed:
+                    report(number, result.metrics[self.task.metric], len(self.seeds))
+        except TrainingError as error:
+            trial.set_user_attr("failure", str(error))
+            logger.warning("trial %d failed: %s", trial.number, error)
+            raise
+        finally:
+            trial.set_user_attr(STEPS_KEY, len(steps))
         return results
 
 

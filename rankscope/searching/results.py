@@ -13,9 +13,12 @@ from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
 from rankscope.performance import PerformanceModel, Validation
-from rankscope.searching.confirmation import Finalist, recommend
+from rankscope.searching.confirmation import confirmed_keys
+from rankscope.searching.fidelity import Agreement, agreement_on_the_way, agreement_when_confirmed
+from rankscope.searching.finalists import Finalist, recommend
 from rankscope.searching.screening import Screening
-from rankscope.searching.trials import Trial, completed, read_trial
+from rankscope.searching.study import STUDY_KEY
+from rankscope.searching.trials import STEPS_KEY, Trial, completed, read_trial
 from rankscope.targets import TargetModule
 
 
@@ -30,7 +33,8 @@ class SearchResult:
         finalists: What was trained again on fresh seeds; empty where nothing was.
         model: The performance model on all trials; None for other samplers, and with too few trials.
         validation: How well the model predicts trials it has not seen; None where there are too few.
-        screening: What came of the shared evaluator; None where the search had none, or did not come so far.
+        unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
+        screening: What came of the shared evaluator; None where the search had none.
     """
 
     study: optuna.Study
@@ -39,6 +43,7 @@ class SearchResult:
     finalists: tuple[Finalist, ...] = ()
     model: PerformanceModel | None = None
     validation: Validation | None = None
+    unconfirmed: str | None = None
     screening: Screening | None = None
 
     @property
@@ -47,15 +52,44 @@ class SearchResult:
         return [read_trial(trial, self.targets) for trial in completed(self.study)]
 
     @property
-    def best_trial(self) -> Trial:
-        """The recommended trial: of the finalists on fresh seeds, the simplest within one standard error of the best.
+    def agreements(self) -> list[Agreement]:
+        """Whether short training ranks allocations like long training, as far as these trials can tell."""
+        return [*agreement_on_the_way(self.trials), *agreement_when_confirmed(self.finalists, *self._schedule)]
 
-        Uniform is simplest, then one-shot; see `rankscope.searching.confirmation.recommend`. Without finalists it is the
-        best observed, which noise flatters: compare it on fresh seeds before you believe it.
+    @property
+    def confirming_runs(self) -> int:
+        """Trainings on fresh seeds that the study holds, those of earlier finalists included."""
+        return len(confirmed_keys(self.study))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the search took in all; those that a killed process lost are not counted."""
+        exploring: int = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
+        return exploring + self.confirming_runs * self._schedule[1]
+
+    @property
+    def _schedule(self) -> tuple[int, int]:
+        """Steps of a trial, and of a confirming run."""
+        about = self.study.user_attrs[STUDY_KEY]
+        return about["trial_steps"], about["training"]["steps"]
+
+    @property
+    def recommendation(self) -> Finalist | None:
+        """Of the finalists on fresh seeds, the simplest within one standard error of the best; None without finalists.
+
+        Uniform is simplest, then one-shot; see `rankscope.searching.finalists.recommend`. Its difference to uniform comes
+        with a 95 % interval.
         """
-        if self.finalists:
-            return recommend(self.finalists).trial
-        return self.best_of(self.trials)
+        return recommend(self.finalists) if self.finalists else None
+
+    @property
+    def best_trial(self) -> Trial:
+        """The recommendation's trial.
+
+        Where nothing was confirmed it is the best observed, which noise flatters: compare it on fresh seeds before you
+        believe it.
+        """
+        return self.recommendation.trial if self.recommendation else self.best_of(self.trials)
 
     @property
     def best_allocation(self) -> RankAllocation:

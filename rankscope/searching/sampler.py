@@ -17,11 +17,14 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
+from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import allocate_marginal
 from rankscope.performance import PerformanceModel, Validation, rank_features, validate
+from rankscope.searching.fidelity import observe
 from rankscope.searching.noise import residual_variance
+from rankscope.searching.pruners import judges_seeds
 from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.space import HierarchicalSpace
 
@@ -32,11 +35,12 @@ DRAWS = 10  # until one is an allocation that was not tried yet
 class PerformanceModelSampler(BaseSampler):
     """Proposes allocations; works in any study whose objective calls `suggest_allocation`.
 
-    Parallel workers differ by nature: each draws from the posterior. Failed and pruned trials are passed over.
+    Parallel workers differ by nature: each draws from the posterior. A pruned trial counts by its last intermediate value, with
+    less weight (`searching/fidelity.py`); failed trials are passed over.
 
     Args:
         space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
-        n_startup_trials: Completed trials before the model proposes; before, tilts are drawn around one-shot.
+        n_startup_trials: Trials with a metric before the model proposes; before, tilts are drawn around one-shot.
         seed: Of the draws.
 
     >>> from rankscope.budget import ParameterBudget
@@ -118,7 +122,11 @@ class PerformanceModelSampler(BaseSampler):
         return self._solve(self._model.utilities()), self._model.best_condition
 
     def model(self, study: optuna.Study) -> PerformanceModel | None:
-        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal."""
+        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal.
+
+        It is fitted anew: one that learned trial by trial depends on when it was interrupted.
+        """
+        self._seen, self._model = {}, clone(self._model, safe=False)
         self._learn(study)
         return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
 
@@ -155,26 +163,35 @@ class PerformanceModelSampler(BaseSampler):
         return spent
 
     def _learn(self, study: optuna.Study) -> None:
-        """Shows the model what has completed since it last looked."""
-        new = [t for t in study.get_trials(deepcopy=False) if t.number not in self._seen and self._counts(t)]
-        if not new or len(self._seen) + len(new) < 2:
+        """Shows the model what has completed or was pruned since it last looked."""
+        trials = study.get_trials(deepcopy=False)
+        complete = [trial for trial in trials if self._counts(trial)]
+        by_seed = judges_seeds(study.pruner)
+        new = [t for t in trials if t.number not in self._seen and (t.state == TrialState.PRUNED or self._counts(t))]
+        seen = [(t, found) for t in new if self._fits(t) and (found := observe(t, complete, by_seed=by_seed))]
+        if not seen or len(self._seen) + len(seen) < 2:
             return
-        self._seen |= {trial.number: tuple(trial.user_attrs[RANKS_KEY]) for trial in new}
+        self._seen |= {trial.number: tuple(trial.user_attrs[RANKS_KEY]) for trial, _ in seen}
         self._model.update(
-            [trial.user_attrs[RANKS_KEY] for trial in new],
-            [_sign(study) * float(trial.value or 0.0) for trial in new],
-            conditions=[trial.params.get(LEARNING_RATE) for trial in new],
+            [trial.user_attrs[RANKS_KEY] for trial, _ in seen],
+            [_sign(study) * value for _, (value, _) in seen],
+            [weight for _, (_, weight) in seen],
+            conditions=[trial.params.get(LEARNING_RATE) for trial, _ in seen],
         )
 
     def _counts(self, trial: FrozenTrial) -> bool:
         """Whether a trial is a measurement of its own: complete, of these modules, and no copy of an equal one."""
         return (
             trial.state == TrialState.COMPLETE
-            and len(trial.user_attrs.get(RANKS_KEY, ())) == len(self.space.targets)
+            and self._fits(trial)
             and trial.user_attrs.get(TRIAL_KEY, {}).get("reused") is None
             and trial.value is not None
             and math.isfinite(trial.value)
         )
+
+    def _fits(self, trial: FrozenTrial) -> bool:
+        """Whether a trial's ranks are of these modules."""
+        return len(trial.user_attrs.get(RANKS_KEY, ())) == len(self.space.targets)
 
     def _explore(self) -> dict[str, float]:
         """Between uniform and beyond one-shot, with small or large offsets."""

@@ -23,7 +23,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
 from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.samplers import SamplerName, make_sampler
-from rankscope.searching.shared import SharedEvaluator, load_shared, train_shared
+from rankscope.searching.shared import STEPS, SharedEvaluator, load_shared, train_shared
 from rankscope.searching.study import fail_orphans, open_study, signature
 from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, SCREENED, TRIAL_KEY, UNIFORM, completed
 from rankscope.space import HierarchicalSpace
@@ -49,11 +49,13 @@ class Screening:
         kendall: Kendall's tau of its metric with that of stand-alone training; None where it could not be told, because its
             training diverged, trials were too few, or all metrics were equal.
         trials: Different allocations that were compared.
+        steps: Optimizer steps of its training, beside those of all trials.
         judged: Allocations that it judged afterwards.
     """
 
     kendall: float | None
     trials: int
+    steps: int = 0
     judged: int = 0
 
     @property
@@ -63,7 +65,10 @@ class Screening:
 
     def __str__(self) -> str:
         tau = "no Kendall's tau" if self.kendall is None else f"Kendall's tau {self.kendall:.2f}"
-        found = f"{tau} with {self.trials} stand-alone trials ({MIN_KENDALL:.2f} with {CHECK_TRIALS} needed)"
+        found = (
+            f"{tau} with {self.trials} stand-alone trials ({MIN_KENDALL:.2f} with {CHECK_TRIALS} needed), "
+            f"after {self.steps:,} steps of its own"
+        )
         if not self.trusted:
             return f"{found}; not used"
         return f"{found}; judged {self.judged} allocations, and the best {N_PROMOTED} were trained"
@@ -140,17 +145,18 @@ class Screener:
 
     def _check(self, shared: Callable[[], SharedEvaluator], trained: Mapping[Ranks, float]) -> Screening:
         """Kendall's tau of judged and trained metrics."""
+        steps = STEPS * self.training.steps
         if len(trained) < CHECK_TRIALS:
             return Screening(kendall=None, trials=len(trained))
         try:
             evaluator = shared()
         except TrainingError as error:
             logger.warning("the shared evaluator cannot be trained: %s", error)
-            return Screening(kendall=None, trials=len(trained))
+            return Screening(kendall=None, trials=len(trained), steps=steps)
         allocations = [RankAllocation(self.space.targets, ranks) for ranks in trained]
         judged = [evaluator.judge(allocation)[self.task.metric] for allocation in allocations]
         tau = float(kendalltau(judged, list(trained.values()))[0])
-        return Screening(kendall=None if math.isnan(tau) else tau, trials=len(trained))
+        return Screening(kendall=None if math.isnan(tau) else tau, trials=len(trained), steps=steps)
 
     def _judge_all(self, shared: Callable[[], SharedEvaluator], name: str) -> optuna.Study:
         """The study beside, once it holds `n_judged` allocations."""

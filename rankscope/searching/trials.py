@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -15,6 +15,7 @@ from rankscope.targets import TargetModule
 
 TRIAL_KEY = "rankscope"
 RANKS_KEY = "ranks"
+STEPS_KEY = "steps"  # optimizer steps that a trial took, over all its seeds, however it ended
 LEARNING_RATE = "learning_rate"  # the parameter beside the tilts
 UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "posterior-mean"  # a trial's origin
 SCREENED = "screened"  # another: the shared evaluator's best
@@ -36,6 +37,7 @@ class Trial:
             for uniform itself.
         wall_seconds: Training time; 0 where the result of an equal trial was reused.
         reused: Number of the trial whose result was reused; None for one that was trained.
+        history: Validation metric of the first seed by step, where it was evaluated on the way, the end included.
     """
 
     number: int
@@ -48,6 +50,7 @@ class Trial:
     difference: float | None
     wall_seconds: float
     reused: int | None
+    history: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def proposed(self) -> bool:
@@ -85,4 +88,5 @@ def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
         difference=stored["difference"],
         wall_seconds=stored["wall_seconds"],
         reused=stored["reused"],
+        history={int(step): metric for step, metric in stored["history"].items()},
     )

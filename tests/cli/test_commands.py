@@ -18,7 +18,7 @@ task: digits-shift
 budget: {uniform_rank: 1}
 profile: {head_steps: 5}
 training: {steps: 4, learning_rate: 0.01}
-search: {trials: 3, confirm: 1}
+search: {trials: 9, confirm_fraction: 0.67}
 """
 
 
@@ -51,7 +51,17 @@ def test_the_whole_path(folder: Path) -> None:
     status, text, _ = invoke("search", study, "--out", out)
     assert status == 0
     assert "difference to uniform" in text
-    assert "no proposal yet; it needs 8 trials" in text
+    assert "performance model: no proposal yet; it needs 8 trials whose metrics differ" in text
+    assert "3 trials; finalists on 2 fresh seeds, 95 % interval; * recommended" in " ".join(text.split())
+    assert "cost: 3 trials, 6 confirming runs, 36 steps" in text
+    status, text, _ = invoke("search", study, "--out", out, "--json")
+    assert status == 0
+    found = json.loads(text)
+    assert (found["confirming_runs"], found["steps"], found["unconfirmed"]) == (6, 36, None)
+    assert [set(finalist["confirmed"]) for finalist in found["finalists"]] == [{"500", "501"}] * 3
+    for finalist in found["finalists"][1:]:
+        low, high = finalist["interval"]
+        assert (low + high) / 2 == pytest.approx(finalist["difference"])
     assert len(pd.read_parquet(out / "trials.parquet")) == 3
 
     status, text, _ = invoke(
@@ -136,8 +146,38 @@ def test_truncated_profile_and_study_of_another_task(folder: Path, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fidelity", "0.5"],
+         "study `short` must be about trial_steps 2, but its trials are about 4; use another study name or storage."),
+        (["--pruner", "median"],
+         "`evaluate_every` must be below the 4 steps of a trial, for a pruner to judge by, but is None; lower it, or prune nothing."),
+        (["--confirm-fraction", "1"], "`{study}`: `search.confirm_fraction`: input should be less than 1, but got 1.0."),
+        (["--pruner", "best"],
+         "`{study}`: `search.pruner`: input should be 'none', 'median', 'hyperband' or 'wilcoxon', but got 'best'."),
+    ],
+)  # fmt: skip
+def test_bad_input_of_a_search(flags: list[str], message: str, folder: Path) -> None:
+    study, out = folder / "short.yaml", folder / "again"
+    assert invoke("search", study, "--out", out, "--trials", 1)[0] == 0
+    status, stdout, stderr = invoke("search", study, "--out", out, "--trials", 1, *flags)
+    assert (status, stdout, stderr) == (2, "", f"rankscope: {message.format(study=study)}\n")
+
+
+def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
+    status, text, _ = invoke("search", folder / "short.yaml", "--out", folder / "brief", "--trials", 2)
+    assert status == 0
+    assert "2 trials, validation split; * best observed, not confirmed" in " ".join(text.split())
+    assert (
+        "not confirmed: 0 trainings for confirming have no room for a fresh seed of each of 2 finalists; "
+        "raise `n_trials` or `confirm_fraction`."
+    ) in text
+
+
 def test_a_search_says_what_came_of_the_shared_evaluator(folder: Path) -> None:
-    study, out = folder / "short.yaml", folder / "shared"
+    study, out = folder / "screened.yaml", folder / "shared"
+    study.write_text(STUDY.replace("confirm_fraction: 0.67", "confirm_fraction: 0"))
     arguments = ("search", study, "--out", out, "--trials", 15, "--evaluator", "shared")
     status, text, _ = invoke(*arguments)
     assert status == 0

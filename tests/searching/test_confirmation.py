@@ -1,86 +1,56 @@
-"""The recommendation among finalists: the simplest that is as good as the best, as far as the seeds can tell."""
+"""Confirmation within the budget: how the trainings are split, and how many fresh seeds are left for the finalists."""
 
-import numpy as np
+import re
+
+import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-import rankscope as rs
-from rankscope.searching.confirmation import Finalist, choose_finalists, recommend
+from rankscope.exceptions import StudyError
+from rankscope.searching.confirmation import FIRST_SEED, _affordable_seeds, _key, split_budget
 from rankscope.searching.trials import Trial
-
-TARGETS = tuple(rs.TargetModule(name=n, in_features=8, out_features=8) for n in "abc")
-
-
-def trial(number: int, origin: str, ranks: tuple[int, ...], metric: float = 0.5, reused: int | None = None) -> Trial:
-    return Trial(
-        number=number,
-        origin=origin,
-        allocation=rs.RankAllocation(TARGETS, ranks),
-        learning_rate=0.01,
-        metric=metric,
-        loss=1.0 - metric,
-        metrics_by_seed={"0": metric},
-        difference=None,
-        wall_seconds=1.0,
-        reused=reused,
-    )
+from tests.searching.test_finalists import trial
 
 
-def finalists(metrics: dict[str, list[float]]) -> list[Finalist]:
-    origins = [name if name in ("uniform", "one-shot") else "sampler" for name in metrics]
-    return [
-        Finalist(
-            trial=trial(i, origin, (i, 0, 0)),
-            metrics_by_seed={str(500 + j): value for j, value in enumerate(values)},
-            difference=None,
-        )
-        for i, (origin, values) in enumerate(zip(origins, metrics.values(), strict=True))
-    ]
+@given(st.integers(1, 300), st.floats(0, 0.99), st.integers(1, 4))
+def test_the_split_keeps_the_budget(n_trials: int, fraction: float, n_seeds: int) -> None:
+    if n_trials < n_seeds:
+        return
+    exploring, confirming = split_budget(n_trials, fraction, n_seeds)
+    assert exploring >= 1
+    assert n_trials - n_seeds < exploring * n_seeds + confirming <= n_trials
+    assert confirming <= fraction * n_trials + 1e-6
+    assert confirming % min(5, exploring) == 0 or exploring < 5
 
 
 @pytest.mark.parametrize(
-    ("metrics", "expected"),
+    ("arguments", "message"),
     [
-        ({"uniform": [0.644, 0.647], "one-shot": [0.636, 0.634], "a": [0.643, 0.653]}, 0),  # a is ahead within noise
-        ({"uniform": [0.80, 0.82], "one-shot": [0.90, 0.93], "a": [0.92, 0.92]}, 1),  # so is a over one-shot
-        ({"uniform": [0.80, 0.82], "one-shot": [0.85, 0.87], "a": [0.91, 0.93], "b": [0.92, 0.94]}, 3),  # no noise: the best
-        ({"uniform": [0.50], "one-shot": [0.51]}, 1),  # one seed: the best
-        ({"uniform": [0.50, 0.60]}, 0),
+        ((10, 1.0, 1), "`confirm_fraction` must lie in [0, 1), but got 1."),
+        ((1, 0.3, 2), "`n_trials` must cover one trial of 2 seeds, but got 1; raise it."),
+        ((0, 0.3, 1), "`n_trials` must cover one trial of 1 seeds, but got 0; raise it."),
+        ((10, 0.3, 0), "`n_seeds` must be at least 1, but got 0."),
     ],
-)  # fmt: skip
-def test_recommendation(metrics: dict[str, list[float]], expected: int) -> None:
-    chosen = finalists(metrics)
-    assert recommend(chosen) is chosen[expected]
+)
+def test_bad_budgets(arguments: tuple[int, float, int], message: str) -> None:
+    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+        split_budget(*arguments)
 
 
-def test_uniform_is_kept_most_of_the_time_where_nothing_is_better() -> None:
-    """Five equal finalists: the best mean is uniform's one time in five, the recommendation much more often."""
-    rng = np.random.default_rng(0)
-    kept = 0
-    for _ in range(300):
-        noise = rng.normal(size=(5, 4))
-        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], noise, strict=True)})
-        kept += recommend(found).trial.origin == "uniform"
-    assert kept > 100
+def study_with(runs: list[tuple[Trial, int]]) -> optuna.Study:
+    study = optuna.create_study()
+    for finalist, seed in runs:
+        study.set_user_attr(_key(finalist, str(seed)), 0.5)
+    return study
 
 
-def test_a_real_gain_is_recommended() -> None:
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        gains = np.array([0.0, 0.0, 0.1, 0.0, 0.0])[:, None] + 0.01 * rng.normal(size=(5, 4))
-        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], gains, strict=True)})
-        assert recommend(found) is found[2]
-
-
-def test_finalists_are_the_start_points_and_the_best_different_proposals() -> None:
-    trials = [
-        trial(0, "uniform", (1, 1, 1), 0.5),
-        trial(1, "uniform", (1, 1, 1), 0.6),
-        trial(2, "one-shot", (3, 0, 0), 0.4),
-        trial(3, "sampler", (2, 1, 0), 0.9),
-        trial(4, "sampler", (2, 1, 0), 0.9, reused=3),
-        trial(5, "sampler", (0, 0, 3), 0.7),
-        trial(6, "sampler", (3, 0, 0), 0.95),  # one-shot's own ranks, at another rate
-        trial(7, "sampler", (0, 3, 0), 0.8),
-        trial(8, "sampler", (0, 2, 1), 0.1),
-    ]
-    assert [t.number for t in choose_finalists(trials)] == [1, 2, 3, 7, 5]
+def test_known_runs_count_and_are_not_paid_twice() -> None:
+    a, b, old = trial(0, "uniform", (1, 1, 1)), trial(1, "one-shot", (3, 0, 0)), trial(2, "sampler", (0, 3, 0))
+    first, second = FIRST_SEED, FIRST_SEED + 1
+    assert _affordable_seeds(study_with([]), [a, b], 5) == 2
+    assert _affordable_seeds(study_with([]), [a, b], 1) == 0
+    known = study_with([(a, first), (b, first), (a, second)])
+    assert _affordable_seeds(known, [a, b], 0) == 1  # nothing is left: what is there counts
+    assert _affordable_seeds(known, [a, b], 4) == 2
+    assert _affordable_seeds(study_with([(old, first), (old, second)]), [a, b], 4) == 1  # an earlier finalist's runs

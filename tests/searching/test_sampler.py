@@ -133,3 +133,26 @@ def test_a_constant_metric_is_explored_until_it_varies() -> None:
     study.optimize(lambda trial: 0.5 * len(rs.suggest_allocation(trial, SPACE).targets), n_trials=12)
     assert sampler.model(study) is None
     assert len({tuple(trial.user_attrs["ranks"]) for trial in study.trials}) > 8
+
+
+def test_pruned_trials_teach_the_model() -> None:
+    """Ten complete trials and forty pruned half way, where all values are 5 lower: offset out, they rank allocations too."""
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
+
+    def halting(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        trial.report(value - 5.0, 1)
+        if trial.number >= 10:
+            raise optuna.TrialPruned
+        trial.report(value, 2)
+        return value
+
+    study.optimize(halting, n_trials=50)
+    complete = optuna.create_study(direction="maximize")
+    complete.add_trials(study.trials[:10])
+    rng = np.random.default_rng(1)
+    unseen = [SPACE.allocation({t.name: rng.uniform(t.low, t.high) for t in SPACE.tilts}) for _ in range(100)]
+    ranks, values = [a.vector for a in unseen], [worth(a) for a in unseen]
+    taught, untaught = (rs.PerformanceModelSampler(SPACE).model(s) for s in (study, complete))
+    assert taught.score(ranks, values) > untaught.score(ranks, values)
+    assert taught.predict(ranks).mean() == pytest.approx(untaught.predict(ranks).mean(), abs=1.0)

@@ -83,7 +83,7 @@ def space(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> Hier
 @pytest.fixture
 def run(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget):
     def run(task: Task, **options) -> rs.SearchResult:
-        arguments = {"n_trials": CHECK_TRIALS + N_PROMOTED + 1, "n_judged": 12, "training": TINY, "n_confirm": 0,
+        arguments = {"n_trials": CHECK_TRIALS + N_PROMOTED + 1, "n_judged": 12, "training": TINY, "confirm_fraction": 0.0,
                      "study_name": "screened", "storage": None, "evaluator": "shared", **options}  # fmt: skip
         return search(task, budget=digits_budget, profile=digits_profile, **arguments)
 
@@ -93,7 +93,7 @@ def run(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget):
 def test_a_trusted_evaluator_screens_and_its_best_are_trained(run, tmp_path: Path) -> None:
     storage, judged = f"sqlite:///{tmp_path}/study.db", []
     result = run(CountsRanks(), storage=storage, on_judged=lambda *done: judged.append(done))
-    assert result.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, judged=12)
+    assert result.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, steps=STEPS, judged=12)
     assert judged == [(i, 12) for i in range(1, 13)]
     origins = [trial.origin for trial in result.trials]
     assert origins[: CHECK_TRIALS + N_PROMOTED] == [
@@ -114,7 +114,7 @@ def test_a_trusted_evaluator_screens_and_its_best_are_trained(run, tmp_path: Pat
 def test_an_evaluator_that_ranks_otherwise_is_not_used_and_says_so(run, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rankscope.searching.screening"):
         result = run(CountsRanks(contrary=True))
-    line = "Kendall's tau -1.00 with 10 stand-alone trials (0.50 with 10 needed); not used"
+    line = "Kendall's tau -1.00 with 10 stand-alone trials (0.50 with 10 needed), after 4 steps of its own; not used"
     assert str(result.screening) == line
     assert f"the shared evaluator is not used: {line}" in caplog.messages
     assert len(result.trials) == CHECK_TRIALS + N_PROMOTED + 1
@@ -159,7 +159,7 @@ def test_too_few_trials_are_no_verdict_and_a_longer_search_asks_again(run, tmp_p
     first = run(CountsRanks(), n_trials=15, pruner=nothing_is_that_good, **options)
     assert first.screening == Screening(kendall=None, trials=2)
     again = run(CountsRanks(), n_trials=29, **options)
-    assert again.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, judged=12)
+    assert again.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, steps=2 * STEPS, judged=12)
 
 
 def test_the_check_is_made_at_uniforms_best_learning_rate(run) -> None:
@@ -178,7 +178,10 @@ def test_a_super_adapter_that_diverges_is_not_used(run, caplog: pytest.LogCaptur
             return super().loss(model, batch) * (float("nan") if wide else 1.0)
 
     result = run(Fragile())
-    assert str(result.screening) == "no Kendall's tau with 10 stand-alone trials (0.50 with 10 needed); not used"
+    assert (
+        str(result.screening)
+        == "no Kendall's tau with 10 stand-alone trials (0.50 with 10 needed), after 4 steps of its own; not used"
+    )
     assert any(m.startswith("the shared evaluator cannot be trained: the loss must be finite") for m in caplog.messages)
     assert len(result.trials) == CHECK_TRIALS + N_PROMOTED + 1
 
@@ -189,8 +192,8 @@ def test_a_super_adapter_that_diverges_is_not_used(run, caplog: pytest.LogCaptur
         ({"evaluator": "oracle"}, "`evaluator` must be 'stand-alone' or 'shared', but got 'oracle'."),
         (
             {"n_trials": 14},
-            "`n_trials` must be at least 15 for the evaluator 'shared' (10 to check it, 5 to train its best), "
-            "but got 14; raise it, or use 'stand-alone'.",
+            "`n_trials` must leave 15 trials to explore for the evaluator 'shared' (10 to check it, 5 to train its best), "
+            "but leaves 14; raise it, or use 'stand-alone'.",
         ),
         ({"n_judged": 0}, "`n_judged` must be at least 5 (the best of them are trained), but got 0."),
     ],

@@ -1,0 +1,107 @@
+"""The recommendation among finalists: the simplest that is as good as the best, as far as the seeds can tell."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import rankscope as rs
+from rankscope.searching.finalists import Finalist, choose_finalists, judge, recommend
+from rankscope.searching.trials import Trial
+
+TARGETS = tuple(rs.TargetModule(name=n, in_features=8, out_features=8) for n in "abc")
+
+
+def trial(number: int, origin: str, ranks: tuple[int, ...], metric: float = 0.5, reused: int | None = None) -> Trial:
+    return Trial(
+        number=number,
+        origin=origin,
+        allocation=rs.RankAllocation(TARGETS, ranks),
+        learning_rate=0.01,
+        metric=metric,
+        loss=1.0 - metric,
+        metrics_by_seed={"0": metric},
+        difference=None,
+        wall_seconds=1.0,
+        reused=reused,
+    )
+
+
+def finalists(metrics: dict[str, list[float]]) -> list[Finalist]:
+    origins = [name if name in ("uniform", "one-shot") else "sampler" for name in metrics]
+    trials = [trial(i, origin, (i, 0, 0)) for i, origin in enumerate(origins)]
+    return list(judge(trials, [{str(500 + j): v for j, v in enumerate(values)} for values in metrics.values()]))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"uniform": [0.644, 0.647], "one-shot": [0.636, 0.634], "a": [0.643, 0.653]}, 0),  # a is ahead within noise
+        ({"uniform": [0.80, 0.82], "one-shot": [0.90, 0.93], "a": [0.92, 0.92]}, 1),  # so is a over one-shot
+        ({"uniform": [0.80, 0.82], "one-shot": [0.85, 0.87], "a": [0.91, 0.93], "b": [0.92, 0.94]}, 3),  # no noise: the best
+        ({"uniform": [0.50], "one-shot": [0.51]}, 1),  # one seed: the best
+        ({"uniform": [0.50, 0.60]}, 0),
+    ],
+)  # fmt: skip
+def test_recommendation(metrics: dict[str, list[float]], expected: int) -> None:
+    chosen = finalists(metrics)
+    assert recommend(chosen) is chosen[expected]
+
+
+def test_uniform_is_kept_most_of_the_time_where_nothing_is_better() -> None:
+    """Five equal finalists: the best mean is uniform's one time in five, the recommendation much more often."""
+    rng = np.random.default_rng(0)
+    kept = 0
+    for _ in range(300):
+        noise = rng.normal(size=(5, 4))
+        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], noise, strict=True)})
+        kept += recommend(found).trial.origin == "uniform"
+    assert kept > 100
+
+
+def test_a_real_gain_is_recommended() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        gains = np.array([0.0, 0.0, 0.1, 0.0, 0.0])[:, None] + 0.01 * rng.normal(size=(5, 4))
+        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], gains, strict=True)})
+        assert recommend(found) is found[2]
+
+
+def test_finalists_are_the_start_points_and_the_best_different_proposals() -> None:
+    trials = [
+        trial(0, "uniform", (1, 1, 1), 0.5),
+        trial(1, "uniform", (1, 1, 1), 0.6),
+        trial(2, "one-shot", (3, 0, 0), 0.4),
+        trial(3, "sampler", (2, 1, 0), 0.9),
+        trial(4, "sampler", (2, 1, 0), 0.9, reused=3),
+        trial(5, "sampler", (0, 0, 3), 0.7),
+        trial(6, "sampler", (3, 0, 0), 0.95),  # one-shot's own ranks, at another rate
+        trial(7, "sampler", (0, 3, 0), 0.8),
+        trial(8, "sampler", (0, 2, 1), 0.1),
+    ]
+    assert [t.number for t in choose_finalists(trials)] == [1, 2, 3, 7, 5]
+
+
+def test_intervals_of_two_finalists_are_those_of_the_paired_t_test() -> None:
+    rng = np.random.default_rng(2)
+    uniform, other = rng.normal(size=(2, 6))
+    found = finalists({"uniform": uniform.tolist(), "a": other.tolist()})
+    expected = stats.ttest_rel(other, uniform).confidence_interval(0.95)
+    assert found[1].interval == pytest.approx((expected.low, expected.high))
+    assert (found[0].difference, found[0].interval) == (None, None)
+
+
+def test_intervals_hold_for_whichever_finalist_looks_best() -> None:
+    """Coverage of the recommended or best finalist's true difference, 0, over draws of five equal finalists."""
+    rng = np.random.default_rng(3)
+    inside = 0
+    for _ in range(400):
+        noise = rng.normal(size=(5, 4)) + rng.normal(size=4)  # seeds differ, which pairing takes out
+        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], noise, strict=True)})
+        low, high = max(found[1:], key=lambda f: f.metric).interval
+        inside += low <= 0.0 <= high
+    assert inside >= 0.95 * 400
+
+
+@pytest.mark.parametrize("metrics", [{"uniform": [0.5], "a": [0.6]}, {"a": [0.5, 0.6]}])
+def test_no_interval_without_noise_or_uniform(metrics: dict[str, list[float]]) -> None:
+    assert all(finalist.interval is None for finalist in finalists(metrics))

@@ -104,7 +104,7 @@ def search(
             five seeds or more; `"none"`; or a pruner of your own. The performance model learns from pruned trials too.
         evaluator: `"stand-alone"` trains every allocation. `"shared"` also trains one nested super-adapter, beside `n_trials` and
             for four times a trial's steps, that judges an allocation by a validation pass. It is compared with the first ten
-            trained allocations; if Kendall's tau is at least 0.5 it judges `n_judged` more, and the best five of these are trained
+            trained allocations; if Kendall's tau is at least 0.5 it judges `n_judged` more, and the best five are trained
             as trials. Else the search goes on without it, and says so. Only trained trials are ever recommended.
         n_judged: Allocations that the shared evaluator judges, if it is trusted.
         shared_folder: Where the super-adapter is kept; None: in memory, so that an interrupted search trains it again.

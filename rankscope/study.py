@@ -103,6 +103,8 @@ class SearchSection(_Section):
     storage: str | None = None
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
     warm_start: Annotated[list[str], BeforeValidator(_as_list)] = []
+    evaluator: Literal["stand-alone", "shared"] = "stand-alone"
+    judged: int = Field(200, gt=0)
 
 
 class Study(_Section):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from rankscope.adapters import apply_allocation
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
 from rankscope.tasks import Batch, Task, evaluate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
 
@@ -82,6 +85,7 @@ def train(
     config: TrainingConfig,
     *,
     seed: int = 0,
+    on_model: Callable[[PeftModel], None] | None = None,
     on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[nn.Module, TrainingResult]:
@@ -92,6 +96,7 @@ def train(
         allocation: The ranks.
         config: The schedule.
         seed: Of the adapters' initial values, dropout and the order of the data. The global generators are left alone.
+        on_model: Called with the PEFT model before the first step, as to put hooks on it.
         on_evaluation: Called with step and validation metrics; may raise to stop the run (a pruner does).
         on_step: Called with the step.
 
@@ -126,6 +131,8 @@ def train(
             lora_dropout=config.lora_dropout,
             modules_to_save=list(getattr(task, "head_modules", ())) or None,
         )
+        if on_model:
+            on_model(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         schedule = get_linear_schedule_with_warmup(

@@ -5,21 +5,25 @@ from rankscope.adapters.lora import (
     count_adapter_parameters,
     from_lora_config,
     from_peft_model,
+    load_adapter,
     save_lora_config,
     to_lora_config,
 )
 from rankscope.adapters.masks import RankMasks
+from rankscope.adapters.prefix import RankPrefix
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
 from rankscope.adapters.sidecar import restore_ranks, restore_ranks_on_load, save_ranks
 
 __all__ = [
     "RankMasks",
+    "RankPrefix",
     "Resize",
     "apply_allocation",
     "count_adapter_parameters",
     "from_lora_config",
     "from_peft_model",
+    "load_adapter",
     "resize_adapters",
     "restore_ranks",
     "restore_ranks_on_load",

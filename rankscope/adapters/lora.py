@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from torch import nn
 
 from rankscope.adapters.dormant import is_dormant
@@ -22,7 +23,7 @@ from rankscope.adapters.patterns import alpha_for, exceptions, most_common, targ
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
 from rankscope.allocation import RankAllocation
-from rankscope.exceptions import AllocationError
+from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import replacing
 from rankscope.targets import TargetModule, find_targets
 
@@ -178,6 +179,20 @@ def apply_allocation(
             "`allocation` must become exactly its ranks in PEFT, but PEFT built others; please report this."
         )
     return peft_model
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """Wraps `model` (in place) with the adapter that `PeftModel.save_pretrained` left in a folder, trained modules included.
+
+    Raises:
+        FileFormatError: The folder does not hold an adapter of this model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise FileFormatError(
+            f"`{folder}` must hold an adapter of this model, but cannot be loaded ({str(error).splitlines()[0]}); delete it."
+        ) from None
 
 
 def count_adapter_parameters(model: nn.Module) -> int:

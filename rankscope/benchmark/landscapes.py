@@ -55,6 +55,7 @@ class RankBench:
     Attributes:
         ranks: (n, n_modules).
         validation: (n, n_seeds).
+        test: (n, n_seeds); NaN where it was not read.
         truth: What regret is of, (n,).
 
     Raises:
@@ -73,8 +74,8 @@ class RankBench:
         first = frame.drop_duplicates("number").set_index("number").sort_index()
         self.ranks: Ints = np.array(first["ranks"].tolist(), dtype=np.int64)
         self.validation = frame.pivot(index="number", columns="seed", values="validation").to_numpy()
-        judged = "validation" if frame["test"].isna().any() else "test"
-        self.truth = frame.pivot(index="number", columns="seed", values=judged).mean(axis=1).to_numpy()
+        self.test = frame.pivot(index="number", columns="seed", values="test").to_numpy(dtype=np.float64)
+        self.truth = (self.validation if np.isnan(self.test).any() else self.test).mean(axis=1)
         profile = read_profile(folder / f"{task}.profile.parquet")
         self._row = {tuple(row): i for i, row in enumerate(self.ranks.tolist())}
         self._uniform = self._row[(rank,) * self.ranks.shape[1]]

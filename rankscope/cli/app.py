@@ -121,6 +121,9 @@ def search_command(
         str | None,
         typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
     ] = None,
+    evaluator: Annotated[
+        str | None, typer.Option(help="Overrides `search.evaluator`: stand-alone or shared (one nested super-adapter).")
+    ] = None,
     storage: Storage = None,
     warm_start: Annotated[
         list[str] | None,
@@ -144,6 +147,7 @@ def search_command(
         "search.fidelity": fidelity,
         "search.pruner": pruner,
         "search.sampler": sampler,
+        "search.evaluator": evaluator,
         "search.storage": storage,
         "search.warm_start": [_from_here(source) for source in warm_start] if warm_start else None,
         "budget.uniform_rank": uniform_rank,

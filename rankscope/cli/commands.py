@@ -118,7 +118,13 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             max_rank=bounds.max_rank,
             pruner=section.pruner,
             warm_start=[s if "://" in s else session.study.base_dir / s for s in section.warm_start],
-            on_trial=lambda trial: bar.update(line, completed=(trial.number + 1) * section.seeds),
+            evaluator=section.evaluator,
+            n_judged=section.judged,
+            shared_folder=session.out / "shared-adapter",
+            on_trial=lambda trial: bar.update(
+                line, description="searching", completed=(trial.number + 1) * section.seeds, total=section.trials
+            ),
+            on_judged=lambda done, total: bar.update(line, description="judging", completed=done, total=total),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
     best = result.best_trial

@@ -39,6 +39,8 @@ def print_search(result: SearchResult, *, modelled: bool) -> None:
         print_line(f"performance model: {_model_line(result)}")
     if result.prior is not None:
         print_line(f"warm start: {result.prior}")
+    if result.screening is not None:
+        print_line(f"shared evaluator: {result.screening}")
 
 
 def search_summary(result: SearchResult) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def search_summary(result: SearchResult) -> dict[str, Any]:
         "unconfirmed": result.unconfirmed,
         "performance_model": asdict(result.validation) if result.validation else None,
         "warm_start": result.prior.studies if result.prior else None,
+        "shared_evaluator": asdict(result.screening) if result.screening else None,
         "trials": len(result.trials),
         "confirming_runs": result.confirming_runs,
         "steps": result.steps,
@@ -108,7 +111,7 @@ def _trial_row(
     shown = "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}"
     if interval is not None:
         shown += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
+    name = f"trial {trial.number}" if trial.origin in ("sampler", "screened") else trial.origin
     return (
         f"{name} *" if trial.number == best.number else name,
         f"{trial.allocation.parameters:,}",

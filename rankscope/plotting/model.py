@@ -11,7 +11,13 @@ from rankscope.performance import PerformanceModel
 from rankscope.plotting.heatmap import draw_grids, module_grids
 from rankscope.searching import SearchResult
 
-_COLOURS = {"uniform": "tab:grey", "one-shot": "tab:orange", "sampler": "tab:blue", "posterior-mean": "tab:red"}
+_COLOURS = {
+    "uniform": "tab:grey",
+    "one-shot": "tab:orange",
+    "sampler": "tab:blue",
+    "screened": "tab:green",
+    "posterior-mean": "tab:red",
+}
 
 
 def plot_predictions(model: PerformanceModel, result: SearchResult) -> Figure:

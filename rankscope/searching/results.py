@@ -16,6 +16,7 @@ from rankscope.performance import PerformanceModel, Prior, Validation
 from rankscope.searching.confirmation import confirmed_keys
 from rankscope.searching.fidelity import Agreement, agreement_on_the_way, agreement_when_confirmed
 from rankscope.searching.finalists import Finalist, recommend
+from rankscope.searching.screening import Screening
 from rankscope.searching.study import STUDY_KEY
 from rankscope.searching.trials import STEPS_KEY, Trial, completed, read_trial
 from rankscope.targets import TargetModule
@@ -35,6 +36,7 @@ class SearchResult:
         belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds do.
         unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
         prior: What earlier studies gave the model; None without a warm start.
+        screening: What came of the shared evaluator; None where the search had none.
     """
 
     study: optuna.Study
@@ -46,6 +48,7 @@ class SearchResult:
     belief: PerformanceModel | None = None
     unconfirmed: str | None = None
     prior: Prior | None = None
+    screening: Screening | None = None
 
     @property
     def trials(self) -> list[Trial]:

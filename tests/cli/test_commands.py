@@ -198,6 +198,29 @@ def test_warm_start_from_the_command_line_and_from_the_study(
     )
 
 
+def test_a_search_says_what_came_of_the_shared_evaluator(folder: Path) -> None:
+    study, out = folder / "screened.yaml", folder / "shared"
+    study.write_text(STUDY.replace("confirm_fraction: 0.67", "confirm_fraction: 0"))
+    arguments = ("search", study, "--out", out, "--trials", 15, "--evaluator", "shared")
+    status, text, _ = invoke(*arguments)
+    assert status == 0
+    line = next(line for line in text.splitlines() if line.startswith("shared evaluator:"))
+    found = re.search(r"Kendall's tau (-?\d\.\d\d) with 10 stand-alone trials \(0\.50 with 10 needed\)", line)
+    assert found
+    assert (out / "shared-adapter" / "adapter_model.safetensors").exists()
+    status, text, _ = invoke(*arguments, "--json")
+    shared = json.loads(text)["shared_evaluator"]
+    assert f"{shared['kendall']:.2f}" == found.group(1)
+    assert (shared["judged"] == 200) == (shared["kendall"] >= 0.5) == ("judged 200 allocations" in line)
+
+    status, _, stderr = invoke(*arguments[:-1], "oracle")
+    assert status == 2
+    assert (
+        stderr
+        == f"rankscope: `{study}`: `search.evaluator`: input should be 'stand-alone' or 'shared', but got 'oracle'.\n"
+    )
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["profile", str(tmp_path / "none.yaml"), "--debug"])
     assert type(result.exception).__name__ == "StudyError"

@@ -11,6 +11,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -201,11 +202,13 @@ def make_app(
         optuna_dashboard.save_note(study, study_note(about, len(targets)))
     pictures = RankPictures(study, storage, targets, uploads)
     pictures.list_new()
+    polled = f"/api/studies/{storage.get_study_id_from_name(study.study_name)}"
     inner: WSGIApplication = optuna_dashboard.wsgi(storage, artifact_store=pictures)
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"].startswith("/api/studies/"):
-            pictures.list_new()
+        if environ["PATH_INFO"] == polled:
+            with suppress(KeyError):  # the study was deleted meanwhile, as the dashboard will answer
+                pictures.list_new()
         return inner(environ, start_response)
 
     return app

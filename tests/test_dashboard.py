@@ -230,3 +230,9 @@ def test_the_server_listens_on_loopback_only_and_on_a_free_port() -> None:
             open_server(lambda _environ, _start: [b""], port)
         with socket.create_connection(("127.0.0.1", port)):
             pass
+
+
+def test_a_study_can_be_deleted_in_the_dashboard(opened, storage: BaseStorage) -> None:
+    ask, path = opened(), study_path(storage)
+    assert ask(path, "DELETE")[0] == 204
+    assert ask(path)[0] == 404

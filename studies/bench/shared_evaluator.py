@@ -6,7 +6,7 @@ A super-adapter is trained once with random rank prefixes, for four times a tria
 by a validation pass (400 glosses of supersense's 1,640). Its metric is compared with stand-alone training's: the mean test
 metric over three seeds on digits-shift, the one validation metric there is on supersense at 50 steps, and the test metric of 30
 allocations trained for 250 steps, which is near the super-adapter's own 200. Beside it: the profile alone, and the noise
-ceiling, one stand-alone run against the mean of the others (on supersense, 8 allocations trained again here on another seed).
+ceiling, one stand-alone run against the mean of the others (on supersense, 6 allocations trained again here on another seed).
 
 How ranks are drawn was chosen on allocations and seeds of their own, by the highest tau (here on digits-shift): tilts of one-shot
 with noise on single modules (the default), tilts alone, or the sandwich of largest, uniform and such a draw, in turns.
@@ -43,7 +43,7 @@ from rankscope.tasks.text import TextClassification
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 GLOSSES = 400
 SUBSETS = 2000
-N_AGAIN = 8  # allocations of supersense trained on a second seed
+N_AGAIN = 6  # allocations of supersense trained on a second seed
 
 
 @dataclass(frozen=True, kw_only=True)

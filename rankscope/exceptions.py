@@ -19,6 +19,14 @@ class AllocationError(RankscopeError, ValueError):
     """Ranks that do not fit their target modules, or allocations that cannot be compared."""
 
 
+class AdapterError(RankscopeError, ValueError):
+    """A live adapter whose ranks cannot be changed as asked, or ranks saved beside a checkpoint that do not fit it."""
+
+
+class OptimizerError(RankscopeError, ValueError):
+    """An optimizer whose state cannot be carried over a change of ranks."""
+
+
 class ProfileError(RankscopeError, ValueError):
     """A profile that cannot be taken, read, or used for the model at hand."""
 
@@ -39,5 +47,13 @@ class StudyError(RankscopeError, ValueError):
     """A study file or study database that does not fit what was asked."""
 
 
+class DashboardError(RankscopeError, RuntimeError):
+    """The dashboard cannot be opened: a package is missing, or its port is taken."""
+
+
 class FileFormatError(RankscopeError, ValueError):
     """A file that is missing, truncated, or written by another schema."""
+
+
+class BenchmarkError(RankscopeError, ValueError):
+    """A benchmark that was asked for what its tables do not hold."""

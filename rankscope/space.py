@@ -6,7 +6,8 @@ The gain per parameter of rank r of module i becomes
 
 a geometric blend of the module's own spectrum with one that all modules share. With zero offsets, tau = 1 is exactly the
 one-shot allocation and tau = 0 exactly the uniform one. (A bare power of the gains would change nothing: it keeps their
-order.) Every point is projected onto the budget, so every point is feasible.
+order.) Every point is projected onto the budget, so every point is feasible. Where only certain allocations may be used, as
+those of a table that was measured once, the projection is the best of them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class HierarchicalSpace:
         groups: The block group of each module by name, as in `model/0`.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
+        candidates: The only allocations that may be used; None: all that the budget and the bounds admit.
     """
 
     targets: tuple[TargetModule, ...]
@@ -54,6 +56,7 @@ class HierarchicalSpace:
     groups: Mapping[str, str]
     min_rank: Bound = 0
     max_rank: Bound = None
+    candidates: tuple[RankAllocation, ...] | None = None
 
     @property
     def tilts(self) -> tuple[Tilt, ...]:
@@ -94,9 +97,21 @@ class HierarchicalSpace:
             offset = point.get(f"group/{self.groups[target.name]}", 0.0) + point.get(f"role/{target.role}", 0.0)
             density = _blend(np.asarray(self.gains[target.name], dtype=np.float64) / target.rank_cost / scale, tau)
             tilted[target.name] = density * np.exp(offset) * target.rank_cost
-        return allocate_marginal(
-            self.targets, tilted, self.budget, min_rank=self.min_rank, max_rank=self.max_rank
-        ).renamed("tilted")
+        return self.solve(tilted).renamed("tilted")
+
+    def solve(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
+        """The allocation with the highest total gain: by water-filling, or the best of the candidates.
+
+        Args:
+            gains: For each module by name, the gain of its first, second, … rank, not increasing.
+        """
+        if self.candidates is None:
+            return allocate_marginal(self.targets, gains, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
+        totals = np.zeros(len(self.candidates))
+        for target, ranks in zip(self.targets, np.array([c.vector for c in self.candidates]).T, strict=True):
+            sums = np.concatenate([[0.0], np.cumsum(gains[target.name])])
+            totals += sums[np.minimum(ranks, len(sums) - 1)]
+        return self.candidates[int(np.argmax(totals))]
 
 
 def _blend(density: NDArray[np.float64], tau: float) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rankscope.budget import ParameterBudget
 from rankscope.exceptions import StudyError
 from rankscope.profiling.sketch import SKETCH_SIZE
+from rankscope.searching.confirmation import CONFIRM_FRACTION
 from rankscope.targets import TargetModule
 from rankscope.training import TrainingConfig
 
@@ -91,7 +92,7 @@ class SearchSection(_Section):
 
     trials: int = Field(60, gt=0)
     seeds: int = Field(1, gt=0)
-    confirm_fraction: float = Field(1 / 3, ge=0, lt=1)
+    confirm_fraction: float = Field(CONFIRM_FRACTION, ge=0, lt=1)
     fidelity: float = Field(1.0, gt=0, le=1)
     sampler: Literal["performance-model", "tpe", "gp", "cma-es", "qmc", "random"] = "performance-model"
     grouping: Literal["depth", "gradient"] = "depth"

@@ -2,8 +2,9 @@
 
     python data/rankbench/build.py --jobs 2
 
-Two hours on two cores, one torch thread a process. Every run is kept in `.cache/rankbench.jsonl` as it ends, so an
-interrupted build goes on; in the end `TASK.parquet` (one row a run) and `TASK.profile.parquet` are written beside this file.
+Two hours on two cores, one torch thread a process. Runs that the tables hold are not repeated; every new one is kept in
+`.cache/rankbench.jsonl` as it ends, so an interrupted build goes on. In the end `TASK.parquet` (one row a run) and
+`TASK.profile.parquet` are written beside this file.
 """
 
 from __future__ import annotations
@@ -156,6 +157,12 @@ def _task(name: str) -> rs.Task:
     return _tasks[name]
 
 
+def _tabulated() -> list[dict[str, Any]]:
+    """The runs in the tables as they are."""
+    tables = sorted({HERE / f"{plan.task}.parquet" for plan in PLANS})
+    return [run for path in tables if path.exists() for run in pd.read_parquet(path).to_dict("records")]
+
+
 def _identity(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("task", "rank", "steps", "learning_rate", "number", "seed"))
 
@@ -169,7 +176,7 @@ def main() -> None:
     jobs = parser.parse_args().jobs
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     RUNS.parent.mkdir(exist_ok=True)
-    runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    runs = _tabulated() + ([json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else [])
     known = {_identity(run) for run in runs}
     missing = [
         (key, allocation, plan.with_test)
@@ -182,7 +189,9 @@ def main() -> None:
         for run in Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(measure)(*cell) for cell in missing):
             runs.append(run)
             print(json.dumps(run), file=log, flush=True)
-    frame = pd.DataFrame(runs).sort_values(["task", "rank", "steps", "number", "seed"], ignore_index=True)
+    frame = pd.DataFrame({_identity(run): run for run in runs}.values()).sort_values(
+        ["task", "rank", "steps", "number", "seed"], ignore_index=True
+    )
     for name, part in frame.groupby("task"):
         with replacing(HERE / f"{name}.parquet") as temporary:
             part.to_parquet(temporary, index=False)

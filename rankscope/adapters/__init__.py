@@ -1,4 +1,4 @@
-"""Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models."""
+"""Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
 from rankscope.adapters.lora import (
     apply_allocation,
@@ -9,15 +9,25 @@ from rankscope.adapters.lora import (
     save_lora_config,
     to_lora_config,
 )
+from rankscope.adapters.masks import RankMasks
 from rankscope.adapters.prefix import RankPrefix
+from rankscope.adapters.requests import Resize
+from rankscope.adapters.resize import resize_adapters
+from rankscope.adapters.sidecar import restore_ranks, restore_ranks_on_load, save_ranks
 
 __all__ = [
+    "RankMasks",
     "RankPrefix",
+    "Resize",
     "apply_allocation",
     "count_adapter_parameters",
     "from_lora_config",
     "from_peft_model",
     "load_adapter",
+    "resize_adapters",
+    "restore_ranks",
+    "restore_ranks_on_load",
     "save_lora_config",
+    "save_ranks",
     "to_lora_config",
 ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,10 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
 
+from rankscope.adapters.dormant import is_dormant
+from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
+from rankscope.adapters.requests import Resize
+from rankscope.adapters.resize import resize_adapters
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import replacing
@@ -72,19 +74,16 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
                 "`%s` adds trainable parameters to the %s of the allocation", key, f"{allocation.parameters:,}"
             )
 
-    common = Counter(adapted.values()).most_common(1)[0][0]
-    exceptions = {name: rank for name, rank in adapted.items() if rank != common}
     if "lora_alpha" not in peft_kwargs:
         factor = DEFAULT_SCALING if scaling is None else scaling
         rslora = bool(peft_kwargs.get("use_rslora"))
-        peft_kwargs["lora_alpha"] = _alpha(common, factor, rslora)
-        peft_kwargs["alpha_pattern"] = {
-            _anchored(name): _alpha(rank, factor, rslora) for name, rank in exceptions.items()
-        }
+        alphas = {name: alpha_for(rank, factor, rslora=rslora) for name, rank in adapted.items()}
+        peft_kwargs["lora_alpha"] = most_common(alphas)
+        peft_kwargs["alpha_pattern"] = exceptions(alphas)
     return LoraConfig(
-        r=common,
-        target_modules=f"^(?:{'|'.join(re.escape(name) for name in adapted)})$",
-        rank_pattern={_anchored(name): rank for name, rank in exceptions.items()},
+        r=most_common(adapted),
+        target_modules=target_pattern(adapted),
+        rank_pattern=exceptions(adapted),
         **peft_kwargs,
     )
 
@@ -135,9 +134,9 @@ def from_peft_model(
         )
     adapter = adapter_name or model.active_adapter
     ranks = {
-        name: layer.r[adapter]
+        name: 0 if is_dormant(layer, adapter) else layer.r[adapter]
         for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.r
+        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter))
     }
     if not ranks:
         raise AllocationError(
@@ -148,19 +147,33 @@ def from_peft_model(
     return RankAllocation.from_ranks(targets, ranks, strategy="peft-model")
 
 
-def apply_allocation(model: nn.Module, allocation: RankAllocation, **peft_kwargs: Any) -> PeftModel:
+def apply_allocation(
+    model: nn.Module, allocation: RankAllocation, *, dormant: bool = False, **peft_kwargs: Any
+) -> PeftModel:
     """Wraps `model` (in place) with LoRA of exactly these ranks, and checks that PEFT built what was asked.
+
+    Args:
+        model: The base model.
+        allocation: For its target modules.
+        dormant: True: modules of rank 0 get an adapter too, which sleeps and which `resize_adapters` can wake.
+        **peft_kwargs: As `to_lora_config` takes them.
 
     Raises:
         AllocationError: PEFT built other ranks or another parameter count: the model is not the allocation's.
     """
+    if dormant and "lora_alpha" in peft_kwargs:
+        raise AllocationError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
     present = {name for name, _ in model.named_modules()}
-    if missing := [name for name, rank in allocation.ranks.items() if rank and name not in present]:
+    if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
         raise AllocationError(
             f"`allocation` must be for this model, but {type(model).__name__} has no module {missing[0]!r} "
             f"({len(missing)} missing in all); find targets on this model and allocate again."
         )
-    peft_model = get_peft_model(model, to_lora_config(allocation, **peft_kwargs))
+    asleep = [Resize(name=name, rank=0) for name, rank in allocation.ranks.items() if rank == 0 and dormant]
+    wrapped = dict(allocation.ranks) | {resize.name: 1 for resize in asleep}
+    config = to_lora_config(RankAllocation.from_ranks(allocation.targets, wrapped), **peft_kwargs)
+    peft_model = get_peft_model(model, config)
+    resize_adapters(peft_model, None, asleep)
     if from_peft_model(peft_model, allocation.targets) != allocation:
         raise AllocationError(
             "`allocation` must become exactly its ranks in PEFT, but PEFT built others; please report this."
@@ -188,16 +201,6 @@ def count_adapter_parameters(model: nn.Module) -> int:
 
 
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
-
-
-def _alpha(rank: int, scaling: float, rslora: bool) -> float:
-    """The alpha at which PEFT's scaling (alpha / r, or alpha / sqrt(r)) is `scaling`; an int where it is one."""
-    alpha = scaling * (math.sqrt(rank) if rslora else rank)
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _anchored(name: str) -> str:
-    return f"^{re.escape(name)}"  # PEFT appends the `$`
 
 
 def _truly_matches(config: LoraConfig, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The typer application: `rankscope profile`, `allocate`, `search` and `train`. Heavy imports wait inside the commands."""
+"""The typer application: one command a step, from `rankscope profile` on. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from rankscope import __version__
-from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, StudyPath, UniformRank, reports_errors
+from rankscope.cli.bench import bench_app
+from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, Storage, StudyPath, UniformRank, reports_errors
 
 app = typer.Typer(
     name="rankscope",
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def search_command(
     evaluator: Annotated[
         str | None, typer.Option(help="Overrides `search.evaluator`: stand-alone or shared (one nested super-adapter).")
     ] = None,
-    storage: Annotated[str | None, typer.Option(help="Overrides `search.storage`: as Optuna takes it.")] = None,
+    storage: Storage = None,
     uniform_rank: UniformRank = None,
     parameters: Parameters = None,
     seed: Seed = None,
@@ -172,3 +174,20 @@ def train_command(
     run_train(
         study, out, overrides, allocation_path=allocation, baseline=baseline, n_seeds=seeds, jobs=jobs, as_json=json
     )
+
+
+@app.command("dashboard", epilog="Example: rankscope dashboard studies/digits.yaml --open")
+@reports_errors
+def dashboard_command(
+    study: StudyPath,
+    out: Out = None,
+    storage: Storage = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine's loopback; 0: any free one.")] = 8080,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
+    from rankscope.cli.dashboard import run_dashboard
+
+    run_dashboard(study, out, {"search.storage": storage}, port=port, open_browser=open_browser, as_json=json)

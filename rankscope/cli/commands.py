@@ -100,7 +100,7 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
             n_seeds=section.seeds,
             confirm_fraction=section.confirm_fraction,
             fidelity=section.fidelity,
-            storage=section.storage or _sqlite(session.out / "search.db"),
+            storage=session.storage,
             study_name=session.study.name,
             seed=session.study.seed,
             sampler=section.sampler,
@@ -207,11 +207,6 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
     if set(allocation.targets) != set(session.targets):
         raise AllocationError(f"`{path}` must be for this study's target modules, but is for others; allocate again.")
     return allocation
-
-
-def _sqlite(path: Path) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path}"
 
 
 # --- rows --------------------------------------------------------------------------------------------------------

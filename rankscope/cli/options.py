@@ -15,6 +15,7 @@ from rankscope.exceptions import RankscopeError, TrainingError
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: out/NAME]")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Overrides the study's `seed`.")]
+Storage = Annotated[str | None, typer.Option(help="Overrides `search.storage`: as Optuna takes it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 UniformRank = Annotated[int | None, typer.Option(help="Overrides `budget`: what uniform LoRA of this rank uses.")]

@@ -80,7 +80,7 @@ def _verdict(result: SearchResult) -> str:
     if found is None:
         return f"not confirmed: {result.unconfirmed}"
     if found.trial.origin == "uniform":
-        return "uniform is recommended: no finalist is better on fresh seeds by more than noise"
+        return "uniform is recommended: nothing that was tried is worth more, as far as trials and fresh seeds tell"
     if found.difference is None:
         return "uniform did not complete: whether the recommendation is better is not known"
     if found.interval is None:

@@ -73,6 +73,11 @@ class Session:
         return self.study.budget.resolve(self.targets)
 
     @property
+    def storage(self) -> str:
+        """Where the search's trials lie, as Optuna takes it."""
+        return self.study.search.storage or f"sqlite:///{self.out / 'search.db'}"
+
+    @property
     def profile_path(self) -> Path:
         """Where the profile lies."""
         return self.out / "profile.parquet"

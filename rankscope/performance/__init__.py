@@ -3,6 +3,14 @@
 from rankscope.performance.features import RankFeatures, rank_features
 from rankscope.performance.model import PerformanceModel
 from rankscope.performance.regression import HierarchicalRegressor
-from rankscope.performance.validation import Validation, validate
+from rankscope.performance.validation import Validation, believable, validate
 
-__all__ = ["HierarchicalRegressor", "PerformanceModel", "RankFeatures", "Validation", "rank_features", "validate"]
+__all__ = [
+    "HierarchicalRegressor",
+    "PerformanceModel",
+    "RankFeatures",
+    "Validation",
+    "believable",
+    "rank_features",
+    "validate",
+]

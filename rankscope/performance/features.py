@@ -8,7 +8,7 @@ model on them values rank r of module i at sum_f beta_f W[f, i] (h(i, r) - h(i, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,6 +59,26 @@ class RankFeatures:
             start += len(weights)
         total = np.minimum.accumulate(np.maximum(total, 0.0), axis=1)
         return {target.name: total[i, : target.full_rank] for i, target in enumerate(self.targets)}
+
+    def without(self, *levels: str) -> RankFeatures:
+        """The features but for some levels."""
+        kept = np.array([level not in levels for level in self.levels])
+        weights, start = {}, 0
+        for curve, rows in self.weights.items():
+            weights[curve] = rows[kept[start : start + len(rows)]]
+            start += len(rows)
+        return replace(
+            self,
+            weights=weights,
+            names=tuple(np.array(self.names)[kept].tolist()),
+            levels=tuple(np.array(self.levels)[kept].tolist()),
+        )
+
+    @property
+    def of_profile(self) -> RankFeatures | None:
+        """The profile's terms alone, beside all modules alike; None where there are none."""
+        found = self.without("tower", "group", "block", "role", "module")
+        return found if "profile" in found.levels else None
 
     def _sums(self, ranks: Ints) -> Floats:
         index = np.arange(ranks.shape[1])

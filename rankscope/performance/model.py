@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -27,7 +28,7 @@ Ints = NDArray[np.int64]
 
 HIERARCHICAL = "hierarchical"
 PROFILE_SHARE = 10.0  # how much more than of another level the prior expects of the profile's terms
-PROFILE_MEAN = 0.3  # standard deviations of the metric that one of a profile term's is expected to bring
+PROFILE_MEAN = 0.15  # standard deviations of the metric that one of a profile term's is expected to bring
 GROWTH = 1.2  # transform and variances are estimated again once there are so many times the observations
 
 ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
@@ -42,6 +43,23 @@ ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
         StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=1000, random_state=seed)
     ),
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """A coefficient's posterior: standard deviations of the metric for one unit of the feature (`features.py`).
+
+    Attributes:
+        name: Of the feature, as in `role/q_proj`.
+        level: Its level.
+        mean: Posterior mean.
+        std: Posterior standard deviation.
+    """
+
+    name: str
+    level: str
+    mean: float
+    std: float
 
 
 class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -128,6 +146,40 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def score(self, ranks: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
         """Spearman's rank correlation of prediction and metric."""
         return float(spearmanr(self.predict(ranks), y)[0])
+
+    def weigh(self, ranks: ArrayLike, y: ArrayLike, repeats: float) -> Floats:
+        """The expected metric of allocations as it is after they were measured once more, elsewhere, (n,).
+
+        Only differences among these measurements count: fresh seeds, other learning rates or longer training shift all of
+        them alike. The posterior is that of the linear model (Bishop 2006, eq. 3.50), conditioned on them.
+
+        Args:
+            ranks: One allocation a row, (n, n_modules).
+            y: Their mean metrics, (n,).
+            repeats: Measurements behind each mean.
+        """
+        regressor = self._hierarchical()
+        mean, covariance = regressor.predict(self._rows(ranks), return_cov=True)
+        if self._scaler is None:
+            return self._back(mean)
+        surprise = self._scaler.transform(np.asarray(y, dtype=np.float64)[:, None]).ravel() - mean
+        noise = regressor.variances_["noise"] / repeats * np.eye(len(mean))
+        return self._back(mean + covariance @ np.linalg.solve(covariance + noise, surprise - surprise.mean()))
+
+    def of_profile(self) -> Self | None:
+        """The same observations, regressed on the profile's terms alone; None where there is no profile."""
+        features = self.features.of_profile
+        return None if features is None else type(self)(features).fit(*self._data)
+
+    def effects(self) -> list[Effect]:
+        """The coefficients of the features, in their order, with what is not known of them."""
+        regressor = self._hierarchical()
+        n = len(self.features.names)
+        mean, deviation = regressor.predict(np.eye(regressor.n_features_in_)[:n], return_std=True)
+        return [
+            Effect(name=name, level=level, mean=float(m), std=float(d))
+            for name, level, m, d in zip(self.features.names, self.features.levels, mean, deviation, strict=True)
+        ]
 
     def utilities(self) -> dict[str, Floats]:
         """The posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
@@ -249,7 +301,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             return np.full(len(values), y[0])
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # sklearn's, of values beyond the range
             found: Floats = self._scaler.inverse_transform(values[:, None]).ravel()
-        return np.where(np.isnan(found), np.where(values > 0, y.max(), y.min()), found)
+        return np.where(np.isfinite(found), found, np.where(values > 0, y.max(), y.min()))
 
     def _hierarchical(self) -> HierarchicalRegressor:
         check_is_fitted(self, "regressor_")

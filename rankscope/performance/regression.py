@@ -88,15 +88,17 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         self.coef_ = means + self._prior * (rows.T @ cho_solve(self._factor, target))
         return self
 
-    def predict(self, X: ArrayLike, return_std: bool = False) -> Any:
-        """Posterior mean at X, (n,); with `return_std` also its standard deviation, without the noise of an observation."""
+    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+        """Posterior mean at X, (n,); also its standard deviation, (n,), or covariance, (n, n), without observations' noise."""
         check_is_fitted(self)
         table: Floats = validate_data(self, X, dtype=np.float64, reset=False)
         mean = table @ self.coef_
-        if not return_std:
+        if not (return_std or return_cov):
             return mean
         scaled = table * self._prior
         across = scaled @ self._rows.T
+        if return_cov:
+            return mean, scaled @ table.T - across @ cho_solve(self._factor, across.T)
         explained = np.einsum("ij,ji->i", across, cho_solve(self._factor, across.T))
         return mean, np.sqrt(np.maximum(np.einsum("ij,ij->i", scaled, table) - explained, 0.0))
 

@@ -11,8 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import kendalltau, spearmanr
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import PowerTransformer
 
 from rankscope.performance.model import HIERARCHICAL, PerformanceModel
+
+Floats = NDArray[np.float64]
 
 MIN_ALLOCATIONS = 10  # with fewer, scores say nothing
 
@@ -23,6 +26,8 @@ class Validation:
 
     Attributes:
         allocations: Different ones.
+        explained: Share of the variance of the normalised metric that the model explains; below 0: worse than the mean.
+        explained_by_profile: The same of the profile alone: a regression on its terms; None without a profile.
         kendall: Kendall's tau of model and metric.
         spearman: Spearman's correlation of model and metric.
         profile: Kendall's tau of the profile alone (the captured norm, without a trial); None without a profile.
@@ -31,6 +36,8 @@ class Validation:
     """
 
     allocations: int
+    explained: float
+    explained_by_profile: float | None
     kendall: float
     spearman: float
     profile: float | None
@@ -39,13 +46,19 @@ class Validation:
 
     @property
     def trustworthy(self) -> bool:
-        """Whether the model beats the profile alone, and the mean."""
-        return self.kendall > max(self.profile or 0.0, 0.0)
+        """Whether the model predicts left-out allocations better than the profile alone, and than the mean.
+
+        Squared errors judge: with few trials they tell two predictors apart where rank correlations scatter too much.
+        """
+        return self.explained > max(self.explained_by_profile or 0.0, 0.0)
 
     def __str__(self) -> str:
-        parts = [f"Kendall's tau {self.kendall:.2f} on left-out allocations"]
+        parts = [f"explains {self.explained:.0%} of the variance of left-out allocations"]
+        if self.explained_by_profile is not None:
+            parts[0] += f" (profile alone {self.explained_by_profile:.0%})"
+        parts.append(f"Kendall's tau {self.kendall:.2f}")
         if self.profile is not None:
-            parts.append(f"profile alone {self.profile:.2f}")
+            parts[1] += f" (profile alone {self.profile:.2f})"
         if self.ceiling is not None:
             parts.append(f"Spearman {self.spearman:.2f} of at most {self.ceiling:.2f}")
         return "; ".join(parts)
@@ -59,7 +72,7 @@ def validate(
     sample_weight: ArrayLike | None = None,
     conditions: Sequence[Any] | None = None,
     noise_variance: float | None = None,
-    folds: int = 5,
+    folds: int = 10,
     seed: int = 0,
 ) -> Validation | None:
     """Cross-validates: all observations of an allocation are left out together.
@@ -84,20 +97,59 @@ def validate(
     groups = groups.ravel()
     if groups.max(initial=0) + 1 < MIN_ALLOCATIONS or np.ptp(metric) == 0:
         return None
-    predicted, inside = np.zeros(len(metric)), np.zeros(len(metric), dtype=bool)
+    alone = None if model.features.of_profile is None else PerformanceModel(model.features.of_profile)
+    predicted, by_profile, inside = np.zeros(len(metric)), np.zeros(len(metric)), np.zeros(len(metric), dtype=bool)
     for train, test in GroupKFold(folds, shuffle=True, random_state=seed).split(table, metric, groups):
-        fitted = clone(model, safe=False).fit(table[train], metric[train], weight[train], [labels[i] for i in train])
+        known = table[train], metric[train], weight[train], [labels[i] for i in train]
+        fitted = clone(model, safe=False).fit(*known)
         predicted[test] = fitted.predict(table[test])
+        if alone is not None:
+            by_profile[test] = clone(alone, safe=False).fit(*known).predict(table[test])
         if model.regressor == HIERARCHICAL:
             low, high = fitted.interval(table[test], 0.8, repeats=float(weight[test].mean()))
             inside[test] = (low <= metric[test]) & (metric[test] <= high)
-    rows: NDArray[np.float64] = model.features.transform(table)
+    even = _at_one_condition(metric, labels)
+    rows: Floats = model.features.transform(table)
     column = [i for i, name in enumerate(model.features.names) if name == "profile/norm"]
     return Validation(
         allocations=int(groups.max()) + 1,
-        kendall=float(kendalltau(predicted, metric)[0]),
-        spearman=float(spearmanr(predicted, metric)[0]),
-        profile=float(kendalltau(rows[:, column[0]], metric)[0]) if column else None,
-        ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / metric.var()))),
+        explained=_explained(predicted, even, weight),
+        explained_by_profile=None if alone is None else _explained(by_profile, even, weight),
+        kendall=float(kendalltau(predicted, even)[0]),
+        spearman=float(spearmanr(predicted, even)[0]),
+        profile=float(kendalltau(rows[:, column[0]], even)[0]) if column else None,
+        ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / even.var()))),
         coverage=float(inside.mean()) if model.regressor == HIERARCHICAL else None,
+    )
+
+
+def believable(model: PerformanceModel, validation: Validation | None) -> PerformanceModel | None:
+    """What left-out allocations speak for: the model; else the profile alone, fitted to the same observations; else nothing.
+
+    Args:
+        model: Fitted.
+        validation: Its scores; None, where they could not be had, speaks for nothing.
+    """
+    if validation is None:
+        return None
+    if validation.trustworthy:
+        return model
+    return model.of_profile() if (validation.explained_by_profile or 0.0) > 0.0 else None
+
+
+def _at_one_condition(metric: Floats, conditions: Sequence[Any]) -> Floats:
+    """The metric without what conditions do to it on average: predictions are averaged over conditions."""
+    codes = np.unique([str(condition) for condition in conditions], return_inverse=True)[1]
+    means = np.bincount(codes, weights=metric) / np.bincount(codes)
+    even: Floats = metric - means[codes] + metric.mean()
+    return even
+
+
+def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
+    """1 - squared error over variance, both of the metric made normal, as the model sees it."""
+    scaler = PowerTransformer().fit(metric[:, None])
+    truth, guess = (scaler.transform(values[:, None]).ravel() for values in (metric, predicted))
+    centre = np.average(truth, weights=weight)
+    return float(
+        1.0 - np.average((guess - truth) ** 2, weights=weight) / np.average((truth - centre) ** 2, weights=weight)
     )

@@ -1,7 +1,8 @@
 """Plots: data prepared apart from drawing; every function returns a matplotlib figure."""
 
 from rankscope.plotting.heatmap import module_grids, plot_energy, plot_ranks
-from rankscope.plotting.model import plot_belief, plot_predictions
+from rankscope.plotting.model import plot_belief, plot_levels, plot_predictions
+from rankscope.plotting.regret import plot_regret
 from rankscope.plotting.save import save_figure
 from rankscope.plotting.spectra import plot_spectra
 
@@ -9,8 +10,10 @@ __all__ = [
     "module_grids",
     "plot_belief",
     "plot_energy",
+    "plot_levels",
     "plot_predictions",
     "plot_ranks",
+    "plot_regret",
     "plot_spectra",
     "save_figure",
 ]

@@ -1,10 +1,11 @@
-"""What a search's performance model predicts, beside what was measured; and what it believes each module is worth."""
+"""What a search's performance model predicts, beside what was measured; what it believes each level and each module is worth."""
 
 from __future__ import annotations
 
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from scipy.stats import norm
 
 from rankscope.performance import PerformanceModel
 from rankscope.plotting.heatmap import draw_grids, module_grids
@@ -50,5 +51,33 @@ def plot_belief(model: PerformanceModel) -> Figure:
     mean = float(np.mean(list(density.values()))) or 1.0
     relative = {name: value / mean for name, value in density.items()}
     title = "what the search believes one more rank is worth, per parameter (mean: 1)"
-    norm = Normalize(0.0, max(2.0, *relative.values()))
-    return draw_grids(module_grids(targets, relative), title, norm, "worth over the mean", lambda value: f"{value:.1f}")
+    colours = Normalize(0.0, max(2.0, *relative.values()))
+    return draw_grids(
+        module_grids(targets, relative), title, colours, "worth over the mean", lambda value: f"{value:.1f}"
+    )
+
+
+def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
+    """The posterior of every tower's, block group's, block's and role's coefficient, a panel a level; modules are too many.
+
+    Zero is what the levels above say; right of it, ranks there are worth more than that.
+    """
+    shown = [effect for effect in model.effects() if effect.level not in ("model", "profile", "module")]
+    levels = list(dict.fromkeys(effect.level for effect in shown))
+    counts = [sum(effect.level == level for effect in shown) for level in levels]
+    figure = Figure(figsize=(4.6, 0.8 + 0.2 * sum(counts) + 0.35 * len(levels)))
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(len(levels), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": counts})[:, 0]
+    width = float(norm.ppf(0.5 + confidence / 2.0))
+    for level, axis in zip(levels, panels, strict=True):
+        mine = [effect for effect in shown if effect.level == level]
+        errors = [width * effect.std for effect in mine]
+        axis.errorbar([e.mean for e in mine], range(len(mine)), xerr=errors, fmt="o", ms=4, lw=1.0, color="tab:blue")
+        axis.axvline(0.0, color="black", lw=0.6)
+        axis.set_yticks(range(len(mine)), [effect.name.removeprefix(f"{level}/") for effect in mine], fontsize=8)
+        axis.set_ylim(len(mine) - 0.5, -0.5)
+        axis.set_title(level, loc="left", fontsize=9)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel(f"θ, in standard deviations of the metric; {confidence:.0%} interval", fontsize=8)
+    return figure

@@ -19,6 +19,7 @@ from rankscope.training import TrainingConfig, train
 logger = logging.getLogger(__name__)
 
 CONFIRMATION_KEY = "confirmation"  # of study attributes: one a run, so that processes which share a study lose none
+CONFIRM_FRACTION = 0.25  # of the trainings, by default
 FIRST_SEED = 500  # trials train on seeds 0, 1, …
 
 

@@ -9,6 +9,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
+from rankscope.performance import PerformanceModel
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.trials import ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Trial
 
@@ -65,6 +66,11 @@ def choose_finalists(
     return chosen
 
 
+def smoothing(belief: PerformanceModel | None) -> Callable[[Trial], float] | None:
+    """A model's prediction of a trial's metric, for `choose_finalists`."""
+    return None if belief is None else lambda trial: float(belief.predict([trial.allocation.vector])[0])
+
+
 def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tuple[Finalist, ...]:
     """Finalists from their trials and what they reached on the same fresh seeds: differences to uniform, with intervals.
 
@@ -92,15 +98,26 @@ def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tu
     return tuple(found)
 
 
-def recommend(finalists: Sequence[Finalist]) -> Finalist:
-    """The simplest finalist within one standard error of the best; uniform is simplest, then one-shot.
+def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = None) -> Finalist:
+    """The finalist that trials and fresh seeds together value most; without a believable model, the simplest of the good ones.
 
-    The one-standard-error rule (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), with the standard error of a paired difference,
+    With a model, its posterior from the trials is weighed with the fresh seeds (`PerformanceModel.weigh`), so that neither a
+    lucky trial nor a lucky seed decides alone.
+
+    Without, it is the simplest finalist within one standard error of the best; uniform is simplest, then one-shot: the
+    one-standard-error rule (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), with the standard error of a paired difference,
     pooled over all finalists: what seeds and finalists leave unexplained in a two-way layout. One seed tells nothing of
     noise; then it is the best.
+
+    Args:
+        finalists: At least one.
+        belief: Fitted to the trials.
     """
     metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
     means = metrics.mean(axis=1)
+    if belief is not None:
+        ranks = [finalist.trial.allocation.vector for finalist in finalists]
+        return finalists[int(np.argmax(belief.weigh(ranks, means, metrics.shape[1])))]
     error = _standard_error(metrics)
     order = sorted(range(len(metrics)), key=lambda i: (_SIMPLICITY.get(finalists[i].trial.origin, 2), -means[i]))
     return next(finalists[i] for i in order if means[i] >= means.max() - error)

@@ -33,6 +33,7 @@ class SearchResult:
         finalists: What was trained again on fresh seeds; empty where nothing was.
         model: The performance model on all trials; None for other samplers, and with too few trials.
         validation: How well the model predicts trials it has not seen; None where there are too few.
+        belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds do.
         unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
         screening: What came of the shared evaluator; None where the search had none.
     """
@@ -43,6 +44,7 @@ class SearchResult:
     finalists: tuple[Finalist, ...] = ()
     model: PerformanceModel | None = None
     validation: Validation | None = None
+    belief: PerformanceModel | None = None
     unconfirmed: str | None = None
     screening: Screening | None = None
 
@@ -75,12 +77,11 @@ class SearchResult:
 
     @property
     def recommendation(self) -> Finalist | None:
-        """Of the finalists on fresh seeds, the simplest within one standard error of the best; None without finalists.
+        """The finalist that trials and fresh seeds together value most; None without finalists.
 
-        Uniform is simplest, then one-shot; see `rankscope.searching.finalists.recommend`. Its difference to uniform comes
-        with a 95 % interval.
+        See `rankscope.searching.finalists.recommend`. Its difference to uniform comes with a 95 % interval.
         """
-        return recommend(self.finalists) if self.finalists else None
+        return recommend(self.finalists, self.belief) if self.finalists else None
 
     @property
     def best_trial(self) -> Trial:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 import optuna
@@ -14,11 +13,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError
-from rankscope.performance import PerformanceModel, Validation
+from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
-from rankscope.searching.confirmation import confirm, split_budget
+from rankscope.searching.confirmation import CONFIRM_FRACTION, confirm, split_budget
 from rankscope.searching.exploring import explore
-from rankscope.searching.finalists import choose_finalists
+from rankscope.searching.finalists import choose_finalists, smoothing
 from rankscope.searching.objective import Objective
 from rankscope.searching.pruners import PrunerName, make_pruner
 from rankscope.searching.results import SearchResult
@@ -48,7 +47,7 @@ def search(
     training: TrainingConfig | None = None,
     learning_rates: Sequence[float] | None = None,
     n_seeds: int = 1,
-    confirm_fraction: float = 1 / 3,
+    confirm_fraction: float = CONFIRM_FRACTION,
     fidelity: float = 1.0,
     storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
     study_name: str | None = None,
@@ -86,8 +85,8 @@ def search(
         confirm_fraction: Share of the trainings that is kept for training uniform, one-shot and three more on fresh seeds in
             the end: the allocation of the performance model's posterior mean, the best by its prediction, and the best
             observed. As many seeds of each as fit in; where not one does, all trainings explore and
-            `SearchResult.unconfirmed` says so. The recommendation is the simplest of these within one standard error of
-            the best, since the best observed trial is flattered by noise. 0: none.
+            `SearchResult.unconfirmed` says so. The recommendation is what trials and fresh seeds together value most
+            (`rankscope.searching.finalists.recommend`), since the best observed trial is flattered by noise. 0: none.
         fidelity: Share of the schedule's steps that a trial takes, on a complete schedule of its own; confirming takes all of
             them. A short trial counts as one of `n_trials`, as a long one does; `SearchResult.steps` is what all
             took. Trials of one study share one fidelity.
@@ -104,8 +103,9 @@ def search(
             five seeds or more; `"none"`; or a pruner of your own. The performance model learns from pruned trials too.
         evaluator: `"stand-alone"` trains every allocation. `"shared"` also trains one nested super-adapter, beside `n_trials` and
             for four times a trial's steps, that judges an allocation by a validation pass. It is compared with the first ten
-            trained allocations; if Kendall's tau is at least 0.5 it judges `n_judged` more, and the best five are trained
-            as trials. Else the search goes on without it, and says so. Only trained trials are ever recommended.
+            trained allocations; if Kendall's tau is at least 0.5, and above the profile's, it judges `n_judged` more, and
+            the best five are trained as trials. Else the search goes on without it, and says so. Only trained trials are
+            ever recommended.
         n_judged: Allocations that the shared evaluator judges, if it is trusted.
         shared_folder: Where the super-adapter is kept; None: in memory, so that an interrupted search trains it again.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
@@ -178,19 +178,18 @@ def search(
     )
     screening = explore(study, objective, exploring, report, screener if evaluator == SHARED else None)
     model, validation = _model(study)
-    smoothed = None
-    if model is not None and (validation is None or validation.trustworthy):
-        smoothed = partial(_predicted, model)
-    elif model is not None:
-        logger.warning("the performance model does not beat the profile alone and chooses no finalist: %s", validation)
+    belief = None if model is None else believable(model, validation)
+    if validation is not None and not validation.trustworthy:
+        instead = "nothing but fresh seeds" if belief is None else "the profile alone"
+        logger.warning("the performance model does not beat the profile alone, so %s chooses: %s", instead, validation)
     trials = [read_trial(trial, targets) for trial in completed(study)]
     if trials and not any(trial.origin == UNIFORM for trial in trials):
         logger.warning("uniform completed no trial: differences to it are not known")
-    chosen = choose_finalists(trials, smoothed)
+    chosen = choose_finalists(trials, smoothing(belief))
     finalists, unconfirmed = confirm(study, task, chosen, training, n_runs=confirming, on_run=on_confirm)
     if unconfirmed and confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)
-    return SearchResult(study, targets, task.metric, finalists, model, validation, unconfirmed, screening)
+    return SearchResult(study, targets, task.metric, finalists, model, validation, belief, unconfirmed, screening)
 
 
 def _check_evaluator(evaluator: str, exploring: int, n_judged: int) -> None:
@@ -220,10 +219,6 @@ def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | N
     if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
         return None, None
     return model, sampler.validate(study)
-
-
-def _predicted(model: PerformanceModel, trial: Trial) -> float:
-    return float(model.predict([trial.allocation.vector])[0])
 
 
 def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:

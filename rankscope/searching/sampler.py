@@ -20,8 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import allocate_marginal
-from rankscope.performance import PerformanceModel, Validation, rank_features, validate
+from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.fidelity import observe
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.pruners import judges_seeds
@@ -117,9 +116,13 @@ class PerformanceModelSampler(BaseSampler):
         return self._proposals.pop(number, (None, None))[0]
 
     def best(self, study: optuna.Study) -> tuple[RankAllocation, Any]:
-        """The allocation that the posterior mean values most, and the learning rate; see `PerformanceModel`."""
+        """The allocation that the posterior mean values most, and the learning rate; of the profile alone, if it is believed."""
         self._learn(study)
-        return self._solve(self._model.utilities()), self._model.best_condition
+        return self._solve((self.believed(study) or self._model).utilities()), self._model.best_condition
+
+    def believed(self, study: optuna.Study) -> PerformanceModel | None:
+        """The model, or the profile alone, fitted to the same trials, whichever predicts left-out trials; None: neither does."""
+        return None if self.model(study) is None else believable(self._model, self.validate(study))
 
     def model(self, study: optuna.Study) -> PerformanceModel | None:
         """The performance model on the study's trials; None with fewer than it starts with, or where all are equal.
@@ -211,10 +214,7 @@ class PerformanceModelSampler(BaseSampler):
     def _solve(self, gains: Mapping[str, np.ndarray[Any, Any]]) -> RankAllocation:
         if not any(values.any() for values in gains.values()):  # a draw in which nothing helps: all ranks are equal
             return self.space.allocation(self.space.point(tau=0.0))
-        space = self.space
-        return allocate_marginal(
-            space.targets, gains, space.budget, min_rank=space.min_rank, max_rank=space.max_rank
-        ).renamed("performance-model")
+        return self.space.solve(gains).renamed("performance-model")
 
 
 def suggest_allocation(trial: optuna.Trial, space: HierarchicalSpace) -> RankAllocation:

@@ -34,7 +34,9 @@ def make_sampler(
             try:
                 return optuna.samplers.CmaEsSampler(seed=seed)
             except ImportError:
-                raise StudyError("sampler 'cma-es' needs the package cmaes; `pip install cmaes`.") from None
+                raise StudyError(
+                    "sampler 'cma-es' needs the package cmaes; `pip install 'rankscope[cma-es]'`."
+                ) from None
         case "qmc":
             return optuna.samplers.QMCSampler(seed=seed)
         case "random":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,12 @@ def open_study(
     Raises:
         StudyError: The storage holds a study of this name about something else, or cannot be opened.
     """
-    if isinstance(storage, str) and storage.startswith("sqlite:///"):
-        Path(storage.removeprefix("sqlite:///").split("?")[0]).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    if isinstance(storage, str) and (file := _sqlite_file(storage)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with _storage_errors(storage):
         study = optuna.create_study(
             study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
         )
-    except (ValueError, RuntimeError, optuna.exceptions.OptunaError, _database_error()) as error:
-        raise StudyError(
-            f"`storage` must be a database that Optuna can open, but {storage!r} is not: {_first_line(error)}"
-        ) from None
     stored = study.user_attrs.get(STUDY_KEY)
     if stored is None:
         if study.get_trials(deepcopy=False):
@@ -60,6 +57,40 @@ def open_study(
             f"study `{name}` must be about {key} {about[key]!r}, but its trials are about {stored.get(key)!r}; "
             "use another study name or storage."
         )
+    return study
+
+
+def find_storage(url: str) -> optuna.storages.RDBStorage:
+    """The database of an earlier search; none is made.
+
+    Raises:
+        StudyError: There is none, or Optuna cannot open it.
+    """
+    file = _sqlite_file(url)
+    if file and not file.exists():
+        raise StudyError(
+            f"`storage` must hold an earlier search, but there is no file `{file}`; run `rankscope search` first."
+        )
+    with _storage_errors(url):
+        return optuna.storages.RDBStorage(url, skip_table_creation=True)
+
+
+def load_study(*, name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
+    """The study of an earlier search; none is made.
+
+    Raises:
+        StudyError: There is none of this name, or rankscope did not make it.
+    """
+    try:
+        with _storage_errors(storage):
+            study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        known = ", ".join(optuna.get_all_study_names(storage)) or "none"
+        raise StudyError(
+            f"`storage` must hold a search of study `{name}`, but its studies are: {known}; run `rankscope search` first."
+        ) from None
+    if STUDY_KEY not in study.user_attrs:
+        raise StudyError(f"study `{name}` must be rankscope's, but is foreign; use another study name or storage.")
     return study
 
 
@@ -92,10 +123,22 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _database_error() -> type[Exception]:
+def _sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database; None for others."""
+    return Path(url.removeprefix("sqlite:///").split("?")[0]) if url.startswith("sqlite:///") else None
+
+
+@contextmanager
+def _storage_errors(storage: str | optuna.storages.BaseStorage | None) -> Iterator[None]:
+    """Says in one line why Optuna cannot open a storage."""
     from sqlalchemy.exc import SQLAlchemyError
 
-    return SQLAlchemyError
+    try:
+        yield
+    except (ValueError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+        raise StudyError(
+            f"`storage` must be a database that Optuna can open, but {storage!r} is not: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -14,16 +14,15 @@ budget, the default model.
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from _harness import Claim, run_benchmark
-from _landscapes import RankBench
 from joblib import Parallel, delayed
 from scipy.stats import kendalltau
 from sklearn.linear_model import BayesianRidge
 
+from rankscope.benchmark import RankBench
 from rankscope.performance import PerformanceModel, RankFeatures, rank_features
 
 TABLES = {"digits-shift, rank 1": ("digits-shift", 1, 84), "digits-shift, rank 2": ("digits-shift", 2, 84),
@@ -99,25 +98,10 @@ def judge(name: str, draw: int, quick: bool) -> dict[tuple[Any, ...], float]:
 def subsets(features: RankFeatures) -> dict[str, RankFeatures]:
     """Feature sets, by what is said of them."""
     return {
-        ", without the profile": without(features, "profile"),
-        ", without modules": without(features, "module"),
-        ", profile and all modules alike": without(features, "module", "block", "group", "role", "tower"),
+        ", without the profile": features.without("profile"),
+        ", without modules": features.without("module"),
+        ", profile and all modules alike": features.of_profile,
     }
-
-
-def without(features: RankFeatures, *levels: str) -> RankFeatures:
-    """The features but for some levels."""
-    kept = np.array([level not in levels for level in features.levels])
-    weights, start = {}, 0
-    for curve, rows in features.weights.items():
-        weights[curve] = rows[kept[start : start + len(rows)]]
-        start += len(rows)
-    return replace(
-        features,
-        weights=weights,
-        names=tuple(np.array(features.names)[kept].tolist()),
-        levels=tuple(np.array(features.levels)[kept].tolist()),
-    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python studies/bench/search_real.py --out studies/results/search_real.json
 
-Five searches (60 trials, then five finalists on four fresh seeds; three rates), differing in the sampler's seed; then the
-recommended allocations, one-shot and uniform are trained on 12 fresh seeds each, at equal parameters and steps, the learning
-rate tuned for each on validation, and compared on the test split, seed by seed. Two processes, one torch thread each; about 20
-minutes. `--quick`: one search of 10 trials, two fresh seeds. The claims are what one would hope for, whatever comes out.
+Five searches (60 trainings: 45 trials, then five finalists on three fresh seeds; three rates), differing in the sampler's seed;
+then the recommended allocations, one-shot and uniform are trained on 12 fresh seeds each, at equal parameters and steps, the
+learning rate tuned for each on validation, and compared on the test split, seed by seed. Two processes, one torch thread each;
+about 15 minutes. `--quick`: one search of 10 trials, two fresh seeds. The claims are what one would hope for, whatever comes out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from joblib import Parallel, delayed
 import rankscope as rs
 from rankscope.comparison import paired_difference, repeat_all
 from rankscope.profiling import profile
+from rankscope.searching.confirmation import CONFIRM_FRACTION
 
 RATES = [0.005, 0.01, 0.02]
 TRAINING = rs.TrainingConfig(steps=84)
@@ -90,8 +91,8 @@ def searched(taken: rs.Profile, budget: rs.ParameterBudget, seed: int, quick: bo
         rs.load_task("digits-shift"),
         budget=budget,
         profile=taken,
-        n_trials=15 if quick else 80,
-        confirm_fraction=1 / 3 if quick else 1 / 4,
+        n_trials=15 if quick else 60,
+        confirm_fraction=1 / 3 if quick else CONFIRM_FRACTION,
         training=TRAINING,
         learning_rates=RATES,
         storage=None,

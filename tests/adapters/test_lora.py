@@ -15,10 +15,12 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.adapters import (
+    Resize,
     apply_allocation,
     count_adapter_parameters,
     from_lora_config,
     from_peft_model,
+    resize_adapters,
     to_lora_config,
 )
 from rankscope.exceptions import AllocationError, TargetError
@@ -134,6 +136,26 @@ def test_each_adapter_of_a_model_has_its_ranks() -> None:
     assert from_peft_model(model, targets) == one
     assert from_peft_model(model, targets, adapter_name="second") == two
     assert set(from_peft_model(model).ranks.values()) == {r for r in one.vector if r}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_modules_of_rank_0_sleep_and_can_wake(name: str) -> None:
+    allocation = random_allocation(rs.find_targets(build(name)), 3)
+    model = apply_allocation(build(name), allocation, dormant=True)
+    assert from_peft_model(model) == from_peft_model(model, allocation.targets) == allocation
+    assert allocation.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert from_lora_config(model.peft_config["default"], allocation.targets) == allocation
+    everywhere = {n: max(r, 1) for n, r in allocation.ranks.items()}
+    resize_adapters(model, None, [Resize(name=n, rank=r) for n, r in everywhere.items()])
+    assert dict(from_peft_model(model, allocation.targets).ranks) == everywhere
+    assert set(scalings(model).values()) == {2.0}
+
+
+def test_sleeping_modules_need_one_scaling() -> None:
+    allocation = random_allocation(rs.find_targets(build("vit")), 3)
+    message = "`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`."
+    with pytest.raises(AllocationError, match=f"^{re.escape(message)}$"):
+        apply_allocation(build("vit"), allocation, dormant=True, lora_alpha=16)
 
 
 class Convolutions(nn.Module):

@@ -145,14 +145,51 @@ def test_validation_tells_a_good_model_from_noise(features: RankFeatures, ranks:
     good = validate(PerformanceModel(features), ranks, worth(ranks), noise_variance=0.0)
     assert good is not None
     assert good.kendall > 0.8
+    assert good.explained > 0.8
+    assert good.explained_by_profile is None
     assert good.ceiling == 1.0
     assert good.trustworthy
     noise = np.random.default_rng(1).normal(size=len(ranks))
     bad = validate(PerformanceModel(features), ranks, noise)
     assert bad is not None
     assert abs(bad.kendall) < 0.2
+    assert bad.explained < 0.1
     assert validate(PerformanceModel(features), ranks[:5], worth(ranks[:5])) is None
     assert validate(PerformanceModel(features), ranks, np.ones(len(ranks))) is None
+
+
+def test_validation_compares_with_a_regression_on_the_profile_alone(ranks: np.ndarray) -> None:
+    true = {t.name: w / np.arange(1.0, t.full_rank + 1.0) ** 2 for t, w in zip(TARGETS, WORTH, strict=True)}
+    reversed_ = dict(zip(true, reversed(true.values()), strict=True))
+    noise = np.random.default_rng(0).normal(0.0, 0.5, len(ranks))
+    for gains, beaten in ((true, False), (reversed_, True)):
+        model = PerformanceModel(rank_features(TARGETS, BUDGET, gains=gains))
+        value = model.features.transform(ranks)[:, model.features.names.index("profile/norm")]
+        scores = validate(model, ranks, (worth(ranks) if beaten else 3.0 * value) + noise)
+        assert scores is not None
+        assert scores.explained_by_profile is not None
+        assert (scores.explained > scores.explained_by_profile) == scores.trustworthy == beaten
+
+
+def test_validation_sets_aside_what_conditions_do(features: RankFeatures, ranks: np.ndarray) -> None:
+    rates = [0.1 if i % 2 else 0.2 for i in range(len(ranks))]
+    shifted = worth(ranks) + np.where(np.array(rates) == 0.1, 20.0, 0.0)
+    scores = validate(PerformanceModel(features), ranks, shifted, conditions=rates)
+    assert scores is not None
+    assert scores.explained > 0.8
+
+
+def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
+    model: PerformanceModel, ranks: np.ndarray
+) -> None:
+    chosen = ranks[:4]
+    before = model.predict(chosen)
+    new = before + np.array([0.5, 0.0, 0.0, -0.5])
+    np.testing.assert_allclose(model.weigh(chosen, before, 2), before, atol=0.02)
+    np.testing.assert_allclose(model.weigh(chosen, before + 3.0, 2), before, atol=0.3)  # a common shift says nothing
+    little, much = model.weigh(chosen, new, 1) - before, model.weigh(chosen, new, 1e6) - before
+    assert 0 < little[0] < much[0]
+    np.testing.assert_allclose(much, [0.5, 0.0, 0.0, -0.5], atol=0.1)
 
 
 def test_bad_input(features: RankFeatures, ranks: np.ndarray) -> None:

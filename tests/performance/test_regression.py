@@ -49,6 +49,7 @@ def test_posterior_is_the_textbook_one(data, n: int) -> None:
     mean, deviation = found.predict(new, return_std=True)
     np.testing.assert_allclose(mean, new @ expected, atol=1e-8)
     np.testing.assert_allclose(deviation, np.sqrt(np.einsum("ij,jk,ik->i", new, covariance, new)), atol=1e-8)
+    np.testing.assert_allclose(found.predict(new, return_cov=True)[1], new @ covariance @ new.T, atol=1e-8)
 
 
 def test_draws_have_the_posteriors_mean_and_covariance(data) -> None:

@@ -107,7 +107,7 @@ def test_trials_are_short_and_confirmation_is_in_full(
 ) -> None:
     training = rs.TrainingConfig(steps=10, learning_rate=0.01)
     options = {"budget": digits_budget, "profile": digits_profile, "training": training, "study_name": "short"}
-    found = rs.search(digits, n_trials=15, fidelity=0.2, storage=None, **options)
+    found = rs.search(digits, n_trials=15, confirm_fraction=1 / 3, fidelity=0.2, storage=None, **options)
     assert len(found.trials) == 10
     assert found.confirming_runs <= 5
     trained = sum(trial.reused is None for trial in found.trials)

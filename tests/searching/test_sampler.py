@@ -115,7 +115,7 @@ def test_a_minimised_value_is_worth_the_less_the_higher_it_is() -> None:
     assert worth(sampler.best(study)[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
 
 
-@pytest.mark.parametrize("name", ["tpe", "gp", "qmc", "random"])
+@pytest.mark.parametrize("name", ["tpe", "gp", "cma-es", "qmc", "random"])
 def test_optunas_samplers_search_the_tilts(name: str) -> None:
     study = optuna.create_study(direction="maximize", sampler=make_sampler(name, SPACE, 0))
     study.optimize(objective, n_trials=3)

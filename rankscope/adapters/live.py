@@ -1,0 +1,180 @@
+"""The live adapter inside a PEFT model: its layers, its parts, and what forbids changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rankscope.adapters.dormant import entry_of, is_dormant
+from rankscope.adapters.requests import Room
+from rankscope.exceptions import AdapterError
+
+
+class Part(NamedTuple):
+    """Where one parameter of an adapter is kept: `layer.<container>[adapter].<attribute>`, or the entry itself."""
+
+    container: str
+    attribute: str | None
+
+    def of(self, layer: LoraLayer, adapter: str) -> nn.Parameter | None:
+        """The parameter; None where the adapter has no such part."""
+        entry = entry_of(layer, self.container, adapter)
+        value: nn.Parameter | None = getattr(entry, self.attribute, None) if self.attribute else entry
+        return value
+
+    def install(self, layer: LoraLayer, adapter: str, parameter: nn.Parameter) -> None:
+        """Swaps the parameter inside its module, whose hooks survive."""
+        if self.attribute is None:
+            getattr(layer, self.container)[adapter] = parameter
+        else:
+            setattr(getattr(layer, self.container)[adapter], self.attribute, parameter)
+
+
+EMBEDDING_FACTORS = Part("lora_embedding_A", None), Part("lora_embedding_B", None)
+FACTORS = Part("lora_A", "weight"), Part("lora_B", "weight")
+BIAS = Part("lora_B", "bias")
+MAGNITUDE = Part("lora_magnitude_vector", "weight")
+
+
+def factor_parts(layer: LoraLayer, adapter: str) -> tuple[Part, Part]:
+    """Where A (rank first) and B (rank second) are."""
+    embedding = entry_of(layer, "lora_embedding_A", adapter) is not None
+    return EMBEDDING_FACTORS if embedding else FACTORS
+
+
+def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A of shape (rank, inputs) and B of shape (outputs, rank); a convolution's kernel in further dimensions.
+
+    Raises:
+        AdapterError: The layer keeps its adapter in another form.
+    """
+    a, b = (part.of(layer, adapter) for part in factor_parts(layer, adapter))
+    if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter):
+        raise AdapterError(f"a layer of type {type(layer).__name__} must hold LoRA factors, but holds none.")
+    return a, b
+
+
+def rank_of(layer: LoraLayer, adapter: str) -> int:
+    """The layer's true rank, 0 included."""
+    return factors(layer, adapter)[0].shape[0]
+
+
+def room_of(layer: LoraLayer, adapter: str) -> Room:
+    """The layer's rank, and the largest that its update can have."""
+    a, b = factors(layer, adapter)
+    inputs = a.shape[1:].numel()
+    return Room(rank=len(a), largest=min(inputs, len(b)), inputs=inputs)
+
+
+def unwrap_peft_model(model: nn.Module) -> PeftModel:
+    """The PEFT model inside `torch.compile`'s wrapper.
+
+    Raises:
+        AdapterError: It is no PEFT model, or is wrapped for several processes.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, PeftModel):
+        return inner
+    kind = type(inner).__name__
+    if isinstance(inner, DistributedDataParallel) or kind == "FullyShardedDataParallel":
+        raise AdapterError(
+            f"`model` must be a peft.PeftModel, but is wrapped in {kind}, which fixes parameters when it wraps; "
+            "mask ranks instead (RankMasks, made before wrapping)."
+        )
+    raise AdapterError(f"`model` must be a peft.PeftModel, but is a {kind}; wrap it with get_peft_model.")
+
+
+def choose_adapter(model: PeftModel, adapter_name: str | None) -> str:
+    """The adapter that is meant.
+
+    Raises:
+        AdapterError: There are several and none is named, there is none of that name, or it is not LoRA.
+    """
+    names = sorted(model.peft_config)
+    if adapter_name is None and len(names) > 1:
+        raise AdapterError(f"`adapter_name` must say which of the adapters {names} is meant, but is None.")
+    adapter = adapter_name or names[0]
+    if adapter not in model.peft_config:
+        raise AdapterError(f"`adapter_name` must be among the model's adapters {names}, but got {adapter!r}.")
+    if not isinstance(config := model.peft_config[adapter], LoraConfig):
+        raise AdapterError(f"adapter {adapter!r} must be LoRA to have ranks, but is {config.peft_type.value}.")
+    return adapter
+
+
+def adapter_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """The LoRA layers that carry the adapter, dormant ones included, by their names in the base model.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    layers = {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter))
+    }
+    if not layers:
+        raise AdapterError(f"`model` must carry LoRA layers of adapter {adapter!r}, but has none.")
+    return layers
+
+
+def check_changeable(layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    """Refuses adapters whose parameters cannot be swapped.
+
+    Raises:
+        AdapterError: Merged adapters, forms of LoRA whose factors mean something else, or sharded parameters.
+    """
+    for name, layer in layers.items():
+        if layer.merged:
+            raise AdapterError(
+                f"adapters must not be merged, but {layer.merged_adapters} are in `{name}`; unmerge first."
+            )
+        if unsupported := _unsupported(layer, adapter):
+            raise AdapterError(f"the adapter of `{name}` must be plain LoRA or DoRA, but it {unsupported}.")
+        for parameter in factors(layer, adapter):
+            if hasattr(parameter, "ds_id"):
+                raise AdapterError(
+                    "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps "
+                    "its own flat copies; use ZeRO-2 with masked ranks (RankMasks), or one process."
+                )
+            if isinstance(parameter, DTensor):
+                raise AdapterError(
+                    "the adapter's parameters must be whole in this process, but are sharded over several (DTensor); "
+                    "mask ranks instead (RankMasks)."
+                )
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if (other := owners.setdefault(id(factors(layer, adapter)[0]), name)) != name:
+            raise AdapterError(f"adapters must have factors of their own, but `{name}` shares them with `{other}`.")
+
+
+def check_single_process() -> None:
+    """Refuses where other processes hold copies that would not follow.
+
+    Raises:
+        AdapterError: torch.distributed runs several processes.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        n_processes = torch.distributed.get_world_size()
+        if n_processes > 1:
+            raise AdapterError(
+                f"a live resize must run in one process, but there are {n_processes}, whose wrappers (DDP, FSDP, ZeRO) fix "
+                "the parameters; mask ranks instead (RankMasks)."
+            )
+
+
+def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
+    variant: Any = entry_of(layer, "lora_variant", adapter)
+    if variant is not None and "Dora" not in type(variant).__name__:
+        return f"is of variant {type(variant).__name__}"
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return "is on a convolution with groups"
+    if type(layer).__name__ in ("ParamWrapper", "MultiheadAttention"):
+        return f"is a {type(layer).__name__}"
+    return None

@@ -1,0 +1,169 @@
+"""True ranks beside a checkpoint (`ranks.json`), restored before its weights are loaded."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch.optim import Optimizer
+
+from rankscope.adapters.live import adapter_layers, choose_adapter, rank_of, unwrap_peft_model
+from rankscope.adapters.masks import RankMasks
+from rankscope.adapters.requests import Resize
+from rankscope.adapters.resize import resize_adapters
+from rankscope.exceptions import AdapterError, FileFormatError
+from rankscope.files import read_json, write_json
+
+RANKS_FILE = "ranks.json"
+SCHEMA = 1
+_FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
+_PREFIX = "base_model.model."
+
+
+def save_ranks(
+    model: PeftModel,
+    folder: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    masks: RankMasks | None = None,
+) -> Path:
+    """Writes the adapter's ranks (0 included) into a checkpoint's folder, atomically.
+
+    Args:
+        model: As it was when the checkpoint's weights were saved.
+        folder: Where the adapter's weights are; PEFT has a subfolder for an adapter not called `default`.
+        adapter_name: Which adapter; may be left out where there is only one.
+        masks: In mask mode, what is active is written too.
+
+    Returns:
+        The path of `ranks.json`.
+
+    Raises:
+        AdapterError: The model has no such adapter.
+    """
+    model = unwrap_peft_model(model)
+    adapter = choose_adapter(model, adapter_name)
+    path = Path(folder) / RANKS_FILE
+    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter}
+    value["ranks"] = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
+    if masks is not None:
+        value["active"] = masks.active
+    write_json(path, value)
+    return path
+
+
+def restore_ranks(
+    model: PeftModel,
+    folder: str | os.PathLike[str],
+    *,
+    optimizer: Optimizer | None = None,
+    adapter_name: str | None = None,
+    masks: RankMasks | None = None,
+) -> None:
+    """Gives the model the ranks of a checkpoint, so that the checkpoint's weights, and its optimizer's state, can be loaded.
+
+    The factors keep what fits of their values, to be overwritten by the weights. Where the checkpoint's config differs in
+    scaling, the model's stays.
+
+    Args:
+        model: With the adapter on the same modules, at whatever ranks.
+        folder: The checkpoint's, with its `ranks.json`.
+        optimizer: Where there is one already; one that is built afterwards has the right shapes by itself.
+        adapter_name: Which adapter; may be left out where there is only one.
+        masks: In mask mode, whose active components are restored too.
+
+    Raises:
+        FileFormatError: There is no `ranks.json`, or it is of another schema.
+        AdapterError: It is of another model, or disagrees with the weights beside it; nothing is changed.
+        OptimizerError: An optimizer that does not own the parameters, or whose state cannot be carried.
+    """
+    model = unwrap_peft_model(model)
+    adapter = choose_adapter(model, adapter_name)
+    saved = _read(Path(folder) / RANKS_FILE)
+    ranks: Mapping[str, int] = saved["ranks"]
+    present = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
+    if odd := sorted(set(ranks) ^ set(present)):
+        where = "the checkpoint" if odd[0] in ranks else "the model"
+        raise AdapterError(
+            f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in {where} only "
+            f"({len(odd)} such); adapt the same modules."
+        )
+    _check_weights(Path(folder), ranks)
+    resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
+    if masks is None:
+        resize_adapters(model, optimizer, resizes, adapter_name=adapter)
+        return
+    if resizes:
+        first = resizes[0]
+        raise AdapterError(
+            f"masks must have the capacity of the checkpoint, but `{first.name}` has {present[first.name]} "
+            f"and `{folder}` {first.rank}; wrap the model at that rank."
+        )
+    masks.restore(saved.get("active", {}))
+
+
+def restore_ranks_on_load(model: PeftModel) -> None:
+    """Makes `model.load_adapter` restore a checkpoint's ranks first, where the checkpoint has a `ranks.json`.
+
+    For transformers' Trainer, which calls `load_adapter` on resuming (before it builds the optimizer) and to load the
+    best model at the end, and offers no callback before either.
+    """
+    model.load_adapter = types.MethodType(load_adapter, model)
+
+
+def load_adapter(
+    self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`PeftModel.load_adapter`, the ranks restored first."""
+    if adapter_name in self.peft_config and (Path(model_id) / RANKS_FILE).exists():
+        restore_ranks(self, model_id, adapter_name=adapter_name)
+    return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    saved = read_json(path, what="an adapter's ranks")
+    if saved.get("schema") != SCHEMA:
+        raise FileFormatError(f"`{path}` must have schema {SCHEMA}, but has {saved.get('schema')!r}; write it again.")
+    ranks = saved.get("ranks")
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+        raise FileFormatError(
+            f"`{path}` must hold a rank for each module, but does not; it was edited: write it again."
+        )
+    return saved
+
+
+def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
+    """Refuses ranks that are not those of the weights in the same folder; a folder without weights says nothing."""
+    weights = _ranks_of_weights(folder)
+    if weights is None:
+        return
+    for name in sorted({name for name, rank in ranks.items() if rank > 0} | set(weights)):
+        if ranks.get(name, 0) != weights.get(name, 0):
+            raise AdapterError(
+                f"`{folder}` must hold weights of the ranks in its {RANKS_FILE}, but `{name}` has rank {weights.get(name, 0)} in "
+                f"the weights and {ranks.get(name, 0)} there; it mixes two checkpoints: use another."
+            )
+
+
+def _ranks_of_weights(folder: Path) -> dict[str, int] | None:
+    """Read from the shapes alone."""
+    if (path := folder / "adapter_model.safetensors").exists():
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    elif (path := folder / "adapter_model.bin").exists():
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    else:
+        return None
+    return {
+        key.removeprefix(_PREFIX).removesuffix(suffix): shape[0]
+        for key, shape in shapes.items()
+        for suffix in _FACTOR_A
+        if key.endswith(suffix)
+    }

@@ -1,0 +1,176 @@
+"""Regret of a search's recommendation by number of trials, confirmation included: the same course for every method.
+
+Uniform and one-shot come first, then what the method proposes; the last share of the trials confirms finalists, as in
+`rankscope.search`. For ours the course is the search's own: the posterior mean's allocation is tried last, finalists are chosen
+and one is recommended by what left-out trials speak for. For all others the finalists are uniform, one-shot and the three
+best observed, and the best mean over the confirming measurements is recommended.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import optuna
+import pandas as pd
+from joblib import Parallel, delayed
+
+from rankscope.allocation import RankAllocation
+from rankscope.benchmark.landscapes import LANDSCAPES, Ints, Landscape
+from rankscope.benchmark.methods import METHODS, Method
+from rankscope.exceptions import BenchmarkError
+from rankscope.searching import PerformanceModelSampler
+from rankscope.searching.confirmation import CONFIRM_FRACTION, split_budget
+from rankscope.searching.finalists import choose_finalists, judge, recommend, smoothing
+from rankscope.searching.trials import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
+
+BUDGETS = (30, 33, 60, 100, 150)
+
+
+def regret_curves(
+    landscapes: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    budgets: Sequence[int] = BUDGETS,
+    *,
+    n_jobs: int = 1,
+    on_search: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Runs every search on every landscape under every seed.
+
+    Args:
+        landscapes: Names in `LANDSCAPES`.
+        methods: Names in `METHODS`.
+        seeds: Of landscape and search alike.
+        budgets: Numbers of trials, confirming ones included, after which the recommendation is judged.
+        n_jobs: Searches at a time.
+        on_search: Called with the number of searches done and of searches in all.
+
+    Returns:
+        Columns `landscape`, `method`, `seed`, `trials` and `regret`.
+
+    Raises:
+        BenchmarkError: An unknown landscape or method, or too few trials.
+    """
+    for kind, names, known in (("landscapes", landscapes, LANDSCAPES), ("methods", methods, METHODS)):
+        if unknown := [name for name in names if name not in known]:
+            raise BenchmarkError(f"`{kind}` must be among {'; '.join(known)}, but got {unknown[0]!r}.")
+    cells = [(name, method, seed) for seed in seeds for name in landscapes for method in methods]
+    curves = {}
+    jobs = (delayed(run_search)(*cell, budgets) for cell in cells)
+    for done, (cell, curve) in enumerate(Parallel(n_jobs=n_jobs, return_as="generator_unordered")(jobs), start=1):
+        curves[cell] = curve
+        if on_search:
+            on_search(done, len(cells))
+    return tabulate(
+        {
+            (name, method, seed): curves[name, method, seed]
+            for name in landscapes
+            for method in methods
+            for seed in seeds
+        }
+    )
+
+
+def tabulate(curves: Mapping[tuple[str, str, int], Mapping[int, float]]) -> pd.DataFrame:
+    """Regret curves of searches, by landscape, method and seed, as `regret_curves` returns them."""
+    return pd.DataFrame(
+        {"landscape": name, "method": method, "seed": seed, "trials": trials, "regret": regret}
+        for (name, method, seed), curve in curves.items()
+        for trials, regret in curve.items()
+    )
+
+
+def run_search(
+    name: str, method: str, seed: int, budgets: Sequence[int] = BUDGETS
+) -> tuple[tuple[str, str, int], dict[int, float]]:
+    """One search by its names: the same names and seed, and its regret curve."""
+    landscape = LANDSCAPES[name](seed)
+    return (name, method, seed), regret_curve(landscape, METHODS[method](landscape, seed), budgets)
+
+
+def regret_curve(landscape: Landscape, method: Method, budgets: Sequence[int] = BUDGETS) -> dict[int, float]:
+    """The regret of the recommendation by number of trials, of one search.
+
+    Raises:
+        BenchmarkError: A budget has no room to confirm.
+    """
+    splits = {split_budget(trials, CONFIRM_FRACTION): trials for trials in budgets}
+    if tight := [trials for (_, confirming), trials in splits.items() if not confirming]:
+        raise BenchmarkError(f"`budgets` must leave trials to confirm, but {tight[0]} are too few; take more.")
+    search = _Search(landscape, method)
+    curve = {}
+    for (exploring, confirming), trials in sorted(splits.items()):
+        search.explore(exploring)
+        curve[trials] = landscape.regret(search.recommended(confirming))
+    return curve
+
+
+class _Search:
+    """A study on a landscape, and what is recommended from it."""
+
+    def __init__(self, landscape: Landscape, method: Method) -> None:
+        self.landscape, self.method = landscape, method
+        self.trials: list[Trial] = []
+        self._visits: dict[tuple[int, ...], int] = {}
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.study = optuna.create_study(direction="maximize", sampler=method.sampler)
+
+    def explore(self, n_trials: int) -> None:
+        """Goes on until there are so many trials."""
+        space = self.landscape.space
+        with warnings.catch_warnings(action="ignore"):  # of Optuna, that GPSampler and others are experimental
+            for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0))[len(self.trials) :]:
+                self._try(origin, np.array(space.allocation(space.point(tau=tau)).vector))
+            while len(self.trials) < n_trials:
+                last = len(self.trials) == n_trials - 1
+                if last and isinstance(self.method.sampler, PerformanceModelSampler):
+                    self._try(POSTERIOR_MEAN, np.array(self.method.sampler.best(self.study)[0].vector))
+                else:
+                    self._try(SAMPLER, None)
+
+    def recommended(self, confirming: int) -> Ints:
+        """The ranks that are recommended after so many more measurements of the finalists."""
+        sampler = self.method.sampler
+        belief = sampler.believed(self.study) if isinstance(sampler, PerformanceModelSampler) else None
+        chosen = choose_finalists(self.trials, smoothing(belief))
+        rounds = range(1, 1 + confirming // len(chosen))
+        measured = [
+            {str(i): self.landscape.measure(np.array(trial.allocation.vector), i) for i in rounds} for trial in chosen
+        ]
+        finalists = judge(chosen, measured)
+        if isinstance(sampler, PerformanceModelSampler):
+            best = recommend(finalists, belief)
+        else:
+            best = max(finalists, key=lambda finalist: finalist.metric)
+        return np.array(best.trial.allocation.vector)
+
+    def _try(self, origin: str, ranks: Ints | None) -> None:
+        """One trial: of these ranks, or of what the method proposes."""
+        if ranks is not None:
+            self.study.enqueue_trial({}, user_attrs={RANKS_KEY: ranks.tolist()})
+        trial = self.study.ask()
+        proposed = self.method(trial)
+        ranks = proposed if ranks is None else ranks
+        trial.set_user_attr(RANKS_KEY, ranks.tolist())
+        key = tuple(ranks.tolist())
+        self._visits[key] = self._visits.get(key, -1) + 1
+        metric = self.landscape.measure(ranks, self._visits[key])
+        self.study.tell(trial, metric)
+        self.trials.append(_as_trial(trial.number, origin, RankAllocation(self.landscape.space.targets, key), metric))
+
+
+def _as_trial(number: int, origin: str, allocation: RankAllocation, metric: float) -> Trial:
+    return Trial(
+        number=number,
+        origin=origin,
+        allocation=allocation,
+        learning_rate=float("nan"),
+        metric=metric,
+        loss=-metric,
+        metrics_by_seed={"0": metric},
+        difference=None,
+        wall_seconds=0.0,
+        reused=None,
+    )

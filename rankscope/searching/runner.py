@@ -108,8 +108,9 @@ def search(
             A study keeps the prior that it was started with.
         evaluator: `"stand-alone"` trains every allocation. `"shared"` also trains one nested super-adapter, beside `n_trials` and
             for four times a trial's steps, that judges an allocation by a validation pass. It is compared with the first ten
-            trained allocations; if Kendall's tau is at least 0.5 it judges `n_judged` more, and the best five are trained
-            as trials. Else the search goes on without it, and says so. Only trained trials are ever recommended.
+            trained allocations; if Kendall's tau is at least 0.5, and above the profile's, it judges `n_judged` more, and
+            the best five are trained as trials. Else the search goes on without it, and says so. Only trained trials are
+            ever recommended.
         n_judged: Allocations that the shared evaluator judges, if it is trusted.
         shared_folder: Where the super-adapter is kept; None: in memory, so that an interrupted search trains it again.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from scipy.stats import kendalltau
 
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
+from rankscope.performance import rank_features
 from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.samplers import SamplerName, make_sampler
 from rankscope.searching.shared import STEPS, SharedEvaluator, load_shared, train_shared
@@ -48,6 +49,7 @@ class Screening:
     Attributes:
         kendall: Kendall's tau of its metric with that of stand-alone training; None where it could not be told, because its
             training diverged, trials were too few, or all metrics were equal.
+        profile: The same of the profile alone (the captured norm), which costs nothing.
         trials: Different allocations that were compared.
         steps: Optimizer steps of its training, beside those of all trials.
         judged: Allocations that it judged afterwards.
@@ -55,23 +57,24 @@ class Screening:
 
     kendall: float | None
     trials: int
+    profile: float | None = None
     steps: int = 0
     judged: int = 0
 
     @property
     def trusted(self) -> bool:
-        """Whether the correlation is high enough for the evaluator to be used."""
-        return self.kendall is not None and self.trials >= CHECK_TRIALS and self.kendall >= MIN_KENDALL
+        """Whether the correlation is high enough for the evaluator to be used: `MIN_KENDALL`, and above the profile's."""
+        return self.kendall is not None and self.kendall >= MIN_KENDALL and self.kendall > (self.profile or 0.0)
 
     def __str__(self) -> str:
         tau = "no Kendall's tau" if self.kendall is None else f"Kendall's tau {self.kendall:.2f}"
-        found = (
-            f"{tau} with {self.trials} stand-alone trials ({MIN_KENDALL:.2f} with {CHECK_TRIALS} needed), "
-            f"after {self.steps:,} steps of its own"
+        profile = "" if self.profile is None else f" (profile alone {self.profile:.2f})"
+        found = f"{tau} with {self.trials} stand-alone trials{profile}, after {self.steps:,} steps of its own"
+        if self.trusted:
+            return f"{found}; judged {self.judged} allocations, and the best {N_PROMOTED} were trained"
+        return (
+            f"{found}; not used: {MIN_KENDALL:.2f} with {CHECK_TRIALS} trials, and more than the profile's, is needed"
         )
-        if not self.trusted:
-            return f"{found}; not used"
-        return f"{found}; judged {self.judged} allocations, and the best {N_PROMOTED} were trained"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +125,8 @@ class Screener:
             if found.trials >= CHECK_TRIALS:  # with fewer, a longer search asks again
                 study.set_user_attr(SCREENING_KEY, asdict(found))
         if not found.trusted:
-            logger.warning("the shared evaluator is not used: %s", found)
+            logger.warning("shared evaluator: %s", found)
             return found
-        logger.info("the shared evaluator is used: %s", found)
         judging = self._judge_all(shared, f"{study.study_name}/shared")
         found = replace(found, judged=len(completed(judging)))
         study.set_user_attr(SCREENING_KEY, asdict(found))
@@ -155,8 +157,13 @@ class Screener:
             return Screening(kendall=None, trials=len(trained), steps=steps)
         allocations = [RankAllocation(self.space.targets, ranks) for ranks in trained]
         judged = [evaluator.judge(allocation)[self.task.metric] for allocation in allocations]
-        tau = float(kendalltau(judged, list(trained.values()))[0])
-        return Screening(kendall=None if math.isnan(tau) else tau, trials=len(trained), steps=steps)
+        metrics = list(trained.values())
+        return Screening(
+            kendall=_kendall(judged, metrics),
+            trials=len(trained),
+            profile=_kendall(_captured_norms(self.space, trained), metrics),
+            steps=steps,
+        )
 
     def _judge_all(self, shared: Callable[[], SharedEvaluator], name: str) -> optuna.Study:
         """The study beside, once it holds `n_judged` allocations."""
@@ -190,6 +197,19 @@ class Screener:
         }
         trial.set_user_attr(TRIAL_KEY, stored)
         return metrics[self.task.metric]
+
+
+def _kendall(found: Sequence[float], metrics: Sequence[float]) -> float | None:
+    """Kendall's tau; None where one side is constant."""
+    tau = float(kendalltau(found, metrics)[0])
+    return None if math.isnan(tau) else tau
+
+
+def _captured_norms(space: HierarchicalSpace, ranks: Collection[Ranks]) -> list[float]:
+    """The sum of the gradients' singular values that the ranks capture: the profile's own guess at their merit."""
+    features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
+    column = features.names.index("profile/norm")
+    return [float(value) for value in features.transform(list(ranks))[:, column]]
 
 
 def _uniforms_rate(study: optuna.Study, default: float) -> float:

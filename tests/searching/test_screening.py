@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from scipy.stats import kendalltau
 
 import rankscope as rs
 from rankscope.exceptions import FileFormatError, StudyError, TrainingError
@@ -90,10 +91,21 @@ def run(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget):
     return run
 
 
-def test_a_trusted_evaluator_screens_and_its_best_are_trained(run, tmp_path: Path) -> None:
+def profile_tau(result: rs.SearchResult, profile: rs.Profile) -> float:
+    """Of the gradients' singular values that an allocation captures, with the trials that are checked on."""
+    norms = {name: np.append(0.0, np.cumsum(values)) for name, values in profile.spectra().items()}
+    trials = result.trials[:CHECK_TRIALS]
+    captured = [sum(norms[n][min(r, len(norms[n]) - 1)] for n, r in t.allocation.ranks.items()) for t in trials]
+    return float(kendalltau(captured, [trial.metric for trial in trials])[0])
+
+
+def test_a_trusted_evaluator_screens_and_its_best_are_trained(run, digits_profile: rs.Profile, tmp_path: Path) -> None:
     storage, judged = f"sqlite:///{tmp_path}/study.db", []
     result = run(CountsRanks(), storage=storage, on_judged=lambda *done: judged.append(done))
-    assert result.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, steps=STEPS, judged=12)
+    found = result.screening
+    assert found is not None
+    assert (found.kendall, found.trials, found.steps, found.judged) == (pytest.approx(1.0), CHECK_TRIALS, STEPS, 12)
+    assert found.profile == pytest.approx(profile_tau(result, digits_profile))
     assert judged == [(i, 12) for i in range(1, 13)]
     origins = [trial.origin for trial in result.trials]
     assert origins[: CHECK_TRIALS + N_PROMOTED] == [
@@ -111,12 +123,24 @@ def test_a_trusted_evaluator_screens_and_its_best_are_trained(run, tmp_path: Pat
     assert "judged 12 allocations, and the best 5 were trained" in str(result.screening)
 
 
+@pytest.mark.parametrize(
+    ("kendall", "profile", "trusted"),
+    [(0.5, 0.2, True), (0.49, 0.2, False), (0.6, 0.6, False), (0.6, None, True), (None, 0.1, False), (0.9, -0.5, True)],
+)
+def test_it_takes_a_high_correlation_above_the_profiles(kendall, profile, trusted: bool) -> None:
+    assert Screening(kendall=kendall, profile=profile, trials=CHECK_TRIALS).trusted == trusted
+
+
 def test_an_evaluator_that_ranks_otherwise_is_not_used_and_says_so(run, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rankscope.searching.screening"):
         result = run(CountsRanks(contrary=True))
-    line = "Kendall's tau -1.00 with 10 stand-alone trials (0.50 with 10 needed), after 4 steps of its own; not used"
-    assert str(result.screening) == line
-    assert f"the shared evaluator is not used: {line}" in caplog.messages
+    line = str(result.screening)
+    assert re.fullmatch(
+        r"Kendall's tau -1\.00 with 10 stand-alone trials \(profile alone -?0\.\d\d\), after 4 steps of its own; "
+        r"not used: 0\.50 with 10 trials, and more than the profile's, is needed",
+        line,
+    )
+    assert f"shared evaluator: {line}" in caplog.messages
     assert len(result.trials) == CHECK_TRIALS + N_PROMOTED + 1
     assert "screened" not in {trial.origin for trial in result.trials}
     assert [s.study_name for s in optuna.get_all_study_summaries(result.study._storage)] == ["screened"]
@@ -159,7 +183,8 @@ def test_too_few_trials_are_no_verdict_and_a_longer_search_asks_again(run, tmp_p
     first = run(CountsRanks(), n_trials=15, pruner=nothing_is_that_good, **options)
     assert first.screening == Screening(kendall=None, trials=2)
     again = run(CountsRanks(), n_trials=29, **options)
-    assert again.screening == Screening(kendall=pytest.approx(1.0), trials=CHECK_TRIALS, steps=2 * STEPS, judged=12)
+    assert again.screening is not None
+    assert (again.screening.kendall, again.screening.judged) == (pytest.approx(1.0), 12)
 
 
 def test_the_check_is_made_at_uniforms_best_learning_rate(run) -> None:
@@ -178,10 +203,7 @@ def test_a_super_adapter_that_diverges_is_not_used(run, caplog: pytest.LogCaptur
             return super().loss(model, batch) * (float("nan") if wide else 1.0)
 
     result = run(Fragile())
-    assert (
-        str(result.screening)
-        == "no Kendall's tau with 10 stand-alone trials (0.50 with 10 needed), after 4 steps of its own; not used"
-    )
+    assert result.screening == Screening(kendall=None, trials=CHECK_TRIALS, steps=STEPS)
     assert any(m.startswith("the shared evaluator cannot be trained: the loss must be finite") for m in caplog.messages)
     assert len(result.trials) == CHECK_TRIALS + N_PROMOTED + 1
 

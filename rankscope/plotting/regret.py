@@ -29,6 +29,8 @@ def plot_regret(regrets: pd.DataFrame, columns: int = 3) -> Figure:
     for name, axis in zip(names, axes.flat, strict=False):
         for index, method in enumerate(methods):
             part = regrets[(regrets["landscape"] == name) & (regrets["method"] == method)]
+            if part.empty:  # not every method need be run everywhere
+                continue
             bands = part.groupby("trials")["regret"].quantile([0.25, 0.5, 0.75]).unstack()
             first = index == 0
             colour = f"C{index}"

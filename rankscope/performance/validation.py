@@ -34,7 +34,8 @@ class Validation:
         top_regret: How far the best of the five predicted best falls short of the best, over how far the mean does.
         profile_top_regret: The same of the profile alone; None without a profile.
         ceiling: What Spearman's correlation could reach at most, because the metric itself is noisy; None if unknown.
-        coverage: Share of measurements inside the model's 80 % intervals; None for models without.
+        coverage: Share of measurements inside the model's 80 % intervals; None for models without, and under several conditions,
+            over which intervals are averaged.
     """
 
     allocations: int
@@ -129,7 +130,7 @@ def validate(
         top_regret=top_regret(predicted, even),
         profile_top_regret=top_regret(rows[:, column[0]], even) if column else None,
         ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / even.var()))),
-        coverage=float(inside.mean()) if model.regressor == HIERARCHICAL else None,
+        coverage=float(inside.mean()) if model.regressor == HIERARCHICAL and len(set(labels)) == 1 else None,
     )
 
 
@@ -168,10 +169,9 @@ def _at_one_condition(metric: Floats, conditions: Sequence[Any]) -> Floats:
 
 
 def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
-    """1 - squared error over variance, both of the metric made normal, as the model sees it."""
+    """1 - variance of the errors over that of the metric made normal, as the model sees it; a common shift is no error."""
     scaler = PowerTransformer().fit(metric[:, None])
     truth, guess = (scaler.transform(values[:, None]).ravel() for values in (metric, predicted))
-    centre = np.average(truth, weights=weight)
-    return float(
-        1.0 - np.average((guess - truth) ** 2, weights=weight) / np.average((truth - centre) ** 2, weights=weight)
-    )
+    error = guess - truth
+    spread = [np.average((v - np.average(v, weights=weight)) ** 2, weights=weight) for v in (error, truth)]
+    return float(1.0 - spread[0] / spread[1])

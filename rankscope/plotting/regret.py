@@ -23,7 +23,7 @@ def plot_regret(regrets: pd.DataFrame, columns: int = 3) -> Figure:
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.3))
     figure.set_layout_engine("constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=False)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     for name, axis in zip(names, axes.flat, strict=False):

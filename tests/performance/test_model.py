@@ -177,6 +177,7 @@ def test_validation_sets_aside_what_conditions_do(features: RankFeatures, ranks:
     scores = validate(PerformanceModel(features), ranks, shifted, conditions=rates)
     assert scores is not None
     assert scores.explained > 0.8
+    assert scores.coverage is None
 
 
 def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(

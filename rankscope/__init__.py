@@ -13,6 +13,9 @@ from rankscope.exceptions import RankscopeError
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation as RankAllocation
     from rankscope.budget import ParameterBudget as ParameterBudget
+    from rankscope.control import ControllerConfig as ControllerConfig
+    from rankscope.control import RankController as RankController
+    from rankscope.control import RankControllerCallback as RankControllerCallback
     from rankscope.performance import PerformanceModel as PerformanceModel
     from rankscope.performance import rank_features as rank_features
     from rankscope.profiling import Profile as Profile
@@ -34,12 +37,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ControllerConfig": "rankscope.control",
     "HierarchicalSpace": "rankscope.space",
     "ParameterBudget": "rankscope.budget",
     "PerformanceModel": "rankscope.performance",
     "PerformanceModelSampler": "rankscope.searching",
     "Profile": "rankscope.profiling",
     "RankAllocation": "rankscope.allocation",
+    "RankController": "rankscope.control",
+    "RankControllerCallback": "rankscope.control",
     "SearchResult": "rankscope.searching",
     "TargetModule": "rankscope.targets",
     "Task": "rankscope.tasks",

@@ -43,6 +43,10 @@ class TrainingError(RankscopeError, RuntimeError):
     """A fine-tuning run that cannot go on, as when its loss is no longer finite."""
 
 
+class ControlError(RankscopeError, ValueError):
+    """A controller that cannot run on this model, optimizer, budget or schedule, or a state that is another's."""
+
+
 class StudyError(RankscopeError, ValueError):
     """A study file or study database that does not fit what was asked."""
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from rankscope.adapters import apply_allocation
 from rankscope.allocation import RankAllocation
+from rankscope.budget import ParameterBudget
+from rankscope.control import ControllerConfig, RankController
 from rankscope.exceptions import TrainingError
 from rankscope.tasks import Batch, Task, evaluate
 
@@ -66,9 +69,10 @@ class TrainingResult:
         metrics: Validation metrics at the end; they hold the task's metric and `"loss"`.
         history: Validation metrics by step, where they were taken on the way, the last included.
         train_loss: Mean training loss over the last tenth of the steps.
-        parameters: Adapter parameters trained.
+        parameters: Adapter parameters trained, at the end of the run.
         steps: Optimizer steps done.
         wall_seconds: Time of the run, evaluation included.
+        decisions: The controller's, one row each; None without one.
     """
 
     metrics: Mapping[str, float]
@@ -77,6 +81,7 @@ class TrainingResult:
     parameters: int
     steps: int
     wall_seconds: float
+    decisions: pd.DataFrame | None = None
 
 
 def train(
@@ -85,6 +90,7 @@ def train(
     config: TrainingConfig,
     *,
     seed: int = 0,
+    controller: ControllerConfig | None = None,
     on_model: Callable[[PeftModel], None] | None = None,
     on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -96,6 +102,7 @@ def train(
         allocation: The ranks.
         config: The schedule.
         seed: Of the adapters' initial values, dropout and the order of the data. The global generators are left alone.
+        controller: Moves ranks during the run, within the allocation's budget, starting from its ranks; None: they stay.
         on_model: Called with the PEFT model before the first step, as to put hooks on it.
         on_evaluation: Called with step and validation metrics; may raise to stop the run (a pruner does).
         on_step: Called with the step.
@@ -127,6 +134,7 @@ def train(
         model: nn.Module = apply_allocation(
             task.build_model(),
             allocation,
+            dormant=controller is not None,
             scaling=config.scaling,
             lora_dropout=config.lora_dropout,
             modules_to_save=list(getattr(task, "head_modules", ())) or None,
@@ -139,12 +147,15 @@ def train(
             optimizer, round(config.warmup_fraction * config.steps), config.steps
         )
         model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+        mover = controller and _start_controller(controller, model, optimizer, allocation, config, seed)
         losses: list[Tensor] = []
         history: dict[int, Mapping[str, float]] = {}
         model.train()
         batches = _stream(task, seed)
         for step in range(1, config.steps + 1):
-            losses.append(_step(task, model, batches, optimizer, schedule, parameters, accelerator, config))
+            losses.append(_step(task, model, batches, optimizer, schedule, accelerator, config))
+            if mover:
+                mover.step(losses[-1])
             if step % CHECK_EVERY == 0 or step == config.steps:
                 _check_finite(losses[-CHECK_EVERY:], step, config)
             if on_step:
@@ -157,9 +168,10 @@ def train(
         metrics=history[config.steps],
         history=history,
         train_loss=float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean()),
-        parameters=allocation.parameters,
+        parameters=mover.allocation.parameters if mover else allocation.parameters,
         steps=config.steps,
         wall_seconds=time.perf_counter() - started,
+        decisions=mover.decisions if mover else None,
     )
     return accelerator.unwrap_model(model), result
 
@@ -170,7 +182,6 @@ def _step(
     batches: Iterator[Batch],
     optimizer: Any,
     schedule: Any,
-    parameters: list[nn.Parameter],
     accelerator: Any,
     config: TrainingConfig,
 ) -> Tensor:
@@ -183,12 +194,38 @@ def _step(
             loss = task.loss(model, send_to_device(batch, accelerator.device))
             accelerator.backward(loss)
             if accelerator.sync_gradients and config.max_grad_norm:
-                accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                accelerator.clip_grad_norm_(_trained(optimizer), config.max_grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
         losses.append(loss.detach().float())
     return torch.stack(losses).mean()
+
+
+def _trained(optimizer: Any) -> list[nn.Parameter]:
+    """The parameters of the moment: a controller puts others in their place."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _start_controller(
+    controller: ControllerConfig,
+    model: nn.Module,
+    optimizer: Any,
+    allocation: RankAllocation,
+    config: TrainingConfig,
+    seed: int,
+) -> RankController:
+    return RankController(
+        model,
+        optimizer,
+        budget=ParameterBudget(allocation.budget or allocation.parameters),
+        total_steps=config.steps,
+        every=controller.every,
+        freeze_fraction=controller.freeze_fraction,
+        samples=controller.samples,
+        policy=controller.policy,
+        seed=seed,
+    )
 
 
 def _check_finite(losses: list[Tensor], step: int, config: TrainingConfig) -> None:

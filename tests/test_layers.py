@@ -17,7 +17,7 @@ LAYERS = [
     ["targets", "allocation", "budget", "space"],
     ["profiling", "adapters"],
     ["performance"],
-    ["strategies", "tasks", "training", "searching", "control"],
+    ["strategies", "tasks", "control", "training", "searching"],
     ["study", "comparison", "benchmark", "plotting", "dashboard", "export", "report"],
     ["cli"],
 ]

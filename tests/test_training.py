@@ -37,6 +37,24 @@ def test_a_seed_repeats_and_global_generators_are_left_alone(digits: Task, unifo
     assert runs[0].metrics["loss"] != runs[2].metrics["loss"]
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "one-shot"])
+def test_a_controller_moves_ranks_within_the_budget(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, strategy: str
+) -> None:
+    start = rs.allocate(strategy, targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
+    config = rs.TrainingConfig(steps=8, learning_rate=0.01, gradient_accumulation=2)
+    controller = rs.ControllerConfig(every=3, freeze_fraction=0.8, samples=2)
+    model, result = rs.train(digits, start, config, controller=controller)
+    assert result.decisions is not None
+    assert result.decisions["step"].tolist() == [3, 6]
+    assert result.decisions["batches"].tolist() == [4, 4]
+    assert result.decisions["ranks_before"].iloc[0] == start.vector
+    final = result.decisions["ranks_after"].iloc[-1]
+    assert rs.RankAllocation.from_peft_model(model, start.targets).vector == final
+    assert result.parameters == count_adapter_parameters(model) <= digits_budget.limit
+    assert start.vector != final or strategy == "one-shot"
+
+
 def test_intermediate_evaluations(digits: Task, uniform: rs.RankAllocation) -> None:
     seen = []
     config = rs.TrainingConfig(steps=7, learning_rate=0.01, evaluate_every=3)

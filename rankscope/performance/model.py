@@ -153,6 +153,15 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         half = norm.ppf(0.5 + confidence / 2.0) * deviation
         return self._back(mean - half), self._back(mean + half)
 
+    def difference(self, ranks: ArrayLike, reference: ArrayLike) -> tuple[Floats, Floats]:
+        """How much better the ranks are than the reference's, (n,), and the posterior standard deviation of that, (n,).
+
+        In units of the transformed metric, whose standard deviation over the observations is 1.
+        """
+        rows = self._rows(ranks) - self._rows(reference)
+        found: tuple[Floats, Floats] = self._hierarchical().predict(rows, return_std=True)
+        return found
+
     def score(self, ranks: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
         """Spearman's rank correlation of prediction and metric."""
         return float(spearmanr(self.predict(ranks), y)[0])

@@ -55,6 +55,13 @@ class Observed:
 class Observer:
     """Hooks on modules, and what they have seen.
 
+    Args:
+        targets: The target modules.
+        modules: Each one's module, by name.
+        matrices: Of the sketches.
+        trend: Whether to keep each batch's gradient energy.
+        inputs: Whether to sketch the modules' inputs too.
+
     Attributes:
         observed: By module name.
         weight: Of the present batch.
@@ -68,11 +75,12 @@ class Observer:
         matrices: RandomMatrices,
         *,
         trend: bool = False,
+        inputs: bool = True,
     ) -> None:
         self.weight = 1.0
         self.mask: Tensor | None = None
         self.observed: dict[str, Observed] = {}
-        self._modules, self._matrices = modules, matrices
+        self._modules, self._matrices, self._inputs = modules, matrices, inputs
         self._last: tuple[Tensor, ActivationSketch] | None = None
         self._active = False
         for target in targets:
@@ -131,7 +139,8 @@ class Observer:
 
             def receive(gradient: Tensor) -> None:
                 rows, deltas = as_rows(module, inputs.detach(), gradient.detach())
-                self._see_inputs(seen, inputs, rows)
+                if self._inputs:
+                    self._see_inputs(seen, inputs, rows)
                 increment = seen.store.increment(rows, deltas)
                 if seen.calls == 1:
                     seen.take(increment, self.weight)

@@ -204,3 +204,19 @@ def test_bad_input(features: RankFeatures, ranks: np.ndarray) -> None:
         PerformanceModel(features, regressor="svr").fit(ranks[:3], [0.5, 0.6, 0.4])
     constant = PerformanceModel(features).fit(ranks[:9], np.full(9, 0.7))
     np.testing.assert_allclose(constant.predict(ranks[:3]), 0.7)
+
+
+def test_a_difference_is_that_of_the_posterior() -> None:
+    """Against draws of the coefficients: mean and spread of what two allocations differ by."""
+    rng = np.random.default_rng(0)
+    targets = [rs.TargetModule(name=f"h.{i}.fc", in_features=32, out_features=32, block=i) for i in range(6)]
+    ranks = rng.integers(0, 6, (20, 6))
+    y = np.log1p(ranks[:, :2]).sum(axis=1) + rng.normal(0.0, 0.3, 20)
+    model = rs.PerformanceModel(rs.rank_features(targets, rs.ParameterBudget.uniform(targets, 3))).fit(ranks, y)
+    better, worse = np.array([[5, 5, 2, 2, 2, 2]]), np.array([[1, 1, 4, 4, 4, 4]])
+    mean, deviation = model.difference(better, worse)
+    change = (model.features.transform(better) - model.features.transform(worse))[0]
+    draws = [model.regressor_.sample(rng)[: len(change)] @ change for _ in range(4000)]
+    assert mean[0] == pytest.approx(np.mean(draws), abs=0.05)
+    assert deviation[0] == pytest.approx(np.std(draws), rel=0.05)
+    assert mean[0] > deviation[0]

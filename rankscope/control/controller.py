@@ -1,0 +1,332 @@
+"""`RankController`: moves ranks between the modules of a LoRA model while it trains, at no more parameters than the budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rankscope.adapters import RankMasks
+from rankscope.adapters.agreement import check_same, from_first_process
+from rankscope.allocation import RankAllocation
+from rankscope.budget import ParameterBudget
+from rankscope.control.decisions import Decision, describe, summary, tabulate_decisions, write_decisions
+from rankscope.control.effects import EffectModel, LossHistory, effect_of_move
+from rankscope.control.policy import Policy, Proposal, propose
+from rankscope.control.ranks import LiveRanks, Mode, first_ranks
+from rankscope.control.schedule import Schedule
+from rankscope.control.screen import screen
+from rankscope.control.signals import GradientWindow, Measured
+from rankscope.exceptions import ControlError
+from rankscope.performance import PerformanceModel, rank_features
+from rankscope.profiling import Profile
+from rankscope.profiling.sketch import SKETCH_SIZE
+from rankscope.targets import fingerprint_targets
+
+logger = logging.getLogger(__name__)
+
+ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average
+SCHEMA = 1
+
+
+class RankController:
+    """Moves ranks while a LoRA model trains.
+
+    Call `step` once an optimizer step, after `optimizer.step()` and before `zero_grad()`. Gradients of a few steps before each
+    decision are sketched by hooks; each decision projects what ranks are worth onto the budget, lets the performance models
+    refuse, and resizes the adapters, whose function, optimizer state and config follow. After the freeze nothing is left on the
+    model but its new ranks.
+
+    Args:
+        model: A PEFT model with LoRA, not merged. Give sleeping adapters to modules that start at rank 0
+            (`rankscope.adapters.apply_allocation(..., dormant=True)`), or pass `start`: only adapted modules can get ranks.
+        optimizer: The one that trains the adapter, also as accelerate wraps it.
+        budget: The most adapter parameters at any time.
+        every: Optimizer steps between decisions.
+        total_steps: Of the run.
+        freeze_fraction: Share of the run after which ranks stay.
+        start: Ranks to begin with: an allocation or the name of a strategy. None: as the model is.
+        profile: For strategies that need one.
+        performance_model: A study's; it refuses moves that it believes to be harmful.
+        mode: `"resize"`, `"mask"` (fixed capacity: the model's ranks when it is passed), or `"auto"`: masks under several
+            processes and `torch.compile`.
+        policy: How bold.
+        samples: Steps before each decision whose gradients are seen.
+        sketch_size: Columns of the gradient sketches; default: twice the largest rank, between 16 and 56.
+        adapter_name: Which adapter; may be left out where there is only one.
+        scaler: The `torch.amp.GradScaler` that scales the loss; accelerate's is found by itself.
+        out: Folder for `decisions.parquet`, written after each decision.
+        seed: Of the sketches, and of new rows that are drawn.
+
+    Raises:
+        ControlError: A schedule without a decision, a budget below the ranks in place, or an optimizer that does not own the
+            adapter's parameters; nothing is changed.
+        AdapterError: A model without LoRA, with merged adapters, or with several adapters and none named.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    >>> model = get_peft_model(net, LoraConfig(target_modules=["0", "2"], r=2))
+    >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    >>> controller = RankController(model, optimizer, budget=ParameterBudget(56), every=2, total_steps=12, freeze_fraction=0.5)
+    >>> for _ in range(12):
+    ...     loss = model(torch.ones(4, 8)).square().mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     controller.step(loss)
+    ...     optimizer.zero_grad()
+    >>> controller.decisions["step"].tolist(), controller.allocation.parameters <= 56
+    ([2, 4, 6], True)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        budget: ParameterBudget,
+        every: int = 50,
+        total_steps: int = 1000,
+        freeze_fraction: float = 0.3,
+        start: RankAllocation | str | None = None,
+        profile: Profile | None = None,
+        performance_model: PerformanceModel | None = None,
+        mode: Mode = "auto",
+        policy: Policy | None = None,
+        samples: int = 8,
+        sketch_size: int | None = None,
+        adapter_name: str | None = None,
+        scaler: Any = None,
+        out: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._schedule = Schedule(
+            every=every, total_steps=total_steps, freeze_fraction=freeze_fraction, samples=samples
+        )
+        self._budget, self._policy, self._seed = budget, policy or Policy(), seed
+        self._ranks = LiveRanks(model, optimizer, mode=mode, adapter_name=adapter_name)
+        targets = self._ranks.allocation.targets
+        begin = first_ranks(self._ranks, start, budget, profile)
+        self._effects = EffectModel(rank_features(targets, budget))
+        self._offline = performance_model
+        if performance_model is not None and {t.name for t in performance_model.features.targets} != set(begin.ranks):
+            raise ControlError(
+                "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
+            )
+        k = sketch_size or min(max(16, 2 * max(begin.vector)), SKETCH_SIZE)
+        self._window = GradientWindow(self._ranks.model, targets, sketch_size=k, seed=seed)
+        self._losses = LossHistory(self._ranks.model)
+        self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
+        self._out = None if out is None else Path(out) / "decisions.parquet"
+        self._decisions: list[Decision] = []
+        self._moved_at: dict[str, int] = {}
+        self._step, self._closed = 0, False
+        self._ranks.begin()
+        if begin != self._ranks.allocation:
+            self._change(begin, {})
+        self._watch()
+
+    @property
+    def allocation(self) -> RankAllocation:
+        """The present ranks."""
+        return self._ranks.allocation
+
+    @property
+    def decisions(self) -> pd.DataFrame:
+        """One row a decision so far, with the columns of `rankscope.control.decisions.Decision`."""
+        return tabulate_decisions(self._decisions)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether ranks stay from now on."""
+        return self._closed or self._step >= self._schedule.last_decision
+
+    @property
+    def n_decisions(self) -> int:
+        """Decisions so far."""
+        return len(self._decisions)
+
+    @property
+    def adapter_name(self) -> str:
+        """Of the adapter whose ranks move."""
+        return self._ranks.adapter
+
+    @property
+    def masks(self) -> RankMasks | None:
+        """In mask mode: save the adapter at its true ranks with `masks.save_pretrained`."""
+        return self._ranks.masks
+
+    def scalars(self) -> dict[str, float]:
+        """The last decision in numbers, for a logger; empty before the first."""
+        return summary(self._decisions[-1]) if self._decisions else {}
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """The optimizer has made a step.
+
+        Args:
+            loss: Of the step, for the effect of moves; None: what the model returned under `loss`.
+        """
+        self._step += 1
+        if self._closed:
+            return
+        self._window.end_step()
+        self._losses.end_step(loss)
+        if self._schedule.decides_at(self._step):
+            self._decide()
+        elif self._step == self._schedule.last_look:
+            self._settle()
+        if self._step == self._schedule.last_look:
+            self.close()
+        else:
+            self._watch()
+
+    def close(self) -> None:
+        """Takes all hooks off; ranks stay from now on."""
+        self._window.close()
+        self._losses.close()
+        self._closed = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later decisions depend on: numbers, lists and tensors. Every process must call it."""
+        masks = self._ranks.masks
+        return {
+            "schema": SCHEMA,
+            "targets": fingerprint_targets(self.allocation.targets),
+            "step": self._step,
+            "ranks": dict(self.allocation.ranks),
+            "active": None if masks is None else {name: list(active) for name, active in masks.active.items()},
+            "moved_at": dict(self._moved_at),
+            "decisions": [asdict(decision) for decision in self._decisions],
+            "window": self._window.state_dict(),
+            "losses": list(self._losses.values()),
+            "effects": self._effects.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another controller was. The model gets its ranks, so that its weights, and the optimizer's state, fit.
+
+        Raises:
+            ControlError: The state is of another version or of other modules.
+        """
+        if state.get("schema") != SCHEMA:
+            raise ControlError(f"the controller's state must have schema {SCHEMA}, but has {state.get('schema')!r}.")
+        if state["targets"] != fingerprint_targets(self.allocation.targets):
+            raise ControlError("the controller's state must be of this model's adapted modules, but is of others.")
+        ranks = RankAllocation.from_ranks(self.allocation.targets, state["ranks"])
+        if self._ranks.masks is not None:
+            self._ranks.masks.restore(state["active"])
+        elif ranks != self.allocation:
+            self._change(ranks, {})
+        self._step, self._moved_at = state["step"], dict(state["moved_at"])
+        self._decisions = [Decision(**decision) for decision in state["decisions"]]
+        self._window.load_state_dict(state["window"])
+        self._losses.restore(state["losses"])
+        self._effects.load_state_dict(state["effects"])
+        if self._step >= self._schedule.last_look:
+            self.close()
+        else:
+            self._watch()
+
+    # --- a decision --------------------------------------------------------------------------------------------------
+
+    def _decide(self) -> None:
+        self._settle()
+        before = self.allocation
+        coarse = self._schedule.is_coarse(self._step, self._policy.coarse_fraction)
+        measured = self._window.measure(self._ranks.factors())
+        self._window.clear()
+        proposal = None if measured is None else self._propose(measured, coarse)
+        verdict = from_first_process(screen(proposal, before, self._offline, self._effects))
+        after = before
+        if verdict.action == "moved" and proposal is not None and measured is not None:
+            after = proposal.allocation
+            check_same(after.vector, what="the ranks")
+            self._change(after, measured.directions)
+            self._moved_at.update(dict.fromkeys(after.difference(before), self._step))
+        decision = describe(
+            step=self._step,
+            phase="coarse" if coarse else "fine",
+            verdict=verdict,
+            before=before,
+            after=after,
+            proposal=proposal,
+            measured=measured,
+            broken=self._window.broken,
+            loss=float(np.mean(self._losses.values()[-self._schedule.every :])),
+        )
+        self._decisions.append(decision)
+        logger.info(
+            "step %d: %s, %s; %d ranks went elsewhere, %s of %s parameters in use",
+            *(self._step, verdict.action, verdict.reason, decision.n_moved),
+            *(f"{after.parameters:,}", f"{self._budget.limit:,}"),
+        )
+        self._write()
+
+    def _propose(self, measured: Measured, coarse: bool) -> Proposal:
+        """The policy's proposal for the modules that are watched; the first process's, on every process."""
+        ranks = dict(self.allocation.ranks)
+        watched = {s.target.name for s in measured.signals}
+        fixed = sum(t.rank_cost * ranks[t.name] for t in self.allocation.targets if t.name not in watched)
+        cooled = self._step - (self._policy.cooldown + 1) * self._schedule.every
+        found = propose(
+            measured.signals,
+            ParameterBudget(max(self._budget.limit - fixed, 1)),
+            self._policy,
+            coarse=coarse,
+            signal_share=measured.signal_share,
+            cooling=[name for name, step in self._moved_at.items() if step > cooled],
+            capacity=self._ranks.capacity,
+        )
+        ranks |= found.allocation.ranks
+        allocation = RankAllocation.from_ranks(
+            self.allocation.targets, ranks, strategy="controller", budget=self._budget.limit
+        )
+        return from_first_process(replace(found, allocation=allocation))
+
+    def _change(self, after: RankAllocation, directions: Mapping[str, Tensor]) -> None:
+        """New ranks, with rows of A along the directions where there are enough."""
+        before = self.allocation.ranks
+        changed = after.difference(self.allocation)
+        rows = {
+            name: directions[name][:more] * ROW_NORM
+            for name, more in changed.items()
+            if more > 0 and len(directions.get(name, ())) >= more
+        }
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
+        self._ranks.change({name: before[name] + more for name, more in changed.items()}, rows, generator=generator)
+
+    def _settle(self) -> None:
+        """Measures what the decision before did, now that as many steps lie after it as before."""
+        every = self._schedule.every
+        if not self._decisions or self._decisions[-1].step != self._step - every:
+            return
+        losses = self._losses.values()
+        effect = effect_of_move(losses[-2 * every :]) if len(losses) >= 2 * every else None
+        if effect is None:
+            return
+        last = self._decisions[-1]
+        self._decisions[-1] = replace(last, realised=effect.mean, realised_error=effect.error)
+        if last.action == "moved":
+            targets = self.allocation.targets
+            self._effects.add(
+                RankAllocation(targets, last.ranks_before), RankAllocation(targets, last.ranks_after), effect
+            )
+        self._write()
+
+    def _watch(self) -> None:
+        """Hooks for the next step, if it is one of those that are sampled."""
+        if self._schedule.samples_at(self._step + 1):
+            scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+            self._window.watch(scale)
+
+    def _write(self) -> None:
+        if self._out is not None:
+            write_decisions(self._decisions, self._out)

@@ -1,0 +1,145 @@
+"""The ranks of a live adapter, really resized or masked: one view for the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rankscope.adapters import RankMasks, Resize, from_peft_model, resize_adapters
+from rankscope.adapters.agreement import n_processes
+from rankscope.adapters.live import adapter_layers, check_changeable, choose_adapter, factors, unwrap_peft_model
+from rankscope.adapters.optimizer_state import unwrap_optimizer
+from rankscope.allocation import RankAllocation
+from rankscope.budget import ParameterBudget
+from rankscope.exceptions import ControlError
+from rankscope.profiling import Profile
+from rankscope.strategies import allocate
+
+Mode = Literal["resize", "mask", "auto"]
+
+
+class LiveRanks:
+    """Reads and changes ranks.
+
+    Args:
+        model: A PEFT model, as `torch.compile` wraps it or not.
+        optimizer: That trains the adapter.
+        mode: `"resize"`, `"mask"`, or `"auto"`: masks under several processes and `torch.compile`.
+        adapter_name: Which adapter; may be left out where there is only one.
+
+    Attributes:
+        model: The PEFT model, unwrapped.
+        masks: In mask mode, from `begin` on.
+
+    Raises:
+        AdapterError: The model cannot have its ranks changed.
+        ControlError: The optimizer does not own the adapter's parameters.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, *, mode: Mode, adapter_name: str | None) -> None:
+        if mode not in ("resize", "mask", "auto"):
+            raise ControlError(f"`mode` must be 'resize', 'mask' or 'auto', but got {mode!r}.")
+        if mode == "auto":
+            mode = "mask" if n_processes() > 1 or hasattr(model, "_orig_mod") else "resize"
+        self.model = unwrap_peft_model(model)
+        self.adapter = choose_adapter(self.model, adapter_name)
+        self._optimizer = optimizer
+        layers = adapter_layers(self.model, self.adapter)
+        check_changeable(layers, self.adapter)
+        self._check_owned([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
+        self._full = from_peft_model(self.model, adapter_name=self.adapter)
+        self._masked = mode == "mask"
+        self.masks: RankMasks | None = None
+
+    def begin(self) -> None:
+        """Puts the masks on, if there are to be any; until then nothing is changed."""
+        if self._masked:
+            self.masks = RankMasks(self.model, adapter_name=self.adapter)
+
+    @property
+    def allocation(self) -> RankAllocation:
+        """The present ranks, sleeping modules included."""
+        if self.masks is not None:
+            return RankAllocation.from_ranks(self._full.targets, self.masks.ranks)
+        return from_peft_model(self.model, self._full.targets, adapter_name=self.adapter)
+
+    @property
+    def capacity(self) -> Mapping[str, int] | None:
+        """The most ranks of each module; None: its full rank."""
+        return self._full.ranks if self._masked else None
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A, (r, in), and B, (out, r), of the active ranks of each module."""
+        found = {}
+        chosen = {} if self.masks is None else self.masks.active
+        for name, layer in adapter_layers(self.model, self.adapter).items():
+            a, b = (_whole(factor).detach().flatten(1) for factor in factors(layer, self.adapter))
+            if name in chosen:
+                active = list(chosen[name])
+                a, b = a[active], b[:, active]
+            found[name] = a, b
+        return found
+
+    def change(self, ranks: Mapping[str, int], directions: Mapping[str, Tensor], *, generator: torch.Generator) -> None:
+        """Gives modules new ranks, all or none; new rows of A are the directions, or drawn where there are none.
+
+        Raises:
+            AdapterError: A rank that a module cannot have.
+            OptimizerError: An optimizer whose state cannot be carried.
+        """
+        resizes: Sequence[Resize] = [
+            Resize(name=name, rank=rank, directions=directions.get(name)) for name, rank in ranks.items()
+        ]
+        if self.masks is not None:
+            self.masks.resize(resizes, self._optimizer, generator=generator)
+        else:
+            resize_adapters(self.model, self._optimizer, resizes, adapter_name=self.adapter, generator=generator)
+
+    def _check_owned(self, parameters: Sequence[Tensor]) -> None:
+        groups = unwrap_optimizer(self._optimizer).param_groups
+        owned = {id(parameter) for group in groups for parameter in group["params"]}
+        if missing := sum(id(parameter) not in owned for parameter in parameters):
+            raise ControlError(
+                f"`optimizer` must own the adapter's parameters, but lacks {missing} of {len(parameters)}; build it from "
+                "the PEFT model's parameters, after wrapping."
+            )
+
+
+def first_ranks(
+    ranks: LiveRanks, start: RankAllocation | str | None, budget: ParameterBudget, profile: Profile | None
+) -> RankAllocation:
+    """The ranks to begin with.
+
+    Raises:
+        ControlError: They cost more than the budget, or are for other modules.
+    """
+    present = ranks.allocation
+    if isinstance(start, str):
+        start = allocate(start, targets=present.targets, budget=budget, profile=profile, max_rank=ranks.capacity)
+    begin = present
+    if start is not None:
+        given = {name: rank for name, rank in start.ranks.items() if rank}
+        if unknown := set(given) - set(present.ranks):
+            raise ControlError(
+                f"`start` must give ranks to adapted modules only, but gives `{min(unknown)}` some; adapt it when the model "
+                "is wrapped."
+            )
+        begin = RankAllocation.from_ranks(present.targets, given)
+    if begin.parameters > budget.limit:
+        raise ControlError(
+            f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
+            "raise it, or pass `start`."
+        )
+    return begin
+
+
+def _whole(factor: Tensor) -> Tensor:
+    """A tensor that FSDP2 shards, gathered."""
+    if not isinstance(factor, DTensor):
+        return factor
+    whole: Tensor = factor.full_tensor()
+    return whole

@@ -1,0 +1,232 @@
+"""What the controller sees of a running fine-tuning: gradients at a few steps before each decision, through the profile's hooks.
+
+The j-th rank of a module is worth sigma_j^2 of the present gradient, whatever its component points at: components turn to the
+leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient, and further ones
+with the rest, moved nearly all ranks at every decision on digits-shift, since fresh random rows hold next to nothing.)
+
+The hooks are on the modules only while a step is sampled. They see gradients of module outputs, which neither clipping nor
+`zero_grad` touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
+evaluation, and a checkpointed segment that is run again, do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rankscope.control.policy import ModuleSignals
+from rankscope.control.subspace import residual_directions
+from rankscope.profiling.features import POOLED_BATCHES
+from rankscope.profiling.layers import SUPPORTED
+from rankscope.profiling.observer import Observer, module_device
+from rankscope.profiling.processes import gathered, sum_over_processes
+from rankscope.profiling.sketch import Decomposition, GradientStore, RandomMatrices, new_gradient_store
+from rankscope.targets import TargetModule, base_modules
+
+Floats = NDArray[np.float64]
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """One module's gradients, summed over the batches of a window."""
+
+    store: GradientStore
+    squares: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.store.tensors(), self.squares]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The signals of a window.
+
+    Attributes:
+        signals: Of each module, in the model's order.
+        directions: Right singular vectors, (n, in), of what each module's adapter does not reach, by name.
+        batches: Seen, on all processes.
+        signal_share: The share of the gradient energy of all modules that the batches agree on.
+    """
+
+    signals: tuple[ModuleSignals, ...]
+    directions: Mapping[str, Tensor] = field(repr=False)
+    batches: int
+    signal_share: float
+
+
+class GradientWindow:
+    """Sketches of the gradients of some steps.
+
+    Args:
+        model: The PEFT model; its own forward passes are what counts.
+        targets: The modules to watch.
+        sketch_size: Columns of the narrow sketch: how many singular values can be found.
+        seed: Of the sketches.
+
+    Attributes:
+        broken: Sampled steps so far whose gradients were not finite; they are left out.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], *, sketch_size: int, seed: int) -> None:
+        self.broken = 0
+        self._model = model
+        self._targets = tuple(target for target in targets if target.kind in SUPPORTED)
+        present = dict(base_modules(model))
+        self._modules = {target.name: present[target.name] for target in self._targets}
+        self._matrices = RandomMatrices(k=sketch_size, seed=seed)
+        self._sums = {target.name: self._zeros(target) for target in self._targets}
+        self._weights: list[float] = []
+        self._step: _Step | None = None
+
+    def watch(self, weight: float = 1.0) -> None:
+        """Sees what comes until `end_step`.
+
+        Args:
+            weight: The factor on the loss, as a GradScaler's scale: batches count alike whatever it is.
+        """
+        self.close()
+        observer = Observer(self._targets, self._modules, self._matrices, inputs=False)
+        self._step = _Step(self._model, observer, weight)
+
+    def end_step(self) -> None:
+        """Takes the step that was watched, if one was."""
+        if self._step is None:
+            return
+        step, self._step = self._step, None
+        step.close()
+        if not step.passes:
+            return
+        observed = step.observer.observed
+        if not bool(torch.isfinite(_total([seen.squares for seen in observed.values()]))):
+            self.broken += 1
+            return
+        for name, seen in observed.items():
+            self._sums[name].store.add(seen.store.tensors())
+            self._sums[name].squares += seen.squares
+        self._weights += [step.weight] * step.passes
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        if self._step is not None:
+            self._step.close()
+            self._step = None
+
+    def clear(self) -> None:
+        """Forgets what was seen."""
+        for sums in self._sums.values():
+            for tensor in sums.tensors():
+                tensor.zero_()
+        self._weights.clear()
+
+    def measure(self, factors: Factors) -> Measured | None:
+        """The signals of what was seen since `clear`, on all processes; None where no gradient was, or all were zero.
+
+        Args:
+            factors: A of shape (r, in) and B of shape (out, r) of each module, by name.
+        """
+        sum_over_processes(tensor for sums in self._sums.values() for tensor in sums.tensors())
+        weights = np.array([w for each in gathered(self._weights) for w in each])
+        if not len(weights):
+            return None
+        found = {name: sums.store.decompose() for name, sums in self._sums.items()}
+        energy, noise = self._energies(found, weights)
+        if not energy.any():
+            return None
+        pooled = float(np.clip(1.0 - noise.sum() / energy.sum(), 0.0, 1.0))
+        shares = cautious_shares(energy - noise, energy, pooled, len(weights))
+        signals, directions = [], {}
+        for target, share in zip(self._targets, shares, strict=True):
+            a, b = factors[target.name]
+            spectrum = (found[target.name].values / float(weights.sum())).square() * float(share)
+            values, gains = spectrum[: len(a)].tolist(), spectrum[len(a) :].tolist()
+            values += [0.0] * (len(a) - len(values))  # beyond the sketch
+            signals.append(ModuleSignals(target=target, values=tuple(values), gains=tuple(gains)))
+            directions[target.name] = residual_directions(found[target.name], a, b)
+        return Measured(signals=tuple(signals), directions=directions, batches=len(weights), signal_share=pooled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, as tensors and numbers."""
+        sums = {name: [tensor.clone() for tensor in sums.tensors()] for name, sums in self._sums.items()}
+        return {"sums": sums, "weights": list(self._weights), "broken": self.broken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name, sums in self._sums.items():
+            for tensor, value in zip(sums.tensors(), state["sums"][name], strict=True):
+                tensor.copy_(value)
+        self._weights, self.broken = list(state["weights"]), state["broken"]
+
+    def _energies(self, found: Mapping[str, Decomposition], weights: Floats) -> tuple[Floats, Floats]:
+        """The energy of each module's mean gradient, and what of it is noise; (n,) each."""
+        total = float(weights.sum())
+        energy = np.array([max(each.energy, 0.0) for each in found.values()]) / total**2
+        measured = np.array([float(s.store.measure(s.store.tensors())) for s in self._sums.values()]) / total**2
+        squares = np.array([float(sums.squares) for sums in self._sums.values()]) / total
+        return energy, noise_of_mean(measured, squares, float((weights**2).sum()) / total**2)
+
+    def _zeros(self, target: TargetModule) -> _Sums:
+        device = module_device(self._modules[target.name])
+        store = new_gradient_store(target.in_features, target.out_features, self._matrices, device)
+        return _Sums(store, torch.zeros((), device=device))
+
+
+class _Step:
+    """The hooks of one sampled step."""
+
+    def __init__(self, model: nn.Module, observer: Observer, weight: float) -> None:
+        self.observer, self.weight, self.passes = observer, weight, 0
+        self._stack = ExitStack()
+        self._stack.enter_context(observer.hooked())
+        self._stack.callback(model.register_forward_pre_hook(self._begin_pass).remove)
+
+    def close(self) -> None:
+        self.observer.end_batch()
+        self._stack.close()
+
+    def _begin_pass(self, model: nn.Module, _: Any) -> None:
+        """A forward pass begins, so the backward pass of the one before is over."""
+        self.observer.end_batch()
+        if model.training and torch.is_grad_enabled():
+            self.passes += 1
+            self.observer.begin_batch(self.weight)
+
+
+def noise_of_mean(energy: Floats, squares: Floats, concentration: float) -> Floats:
+    """The noise in the energy of a weighted mean gradient, by the scatter between batches.
+
+    With E ||G_b||^2 = S + v and weights w_b of sum 1, E sum_b w_b ||G_b||^2 = S + v and E ||sum_b w_b G_b||^2 = S + v q, where
+    q = sum_b w_b^2. What is returned estimates v q; at equal weights it is `profiling.features.split_energy`'s.
+
+    Args:
+        energy: (n,) squared norms of the weighted means.
+        squares: (n,) weighted means of the squared norms.
+        concentration: q; at 1 there is but one batch, and all of it passes for signal.
+    """
+    if concentration >= 1.0:
+        return np.zeros_like(energy)
+    return (squares - energy) * concentration / (1.0 - concentration)
+
+
+def cautious_shares(signal: Floats, energy: Floats, pooled: float, n_batches: int) -> Floats:
+    """Each module's share of signal, drawn towards that of all modules, or towards a half where that is less.
+
+    As `profiling.features.signal_shares`, but a window is a few batches only, and late in a run its gradient may be all noise:
+    then the modules' own shares, near 0 each, would differ by large factors for no reason.
+    """
+    own = np.clip(np.divide(signal, energy, out=np.zeros_like(signal), where=energy > 0), 0.0, 1.0)
+    weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
+    return np.asarray(weight * own + (1.0 - weight) * max(pooled, 0.5), dtype=np.float64)
+
+
+def _total(scalars: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars that may lie on several devices."""
+    device = scalars[0].device
+    return torch.stack([scalar.to(device) for scalar in scalars]).sum()

@@ -1,0 +1,368 @@
+"""The controller in a plain loop: the budget at every step, resume to the bit, refusals, and nothing left behind."""
+
+import copy
+import io
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+import rankscope as rs
+from rankscope.adapters import RankMasks, count_adapter_parameters
+from rankscope.control import Policy
+from rankscope.exceptions import AdapterError, ControlError
+from tests.adapters.live_models import kinds_model, tokens
+from tests.control.small_models import BUDGET, LAYERS, START, Net, adamw, batch, control, net, run
+
+TOTAL = 40
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("coarse_fraction", [0.0, 0.5, 1.0])
+def test_ranks_move_within_the_budget_and_freeze(coarse_fraction: float) -> None:
+    model = net()
+    optimizer = adamw(model)
+    controller = control(model, optimizer, policy=Policy(margin=0.0, coarse_fraction=coarse_fraction))
+    seen = []
+    run(model, optimizer, controller, range(TOTAL), after=lambda _: seen.append(controller.allocation.vector))
+    assert count_adapter_parameters(model) == controller.allocation.parameters <= BUDGET
+    assert all(rs.RankAllocation(controller.allocation.targets, v).parameters <= BUDGET for v in seen)
+    assert len(set(seen)) > 1
+    assert len(set(seen[19:])) == 1
+    assert controller.decisions["step"].tolist() == [4, 8, 12, 16, 20]
+    phases = controller.decisions["phase"].tolist()
+    assert phases.count("coarse") == {0.0: 0, 0.5: 2, 1.0: 5}[coarse_fraction]
+    assert controller.frozen
+    assert hooks(model) == 0
+    for decision, after in zip(controller.decisions.itertuples(), seen[3:20:4], strict=True):
+        assert decision.ranks_after == after
+        if decision.phase == "fine" and decision.action == "moved":
+            assert decision.batches == 3
+            assert np.maximum(np.subtract(decision.ranks_after, decision.ranks_before), 0).sum() == 1
+
+
+def test_a_run_is_not_worse_for_it() -> None:
+    finals = []
+    for moving in (False, True):
+        model = net()
+        optimizer = adamw(model)
+        controller = control(model, optimizer, policy=Policy(margin=0.0 if moving else 1e9))
+        finals.append(np.mean(run(model, optimizer, controller, range(TOTAL))[-8:]))
+    assert finals[1] < finals[0] + 0.05
+
+
+def test_a_controller_that_moves_nothing_changes_nothing() -> None:
+    model, other = net(), net()
+    optimizer, plain = adamw(model), adamw(other)
+    controller = control(model, optimizer, policy=Policy(margin=1e12), start=None)
+    run(model, optimizer, controller, range(TOTAL))
+    other.train()
+    for step in range(TOTAL):
+        other(**batch(step)).loss.backward()
+        plain.step()
+        plain.zero_grad()
+    assert set(controller.decisions["action"]) == {"kept"}
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(model).items())
+
+
+def test_new_ranks_start_along_the_gradient() -> None:
+    model = net(r=1)
+    optimizer = adamw(model)
+    controller = control(model, optimizer, budget=rs.ParameterBudget(2 * BUDGET), start=None)
+    run(model, optimizer, controller, range(4))
+    ranks = controller.allocation.ranks
+    grown = next(name for name, rank in ranks.items() if rank > 1)
+    layer = model.get_base_model().get_submodule(grown)
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    torch.testing.assert_close(a[1:].norm(dim=1), torch.full((ranks[grown] - 1,), 3**-0.5))
+    assert torch.linalg.vector_norm(b[:, 1:]) == 0
+    torch.testing.assert_close(a[1:] @ a[:1].T, torch.zeros(ranks[grown] - 1, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 10, 15, 20, 23, 30])
+def test_resume_to_the_bit(stop: int) -> None:
+    """Stopped after any step, also inside a sampled stretch, and gone on from the states alone."""
+
+    def fresh() -> tuple[PeftModel, torch.optim.Optimizer, rs.RankController]:
+        model = net(lora_dropout=0.0)
+        optimizer = adamw(model)
+        return model, optimizer, control(model, optimizer, start="uniform")
+
+    model, optimizer, controller = fresh()
+    run(model, optimizer, controller, range(TOTAL))
+
+    first, opt, moving = fresh()
+    run(first, opt, moving, range(stop))
+    file = io.BytesIO()
+    torch.save([moving.state_dict(), first.state_dict(), opt.state_dict()], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    second, opt, moving = fresh()
+    moving.load_state_dict(states[0])
+    second.load_state_dict(states[1])
+    opt.load_state_dict(states[2])
+    run(second, opt, moving, range(stop, TOTAL))
+    pd.testing.assert_frame_equal(moving.decisions, controller.decisions)
+    assert weights(second).keys() == weights(model).keys()
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(model).items())
+
+
+def test_micro_batches_count_and_clipping_does_not_matter() -> None:
+    """Two halves of a batch an optimizer step, gradients clipped or not."""
+    decisions, parts = [], 2
+    for clip in (None, 0.01):
+        model = net()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        controller = control(model, optimizer)
+        model.train()
+        for step in range(4):
+            b = batch(step)
+            for part in range(parts):
+                (model(**{k: v.tensor_split(parts)[part] for k, v in b.items()}).loss / parts).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+        assert controller.decisions["batches"].tolist() == [3 * parts]
+        decisions.append(controller.decisions)
+    pd.testing.assert_frame_equal(*decisions)
+
+
+def test_no_decision_on_gradients_that_are_not_finite(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    optimizer = adamw(model)
+    controller = control(model, optimizer, total_steps=8)
+    model.train()
+    with caplog.at_level(logging.INFO, logger="rankscope"):
+        for step in range(4):
+            (model(**batch(step)).loss * float("nan")).backward()
+            optimizer.zero_grad()
+            controller.step()
+    (decision,) = controller.decisions.itertuples()
+    assert (decision.action, decision.batches, decision.broken) == ("skipped", 0, 3)
+    assert "step 4: skipped, no finite gradient to decide on; 0 ranks went elsewhere" in caplog.text
+    assert controller.allocation.vector == START
+
+
+def test_decisions_are_written_with_what_came_of_them(tmp_path: Path) -> None:
+    model = net()
+    optimizer = adamw(model)
+    controller = control(model, optimizer, out=tmp_path)
+    run(model, optimizer, controller, range(TOTAL))
+    written = pd.read_parquet(tmp_path / "decisions.parquet")
+    assert written["step"].tolist() == [4, 8, 12, 16, 20]
+    assert written["realised"].notna().all()
+    assert (written["realised_error"] > 0).all()
+    assert written["modules"].iloc[0].tolist() == [t.name for t in controller.allocation.targets]
+    assert written["ranks_after"].iloc[-1].tolist() == list(controller.allocation.vector)
+    assert list(tmp_path.iterdir()) == [tmp_path / "decisions.parquet"]
+
+
+# --- performance models --------------------------------------------------------------------------------------------
+
+
+def offline(model: PeftModel, slope: float) -> rs.PerformanceModel:
+    """A model to which first and second layer matter by `slope`, negative or positive, and the others not."""
+    targets = rs.find_targets(model, LAYERS)
+    features = rs.rank_features(targets, rs.ParameterBudget(BUDGET))
+    rng = np.random.default_rng(0)
+    ranks = rng.integers(0, 5, (80, 4))
+    y = slope * np.log1p(ranks[:, :2]).sum(axis=1) - slope * np.log1p(ranks[:, 2:]).sum(axis=1)
+    return rs.PerformanceModel(features).fit(ranks, y + rng.normal(0.0, 0.01, 80))
+
+
+def test_the_studys_model_refuses_what_it_believes_to_be_harmful() -> None:
+    actions = set()
+    for slope in (1.0, -1.0):
+        model = net()
+        optimizer = adamw(model)
+        controller = control(model, optimizer, performance_model=offline(model, slope))
+        run(model, optimizer, controller, range(TOTAL))
+        for d in controller.decisions.itertuples():
+            if d.action in ("moved", "refused"):
+                actions.add(d.action)
+                assert d.ranks_proposed != d.ranks_before
+            if d.action == "refused" and d.reason.startswith("the study's model"):
+                assert d.offline + d.offline_error < 0
+                assert d.ranks_after == d.ranks_before
+            if d.action == "moved":
+                assert d.offline + d.offline_error >= 0
+    assert actions == {"moved", "refused"}
+
+
+def test_a_model_of_other_modules_is_refused() -> None:
+    model = net()
+    targets = [rs.TargetModule(name="other", in_features=8, out_features=8)]
+    stranger = rs.PerformanceModel(rs.rank_features(targets, rs.ParameterBudget(64))).fit([[1], [2]], [0.0, 1.0])
+    message = "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        control(model, adamw(model), performance_model=stranger)
+
+
+# --- starts and masks ----------------------------------------------------------------------------------------------
+
+
+def test_it_starts_from_an_allocation_or_a_strategy() -> None:
+    for start, expected in (("uniform", (2, 2, 2, 2)), ("mine", (0, 3, 2, 0))):
+        model = net()
+        optimizer = adamw(model)
+        if start == "mine":
+            start = rs.RankAllocation(rs.find_targets(model, LAYERS), (0, 3, 2, 0))
+        controller = control(model, optimizer, start=start)
+        assert controller.allocation.vector == expected
+        run(model, optimizer, controller, range(TOTAL))
+        assert count_adapter_parameters(model) <= BUDGET
+
+
+def test_masks_make_the_same_decisions_as_resizing() -> None:
+    found = []
+    for mode, r in (("resize", 2), ("mask", 4)):
+        model = net(r=r)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        policy = Policy(margin=0.0, max_rank=4)
+        controller = control(model, optimizer, mode=mode, start="uniform", policy=policy)
+        run(model, optimizer, controller, range(4))
+        found.append(controller.allocation)
+    assert found[0].vector == found[1].vector
+    assert isinstance(controller.masks, RankMasks)
+    assert dict(controller.masks.ranks) == dict(found[1].ranks)
+
+
+def test_masked_resume_to_the_bit() -> None:
+    def fresh() -> tuple[PeftModel, torch.optim.Optimizer, rs.RankController]:
+        model = net(r=4)
+        optimizer = adamw(model)
+        return model, optimizer, control(model, optimizer, mode="mask", start="uniform")
+
+    model, optimizer, controller = fresh()
+    run(model, optimizer, controller, range(10))
+    states = copy.deepcopy([controller.state_dict(), model.state_dict(), optimizer.state_dict()])
+    second, opt, moving = fresh()
+    for part, state in zip((moving, second, opt), states, strict=True):
+        part.load_state_dict(state)
+    for parts in ((model, optimizer, controller), (second, opt, moving)):
+        run(*parts, range(10, TOTAL))
+    pd.testing.assert_frame_equal(moving.decisions, controller.decisions)
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(model).items())
+
+
+def test_what_cannot_be_watched_keeps_its_rank() -> None:
+    """The embedding's adapter counts against the budget, and stays."""
+    model = kinds_model(torch.float32)
+    optimizer = adamw(model)
+    budget = rs.ParameterBudget(rs.RankAllocation.from_peft_model(model).parameters)
+    controller = rs.RankController(
+        model,
+        optimizer,
+        budget=budget,
+        every=3,
+        total_steps=9,
+        freeze_fraction=1.0,
+        samples=3,
+        policy=Policy(margin=0.0),
+    )
+    for step in range(9):
+        loss = model(tokens(step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    assert controller.allocation.ranks["table"] == 2
+    assert controller.allocation.parameters <= budget.limit
+    assert "moved" in set(controller.decisions["action"])
+    assert controller.decisions["gains"].map(lambda gains: np.isnan(gains[0])).all()
+
+
+def test_plain_peft_loads_the_result(tmp_path: Path) -> None:
+    model = net()
+    optimizer = adamw(model)
+    run(model, optimizer, control(model, optimizer), range(TOTAL))
+    model.save_pretrained(str(tmp_path))
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
+    model.eval()
+    loaded.eval()
+    assert torch.equal(loaded(**batch(0)).logits, model(**batch(0)).logits)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"budget": rs.ParameterBudget(BUDGET - 1), "start": None},
+            f"`budget` must cover the ranks to begin with ({BUDGET} parameters), but got {BUDGET - 1}; raise it, or pass `start`.",
+        ),
+        (
+            {"every": 40},
+            "`every` must leave a decision before the ranks freeze at step 20 of 40, but got 40; lower it, or raise `freeze_fraction`.",
+        ),
+        (
+            {"freeze_fraction": 0.0},
+            "`freeze_fraction` must be above 0 and at most 1, but got 0.0; for ranks that stay, train without a controller.",
+        ),
+        ({"samples": 0}, "`samples` must be a whole number above 0, but got 0."),
+        ({"mode": "masks"}, "`mode` must be 'resize', 'mask' or 'auto', but got 'masks'."),
+        (
+            {"start": rs.RankAllocation((rs.TargetModule(name="other", in_features=8, out_features=8),), (1,))},
+            "`start` must give ranks to adapted modules only, but gives `other` some; adapt it when the model is wrapped.",
+        ),
+    ],
+)
+def test_bad_settings_change_nothing(options: dict[str, Any], message: str) -> None:
+    model = net()
+    before = weights(model)
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        control(model, adamw(model), **options)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert hooks(model) == 0
+
+
+def test_models_and_optimizers_that_cannot_be_controlled() -> None:
+    merged, several = net(), net()
+    merged.merge_adapter()
+    several.add_adapter("second", several.peft_config["default"])
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (Net(), AdapterError, "`model` must be a peft.PeftModel, but is a Net; wrap it with get_peft_model."),
+        (merged, AdapterError, "adapters must not be merged, but ['default'] are in `first`; unmerge first."),
+        (
+            several,
+            AdapterError,
+            "`adapter_name` must say which of the adapters ['default', 'second'] is meant, but is None.",
+        ),
+    ]
+    for model, kind, message in cases:
+        with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+            control(model, adamw(model))
+    message = "`optimizer` must own the adapter's parameters, but lacks 8 of 8; build it from the PEFT model's parameters, after wrapping."
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        control(net(), adamw(net()))
+
+
+def test_states_of_others_are_refused() -> None:
+    model = net()
+    controller = control(model, adamw(model))
+    state = controller.state_dict()
+    for change, message in (
+        ({"schema": 0}, "the controller's state must have schema 1, but has 0."),
+        ({"targets": "?"}, "the controller's state must be of this model's adapted modules, but is of others."),
+    ):
+        with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+            controller.load_state_dict(state | change)

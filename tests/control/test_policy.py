@@ -1,0 +1,152 @@
+"""The policy against its promises: the budget, hysteresis, cool-down, and the best single transfer by brute force."""
+
+import re
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rankscope as rs
+from rankscope.control.policy import ModuleSignals, Policy, Proposal, propose
+from rankscope.exceptions import ControlError
+
+POLICY = Policy(margin=0.0)
+
+
+def module(name: str, values: list[float], gains: list[float], *, size: int = 32, out: int = 32) -> ModuleSignals:
+    target = rs.TargetModule(name=name, in_features=size, out_features=out)
+    return ModuleSignals(target=target, values=tuple(values), gains=tuple(gains))
+
+
+def changes(proposal: Proposal) -> dict[str, tuple[int, int]]:
+    return {t.module: (t.before, t.after) for t in proposal.transfers}
+
+
+def spent(signals: list[ModuleSignals]) -> int:
+    return sum(s.target.rank_cost * s.rank for s in signals)
+
+
+@st.composite
+def modules(draw: st.DrawFn) -> list[ModuleSignals]:
+    found = []
+    for index in range(draw(st.integers(2, 5))):
+        spectrum = sorted(draw(st.lists(st.floats(0.0, 10.0), min_size=4, max_size=6)), reverse=True)
+        rank = draw(st.integers(0, 3))
+        sizes = draw(st.sampled_from([(32, 32), (32, 96), (8, 32)]))
+        found.append(module(f"m{index}", spectrum[:rank], spectrum[rank:], size=sizes[0], out=sizes[1]))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(modules(), st.integers(0, 200), st.booleans(), st.sampled_from([0.0, 0.1, 1.0]))
+def test_within_the_budget_and_never_for_less(
+    signals: list[ModuleSignals], slack: int, coarse: bool, margin: float
+) -> None:
+    budget = rs.ParameterBudget(max(spent(signals), 40) + slack)
+    proposal = propose(signals, budget, Policy(margin=margin), coarse=coarse)
+    assert proposal.allocation.parameters <= budget.limit
+    assert proposal.predicted > 0 or not proposal.transfers
+    ranks = dict(proposal.allocation.ranks)
+    assert changes(proposal) == {
+        s.target.name: (s.rank, ranks[s.target.name]) for s in signals if ranks[s.target.name] != s.rank
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(modules(), st.booleans())
+def test_what_was_moved_is_not_moved_back(signals: list[ModuleSignals], coarse: bool) -> None:
+    """With the same spectra, the second proposal never undoes the first."""
+    budget = rs.ParameterBudget(max(spent(signals), 64))
+    first = propose(signals, budget, POLICY, coarse=coarse)
+    spectra = {s.target.name: [*s.values, *s.gains] for s in signals}
+    ranks = first.allocation.ranks
+    moved = [
+        ModuleSignals(
+            target=s.target,
+            values=tuple((spectra[n] + [0.0] * 99)[: ranks[n]]),
+            gains=tuple(spectra[n][ranks[n] :]),
+        )
+        for s in signals
+        for n in [s.target.name]
+    ]
+    second = propose(moved, budget, POLICY, coarse=coarse)
+    assert second.allocation != propose(signals, budget, POLICY, coarse=coarse) or not second.transfers
+    assert not second.transfers or second.predicted > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(modules(), st.integers(0, 80))
+def test_the_fine_transfer_is_the_best_of_all(signals: list[ModuleSignals], slack: int) -> None:
+    """Of one rank more for one module and the greedy choice of donors, equal costs: by brute force over all allocations."""
+    signals = [
+        module(s.target.name, list(s.values), list(s.gains))  # equal costs, so that greedy donors are optimal
+        for s in signals
+    ]
+    budget = rs.ParameterBudget(max(spent(signals), 64) + slack)
+    proposal = propose(signals, budget, POLICY, coarse=False)
+    best = 0.0
+    for deltas in product((-1, 0, 1), repeat=len(signals)):
+        if deltas.count(1) != 1 or any(s.rank + d < 0 for s, d in zip(signals, deltas, strict=True)):
+            continue
+        if spent(signals) + sum(64 * d for d in deltas) > budget.limit:
+            continue
+        net = sum(
+            s.gains[0] if d == 1 else -s.values[-1] if d == -1 else 0.0 for s, d in zip(signals, deltas, strict=True)
+        )
+        best = max(best, net)
+    total = sum(sum(s.values) + sum(s.gains) for s in signals) or 1.0
+    assert proposal.predicted == pytest.approx(best / total, abs=1e-12)
+
+
+def test_hysteresis_grows_with_noise() -> None:
+    signals = [module("a", [1.0], [0.1]), module("b", [1.4], [1.3])]
+    budget = rs.ParameterBudget(spent(signals))
+    for coarse in (True, False):
+        assert changes(propose(signals, budget, Policy(margin=0.2), coarse=coarse)) == {"a": (1, 0), "b": (1, 2)}
+        assert not propose(signals, budget, Policy(margin=0.4), coarse=coarse).transfers
+        assert not propose(signals, budget, Policy(margin=0.2), coarse=coarse, signal_share=0.5).transfers
+
+
+def test_modules_that_cool_down_stay() -> None:
+    signals = [module("a", [0.0], [0.0]), module("b", [5.0], [4.0]), module("c", [1.0], [0.0])]
+    budget = rs.ParameterBudget(spent(signals))
+    for coarse in (True, False):
+        assert changes(propose(signals, budget, POLICY, coarse=coarse)) == {"a": (1, 0), "b": (1, 2)}
+        assert changes(propose(signals, budget, POLICY, coarse=coarse, cooling=["a"])) == {"b": (1, 2), "c": (1, 0)}
+        assert not propose(signals, budget, POLICY, coarse=coarse, cooling=["b"]).transfers
+
+
+def test_capacity_and_largest_rank_bind() -> None:
+    signals = [module("a", [0.1, 0.1], [0.0]), module("b", [5.0], [4.0, 3.0])]
+    budget = rs.ParameterBudget(spent(signals))
+    assert changes(propose(signals, budget, POLICY, coarse=True)) == {"a": (2, 0), "b": (1, 3)}
+    assert changes(propose(signals, budget, Policy(margin=0.0, max_rank=2), coarse=True)) == {"a": (2, 1), "b": (1, 2)}
+    assert not propose(signals, budget, POLICY, coarse=False, capacity={"a": 2, "b": 1}).transfers
+
+
+def test_a_costly_module_takes_from_several() -> None:
+    signals = [module("a", [0.2], []), module("b", [0.3], []), module("wide", [], [1.0], out=96)]
+    proposal = propose(signals, rs.ParameterBudget(spent(signals)), POLICY, coarse=False)
+    assert changes(proposal) == {"a": (1, 0), "b": (1, 0), "wide": (0, 1)}
+    assert proposal.predicted == pytest.approx((1.0 - 0.5) / 1.5)
+
+
+def test_no_gradient_moves_nothing() -> None:
+    signals = [module("a", [0.0], [0.0]), module("b", [0.0], [0.0])]
+    for coarse in (True, False):
+        assert not propose(signals, rs.ParameterBudget(spent(signals)), POLICY, coarse=coarse).transfers
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"margin": -0.1}, "`margin` must be 0 or more, but got -0.1."),
+        ({"cooldown": -1}, "`cooldown` must be 0 or more decisions, but got -1."),
+        ({"coarse_fraction": 1.5}, "`coarse_fraction` must lie between 0 and 1, but got 1.5."),
+        ({"max_rank": 0}, "`max_rank` must be at least 1, but got 0."),
+    ],
+)
+def test_bad_settings_are_named(settings_: dict[str, float], message: str) -> None:
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        Policy(**settings_)

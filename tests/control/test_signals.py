@@ -1,0 +1,163 @@
+"""The window against gradients that autograd computes whole: micro-batches, scaling, checkpointing, evaluation, NaN."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import rankscope as rs
+from rankscope.adapters.live import adapter_layers, factors
+from rankscope.control.signals import GradientWindow, Measured, noise_of_mean
+from rankscope.profiling.features import split_energy
+from tests.control.small_models import LAYERS, batch, net
+
+
+def window(model: PeftModel) -> GradientWindow:
+    return GradientWindow(model, rs.find_targets(model, LAYERS), sketch_size=16, seed=0)
+
+
+def measured(window: GradientWindow, model: PeftModel) -> Measured:
+    layers = adapter_layers(model, "default")
+    found = window.measure(
+        {name: tuple(f.detach() for f in factors(layer, "default")) for name, layer in layers.items()}
+    )
+    assert found is not None
+    return found
+
+
+def gradients(model: PeftModel, batches: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean gradient of each base weight."""
+    weights = {name: layer.base_layer.weight for name, layer in adapter_layers(model, "default").items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    found = [torch.autograd.grad(model(**b).loss, list(weights.values())) for b in batches]
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return {name: sum(each) / len(batches) for name, each in zip(weights, zip(*found, strict=True), strict=True)}
+
+
+def shape(found: Measured) -> np.ndarray:
+    """All values and gains, free of the common share of signal."""
+    return np.concatenate([[*s.values, *s.gains] for s in found.signals])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_spectrum_is_that_of_the_mean_gradient(checkpointing: bool, scale: float) -> None:
+    """Two steps of two micro-batches, the loss scaled, an evaluation in between: equal to four whole gradients."""
+    model = net(checkpointing=checkpointing)
+    model.train()
+    seen = window(model)
+    for step in range(2):
+        seen.watch(scale)
+        for part in range(2):
+            (model(**batch(2 * step + part)).loss * scale).backward()
+            model.eval()
+            model(**batch(7))
+            model.train()
+        seen.end_step()
+        model(**batch(6)).loss.backward()  # a step that is not sampled
+    found = measured(seen, model)
+    assert found.batches == 4
+    expected = gradients(model, [batch(i) for i in range(4)])
+    shares = []
+    for signals in found.signals:
+        spectrum = torch.linalg.svdvals(expected[signals.target.name]).square().numpy()
+        got = np.array([*signals.values, *signals.gains])
+        keep = spectrum[: len(got)] > 1e-6 * spectrum[0]
+        shares.append(got[0] / spectrum[0])
+        np.testing.assert_allclose(got[keep], shares[-1] * spectrum[: len(got)][keep], rtol=1e-3)
+        assert signals.rank == 2
+    assert all(0.0 <= share <= 1.0 + 1e-6 for share in shares)
+
+
+def test_what_batches_agree_on_is_signal() -> None:
+    shares = []
+    for distinct in (1, 8):
+        model = net()
+        model.train()
+        seen = window(model)
+        for step in range(8):
+            seen.watch()
+            model(**batch(step % distinct)).loss.backward()
+            seen.end_step()
+        shares.append(measured(seen, model).signal_share)
+    assert shares[0] == pytest.approx(1.0, abs=1e-5)
+    assert shares[1] < 0.9
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted() -> None:
+    model = net()
+    model.train()
+    clean, mixed = window(model), window(model)
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        for seen in (clean, mixed):
+            if seen is clean and factor != 1.0:
+                continue
+            seen.watch()
+            (model(**batch(step)).loss * factor).backward()
+            seen.end_step()
+    assert (clean.broken, mixed.broken) == (0, 1)
+    np.testing.assert_array_equal(shape(measured(clean, model)), shape(measured(mixed, model)))
+
+
+def test_nothing_seen_is_no_signal_and_no_hook_stays() -> None:
+    model = net()
+    seen = window(model)
+    layers = adapter_layers(model, "default")
+    assert seen.measure({name: factors(layer, "default") for name, layer in layers.items()}) is None
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    assert hooks() == 0
+    seen.watch()
+    assert hooks() == 5
+    seen.close()
+    seen.watch()
+    seen.end_step()
+    assert hooks() == 0
+
+
+def test_the_state_goes_on_where_it_was() -> None:
+    model = net()
+    model.train()
+    first, second = window(model), window(model)
+    for step in range(4):
+        if step == 2:
+            second.load_state_dict(first.state_dict())
+        for seen in (first, second) if step >= 2 else (first,):
+            seen.watch()
+            model(**batch(step)).loss.backward()
+            seen.end_step()
+    np.testing.assert_array_equal(shape(measured(first, model)), shape(measured(second, model)))
+
+
+def test_bfloat16() -> None:
+    model, half = net(), net().bfloat16()
+    found = []
+    for each, dtype in ((model, torch.float32), (half, torch.bfloat16)):
+        each.train()
+        seen = window(each)
+        for step in range(4):
+            b = batch(step)
+            seen.watch()
+            each(x=b["x"].to(dtype), labels=b["labels"]).loss.backward()
+            seen.end_step()
+        found.append(measured(seen, each))
+    for exact, rough in zip(found[0].signals, found[1].signals, strict=True):
+        assert rough.values[0] == pytest.approx(exact.values[0], rel=0.1)
+
+
+def test_the_noise_of_a_mean_is_the_u_statistic() -> None:
+    rng = np.random.default_rng(0)
+    gradients_ = rng.normal(size=(5, 30)) + 0.5
+    energy = np.array([np.square(gradients_.mean(axis=0)).sum()])
+    squares = np.array([np.square(gradients_).sum(axis=1).mean()])
+    pairs = [gradients_[i] @ gradients_[j] for i in range(5) for j in range(5) if i != j]
+    assert energy - noise_of_mean(energy, squares, 1 / 5) == pytest.approx(np.mean(pairs))
+    split = split_energy(float(energy[0]), float(squares[0]) * 5, [1.0] * 5)
+    assert noise_of_mean(energy, squares, 1 / 5) == pytest.approx(split.noise)

@@ -1,0 +1,7 @@
+"""Fine-tuning runs: one loop for search, train and compare alike, and the methods that it can run."""
+
+from rankscope.training.config import TrainingConfig, TrainingResult
+from rankscope.training.loop import train
+from rankscope.training.method import Lora, Method, Running
+
+__all__ = ["Lora", "Method", "Running", "TrainingConfig", "TrainingResult", "train"]

@@ -12,11 +12,15 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rankscope.budget import ParameterBudget
+from rankscope.control import ControllerConfig, Policy
 from rankscope.exceptions import StudyError
+from rankscope.performance import PerformanceModel
 from rankscope.profiling.sketch import SKETCH_SIZE
 from rankscope.searching.confirmation import CONFIRM_FRACTION
 from rankscope.targets import TargetModule
 from rankscope.training import TrainingConfig
+
+DEFAULTS = ControllerConfig()
 
 
 class _Section(BaseModel):
@@ -107,6 +111,40 @@ class SearchSection(_Section):
     judged: int = Field(200, gt=0)
 
 
+def _on_off(value: Any) -> Any:
+    """YAML reads on and off as true and false."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class ControllerSection(_Section):
+    """Whether ranks move while `rankscope train` trains, and how; see `rankscope.ControllerConfig` and its `Policy`.
+
+    `auto`: on where the allocation to start from rests on no gradient (uniform, random).
+    """
+
+    mode: Annotated[Literal["off", "on", "auto"], BeforeValidator(_on_off)] = "off"
+    every: int | None = Field(None, gt=0)
+    freeze_fraction: float = Field(DEFAULTS.freeze_fraction, gt=0, le=1)
+    samples: int = Field(DEFAULTS.samples, gt=0)
+    margin: float = Field(DEFAULTS.policy.margin, ge=0)
+    cooldown: int = Field(DEFAULTS.policy.cooldown, ge=0)
+    coarse_fraction: float = Field(DEFAULTS.policy.coarse_fraction, ge=0, le=1)
+    max_rank: int | None = Field(None, gt=0)
+
+    def resolve(self, performance_model: PerformanceModel | None = None) -> ControllerConfig:
+        """The controller's settings."""
+        policy = Policy(
+            margin=self.margin, cooldown=self.cooldown, coarse_fraction=self.coarse_fraction, max_rank=self.max_rank
+        )
+        return ControllerConfig(
+            every=self.every,
+            freeze_fraction=self.freeze_fraction,
+            samples=self.samples,
+            policy=policy,
+            performance_model=performance_model,
+        )
+
+
 class Study(_Section):
     """A whole study file.
 
@@ -128,6 +166,7 @@ class Study(_Section):
     allocation: AllocationSection = AllocationSection()
     training: TrainingSection = TrainingSection()
     search: SearchSection = SearchSection()
+    controller: ControllerSection = ControllerSection()
     base_dir: Path = Field(Path(), exclude=True)
 
 

@@ -1,5 +1,6 @@
 """Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
+from rankscope.adapters.adalora import ranks_of_adalora, step_adalora, wrap_with_adalora
 from rankscope.adapters.lora import (
     apply_allocation,
     count_adapter_parameters,
@@ -24,10 +25,13 @@ __all__ = [
     "from_lora_config",
     "from_peft_model",
     "load_adapter",
+    "ranks_of_adalora",
     "resize_adapters",
     "restore_ranks",
     "restore_ranks_on_load",
     "save_lora_config",
     "save_ranks",
+    "step_adalora",
     "to_lora_config",
+    "wrap_with_adalora",
 ]

@@ -170,7 +170,18 @@ def train_command(
     allocation: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The allocation.  [default: DIR/allocation.json]")
     ] = None,
-    baseline: Annotated[bool, typer.Option("--baseline", help="Also train uniform LoRA, with the same seeds.")] = False,
+    controller: Annotated[
+        str | None,
+        typer.Option(
+            help="Overrides `controller.mode`: off, on, or auto (on where the allocation rests on no gradient yet)."
+        ),
+    ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline", help="Also train uniform LoRA, and the allocation without controller, on the same seeds."
+        ),
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each allocation.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in its own process.")] = 1,
     learning_rate: Annotated[
@@ -181,9 +192,9 @@ def train_command(
     debug: Debug = False,
 ) -> None:
     """Fine-tune an allocation, tune its learning rate, and save the adapter for plain PEFT."""
-    from rankscope.cli.commands import run_train
+    from rankscope.cli.train import run_train
 
-    overrides = {"training.learning_rate": learning_rate, "seed": seed}
+    overrides = {"training.learning_rate": learning_rate, "controller.mode": controller, "seed": seed}
     run_train(
         study, out, overrides, allocation_path=allocation, baseline=baseline, n_seeds=seeds, jobs=jobs, as_json=json
     )

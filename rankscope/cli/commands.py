@@ -14,8 +14,6 @@ from rankscope.allocation import RankAllocation
 from rankscope.cli.outcome import print_search, search_summary, starts_of
 from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
 from rankscope.cli.session import Session
-from rankscope.comparison import Repeats, paired_difference, repeat_all
-from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.plotting import (
     plot_belief,
     plot_energy,
@@ -30,7 +28,6 @@ from rankscope.searching import search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
-FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
 def run_profile(path: Path, out: Path | None, overrides: Overrides, *, keep_partial: bool, as_json: bool) -> None:
@@ -147,48 +144,6 @@ def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: b
     print_files(files)
 
 
-def run_train(
-    path: Path,
-    out: Path | None,
-    overrides: Overrides,
-    *,
-    allocation_path: Path | None,
-    baseline: bool,
-    n_seeds: int,
-    jobs: int,
-    as_json: bool,
-) -> None:
-    """`rankscope train`."""
-    session = Session.open(path, out, overrides)
-    allocation = _read_allocation(session, allocation_path)
-    uniform = session.one_shot("uniform")
-    compared = [uniform, allocation] if baseline and uniform != allocation else [allocation]
-    first = FIRST_REPORTED_SEED + session.study.seed
-    with progress() as bar:
-        line = bar.add_task("training", total=None)
-        repeats = repeat_all(
-            session.task,
-            compared,
-            session.study.training.resolve(),
-            learning_rates=session.study.training.learning_rate,
-            seeds=range(first, first + n_seeds),
-            n_jobs=jobs,
-            save_first_to=session.out / "adapter",
-            on_run=lambda done, total: bar.update(line, completed=done, total=total),
-        )
-    if as_json:
-        print_json(
-            {"metric": session.task.metric, "runs": [_repeats_summary(r, repeats[0], baseline) for r in repeats]}
-        )
-        return
-    rows = [_repeats_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
-    seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
-    title = f"mean {session.task.metric} of {seeds}; paired test difference, 95 % interval"
-    header = ("strategy", "parameters", "rate", "validation", "test", "difference to uniform")
-    print_table(title, header, rows)
-    print_files([session.out / "adapter"])
-
-
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -204,19 +159,6 @@ def _export(session: Session, allocation: RankAllocation, panels: list[RankAlloc
         save_lora_config(config, session.out / "adapter_config.json"),
         save_figure(plot_ranks(*panels), session.out / "ranks.png"),
     ]
-
-
-def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
-    path = path or session.out / "allocation.json"
-    if not path.exists():
-        raise FileFormatError(
-            f"`{path}` must hold an allocation, but there is no such file; run `rankscope allocate {session.path}` "
-            f"or `rankscope search {session.path}` first."
-        )
-    allocation = RankAllocation.from_json(path)
-    if set(allocation.targets) != set(session.targets):
-        raise AllocationError(f"`{path}` must be for this study's target modules, but is for others; allocate again.")
-    return allocation
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -246,30 +188,3 @@ def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
     adapted = sum(rank > 0 for rank in allocation.vector)
     modules = f"{adapted} of {len(allocation.targets)}"
     return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
-
-
-def _repeats_row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:
-    difference = "-"
-    if compared and repeats is not first:
-        mean, low, high = paired_difference(repeats.test, first.test)
-        difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return (
-        repeats.allocation.strategy,
-        f"{repeats.allocation.parameters:,}",
-        f"{repeats.learning_rate:g}",
-        f"{sum(repeats.validation) / len(repeats.runs):.3f}",
-        f"{sum(repeats.test) / len(repeats.runs):.3f}",
-        difference,
-    )
-
-
-def _repeats_summary(repeats: Repeats, first: Repeats, compared: bool) -> dict[str, Any]:
-    return {
-        "strategy": repeats.allocation.strategy,
-        "parameters": repeats.allocation.parameters,
-        "learning_rate": repeats.learning_rate,
-        "seeds": [run.seed for run in repeats.runs],
-        "validation": repeats.validation,
-        "test": repeats.test,
-        "difference": list(paired_difference(repeats.test, first.test)) if compared and repeats is not first else None,
-    }

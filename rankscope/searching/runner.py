@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -18,6 +18,7 @@ from rankscope.profiling import Profile
 from rankscope.searching.confirmation import CONFIRM_FRACTION, confirm, split_budget
 from rankscope.searching.exploring import explore
 from rankscope.searching.finalists import choose_finalists, smoothing
+from rankscope.searching.grouping import Grouping, make_space
 from rankscope.searching.objective import Objective
 from rankscope.searching.pruners import PrunerName, make_pruner
 from rankscope.searching.results import SearchResult
@@ -27,7 +28,7 @@ from rankscope.searching.screening import CHECK_TRIALS, N_PROMOTED, SHARED, Eval
 from rankscope.searching.study import fail_orphans, open_study
 from rankscope.searching.trials import UNIFORM, Trial, completed, read_trial
 from rankscope.searching.warm_start import Source, settle_prior
-from rankscope.space import HierarchicalSpace, group_by_depth, group_by_gradient
+from rankscope.space import HierarchicalSpace
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
 from rankscope.training import TrainingConfig
@@ -35,7 +36,6 @@ from rankscope.training import TrainingConfig
 logger = logging.getLogger(__name__)
 
 DEFAULT_STORAGE = "sqlite:///rankscope.db"
-Grouping = Literal["depth", "gradient"]
 
 
 def search(
@@ -143,13 +143,8 @@ def search(
     rates = tuple(learning_rates or (training.learning_rate,))
     targets = tuple(targets) if targets is not None else profile.targets
     profile.require(targets)
-    space = HierarchicalSpace(
-        targets=targets,
-        gains={name: values**2 for name, values in profile.spectra().items()},
-        budget=budget,
-        groups=_groups(grouping, targets, profile, n_groups),
-        min_rank=min_rank,
-        max_rank=max_rank,
+    space = make_space(
+        profile, targets, budget, grouping=grouping, n_groups=n_groups, min_rank=min_rank, max_rank=max_rank
     )
     space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
     name = study_name or task.name
@@ -227,14 +222,6 @@ def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | N
     if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
         return None, None
     return model, sampler.validate(study)
-
-
-def _groups(grouping: Grouping, targets: tuple[TargetModule, ...], profile: Profile, n_groups: int) -> dict[str, str]:
-    if grouping == "depth":
-        return group_by_depth(targets, n_groups)
-    if grouping == "gradient":
-        return group_by_gradient(targets, {n: v**2 for n, v in profile.column("gradient_norm").items()}, n_groups)
-    raise StudyError(f"`grouping` must be 'depth' or 'gradient', but got {grouping!r}.")
 
 
 def _about(

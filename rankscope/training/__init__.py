@@ -3,5 +3,6 @@
 from rankscope.training.config import TrainingConfig, TrainingResult
 from rankscope.training.loop import train
 from rankscope.training.method import Lora, Method, Running
+from rankscope.training.peers import AdaLora
 
-__all__ = ["Lora", "Method", "Running", "TrainingConfig", "TrainingResult", "train"]
+__all__ = ["AdaLora", "Lora", "Method", "Running", "TrainingConfig", "TrainingResult", "train"]

@@ -61,8 +61,8 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
         mean, low, high = paired_difference(found.test, uniform.test)
         rows.append(
             {
-                "strategy": found.allocation.strategy,
-                "parameters": found.allocation.parameters,
+                "strategy": found.name,
+                "parameters": found.parameters,
                 "learning_rate": found.learning_rate,
                 "validation": round(fmean(found.validation), 4),
                 "test": round(fmean(found.test), 4),

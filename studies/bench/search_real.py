@@ -50,11 +50,11 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
         seeds=range(2000, 2002 if quick else 2012),
         n_jobs=2,
     )
-    by_ranks = {r.allocation.vector: r for r in repeats}
+    by_ranks = dict(zip([a.vector for a in [*allocations, *dict.fromkeys(found)]], repeats, strict=True))
     uniform, one_shot = (by_ranks[a.vector] for a in allocations)
     rows: list[dict[str, Any]] = [
         {
-            "strategy": r.allocation.strategy,
+            "strategy": r.name,
             "learning_rate": r.learning_rate,
             "test": fmean(r.test),
             "test_by_seed": r.test,

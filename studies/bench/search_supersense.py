@@ -11,8 +11,7 @@ two steps, one seed. The claims are what one would hope for, whatever comes out.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,9 +22,10 @@ from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
 
 import rankscope as rs
-from rankscope.comparison import paired_difference, run_once
+from rankscope.comparison import Cell, paired_difference, run_all
 from rankscope.searching import SearchResult
 from rankscope.study import read_study
+from rankscope.training import Lora
 
 STUDY = Path(__file__).parents[1] / "supersense.yaml"
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -81,13 +81,8 @@ def _terms(result: SearchResult, name: str) -> tuple[rs.RankAllocation, float]:
 
 def _test(allocation: rs.RankAllocation, training: rs.TrainingConfig, seed: int, quick: bool) -> float:
     """Test accuracy of one run in full; runs that were done before are read."""
-    path = CACHE / "search_supersense" / f"{allocation.fingerprint}@{training.learning_rate:g}-{seed}.json"
-    if path.exists() and not quick:
-        return float(json.loads(path.read_text())["test"])
-    run = run_once(rs.load_task("supersense"), allocation, training, seed)
-    if not quick:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(asdict(run)))
+    cell = Cell(method=Lora(allocation), config=training, seed=seed)
+    (run,) = run_all(rs.load_task("supersense"), [cell], kept_in=None if quick else CACHE / "search_supersense")
     assert run.test is not None
     return run.test
 

@@ -1,0 +1,148 @@
+"""`rankscope train`: an allocation fine-tuned, beside uniform LoRA and under the controller if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rankscope.allocation import RankAllocation
+from rankscope.cli.output import print_files, print_json, print_table, progress, stderr
+from rankscope.cli.session import Session
+from rankscope.comparison import Repeats, paired_difference, repeat_all
+from rankscope.control import ControllerConfig
+from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.files import replacing
+from rankscope.performance import PerformanceModel
+from rankscope.searching.belief import belief_of
+from rankscope.searching.grouping import make_space
+from rankscope.searching.study import find_storage, load_study
+from rankscope.strategies import NEEDS_PROFILE
+from rankscope.training import Lora
+
+SEARCHED = "searched"  # the strategy of an allocation that a search proposed
+FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
+
+
+def run_train(
+    path: Path,
+    out: Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    allocation_path: Path | None,
+    baseline: bool,
+    n_seeds: int,
+    jobs: int,
+    as_json: bool,
+) -> None:
+    """`rankscope train`."""
+    session = Session.open(path, out, overrides)
+    allocation = _read_allocation(session, allocation_path)
+    controller = _controller(session, allocation)
+    methods = [Lora(allocation, controller)]
+    if baseline:
+        static = dict.fromkeys([Lora(session.one_shot("uniform")), Lora(allocation)])
+        methods = [*(method for method in static if method != methods[0]), *methods]
+    first = FIRST_REPORTED_SEED + session.study.seed
+    with progress() as bar:
+        line = bar.add_task("training", total=None)
+        repeats = repeat_all(
+            session.task,
+            methods,
+            session.study.training.resolve(),
+            learning_rates=session.study.training.learning_rate,
+            seeds=range(first, first + n_seeds),
+            n_jobs=jobs,
+            save_first_to=session.out / "adapter",
+            on_run=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    files = [session.out / "adapter", *_decisions(session, repeats[-1])]
+    if as_json:
+        runs = [_summary(r, repeats[0], baseline) for r in repeats]
+        print_json({"metric": session.task.metric, "runs": runs, "files": [str(file) for file in files]})
+        return
+    rows = [_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
+    seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
+    title = f"mean {session.task.metric} of {seeds}; paired test difference, 95 % interval"
+    header = ("strategy", "parameters", "rate", "validation", "test", "difference to uniform")
+    print_table(title, header, rows)
+    print_files(files)
+
+
+def _controller(session: Session, allocation: RankAllocation) -> ControllerConfig | None:
+    """The study's controller, screened by the search's performance model where there is one; None: ranks stay."""
+    mode = session.study.controller.mode
+    if mode == "auto":
+        mode = "off" if allocation.strategy in NEEDS_PROFILE or allocation.strategy == SEARCHED else "on"
+        why = "rest on gradients already" if mode == "off" else "rest on no gradient yet"
+        stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
+    return session.study.controller.resolve(_belief(session)) if mode == "on" else None
+
+
+def _belief(session: Session) -> PerformanceModel | None:
+    """What this study's search believes; None without a search, and where it is not to be trusted."""
+    section, bounds = session.study.search, session.study.allocation
+    if section.storage is None and not (session.out / "search.db").exists():
+        return None
+    study = load_study(name=session.study.name, storage=find_storage(session.storage))
+    space = make_space(
+        session.profile_at_hand(),
+        session.targets,
+        session.budget,
+        grouping=section.grouping,
+        n_groups=section.groups,
+        min_rank=bounds.min_rank,
+        max_rank=bounds.max_rank,
+    )
+    return belief_of(study, space)
+
+
+def _decisions(session: Session, repeats: Repeats) -> list[Path]:
+    """Writes and draws the decisions of the run whose adapter is saved; nothing without a controller."""
+    decisions = repeats.runs[0].decisions
+    if decisions is None:
+        return []
+    path = session.out / "decisions.parquet"
+    with replacing(path) as temporary:
+        decisions.to_parquet(temporary, index=False)
+    return [path]
+
+
+def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
+    path = path or session.out / "allocation.json"
+    if not path.exists():
+        raise FileFormatError(
+            f"`{path}` must hold an allocation, but there is no such file; run `rankscope allocate {session.path}` "
+            f"or `rankscope search {session.path}` first."
+        )
+    allocation = RankAllocation.from_json(path)
+    if set(allocation.targets) != set(session.targets):
+        raise AllocationError(f"`{path}` must be for this study's target modules, but is for others; allocate again.")
+    return allocation
+
+
+def _row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:
+    difference = "-"
+    if compared and repeats is not first:
+        mean, low, high = paired_difference(repeats.test, first.test)
+        difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return (
+        repeats.name,
+        f"{repeats.parameters:,}",
+        f"{repeats.learning_rate:g}",
+        f"{sum(repeats.validation) / len(repeats.runs):.3f}",
+        f"{sum(repeats.test) / len(repeats.runs):.3f}",
+        difference,
+    )
+
+
+def _summary(repeats: Repeats, first: Repeats, compared: bool) -> dict[str, Any]:
+    return {
+        "strategy": repeats.name,
+        "parameters": repeats.parameters,
+        "learning_rate": repeats.learning_rate,
+        "seeds": [run.seed for run in repeats.runs],
+        "validation": repeats.validation,
+        "test": repeats.test,
+        "difference": list(paired_difference(repeats.test, first.test)) if compared and repeats is not first else None,
+    }

@@ -1,0 +1,153 @@
+"""Cells of a comparison, each one fine-tuning run: in parallel, and never twice where their results are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rankscope.allocation import RankAllocation
+from rankscope.files import read_json, replacing_folder, write_json
+from rankscope.tasks import Task, evaluate
+from rankscope.training import Lora, Method, TrainingConfig, train
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run to be done.
+
+    Attributes:
+        method: What is trained.
+        config: The schedule.
+        seed: Of the run.
+        with_test: Whether the test split is read.
+        save_to: Folder for the adapter; None: it is not saved.
+    """
+
+    method: Method
+    config: TrainingConfig
+    seed: int
+    with_test: bool = True
+    save_to: str | os.PathLike[str] | None = None
+
+    def key(self, task: Task) -> str:
+        """Tells this run's results from all others of a folder; methods are told apart by their `repr`."""
+        terms = repr((task.name, self.method, self.config, self.seed, self.with_test))
+        return hashlib.sha256(terms.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One fine-tuning run.
+
+    Attributes:
+        method: Its name.
+        seed: Of the run.
+        learning_rate: Its peak.
+        validation: The task's metric at the end.
+        test: The task's metric on the test split; None where it was not read.
+        parameters: Adapter parameters at the end.
+        ranks: At the end, by module; None where the method has none.
+        n_moved: Ranks that a controller moved.
+        wall_seconds: Time of the run, its validation included.
+        decisions: The controller's; None without one, and where the run was read from a folder.
+    """
+
+    method: str
+    seed: int
+    learning_rate: float
+    validation: float
+    test: float | None
+    parameters: int
+    ranks: dict[str, int] | None
+    n_moved: int
+    wall_seconds: float
+    decisions: pd.DataFrame | None = None
+
+
+def run_cell(task: Task, cell: Cell) -> Run:
+    """Trains once and reads the metric on the validation and, if asked, the test split; may save the adapter."""
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    model, result = train(task, cell.method, cell.config, seed=cell.seed)
+    if cell.save_to is not None:
+        with replacing_folder(cell.save_to) as folder:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+    return Run(
+        method=cell.method.name,
+        seed=cell.seed,
+        learning_rate=cell.config.learning_rate,
+        validation=result.metrics[task.metric],
+        test=evaluate(task, model, "test")[task.metric] if cell.with_test else None,
+        parameters=result.parameters,
+        ranks=None if result.allocation is None else dict(result.allocation.ranks),
+        n_moved=0 if result.decisions is None else _count_moved(result.decisions),
+        wall_seconds=result.wall_seconds,
+        decisions=result.decisions,
+    )
+
+
+def run_all(
+    task: Task,
+    cells: Sequence[Cell],
+    *,
+    n_jobs: int = 1,
+    kept_in: str | os.PathLike[str] | None = None,
+    on_done: Callable[[int], object] = lambda n: None,
+) -> list[Run]:
+    """Runs all cells, in order of the cells.
+
+    Args:
+        task: Where model, data, loss and metric come from.
+        cells: The runs.
+        n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more.
+        kept_in: Folder with one file a run; what is in it is read instead of run, unless it is to be saved.
+        on_done: Called with the number of runs done.
+    """
+    from joblib import Parallel, delayed
+
+    folder = None if kept_in is None else Path(kept_in)
+    known = [_read(folder, cell, task) for cell in cells]
+    todo = [cell for cell, run in zip(cells, known, strict=True) if run is None]
+    fresh: Iterator[Run] = Parallel(n_jobs=n_jobs, return_as="generator")(
+        delayed(_run_and_keep)(task, cell, folder) for cell in todo
+    )
+    runs = []
+    for run in known:
+        runs.append(next(fresh) if run is None else run)
+        on_done(len(runs))
+    return runs
+
+
+def as_method(candidate: RankAllocation | Method) -> Method:
+    """The candidate; of an allocation, LoRA of its ranks."""
+    return Lora(candidate) if isinstance(candidate, RankAllocation) else candidate
+
+
+def _count_moved(decisions: pd.DataFrame) -> int:
+    changes = zip(decisions["ranks_before"], decisions["ranks_after"], strict=True)
+    return sum(int(np.maximum(np.subtract(after, before), 0).sum()) for before, after in changes)
+
+
+def _run_and_keep(task: Task, cell: Cell, folder: Path | None) -> Run:
+    run = run_cell(task, cell)
+    if folder is not None:
+        row = {name: value for name, value in asdict(run).items() if name != "decisions"}
+        write_json(folder / f"{cell.key(task)}.json", row)
+    return run
+
+
+def _read(folder: Path | None, cell: Cell, task: Task) -> Run | None:
+    if folder is None or cell.save_to is not None:
+        return None
+    path = folder / f"{cell.key(task)}.json"
+    if not path.exists():
+        return None
+    row: dict[str, Any] = read_json(path, what="a run")
+    return Run(**row)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import rankscope as rs
+from rankscope.control import Policy
 from rankscope.exceptions import StudyError
 from rankscope.study import read_study
 
@@ -55,6 +56,13 @@ def test_mistakes_are_named_with_key_and_file(text: str, message: str, tmp_path:
     path = write(tmp_path, text)
     with pytest.raises(StudyError, match=f"^{re.escape(f'`{path}`: {message}')}$"):
         read_study(path)
+
+
+def test_a_controllers_mode_may_be_what_yaml_reads_as_true(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, MINIMAL + "controller: {mode: on, every: 7, margin: 0.1}\n"))
+    assert study.controller.mode == "on"
+    assert study.controller.resolve() == rs.ControllerConfig(every=7, policy=Policy(margin=0.1))
+    assert read_study(write(tmp_path, MINIMAL)).controller.resolve() == rs.ControllerConfig()
 
 
 def test_files_that_are_no_study(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from torch import nn
 
 from rankscope.adapters.patterns import target_pattern
 from rankscope.allocation import RankAllocation
+from rankscope.exceptions import AdapterError
 from rankscope.targets import TargetModule
 
 SHARE_BEFORE = 0.1  # of the steps, before ranks fall
 SHARE_AFTER = 0.3  # of the steps, after the last rank fell
+FEWEST_STEPS = 10
 
 
 def wrap_with_adalora(
@@ -38,7 +40,12 @@ def wrap_with_adalora(
         steps: Of the run; ranks fall between a tenth and seven tenths of them.
         dropout: Before A.
         modules_to_save: Trained whole.
+
+    Raises:
+        AdapterError: Too few steps for ranks to be scored before they fall.
     """
+    if steps < FEWEST_STEPS:
+        raise AdapterError(f"`steps` must be at least {FEWEST_STEPS} for AdaLoRA, but got {steps}; train longer.")
     config = AdaLoraConfig(
         target_r=rank,
         init_r=initial_rank,

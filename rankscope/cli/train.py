@@ -63,8 +63,8 @@ def run_train(
         return
     rows = [_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
-    title = f"mean {session.task.metric} of {seeds}; paired test difference, 95 % interval"
-    header = ("strategy", "parameters", "rate", "validation", "test", "difference to uniform")
+    title = f"mean {session.task.metric} of {seeds}; paired test difference to uniform, 95 % interval"
+    header = ("strategy", "parameters", "rate", "validation", "test", "to uniform")
     print_table(title, header, rows)
     print_files(files)
 

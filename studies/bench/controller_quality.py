@@ -42,9 +42,25 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(task="digits-shift", uniform_rank=1, steps=84, rates=(0.005, 0.01, 0.02, 0.04), n_tuning=4, n_seeds=16, profile_batches=7),
-    Setting(task="supersense", uniform_rank=2, steps=125, rates=(0.002, 0.004, 0.008), n_tuning=1, n_seeds=8, profile_batches=32),
-)  # fmt: skip
+    Setting(
+        task="digits-shift",
+        uniform_rank=1,
+        steps=84,
+        rates=(0.005, 0.01, 0.02, 0.04),
+        n_tuning=4,
+        n_seeds=16,
+        profile_batches=7,
+    ),
+    Setting(
+        task="supersense",
+        uniform_rank=2,
+        steps=125,
+        rates=(0.002, 0.004, 0.008),
+        n_tuning=2,
+        n_seeds=8,
+        profile_batches=32,
+    ),
+)
 QUICK = Setting(task="digits-shift", uniform_rank=1, steps=84, rates=(0.01,), n_tuning=1, n_seeds=4, profile_batches=7)
 
 
@@ -63,7 +79,7 @@ def compare(setting: Setting, quick: bool) -> dict[str, Repeats]:
     task = rs.load_task(setting.task)
     batches = batches_of(task, setting.profile_batches)
     head = tuple(getattr(task, "head_modules", ()))
-    taken = profile(task.build_model(), batches, loss_fn=task.loss, head=head, head_batches=None)
+    taken = profile(task.build_model(), batches, loss_fn=task.loss, head=head)
     budget = rs.ParameterBudget.uniform(taken.targets, setting.uniform_rank)
     starts = [
         rs.allocate(name, targets=taken.targets, budget=budget, profile=taken) for name in ("uniform", "one-shot")

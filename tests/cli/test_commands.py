@@ -76,6 +76,29 @@ def test_the_whole_path(folder: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
+    """From uniform; `auto` leaves what a profile has placed. Static runs come along as baselines, and the search screens."""
+    study, out = folder / "moving.yaml", folder / "moving"
+    study.write_text(STUDY.replace("steps: 4", "steps: 14") + "controller: {margin: 0.0, freeze_fraction: 0.9}\n")
+    assert invoke("allocate", study, "--out", out, "--strategy", "uniform")[0] == 0
+    status, text, errors = invoke("train", study, "--out", out, "--controller", "auto", "--baseline", "--json")
+    assert status == 0
+    assert "controller on: the ranks of `uniform` rest on no gradient yet" in errors
+    found = json.loads(text)
+    assert [run["strategy"] for run in found["runs"]] == ["uniform", "controller from uniform"]
+    assert all(run["parameters"] <= 6_912 for run in found["runs"])
+    decisions = pd.read_parquet(out / "decisions.parquet")
+    assert decisions["step"].tolist() == [3, 6, 9, 12]
+    assert "moved" in set(decisions["action"])
+    assert decisions["offline"].isna().all()
+
+    assert invoke("allocate", study, "--out", out)[0] == 0
+    status, text, errors = invoke("train", study, "--out", out, "--controller", "auto")
+    assert status == 0
+    assert "controller off: the ranks of `one-shot` rest on gradients already" in errors
+    assert "controller from" not in text
+
+
 def test_adapter_loads_in_plain_peft_and_config_has_the_ranks(folder: Path) -> None:
     out = folder / "plain"
     assert invoke("allocate", folder / "short.yaml", "--out", out, "--uniform-rank", 2)[0] == 0

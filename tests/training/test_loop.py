@@ -9,6 +9,7 @@ import rankscope as rs
 from rankscope.adapters import count_adapter_parameters
 from rankscope.exceptions import TrainingError
 from rankscope.tasks import Task, evaluate
+from rankscope.training import AdaLora
 
 
 @pytest.fixture
@@ -53,6 +54,13 @@ def test_a_controller_moves_ranks_within_the_budget(
     assert rs.RankAllocation.from_peft_model(model, start.targets).vector == final
     assert result.parameters == count_adapter_parameters(model) <= digits_budget.limit
     assert start.vector != final or strategy == "one-shot"
+
+
+def test_a_controller_is_refused_for_what_has_no_ranks_to_move(digits: Task, digits_profile: rs.Profile) -> None:
+    method = AdaLora(digits_profile.targets, 1, alpha=32.0)
+    message = "`controller` moves an allocation's ranks, but `method` is none; pass an allocation."
+    with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
+        rs.train(digits, method, rs.TrainingConfig(), controller=rs.ControllerConfig())
 
 
 def test_intermediate_evaluations(digits: Task, uniform: rs.RankAllocation) -> None:

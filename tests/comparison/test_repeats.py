@@ -1,0 +1,68 @@
+"""Comparing on equal terms: rate and variant are tuned per method, seeds are shared, and no kept run is done twice."""
+
+from pathlib import Path
+
+import pytest
+
+import rankscope as rs
+from rankscope.comparison import Cell, repeat_all, run_all
+from rankscope.control import Policy
+from rankscope.tasks import Task
+from rankscope.training import AdaLora, Lora
+
+
+def test_rates_are_tuned_on_validation_and_seeds_are_shared(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    options = {"targets": digits_profile.targets, "budget": digits_budget, "profile": digits_profile}
+    allocations = [rs.allocate(name, **options) for name in ("uniform", "one-shot")]
+    config = rs.TrainingConfig(steps=15)
+    arguments = {"learning_rates": [1e-5, 1e-2], "seeds": [7, 8], "tuning_seeds": [0]}
+    one, two = (repeat_all(digits, allocations, config, n_jobs=jobs, **arguments) for jobs in (1, 2))
+    for sequential, parallel in zip(one, two, strict=True):
+        assert sequential.learning_rate == parallel.learning_rate == 1e-2
+        assert [run.seed for run in sequential.runs] == [7, 8]
+        assert sequential.validation == pytest.approx(parallel.validation, abs=0.01)
+        assert len(sequential.test) == 2
+    counted: list[tuple[int, int]] = []
+    repeat_all(
+        digits,
+        allocations[:1],
+        rs.TrainingConfig(steps=1),
+        learning_rates=[1e-2],
+        seeds=[1],
+        on_run=lambda *n: counted.append(n),
+    )
+    assert counted == [(1, 1)]
+
+
+def test_the_best_variant_is_chosen_with_its_rate(digits: Task, digits_profile: rs.Profile) -> None:
+    """An alpha of 1e-6 learns nothing with the adapters, and a rate of 1e-6 nothing at all."""
+    variants = [AdaLora(digits_profile.targets, 1, alpha) for alpha in (1e-6, 32.0)]
+    (found,) = repeat_all(
+        digits, [variants], rs.TrainingConfig(steps=12), learning_rates=[1e-6, 2e-2], seeds=[5], tuning_seeds=[0, 1]
+    )
+    assert found.name == "AdaLoRA"
+    assert found.method == variants[1]
+    assert found.learning_rate == 2e-2
+
+
+def test_kept_runs_are_read(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
+) -> None:
+    uniform = rs.allocate("uniform", targets=digits_profile.targets, budget=digits_budget)
+    bold = rs.ControllerConfig(freeze_fraction=0.8, policy=Policy(margin=0.0))
+    config = rs.TrainingConfig(steps=8, learning_rate=0.01)
+    cells = [Cell(method=Lora(uniform, controller), config=config, seed=3) for controller in (None, bold)]
+    first = run_all(digits, cells[:1], kept_in=tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    both = run_all(digits, cells, kept_in=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert both[0] == first[0]
+    assert both[0].ranks == dict(uniform.ranks)
+    assert (both[0].n_moved, both[1].n_moved > 0) == (0, True)
+    assert both[1].parameters <= digits_budget.limit
+    again = run_all(digits, cells[1:], kept_in=tmp_path)
+    assert again[0].ranks == both[1].ranks
+    assert again[0].test == both[1].test

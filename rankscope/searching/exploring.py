@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from rankscope.exceptions import StudyError, TrainingError
+from rankscope.exceptions import TrainingError
 from rankscope.searching.objective import Objective
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.screening import Screener, Screening
@@ -36,14 +36,14 @@ def explore(
         What came of the shared evaluator.
 
     Raises:
-        StudyError: Every trial failed.
+        TrainingError: Every trial failed.
     """
     # Uniform comes first and alone: every later trial is paired with it.
     for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):
         missing = _enqueue(study, objective.space.point(tau=tau), origin, objective.learning_rates)
         _optimize(study, objective, min(missing, _remaining(study, n_trials)), report)
     if not completed(study) and not study.get_trials(deepcopy=False, states=_UNDER_WAY):
-        raise StudyError(
+        raise TrainingError(
             f"study `{study.study_name}` must have a trial that completes, but every one failed; lower `learning_rate`."
         )
 

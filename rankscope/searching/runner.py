@@ -118,8 +118,9 @@ def search(
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
     Raises:
-        StudyError: The storage holds trials of another task, budget or schedule, every trial failed, nothing can be learnt
-            from a study of `warm_start`, or an argument is out of its range.
+        StudyError: The storage holds trials of another task, budget or schedule, nothing can be learnt from a study of
+            `warm_start`, or an argument is out of its range.
+        TrainingError: Every trial failed.
         BudgetError: Nothing feasible.
         ProfileError: The profile does not cover the targets.
 

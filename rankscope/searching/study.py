@@ -140,7 +140,18 @@ def storage_errors(said: str) -> Iterator[None]:
 
 
 def _unopened(storage: object) -> str:
-    return f"`storage` must be a database that Optuna can open, but {storage!r} is not"
+    return f"`storage` must be a database that Optuna can open, but {_without_password(storage)!r} is not"
+
+
+def _without_password(storage: object) -> object:
+    """A database's URL as it may be shown."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(storage).render_as_string(hide_password=True) if isinstance(storage, str) else storage
+    except ArgumentError:
+        return storage
 
 
 def _first_line(error: Exception) -> str:

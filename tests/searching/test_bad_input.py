@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 import rankscope as rs
-from rankscope.exceptions import StudyError
+from rankscope.exceptions import StudyError, TrainingError
 from rankscope.tasks import Task
 
 SHORT = rs.TrainingConfig(steps=2, learning_rate=0.01)
@@ -60,7 +60,7 @@ class Failing(Digits):
 
 def test_all_trials_failed(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
     message = "study `bad` must have a trial that completes, but every one failed; lower `learning_rate`."
-    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
         run(Failing(only_uniform=False), digits_profile, digits_budget)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import rankscope as rs
-from rankscope.exceptions import BudgetError, StudyError
+from rankscope.exceptions import BudgetError, StudyError, TrainingError
 from rankscope.plotting import plot_belief, plot_predictions
 from rankscope.searching import search
 from rankscope.searching.finalists import choose_finalists, recommend
@@ -157,6 +157,9 @@ def test_foreign_trials_and_broken_databases_are_refused(
         StudyError, match=r"^`storage` must be a database that Optuna can open, but 'sqlite:.*broken\.db' is not"
     ):
         run(digits, digits_profile, digits_budget, f"sqlite:///{tmp_path}/broken.db")
+    with pytest.raises(StudyError, match=r"can open, but 'nosuch://me:\*\*\*@host/db' is not") as shown:
+        run(digits, digits_profile, digits_budget, "nosuch://me:secret@host/db")
+    assert "secret" not in str(shown.value)
 
 
 def test_an_infeasible_budget_leaves_no_study_behind(digits: Task, digits_profile: rs.Profile, tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_a_search_in_which_every_trial_fails_says_so(
         def loss(self, model, batch):
             return super().loss(model, batch) * float("nan")
 
-    with pytest.raises(StudyError, match=r"^study `short` must have a trial that completes, but every one failed"):
+    with pytest.raises(TrainingError, match=r"^study `short` must have a trial that completes, but every one failed"):
         run(Broken(), digits_profile, digits_budget, None, n_trials=2)
 
 
@@ -232,7 +235,7 @@ def test_a_metric_that_is_not_finite_fails_its_trial(
         def evaluate(self, model, split="validation"):
             return {**super().evaluate(model, split), "accuracy": float("nan")}
 
-    with pytest.raises(StudyError, match="must have a trial that completes, but every one failed"):
+    with pytest.raises(TrainingError, match="must have a trial that completes, but every one failed"):
         run(Blind(), digits_profile, digits_budget, None, n_trials=2)
 
 

@@ -51,6 +51,10 @@ class StudyError(RankscopeError, ValueError):
     """A study file or study database that does not fit what was asked."""
 
 
+class ComparisonError(RankscopeError, ValueError):
+    """A method that cannot be compared, or runs that belong to another comparison."""
+
+
 class DashboardError(RankscopeError, RuntimeError):
     """The dashboard cannot be opened: a package is missing, or its port is taken."""
 

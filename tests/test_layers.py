@@ -13,7 +13,7 @@ PACKAGE = Path(rankscope.__file__).parent
 
 # One list a layer, its rows in order.
 LAYERS = [
-    ["exceptions", "files"],
+    ["exceptions", "files", "user_code"],
     ["targets", "allocation", "budget", "space"],
     ["profiling", "adapters"],
     ["performance"],

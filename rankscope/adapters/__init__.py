@@ -1,6 +1,7 @@
 """Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
 from rankscope.adapters.adalora import ranks_of_adalora, step_adalora, wrap_with_adalora
+from rankscope.adapters.eva import wrap_with_eva
 from rankscope.adapters.lora import (
     apply_allocation,
     count_adapter_parameters,
@@ -34,4 +35,5 @@ __all__ = [
     "step_adalora",
     "to_lora_config",
     "wrap_with_adalora",
+    "wrap_with_eva",
 ]

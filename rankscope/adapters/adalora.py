@@ -26,6 +26,7 @@ def wrap_with_adalora(
     initial_rank: int,
     alpha: float,
     steps: int,
+    share: float = 1.0,
     dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
@@ -38,6 +39,8 @@ def wrap_with_adalora(
         initial_rank: Of every module at the beginning.
         alpha: The update's scaling is `alpha / initial_rank`.
         steps: Of the run; ranks fall between a tenth and seven tenths of them.
+        share: Of the ranks that a mean of `rank` gives, how many are kept: AdaLoRA counts ranks, not parameters, and may end
+            above a budget in parameters.
         dropout: Before A.
         modules_to_save: Trained whole.
 
@@ -58,7 +61,9 @@ def wrap_with_adalora(
         tfinal=round(SHARE_AFTER * steps),
         deltaT=max(1, steps // 100),
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    wrapped.base_model.rankallocator.target_bgt = round(share * rank * len(targets))
+    return wrapped
 
 
 def step_adalora(model: Any, step: int) -> None:

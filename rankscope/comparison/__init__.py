@@ -1,7 +1,28 @@
 """Comparing methods at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
 
+from rankscope.comparison.compare import DEFAULT_METHODS, EQUIVALENCE_FACTORS, Comparison, compare, read_comparison
+from rankscope.comparison.methods import known_methods
 from rankscope.comparison.repeats import Repeats, repeat_all
 from rankscope.comparison.runs import Cell, Run, run_all, run_cell
-from rankscope.comparison.statistics import Interval, paired_difference
+from rankscope.comparison.statistics import Interval, paired_difference, rank_methods
+from rankscope.comparison.table import allocations, summarise
 
-__all__ = ["Cell", "Interval", "Repeats", "Run", "paired_difference", "repeat_all", "run_all", "run_cell"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "EQUIVALENCE_FACTORS",
+    "Cell",
+    "Comparison",
+    "Interval",
+    "Repeats",
+    "Run",
+    "allocations",
+    "compare",
+    "known_methods",
+    "paired_difference",
+    "rank_methods",
+    "read_comparison",
+    "repeat_all",
+    "run_all",
+    "run_cell",
+    "summarise",
+]

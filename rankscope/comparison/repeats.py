@@ -9,6 +9,7 @@ from statistics import fmean
 
 from rankscope.allocation import RankAllocation
 from rankscope.comparison.runs import Cell, Run, as_method, run_all
+from rankscope.exceptions import ComparisonError
 from rankscope.tasks import Task
 from rankscope.training import Method, TrainingConfig
 
@@ -23,11 +24,13 @@ class Repeats:
         method: The one that was chosen, where there were variants.
         learning_rate: Chosen on the validation split among the rates offered.
         runs: One a seed, in the order of the seeds.
+        tuning: The runs that chose.
     """
 
     method: Method
     learning_rate: float
     runs: tuple[Run, ...]
+    tuning: tuple[Run, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,6 +61,7 @@ def repeat_all(
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     tuning_seeds: Sequence[int] = (0, 1),
+    limits: Sequence[int | None] | None = None,
     n_jobs: int = 1,
     kept_in: str | os.PathLike[str] | None = None,
     save_first_to: str | os.PathLike[str] | None = None,
@@ -68,18 +72,23 @@ def repeat_all(
     Args:
         task: Where model, data, loss and metric come from.
         methods: What to compare: allocations, or other methods; of a sequence of variants the best on validation is chosen
-            together with its rate. Budgets may differ, and are the caller's to report.
+            together with its rate.
         config: The schedule.
         learning_rates: The grid; with a single rate and variant nothing is tuned.
         seeds: Seeds of the runs that are reported.
         tuning_seeds: Seeds of the runs that choose; keep them apart from `seeds`.
+        limits: Of each method, the most adapter parameters: variants that end above it are not chosen. None: no limit.
         n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more.
         kept_in: Folder that keeps every run; those in it are not done again.
         save_first_to: Folder for the adapter of the last method's first seed.
         on_run: Called with the number of runs done and of runs in all.
+
+    Raises:
+        ComparisonError: All variants of a method end above its limit.
     """
     grids = [_grid(each, config, learning_rates) for each in methods]
-    n_tuning = sum(len(grid) for grid in grids if len(grid) > 1) * len(tuning_seeds)
+    tuned = [cell for grid in grids if len(grid) > 1 for cell in grid]
+    n_tuning = len(tuned) * len(tuning_seeds)
     total = n_tuning + len(methods) * len(seeds)
 
     def run(cells: list[Cell], before: int) -> list[Run]:
@@ -87,14 +96,23 @@ def repeat_all(
             task, cells, n_jobs=n_jobs, kept_in=kept_in, on_done=lambda n: on_run and on_run(before + n, total)
         )
 
-    chosen = _choose(grids, tuning_seeds, lambda cells: run(cells, 0))
+    found = iter(run([replace(cell, seed=seed) for cell in tuned for seed in tuning_seeds], 0))
+    tried: list[list[list[Run]]] = [
+        [[next(found) for _ in tuning_seeds] for _ in grid] if len(grid) > 1 else [[]] for grid in grids
+    ]
+    chosen = [_best(*each) for each in zip(grids, tried, limits or [None] * len(grids), strict=True)]
     cells = [replace(terms, seed=seed, with_test=True) for terms in chosen for seed in seeds]
     if save_first_to is not None:
         cells[-len(seeds)] = replace(cells[-len(seeds)], save_to=save_first_to)
     runs = run(cells, n_tuning)
     n = len(seeds)
     return [
-        Repeats(method=terms.method, learning_rate=terms.config.learning_rate, runs=tuple(runs[i * n : (i + 1) * n]))
+        Repeats(
+            method=terms.method,
+            learning_rate=terms.config.learning_rate,
+            runs=tuple(runs[i * n : (i + 1) * n]),
+            tuning=tuple(run for each in tried[i] for run in each),
+        )
         for i, terms in enumerate(chosen)
     ]
 
@@ -109,15 +127,15 @@ def _grid(candidate: Variants, config: TrainingConfig, learning_rates: Sequence[
     ]
 
 
-def _choose(grids: Sequence[list[Cell]], seeds: Sequence[int], run: Callable[[list[Cell]], list[Run]]) -> list[Cell]:
-    """Of each grid the cell that is best on validation, in the mean over the seeds; a grid of one is not run."""
-    runs = iter(run([replace(cell, seed=seed) for grid in grids if len(grid) > 1 for cell in grid for seed in seeds]))
-
-    def score(_: Cell) -> float:
-        return fmean(next(runs).validation for _ in seeds)
-
-    chosen = []
-    for grid in grids:
-        scores = [score(cell) for cell in grid] if len(grid) > 1 else [0.0]
-        chosen.append(grid[scores.index(max(scores))])
-    return chosen
+def _best(grid: list[Cell], tried: list[list[Run]], limit: int | None) -> Cell:
+    """The cell that is best on validation, in the mean over its runs, of those within the limit; the only one is not tried."""
+    if len(grid) == 1:
+        return grid[0]
+    most = [max(run.parameters for run in runs) for runs in tried]
+    within = [place for place in range(len(grid)) if limit is None or most[place] <= limit]
+    if not within:
+        raise ComparisonError(
+            f"`{grid[0].method.name}` must end within {limit:,} parameters to be compared, but its variants end with "
+            f"{min(most):,} or more; raise the budget, or leave it out."
+        )
+    return grid[max(within, key=lambda place: fmean(run.validation for run in tried[place]))]

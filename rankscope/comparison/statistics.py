@@ -1,12 +1,18 @@
-"""Differences between methods, seed by seed."""
+"""Statistics of paired runs: intervals, tests, what seeds alone do, ranks over tasks, and how much uniform must grow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+CONFIDENCE = 0.95
+FEWEST_PAIRS = 3
 
 
 class Interval(NamedTuple):
@@ -18,7 +24,7 @@ class Interval(NamedTuple):
 
 
 def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+    ours: Sequence[float], theirs: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Interval:
     """Mean of the differences seed by seed, with a BCa bootstrap interval (Efron 1987, by scipy).
 
@@ -31,7 +37,106 @@ def paired_difference(
 
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     mean = fmean(differences)
-    if len(differences) < 3 or np.ptp(differences) < 1e-12:
+    if len(differences) < FEWEST_PAIRS or np.ptp(differences) < 1e-12:
         return Interval(mean, mean, mean)
     found = bootstrap((differences,), np.mean, confidence_level=confidence, rng=np.random.default_rng(seed))
     return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> float:
+    """Two-sided p-value of a sign-flip permutation test of the mean difference; exact up to 13 pairs (by scipy).
+
+    >>> paired_p_value([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    0.25
+    """
+    from scipy.stats import permutation_test
+
+    def mean_difference(x: Floats, y: Floats, axis: int) -> Floats:
+        return np.asarray(np.mean(x - y, axis=axis))
+
+    samples = (np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float))
+    if np.allclose(*samples):
+        return 1.0
+    found = permutation_test(
+        samples, mean_difference, permutation_type="samples", vectorized=True, rng=np.random.default_rng(seed)
+    )
+    return float(found.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values: below 0.05 each, the whole family errs with at most 5 %.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values, kind="stable")
+    scaled = [(len(order) - n) * p_values[i] for n, i in enumerate(order)]
+    adjusted = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return [float(adjusted[place]) for place in np.argsort(order)]
+
+
+def seed_noise(metric: Sequence[float]) -> float:
+    """How far the means of two groups of so many seeds of ONE method lie apart, 95 % of the time at most.
+
+    1.96 sqrt(2 / n) times the standard deviation over the seeds; NaN for fewer than 2.
+    """
+    return 1.96 * math.sqrt(2.0 / len(metric)) * stdev(metric) if len(metric) > 1 else math.nan
+
+
+class Ranking(NamedTuple):
+    """Methods ranked over tasks.
+
+    Attributes:
+        mean_ranks: By method; 1 is best; ties share.
+        critical_difference: Mean ranks further apart than this differ (Nemenyi, 5 %).
+        p_value: Friedman's: all methods alike; NaN for fewer than 3 methods or 2 tasks.
+    """
+
+    mean_ranks: dict[str, float]
+    critical_difference: float
+    p_value: float
+
+
+def rank_methods(scores: Mapping[str, Sequence[float]]) -> Ranking:
+    """Ranks methods by their scores, (n_tasks,) each, higher is better (Demsar, JMLR 7, 2006).
+
+    >>> rank_methods({"a": [0.9, 0.8], "b": [0.7, 0.8], "c": [0.1, 0.2]}).mean_ranks
+    {'a': 1.25, 'b': 1.75, 'c': 3.0}
+    """
+    from scipy.stats import friedmanchisquare, rankdata, studentized_range
+
+    table = np.array(list(scores.values()), dtype=float)
+    k, n = table.shape
+    ranks = rankdata(-table, axis=0).mean(axis=1)
+    critical = studentized_range.ppf(CONFIDENCE, k, np.inf) / math.sqrt(2.0) * math.sqrt(k * (k + 1) / (6.0 * n))
+    p_value = float(friedmanchisquare(*table).pvalue) if k > 2 and n > 1 else math.nan
+    return Ranking(dict(zip(scores, ranks.tolist(), strict=True)), float(critical), p_value)
+
+
+def equivalent_factor(score: float, factors: Sequence[float], uniform: Sequence[float]) -> float:
+    """By how much uniform LoRA's parameters must grow to reach a score.
+
+    Uniform's scores are made monotone (isotonic regression) and joined by straight lines over log parameters.
+
+    Args:
+        score: To reach.
+        factors: Of the budget, ascending, (n,).
+        uniform: Uniform's score at each, (n,).
+
+    Returns:
+        `factors[0]` at most where uniform is that good already; infinity where it never is.
+
+    >>> equivalent_factor(0.85, [1, 2, 4], [0.8, 0.9, 0.95]).__round__(3)
+    1.414
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    logs = np.log(np.asarray(factors, dtype=float))
+    curve = IsotonicRegression().fit_transform(logs, np.asarray(uniform, dtype=float))
+    if score <= curve[0]:
+        return float(factors[0])
+    if score > curve[-1]:
+        return math.inf
+    after = int(np.searchsorted(curve, score))
+    share = (score - curve[after - 1]) / (curve[after] - curve[after - 1])
+    return float(np.exp(logs[after - 1] + share * (logs[after] - logs[after - 1])))

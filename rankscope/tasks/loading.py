@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rankscope.exceptions import RankscopeError, TaskError
+from rankscope.exceptions import TaskError
 from rankscope.tasks.protocol import Task, check_task
 from rankscope.tasks.ready import READY
+from rankscope.user_code import user_function
 
 
 def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = None) -> Task:
@@ -76,30 +75,5 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
 
 
 def _from_file(spec: str, base: Path) -> Task:
-    file, _, name = spec.rpartition(":")
-    path = base / file
-    if not path.exists():
-        raise TaskError(
-            f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
-        )
-    module_spec = importlib.util.spec_from_file_location(f"rankscope_task_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up while they are made
-    try:
-        module_spec.loader.exec_module(module)
-        factory = getattr(module, name, None)
-        if factory is None:
-            close = difflib.get_close_matches(name, vars(module), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "check the name."
-            raise TaskError(f"`{path}` must define {name!r}, but does not; {hint}")
+    with user_function(spec, base, gives="a task", error=TaskError) as factory:
         return check_task(factory())
-    except RankscopeError:
-        raise
-    except Exception as error:  # a user's code may raise anything; its own message and place are what helps
-        where = f"{type(error).__name__}: {error}"
-        raise TaskError(f"`{spec}` must give a task, but raised {where}; --debug shows where.") from error
-    finally:
-        # Out again: joblib sends the classes of a module that cannot be imported by value, which workers need here.
-        sys.modules.pop(module.__name__, None)

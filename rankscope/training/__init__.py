@@ -3,6 +3,17 @@
 from rankscope.training.config import TrainingConfig, TrainingResult
 from rankscope.training.loop import train
 from rankscope.training.method import Lora, Method, Running
-from rankscope.training.peers import AdaLora
+from rankscope.training.peers import AdaLora, Eva, FullFineTuning, HeadOnly
 
-__all__ = ["AdaLora", "Lora", "Method", "Running", "TrainingConfig", "TrainingResult", "train"]
+__all__ = [
+    "AdaLora",
+    "Eva",
+    "FullFineTuning",
+    "HeadOnly",
+    "Lora",
+    "Method",
+    "Running",
+    "TrainingConfig",
+    "TrainingResult",
+    "train",
+]

@@ -42,6 +42,11 @@ class Method(Protocol):
         """As tables and plots show it."""
         ...
 
+    @property
+    def variant(self) -> str:
+        """What tells variants of one name apart, for tables; empty where there is one only."""
+        ...
+
     def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
         """The model with trainable adapters on it; torch's generator is seeded."""
         ...
@@ -69,6 +74,8 @@ class Lora:
     Attributes:
         allocation: The ranks; a controller starts from them and keeps to the allocation's budget.
         controller: Moves ranks during the run; None: they stay.
+        rank_stabilised: Scaling `alpha / sqrt(r)` at the alpha that `config.scaling` means, instead of a constant one (rsLoRA,
+            Kalajdzievski, arXiv 2312.03732).
 
     >>> Lora(RankAllocation((), (), strategy="uniform"), ControllerConfig()).name
     'controller from uniform'
@@ -76,11 +83,15 @@ class Lora:
 
     allocation: RankAllocation
     controller: ControllerConfig | None = None
+    rank_stabilised: bool = False
+
+    variant = ""
 
     @property
     def name(self) -> str:
         """The allocation's strategy, and the controller if there is one."""
-        return f"controller from {self.allocation.strategy}" if self.controller else self.allocation.strategy
+        stabilised = ", rank-stabilised" if self.rank_stabilised else ""
+        return ("controller from " if self.controller else "") + self.allocation.strategy + stabilised
 
     def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
         """Adapters of these ranks; under a controller, sleeping ones on the modules of rank 0."""
@@ -88,11 +99,18 @@ class Lora:
             model,
             self.allocation,
             dormant=self.controller is not None,
-            scaling=config.scaling,
+            **self._scaling(config),
             lora_dropout=config.lora_dropout,
             modules_to_save=list(getattr(task, "head_modules", ())) or None,
         )
         return adapted
+
+    def _scaling(self, config: TrainingConfig) -> dict[str, Any]:
+        """As `to_lora_config` takes it; the one alpha of rsLoRA is that of the mean rank."""
+        if not self.rank_stabilised:
+            return {"scaling": config.scaling}
+        adapted = [rank for rank in self.allocation.vector if rank]
+        return {"use_rslora": True, "lora_alpha": config.scaling * sum(adapted) / len(adapted)}
 
     def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
         """The controller, if there is one."""

@@ -82,7 +82,7 @@ def test_a_users_file_may_hold_dataclasses_and_its_tasks_go_to_workers(tmp_path:
     task = rs.load_task("mine.py:Mine", base_dir=tmp_path)
     sizes = Parallel(n_jobs=2)(delayed(lambda task: len(list(task.train_batches(0))))(task) for _ in range(2))
     assert sizes == [25, 25]
-    assert "rankscope_task_mine" not in sys.modules
+    assert "rankscope_user_mine" not in sys.modules
 
 
 def test_import_loads_neither_transformers_nor_sklearn() -> None:

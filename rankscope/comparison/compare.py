@@ -1,0 +1,218 @@
+"""`compare`: methods by name at equal budgets, each tuned alike, and every run as one row of a table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rankscope.allocation import RankAllocation
+from rankscope.budget import ParameterBudget
+from rankscope.comparison.methods import UNLIMITED, Terms, make_methods, needs_profile
+from rankscope.comparison.repeats import Repeats, Variants, repeat_all
+from rankscope.comparison.runs import Run
+from rankscope.control import ControllerConfig
+from rankscope.exceptions import ComparisonError, FileFormatError
+from rankscope.files import replacing
+from rankscope.profiling import Profile
+from rankscope.targets import TargetModule
+from rankscope.tasks import Task
+from rankscope.training import TrainingConfig
+
+SCHEMA = 1
+REFERENCE = "uniform"
+DEFAULT_METHODS = ("uniform", "one-shot", "random", "controller", "adalora", "eva")
+EQUIVALENCE_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+REPORTED, TUNING = "reported", "tuning"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """All runs of a comparison.
+
+    Attributes:
+        runs: One row a run: `task`, `metric`, `method`, `variant`, `budget` (parameters; 0: unlimited), `factor` (of the study's
+            budget), `role` (`reported` or `tuning`), `seed`, `learning_rate`, `steps`, `parameters`, `validation`, `test`,
+            `ranks` (JSON), `n_moved`, `wall_seconds`, `peak_memory`, `revision`, `cost_steps` (of a search, in optimizer steps).
+        decisions: Of the first reported run of each controlled method, by its name, at the study's budget.
+    """
+
+    runs: pd.DataFrame
+    decisions: Mapping[str, pd.DataFrame]
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the runs, atomically; returns the path."""
+        with replacing(path) as temporary:
+            self.runs.assign(schema=SCHEMA).to_parquet(temporary, index=False)
+        return Path(path)
+
+
+def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The runs of `comparison.parquet`.
+
+    Raises:
+        FileFormatError: The file is missing, cannot be read, or has another schema.
+    """
+    try:
+        runs = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileFormatError(
+            f"`{path}` must hold a comparison, but cannot be read ({reason}); compare again."
+        ) from None
+    if "schema" not in runs or set(runs["schema"]) != {SCHEMA}:
+        raise FileFormatError(f"`{path}` must hold a comparison of schema {SCHEMA}, but holds another; compare again.")
+    return runs.drop(columns="schema")
+
+
+def compare(
+    task: Task,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    *,
+    budget: ParameterBudget,
+    targets: Sequence[TargetModule],
+    profile: Profile | None = None,
+    searched: RankAllocation | None = None,
+    search_steps: int = 0,
+    controller: ControllerConfig | None = None,
+    training: TrainingConfig | None = None,
+    learning_rates: Sequence[float] | None = None,
+    seeds: Sequence[int] = range(5),
+    tuning_seeds: Sequence[int] = (10_000, 10_001),
+    budgets: Sequence[float] = (1.0,),
+    uniform_budgets: Sequence[float] = (),
+    n_jobs: int = 1,
+    kept_in: str | os.PathLike[str] | None = None,
+    base_dir: Path = Path(),
+    on_run: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compares methods at equal parameters, steps and data order, each at its own best learning rate.
+
+    Uniform LoRA always takes part. Rate, and variant where a method has several, are chosen on validation with
+    `tuning_seeds`; then every method is trained on the same `seeds`, and the test split is read once.
+
+    Args:
+        task: Where model, data, loss and metric come from.
+        methods: Names (`rankscope.comparison.known_methods()`), or `path/to/file.py:function`, which gets `targets`, `budget` and
+            `profile` and gives a `RankAllocation` or a `rankscope.training.Method`.
+        budget: In adapter parameters. Variants that end above it are not chosen, and a method that has no other is refused.
+        targets: The target modules.
+        profile: For methods that need one.
+        searched: What a search recommends at this budget.
+        search_steps: Optimizer steps that the search took, shown as its cost.
+        controller: Settings of the controller's methods.
+        training: The schedule.
+        learning_rates: One grid for all methods; default: the schedule's rate alone.
+        seeds: Of the runs that are reported; at least 3 for intervals.
+        tuning_seeds: Of the runs that choose; none of `seeds`.
+        budgets: Factors of the budget at which all methods are compared.
+        uniform_budgets: Further factors for uniform alone: how much it must grow to match the others.
+        n_jobs: Processes.
+        kept_in: Folder that keeps every run; those in it are not done again.
+        base_dir: What relative paths of a user's own methods start from.
+        on_run: Called with the number of runs done and of runs in all.
+
+    Raises:
+        ComparisonError: A method that is not known, lacks what it needs, or ends above the budget; seeds that overlap.
+
+    >>> import rankscope as rs
+    >>> task = rs.load_task("digits-shift")
+    >>> targets = rs.find_targets(task.build_model())
+    >>> short = rs.TrainingConfig(steps=2, learning_rate=0.01)
+    >>> budget = rs.ParameterBudget.uniform(targets, 1)
+    >>> found = compare(task, ["uniform", "head"], budget=budget, targets=targets, training=short, seeds=range(2))
+    >>> found.runs.groupby("method", sort=False).size().to_dict()
+    {'uniform': 2, 'head': 2}
+    """
+    training = training or TrainingConfig()
+    names = list(dict.fromkeys([REFERENCE, *methods]))
+    _check(names, seeds, tuning_seeds, profile)
+    terms = Terms(
+        targets=tuple(targets), budget=budget, profile=profile, searched=searched, seed=min(seeds),
+        controller=controller or ControllerConfig(), base_dir=base_dir,
+    )  # fmt: skip
+    entries = _entries(names, terms, budgets, uniform_budgets)
+    repeats = repeat_all(
+        task,
+        [entry.variants for entry in entries],
+        training,
+        learning_rates=learning_rates or [training.learning_rate],
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        limits=[entry.limit for entry in entries],
+        n_jobs=n_jobs,
+        kept_in=kept_in,
+        on_run=on_run,
+    )
+    rows = [
+        _row(task, entry, run, role, search_steps)
+        for entry, found in zip(entries, repeats, strict=True)
+        for role, runs in ((TUNING, found.tuning), (REPORTED, found.runs))
+        for run in runs
+    ]
+    return Comparison(pd.DataFrame(rows), _first_decisions(entries, repeats))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """A method at one budget."""
+
+    name: str
+    variants: Variants
+    factor: float
+    limit: int | None
+
+
+def _entries(
+    names: Sequence[str], terms: Terms, budgets: Sequence[float], uniform_budgets: Sequence[float]
+) -> list[_Entry]:
+    found = []
+    for factor in sorted({*budgets, *uniform_budgets}):
+        at = terms.scaled(factor)
+        for name in names if factor in budgets else [REFERENCE]:
+            unlimited = name in UNLIMITED
+            if unlimited and factor != budgets[0]:
+                continue
+            found += [
+                _Entry(name=shown, variants=variants, factor=factor, limit=None if unlimited else at.budget.limit)
+                for shown, variants in make_methods(name, at).items()
+            ]
+    return found
+
+
+def _check(names: Sequence[str], seeds: Sequence[int], tuning_seeds: Sequence[int], profile: Profile | None) -> None:
+    if not seeds:
+        raise ComparisonError("`seeds` must hold at least one seed, but is empty.")
+    if shared := set(seeds) & set(tuning_seeds):
+        raise ComparisonError(f"`tuning_seeds` must be none of `seeds`, but share {min(shared)}; take others.")
+    if profile is None and (needy := [name for name in names if needs_profile(name)]):
+        raise ComparisonError(f"`{needy[0]}` needs a profile, but there is none; take one with `rs.profile`.")
+
+
+def _row(task: Task, entry: _Entry, run: Run, role: str, search_steps: int) -> dict[str, Any]:
+    values = {key: value for key, value in asdict(run).items() if key not in ("method", "decisions", "ranks")}
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "method": entry.name,
+        "budget": entry.limit or 0,
+        "factor": entry.factor,
+        "role": role,
+        **values,
+        "ranks": json.dumps(run.ranks),
+        "cost_steps": search_steps if "searched" in entry.name else 0,
+    }
+
+
+def _first_decisions(entries: Sequence[_Entry], repeats: Sequence[Repeats]) -> dict[str, pd.DataFrame]:
+    found = {}
+    for entry, each in zip(entries, repeats, strict=True):
+        decisions = each.runs[0].decisions
+        if decisions is not None and entry.name not in found:
+            found[entry.name] = decisions
+    return found

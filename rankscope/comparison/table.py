@@ -1,0 +1,121 @@
+"""The table of a comparison: one row a method and budget, with its paired difference to uniform and a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from rankscope.comparison.compare import REFERENCE, REPORTED
+from rankscope.comparison.statistics import (
+    FEWEST_PAIRS,
+    equivalent_factor,
+    holm,
+    paired_difference,
+    paired_p_value,
+    seed_noise,
+)
+
+SIGNIFICANCE = 0.05
+NO_DIFFERENCE = "no difference"
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row a task, budget factor and method, in their order in `runs`.
+
+    Args:
+        runs: As `Comparison.runs` has them.
+
+    Returns:
+        Columns `task`, `factor`, `method`, `variant`, `learning_rate`, `budget`, `parameters` (the most of a seed), `seeds`,
+        `validation`, `test` (means), `deviation` (over seeds), `difference`, `low`, `high` (to uniform at the same factor, 95 %
+        bootstrap), `p` (sign-flip permutation), `p_holm` (over the methods of a task and factor), `verdict` (`better`,
+        `worse`, `no difference`, or why there is none), `noise` (`seed_noise` of uniform), `relative` (difference over uniform),
+        `seconds` (a run), `peak_memory`, `cost_steps`, `equivalent` (the factor by which uniform must grow; NaN without further
+        budgets of uniform).
+    """
+    reported = runs[runs["role"] == REPORTED]
+    tables = [
+        _judged(_rows(group))
+        for _, group in reported.groupby(["task", "factor"], sort=False)
+        if REFERENCE in set(group["method"])
+    ]
+    return _with_equivalents(pd.concat(tables, ignore_index=True))
+
+
+def allocations(runs: pd.DataFrame, factor: float = 1.0) -> dict[str, dict[str, int]]:
+    """The ranks that each method's first reported run ended with, by method, of those that have ranks."""
+    chosen = runs[(runs["role"] == REPORTED) & (runs["factor"] == factor)].groupby("method", sort=False).first()
+    found = {str(name): json.loads(ranks) for name, ranks in chosen["ranks"].items()}
+    return {name: ranks for name, ranks in found.items() if ranks is not None}
+
+
+def _rows(group: pd.DataFrame) -> pd.DataFrame:
+    """Of one task and factor: the figures of every method."""
+    by_method = {str(name): rows.sort_values("seed") for name, rows in group.groupby("method", sort=False)}
+    uniform = by_method[REFERENCE]
+    rows = []
+    for name, mine in by_method.items():
+        first = mine.iloc[0]
+        row = {key: first[key] for key in ("task", "factor", "variant", "learning_rate", "budget", "cost_steps")}
+        difference = paired_difference(mine["test"].tolist(), uniform["test"].tolist())
+        over = bool(first["budget"]) and int(mine["parameters"].max()) > int(first["budget"])
+        rows.append(
+            row
+            | {
+                "method": name,
+                "parameters": int(mine["parameters"].max()),
+                "over_budget": over,
+                "seeds": len(mine),
+                "validation": mine["validation"].mean(),
+                "test": mine["test"].mean(),
+                "deviation": mine["test"].std(),
+                "difference": difference.mean,
+                "low": difference.low,
+                "high": difference.high,
+                "p": paired_p_value(mine["test"].tolist(), uniform["test"].tolist()),
+                "noise": seed_noise(uniform["test"].tolist()),
+                "relative": difference.mean / uniform["test"].mean(),
+                "seconds": mine["wall_seconds"].median(),
+                "peak_memory": mine["peak_memory"].max(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _judged(table: pd.DataFrame) -> pd.DataFrame:
+    """With Holm's correction over all methods but uniform, and a verdict in words."""
+    others = table["method"] != REFERENCE
+    adjusted = pd.Series(np.nan, index=table.index)
+    adjusted[others] = holm(table.loc[others, "p"].tolist())
+    return table.assign(
+        p_holm=adjusted, verdict=[_verdict(row, p) for (_, row), p in zip(table.iterrows(), adjusted, strict=True)]
+    )
+
+
+def _verdict(row: pd.Series, p_holm: float) -> str:
+    if row["method"] == REFERENCE:
+        return ""
+    if row["over_budget"]:
+        return f"refused: {row['parameters']:,} parameters are over the budget"
+    if row["seeds"] < FEWEST_PAIRS:
+        return "too few seeds"
+    if p_holm >= SIGNIFICANCE:
+        return NO_DIFFERENCE
+    return "better" if row["difference"] > 0 else "worse"
+
+
+def _with_equivalents(table: pd.DataFrame) -> pd.DataFrame:
+    values = pd.Series(np.nan, index=table.index)
+    for _, group in table.groupby("task", sort=False):
+        uniform = group[group["method"] == REFERENCE].sort_values("factor")
+        if len(uniform) > 1:
+            values[group.index] = [_growth(row, uniform) for _, row in group.iterrows()]
+    return table.assign(equivalent=values)
+
+
+def _growth(row: pd.Series, uniform: pd.DataFrame) -> float:
+    factors: Sequence[float] = uniform["factor"].tolist()
+    return equivalent_factor(float(row["test"]), factors, uniform["test"].tolist()) / float(row["factor"])

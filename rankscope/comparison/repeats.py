@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 
 from rankscope.allocation import RankAllocation
@@ -97,9 +98,7 @@ def repeat_all(
         )
 
     found = iter(run([replace(cell, seed=seed) for cell in tuned for seed in tuning_seeds], 0))
-    tried: list[list[list[Run]]] = [
-        [[next(found) for _ in tuning_seeds] for _ in grid] if len(grid) > 1 else [[]] for grid in grids
-    ]
+    tried = [_tried(grid, found, len(tuning_seeds)) for grid in grids]
     chosen = [_best(*each) for each in zip(grids, tried, limits or [None] * len(grids), strict=True)]
     cells = [replace(terms, seed=seed, with_test=True) for terms in chosen for seed in seeds]
     if save_first_to is not None:
@@ -125,6 +124,11 @@ def _grid(candidate: Variants, config: TrainingConfig, learning_rates: Sequence[
         for variant in variants
         for rate in learning_rates
     ]
+
+
+def _tried(grid: list[Cell], runs: Iterator[Run], n: int) -> list[list[Run]]:
+    """The next n runs of each cell; none of the only one."""
+    return [list(islice(runs, n)) for _ in grid] if len(grid) > 1 else [[]]
 
 
 def _best(grid: list[Cell], tried: list[list[Run]], limit: int | None) -> Cell:

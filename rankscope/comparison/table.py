@@ -88,11 +88,10 @@ def _rows(group: pd.DataFrame) -> pd.DataFrame:
 def _judged(table: pd.DataFrame) -> pd.DataFrame:
     """With Holm's correction over all methods but uniform, and a verdict in words."""
     others = table["method"] != REFERENCE
-    adjusted = pd.Series(np.nan, index=table.index)
+    adjusted = np.full(len(table), np.nan)
     adjusted[others] = holm(table.loc[others, "p"].tolist())
-    return table.assign(
-        p_holm=adjusted, verdict=[_verdict(row, p) for (_, row), p in zip(table.iterrows(), adjusted, strict=True)]
-    )
+    verdicts = [_verdict(row, p) for (_, row), p in zip(table.iterrows(), adjusted, strict=True)]
+    return table.assign(p_holm=adjusted, verdict=verdicts)
 
 
 def _verdict(row: pd.Series, p_holm: float) -> str:
@@ -108,11 +107,10 @@ def _verdict(row: pd.Series, p_holm: float) -> str:
 
 
 def _with_equivalents(table: pd.DataFrame) -> pd.DataFrame:
-    values = pd.Series(np.nan, index=table.index)
-    for _, group in table.groupby("task", sort=False):
-        uniform = group[group["method"] == REFERENCE].sort_values("factor")
-        if len(uniform) > 1:
-            values[group.index] = [_growth(row, uniform) for _, row in group.iterrows()]
+    values = []
+    for _, row in table.iterrows():
+        uniform = table[(table["task"] == row["task"]) & (table["method"] == REFERENCE)].sort_values("factor")
+        values.append(_growth(row, uniform) if len(uniform) > 1 else np.nan)
     return table.assign(equivalent=values)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from rankscope.budget import ParameterBudget
+from rankscope.comparison.compare import DEFAULT_METHODS
 from rankscope.control import ControllerConfig, Policy
 from rankscope.exceptions import StudyError
 from rankscope.performance import PerformanceModel
@@ -145,6 +146,19 @@ class ControllerSection(_Section):
         )
 
 
+class CompareSection(_Section):
+    """What `rankscope compare` compares; see `rankscope.compare`.
+
+    `uniform_budgets`: factors of the budget at which uniform alone is trained too, to see how much it must grow.
+    """
+
+    methods: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = list(DEFAULT_METHODS)
+    seeds: int = Field(8, gt=0)
+    tuning_seeds: int = Field(2, gt=0)
+    budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list), Field(min_length=1)] = [1.0]
+    uniform_budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list)] = []
+
+
 class Study(_Section):
     """A whole study file.
 
@@ -167,6 +181,7 @@ class Study(_Section):
     training: TrainingSection = TrainingSection()
     search: SearchSection = SearchSection()
     controller: ControllerSection = ControllerSection()
+    compare: CompareSection = CompareSection()
     base_dir: Path = Field(Path(), exclude=True)
 
 

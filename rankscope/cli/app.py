@@ -139,7 +139,7 @@ def search_command(
     debug: Debug = False,
 ) -> None:
     """Search with short fine-tuning trials; goes on where an earlier run stopped."""
-    from rankscope.cli.commands import run_search
+    from rankscope.cli.search import run_search
 
     overrides = {
         "search.trials": trials,
@@ -198,6 +198,65 @@ def train_command(
     run_train(
         study, out, overrides, allocation_path=allocation, baseline=baseline, n_seeds=seeds, jobs=jobs, as_json=json
     )
+
+
+@app.command(
+    "compare", epilog="Example: rankscope compare studies/digits.yaml --methods uniform --methods one-shot --jobs 2"
+)
+@reports_errors
+def compare_command(
+    study: StudyPath,
+    out: Out = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Overrides `compare.methods`; several times. Strategies, uniform-rslora, qv-only, searched, controller, "
+            "controller-STRATEGY, adalora, eva, full, head, or path/to/file.py:function.",
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Overrides `compare.seeds`: reported runs of each method.")] = None,
+    budgets: Annotated[
+        list[float] | None, typer.Option(metavar="FACTOR", help="Overrides `compare.budgets`: factors of the budget.")
+    ] = None,
+    uniform_budgets: Annotated[
+        list[float] | None,
+        typer.Option(metavar="FACTOR", help="Overrides `compare.uniform_budgets`: how far uniform alone is grown."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in its own process.")] = 1,
+    uniform_rank: UniformRank = None,
+    parameters: Parameters = None,
+    seed: Seed = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods at equal parameters, each at its best learning rate; goes on where an earlier run stopped."""
+    from rankscope.cli.compare import run_compare
+
+    overrides = {
+        "compare.methods": methods or None,
+        "compare.seeds": seeds,
+        "compare.budgets": budgets or None,
+        "compare.uniform_budgets": uniform_budgets or None,
+        "budget.uniform_rank": uniform_rank,
+        "budget.parameters": parameters,
+        "seed": seed,
+    }
+    run_compare(study, out, overrides, jobs=jobs, as_json=json)
+
+
+@app.command("report", epilog="Example: rankscope report out/digits")
+@reports_errors
+def report_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with a comparison.parquet.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: DIR]")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw comparisons as report.html and PNGs: one task, or several together."""
+    from rankscope.cli.compare import run_report
+
+    run_report(folders, out, as_json=json)
 
 
 @app.command("dashboard", epilog="Example: rankscope dashboard studies/digits.yaml --open")

@@ -11,20 +11,15 @@ import pandas as pd
 
 from rankscope.adapters import save_lora_config
 from rankscope.allocation import RankAllocation
-from rankscope.cli.outcome import print_search, search_summary, starts_of
-from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
+from rankscope.cli.output import print_files, print_json, print_line, print_table
 from rankscope.cli.session import Session
 from rankscope.plotting import (
-    plot_belief,
     plot_energy,
-    plot_levels,
-    plot_predictions,
     plot_ranks,
     plot_spectra,
     save_figure,
 )
 from rankscope.profiling.summary import cumulative_energy, group_energy, pooled_signal, rank_modules
-from rankscope.searching import search
 
 Overrides = Mapping[str, Any]
 SHOWN_MODULES = 9
@@ -76,9 +71,9 @@ def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy
     session = Session.open(path, out, overrides)
     uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
     allocation = session.one_shot(strategy)
-    files = _export(session, allocation, [uniform, allocation] if allocation.strategy != "uniform" else [uniform])
+    files = export(session, allocation, [uniform, allocation] if allocation.strategy != "uniform" else [uniform])
     if as_json:
-        print_json({**_summary(allocation), "files": [str(file) for file in files]})
+        print_json({**summary_of(allocation), "files": [str(file) for file in files]})
         return
     rows = [_allocation_row(a) for a in dict.fromkeys([uniform, allocation])]
     print_table(
@@ -87,67 +82,10 @@ def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy
     print_files(files)
 
 
-def run_search(path: Path, out: Path | None, overrides: Overrides, *, as_json: bool) -> None:
-    """`rankscope search`."""
-    session = Session.open(path, out, overrides)
-    section, bounds = session.study.search, session.study.allocation
-    taken = session.profile_at_hand()
-    with progress() as bar:
-        line = bar.add_task("searching", total=section.trials)
-        result = search(
-            session.task,
-            budget=session.budget,
-            profile=taken,
-            n_trials=section.trials,
-            targets=session.targets,
-            training=session.study.training.resolve(),
-            learning_rates=session.study.training.learning_rate,
-            n_seeds=section.seeds,
-            confirm_fraction=section.confirm_fraction,
-            fidelity=section.fidelity,
-            storage=session.storage,
-            study_name=session.study.name,
-            seed=session.study.seed,
-            sampler=section.sampler,
-            grouping=section.grouping,
-            n_groups=section.groups,
-            min_rank=bounds.min_rank,
-            max_rank=bounds.max_rank,
-            pruner=section.pruner,
-            warm_start=[s if "://" in s else session.study.base_dir / s for s in section.warm_start],
-            evaluator=section.evaluator,
-            n_judged=section.judged,
-            shared_folder=session.out / "shared-adapter",
-            on_trial=lambda trial: bar.update(
-                line, description="searching", completed=(trial.number + 1) * section.seeds, total=section.trials
-            ),
-            on_judged=lambda done, total: bar.update(line, description="judging", completed=done, total=total),
-            on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
-        )
-    best = result.best_trial
-    allocation = best.allocation.renamed("searched") if best.proposed else best.allocation
-    starts = [t.allocation for t in starts_of(result)]
-    files = [
-        *_export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
-        result.to_parquet(session.out / "trials.parquet"),
-    ]
-    if result.model is not None:
-        files += [
-            save_figure(plot_predictions(result.model, result), session.out / "predictions.png"),
-            save_figure(plot_belief(result.model), session.out / "belief.png"),
-            save_figure(plot_levels(result.model), session.out / "levels.png"),
-        ]
-    if as_json:
-        print_json({**_summary(allocation), **search_summary(result), "files": [str(file) for file in files]})
-        return
-    print_search(result, modelled=section.sampler == "performance-model")
-    print_files(files)
-
-
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _export(session: Session, allocation: RankAllocation, panels: list[RankAllocation]) -> list[Path]:
+def export(session: Session, allocation: RankAllocation, panels: list[RankAllocation]) -> list[Path]:
     """Writes allocation.json, adapter_config.json and ranks.png."""
     config = allocation.to_lora_config(
         scaling=session.study.training.scaling,
@@ -175,7 +113,8 @@ def _module_row(row: Mapping[Any, Any]) -> tuple[str, ...]:
     )
 
 
-def _summary(allocation: RankAllocation) -> dict[str, Any]:
+def summary_of(allocation: RankAllocation) -> dict[str, Any]:
+    """An allocation for `--json`."""
     return {
         "strategy": allocation.strategy,
         "parameters": allocation.parameters,

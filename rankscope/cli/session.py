@@ -20,6 +20,8 @@ from rankscope.study import Study, read_study
 from rankscope.targets import TargetModule, find_targets
 from rankscope.tasks import Task, load_task
 
+FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
+
 
 def quiet_libraries() -> None:
     """Keeps other libraries' load reports and advice out of the terminal; torch's thread count is left to the user."""

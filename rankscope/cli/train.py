@@ -8,7 +8,8 @@ from typing import Any
 
 from rankscope.allocation import RankAllocation
 from rankscope.cli.output import print_files, print_json, print_table, progress, stderr
-from rankscope.cli.session import Session
+from rankscope.cli.search import SEARCHED
+from rankscope.cli.session import FIRST_REPORTED_SEED, Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.control import ControllerConfig
 from rankscope.exceptions import AllocationError, FileFormatError
@@ -19,9 +20,6 @@ from rankscope.searching.grouping import make_space
 from rankscope.searching.study import find_storage, load_study
 from rankscope.strategies import NEEDS_PROFILE
 from rankscope.training import Lora
-
-SEARCHED = "searched"  # the strategy of an allocation that a search proposed
-FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
 def run_train(

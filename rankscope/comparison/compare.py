@@ -13,7 +13,7 @@ import pandas as pd
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.comparison.methods import UNLIMITED, Terms, make_methods, needs_profile
+from rankscope.comparison.methods import RATE_FACTORS, UNLIMITED, Terms, make_methods, needs_profile
 from rankscope.comparison.repeats import Repeats, Variants, repeat_all
 from rankscope.comparison.runs import Run
 from rankscope.control import ControllerConfig
@@ -107,7 +107,7 @@ def compare(
         search_steps: Optimizer steps that the search took, shown as its cost.
         controller: Settings of the controller's methods.
         training: The schedule.
-        learning_rates: One grid for all methods; default: the schedule's rate alone.
+        learning_rates: One grid for all methods (a thirtieth of it for full fine-tuning); default: the schedule's rate alone.
         seeds: Of the runs that are reported; at least 3 for intervals.
         tuning_seeds: Of the runs that choose; none of `seeds`.
         budgets: Factors of the budget at which all methods are compared.
@@ -145,6 +145,7 @@ def compare(
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         limits=[entry.limit for entry in entries],
+        rate_factors=[RATE_FACTORS.get(entry.name, 1.0) for entry in entries],
         n_jobs=n_jobs,
         kept_in=kept_in,
         on_run=on_run,

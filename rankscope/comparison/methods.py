@@ -20,10 +20,11 @@ from rankscope.user_code import user_function
 
 N_RANDOM = 3  # draws
 ALPHAS = (8.0, 32.0, 128.0)  # of AdaLoRA
-SHARES = (1.0, 0.8)  # of AdaLoRA's ranks: its budget is in ranks, which may cost more than uniform's
+SHARES = (1.0, 0.75)  # of AdaLoRA's ranks: its budget is in ranks, which may cost more than uniform's
 CONTROLLER = "controller"
 SEARCHED = "searched"
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters
+RATE_FACTORS = {"full": 1 / 30}  # all weights want far lower rates than adapters
 QUERY_VALUE = ("q_proj", "v_proj")
 
 

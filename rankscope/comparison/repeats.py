@@ -63,6 +63,7 @@ def repeat_all(
     seeds: Sequence[int],
     tuning_seeds: Sequence[int] = (0, 1),
     limits: Sequence[int | None] | None = None,
+    rate_factors: Sequence[float] | None = None,
     n_jobs: int = 1,
     kept_in: str | os.PathLike[str] | None = None,
     save_first_to: str | os.PathLike[str] | None = None,
@@ -79,6 +80,7 @@ def repeat_all(
         seeds: Seeds of the runs that are reported.
         tuning_seeds: Seeds of the runs that choose; keep them apart from `seeds`.
         limits: Of each method, the most adapter parameters: variants that end above it are not chosen. None: no limit.
+        rate_factors: Of each method, a factor on the grid: full fine-tuning wants far lower rates than adapters.
         n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more.
         kept_in: Folder that keeps every run; those in it are not done again.
         save_first_to: Folder for the adapter of the last method's first seed.
@@ -87,7 +89,11 @@ def repeat_all(
     Raises:
         ComparisonError: All variants of a method end above its limit.
     """
-    grids = [_grid(each, config, learning_rates) for each in methods]
+    factors = rate_factors or [1.0] * len(methods)
+    grids = [
+        _grid(each, config, [factor * rate for rate in learning_rates])
+        for each, factor in zip(methods, factors, strict=True)
+    ]
     tuned = [cell for grid in grids if len(grid) > 1 for cell in grid]
     n_tuning = len(tuned) * len(tuning_seeds)
     total = n_tuning + len(methods) * len(seeds)

@@ -1,5 +1,6 @@
 """Plots: data prepared apart from drawing; every function returns a matplotlib figure."""
 
+from rankscope.plotting.comparison import plot_budgets, plot_forest
 from rankscope.plotting.heatmap import module_grids, plot_energy, plot_ranks
 from rankscope.plotting.model import plot_belief, plot_levels, plot_predictions
 from rankscope.plotting.regret import plot_regret
@@ -9,7 +10,9 @@ from rankscope.plotting.spectra import plot_spectra
 __all__ = [
     "module_grids",
     "plot_belief",
+    "plot_budgets",
     "plot_energy",
+    "plot_forest",
     "plot_levels",
     "plot_predictions",
     "plot_ranks",

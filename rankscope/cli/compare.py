@@ -1,0 +1,127 @@
+"""`rankscope compare` and `rankscope report`: methods at equal budgets, and the page that shows what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
+from rankscope.cli.search import SEARCHED, search_of
+from rankscope.cli.session import FIRST_REPORTED_SEED, Session
+from rankscope.comparison import compare, read_comparison, summarise
+from rankscope.comparison.methods import needs_profile
+from rankscope.exceptions import ComparisonError, FileFormatError
+from rankscope.profiling import read_profile
+from rankscope.report import write_report
+from rankscope.searching import SearchResult
+
+TABLE = "comparison.parquet"
+FIRST_TUNING_SEED = 10_000
+
+
+def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, jobs: int, as_json: bool) -> None:
+    """`rankscope compare`."""
+    session = Session.open(path, out, overrides)
+    section = session.study.compare
+    first = FIRST_REPORTED_SEED + session.study.seed
+    searched = _searched(session) if any(SEARCHED in name for name in section.methods) else None
+    with progress() as bar:
+        line = bar.add_task("comparing", total=None)
+        found = compare(
+            session.task,
+            section.methods,
+            budget=session.budget,
+            targets=session.targets,
+            profile=session.profile_at_hand() if any(map(needs_profile, section.methods)) else None,
+            searched=None if searched is None else searched.best_allocation,
+            search_steps=0 if searched is None else searched.steps,
+            controller=session.study.controller.resolve(),
+            training=session.study.training.resolve(),
+            learning_rates=session.study.training.learning_rate,
+            seeds=range(first, first + section.seeds),
+            tuning_seeds=range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + section.tuning_seeds),
+            budgets=section.budgets,
+            uniform_budgets=section.uniform_budgets,
+            n_jobs=jobs,
+            kept_in=session.out / "runs",
+            base_dir=session.study.base_dir,
+            on_run=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    files = [found.to_parquet(session.out / TABLE)]
+    files += write_report(
+        session.out,
+        found.runs,
+        targets=session.targets,
+        decisions=found.decisions,
+        command=f"rankscope compare {path}",
+    )
+    _show(summarise(found.runs), files, as_json=as_json)
+
+
+def _searched(session: Session) -> SearchResult:
+    """The study's finished search.
+
+    Raises:
+        ComparisonError: There is none.
+    """
+    if session.study.search.storage is None and not (session.out / "search.db").exists():
+        raise ComparisonError(
+            f"`searched` needs a search in {session.out}, but there is none; run `rankscope search {session.path}` first."
+        )
+    return search_of(session)
+
+
+def run_report(folders: list[Path], out: Path | None, *, as_json: bool) -> None:
+    """`rankscope report`: of one folder, or of several tasks' folders together."""
+    tables = [read_comparison(folder / TABLE) for folder in folders]
+    if out is None and len(folders) > 1:
+        raise FileFormatError("`--out` must say where the report of several folders goes, but is not given; add it.")
+    runs = pd.concat(tables, ignore_index=True)
+    profile = folders[0] / "profile.parquet"
+    targets = read_profile(profile).targets if len(folders) == 1 and profile.exists() else ()
+    command = "rankscope report " + " ".join(map(str, folders))
+    files = write_report(out or folders[0], runs, targets=targets, command=command)
+    _show(summarise(runs), files, as_json=as_json)
+
+
+def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"methods": json.loads(table.to_json(orient="records")), "files": [str(file) for file in files]})
+        return
+    for (task, factor), group in table.groupby(["task", "factor"], sort=False):
+        scale = "" if factor == 1.0 else f", {factor:g} x the budget"
+        seeds, noise = int(group["seeds"].iloc[0]), 100 * float(group["noise"].iloc[0])
+        title = f"{task}{scale}: {seeds} seeds, points over uniform; seeds alone: up to {noise:.1f}"
+        header = ("method", "parameters", "rate", "test", "points, 95 % interval", "verdict")
+        print_table(title, header, [_row(row) for _, row in group.iterrows()])
+    _print_growth(table)
+    print_files(files)
+
+
+def _row(row: pd.Series) -> tuple[str, ...]:
+    difference = ""
+    if row["method"] != "uniform":
+        difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    return (
+        str(row["method"]),
+        f"{row['parameters']:,}",
+        f"{row['learning_rate']:.3g}",
+        f"{row['test']:.3f}",
+        difference,
+        str(row["verdict"]),
+    )
+
+
+def _print_growth(table: pd.DataFrame) -> None:
+    """By how much uniform must grow to match the best at the study's budget, where that was measured."""
+    limited = table[(table["factor"] == 1.0) & (table["budget"] > 0) & table["equivalent"].notna()]
+    for task, group in limited.groupby("task", sort=False):
+        best = group.sort_values("test").iloc[-1]
+        if best["method"] != "uniform":
+            times = float(best["equivalent"])
+            needs = "more parameters than were tried" if times == float("inf") else f"{times:.2g} x the parameters"
+            print_line(f"{task}: uniform needs {needs} to match {best['method']}")

@@ -1,0 +1,156 @@
+"""`compare` on the real digits task with few steps: equal terms, budgets that are kept, resuming, refusals."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import rankscope as rs
+from rankscope.comparison import Comparison, compare, known_methods, read_comparison
+from rankscope.comparison.methods import Terms, make_methods
+from rankscope.exceptions import ComparisonError, FileFormatError
+from rankscope.tasks import Task
+from rankscope.training import AdaLora, Lora
+
+TRAINING = rs.TrainingConfig(steps=10, learning_rate=0.02)
+
+MINE = """
+import rankscope as rs
+
+def last_blocks(targets, budget, profile):
+    late = [t for t in targets if t.block == 5]
+    found = rs.allocate("uniform", targets=late, budget=budget)
+    return rs.RankAllocation.from_ranks(targets, found.ranks)
+
+def broken(targets, budget, profile):
+    return targets[-1].name["x"]
+
+def number(targets, budget, profile):
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "mine.py").write_text(MINE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, folder: Path) -> dict[str, Any]:
+    return {
+        "budget": digits_budget,
+        "targets": digits_profile.targets,
+        "profile": digits_profile,
+        "training": TRAINING,
+        "seeds": range(3),
+        "kept_in": folder / "runs",
+        "base_dir": folder,
+    }
+
+
+METHODS = ["one-shot", "random", "qv-only", "eva", "head", "controller", "mine.py:last_blocks"]
+
+
+@pytest.fixture(scope="module")
+def found(digits: Task, options: dict[str, Any]) -> Comparison:
+    return compare(digits, METHODS, **options, uniform_budgets=[0.5])
+
+
+def test_every_method_keeps_the_budget_and_shares_the_seeds(found: Comparison) -> None:
+    runs = found.runs
+    methods = list(dict.fromkeys(runs["method"]))
+    names = ["uniform", "one-shot", "random 1", "random 2", "random 3", *METHODS[2:]]
+    assert methods == names
+    assert (runs["role"] == "reported").all()  # one rate, one variant: nothing to tune
+    assert runs.groupby(["method", "factor"])["seed"].agg(list).map(lambda seeds: seeds == [0, 1, 2]).all()
+    limited = runs[runs["budget"] > 0]
+    assert (limited["parameters"] <= limited["budget"]).all()
+    assert set(runs.loc[runs["method"] == "head", "parameters"]) == {0}
+    assert set(runs.loc[runs["factor"] == 0.5, "method"]) == {"uniform"}
+    ranks = json.loads(runs.loc[runs["method"] == "mine.py:last_blocks", "ranks"].iloc[0])
+    assert {name for name, rank in ranks.items() if rank} == {name for name in ranks if ".5." in name}
+    assert list(found.decisions) == ["controller"]
+    assert runs["peak_memory"].between(1e8, 1e10).all()
+
+
+def test_what_is_kept_is_not_run_again_and_a_rerun_gives_the_same(
+    digits: Task, options: dict[str, Any], found: Comparison, tmp_path: Path
+) -> None:
+    again = compare(digits, METHODS, **options, uniform_budgets=[0.5])
+    pd.testing.assert_frame_equal(again.runs, found.runs)  # wall seconds too: they were read
+    fresh = compare(digits, ["one-shot"], **(options | {"seeds": range(1, 2), "kept_in": None}))
+    one = fresh.runs[fresh.runs["method"] == "one-shot"]
+    kept = found.runs[(found.runs["method"] == "one-shot") & (found.runs["seed"] == 1)]
+    assert one["test"].item() == pytest.approx(kept["test"].item(), abs=1e-6)
+    assert one["validation"].item() == pytest.approx(kept["validation"].item(), abs=1e-6)
+
+    path = found.to_parquet(tmp_path / "comparison.parquet")
+    pd.testing.assert_frame_equal(read_comparison(path), found.runs)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FileFormatError, match="must hold a comparison, but cannot be read"):
+        read_comparison(path)
+
+
+def test_rate_and_variant_are_tuned_within_the_budget(
+    digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdaLoRA at its full number of ranks ends above the budget here, so that its smaller variant is chosen."""
+    monkeypatch.setattr("rankscope.comparison.methods.ALPHAS", (32.0,))
+    found = compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
+    tuning = found.runs[(found.runs["role"] == "tuning") & (found.runs["method"] == "adalora")]
+    over = tuning[tuning["parameters"] > tuning["budget"]]
+    chosen = set(found.runs.loc[(found.runs["role"] == "reported") & (found.runs["method"] == "adalora"), "variant"])
+    assert len(tuning) == 2
+    assert not set(over["variant"]) & chosen
+    assert len(chosen) == 1
+
+
+def test_a_method_without_a_variant_within_the_budget_is_refused(
+    digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankscope.comparison.methods.ALPHAS", (8.0, 32.0))
+    monkeypatch.setattr("rankscope.comparison.methods.SHARES", (1.5,))
+    pattern = (
+        r"^`AdaLoRA` must end within 6,912 parameters to be compared, but its variants end with [\d,]+ or more; raise "
+        r"the budget, or leave it out\.$"
+    )
+    with pytest.raises(ComparisonError, match=pattern):
+        compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
+
+
+@pytest.mark.parametrize(
+    ("methods", "changes", "message"),
+    [
+        (["one_shot"], {}, "`methods` must be known or `path/to/file.py:function`, but 'one_shot' is not; did you mean 'one-shot'?"),
+        (["searched"], {}, "`searched` needs a search at this budget, but there is none; run `rankscope search`."),
+        (["one-shot"], {"profile": None}, "`one-shot` needs a profile, but there is none; take one with `rs.profile`."),
+        (["head"], {"seeds": [3, 10_000]}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
+        (["head"], {"seeds": []}, "`seeds` must hold at least one seed, but is empty."),
+        (["mine.py:broken"], {}, "`mine.py:broken` must give an allocation or a method, but raised TypeError: string indices must be "
+         "integers, not 'str'; --debug shows where."),
+        (["mine.py:number"], {}, "`mine.py:number` must give a RankAllocation or a Method, but gave a int."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_said_before_anything_runs(
+    digits: Task, options: dict[str, Any], methods: list[str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ComparisonError, match=f"^{re.escape(message)}$"):
+        compare(digits, methods, **(options | changes))
+
+
+def test_every_known_method_can_be_made(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
+    searched = rs.allocate("one-shot", targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
+    terms = Terms(targets=digits_profile.targets, budget=digits_budget, profile=digits_profile, searched=searched)
+    for name in known_methods():
+        for shown, variants in make_methods(name, terms).items():
+            assert shown.startswith(name)
+            for method in variants if isinstance(variants, list) else [variants]:
+                if isinstance(method, Lora):
+                    assert method.allocation.parameters <= digits_budget.limit
+                elif isinstance(method, AdaLora):
+                    assert method.rank == 1

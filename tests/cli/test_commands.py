@@ -99,6 +99,37 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
     assert "controller from" not in text
 
 
+def test_compare_resumes_and_reports(folder: Path) -> None:
+    study, out = folder / "compared.yaml", folder / "compared"
+    study.write_text(STUDY + "compare: {methods: [one-shot, head], seeds: 3, tuning_seeds: 1}\n")
+    status, text, errors = invoke("compare", study, "--out", out, "--uniform-budgets", "2")
+    assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
+    assert "digits-shift: 3 seeds, points over uniform" in text
+    assert "digits-shift, 2 x the budget" in text
+    runs = pd.read_parquet(out / "comparison.parquet")
+    assert runs.groupby("method", sort=False).size().to_dict() == {"uniform": 6, "one-shot": 3, "head": 3}
+    assert "data:image/png" in (out / "report.html").read_text()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert len(kept) == 12
+
+    status, text, _ = invoke("compare", study, "--out", out, "--methods", "one-shot", "--json")
+    assert status == 0
+    assert [row["method"] for row in json.loads(text)["methods"]] == ["uniform", "one-shot"]
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == kept
+
+    status, text, _ = invoke("report", out)
+    assert status == 0
+    assert "report.html" in text
+    status, _, errors = invoke("compare", study, "--out", out, "--methods", "searched")
+    assert (status, errors) == (
+        2,
+        f"rankscope: `searched` needs a search in {out}, but there is none; run `rankscope search {study}` first.\n",
+    )
+    status, _, errors = invoke("report", out, out)
+    assert status == 2
+    assert errors == "rankscope: `--out` must say where the report of several folders goes, but is not given; add it.\n"
+
+
 def test_adapter_loads_in_plain_peft_and_config_has_the_ranks(folder: Path) -> None:
     out = folder / "plain"
     assert invoke("allocate", folder / "short.yaml", "--out", out, "--uniform-rank", 2)[0] == 0
@@ -250,7 +281,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert type(result.exception).__name__ == "StudyError"
 
 
-@pytest.mark.parametrize("name", ["profile", "allocate", "search", "train", "dashboard"])
+@pytest.mark.parametrize("name", ["profile", "allocate", "search", "train", "compare", "report", "dashboard"])
 def test_help_has_an_example_and_version_prints(name: str) -> None:
     status, text, _ = invoke(name, "--help")
     assert status == 0

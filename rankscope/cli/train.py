@@ -15,6 +15,7 @@ from rankscope.control import ControllerConfig
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import replacing
 from rankscope.performance import PerformanceModel
+from rankscope.plotting import plot_flow, plot_trajectories, save_figure
 from rankscope.searching.belief import belief_of
 from rankscope.searching.grouping import make_space
 from rankscope.searching.study import find_storage, load_study
@@ -103,7 +104,11 @@ def _decisions(session: Session, repeats: Repeats) -> list[Path]:
     path = session.out / "decisions.parquet"
     with replacing(path) as temporary:
         decisions.to_parquet(temporary, index=False)
-    return [path]
+    return [
+        path,
+        save_figure(plot_trajectories(decisions, session.targets), session.out / "trajectories.png"),
+        save_figure(plot_flow(decisions, session.targets), session.out / "flow.png"),
+    ]
 
 
 def _read_allocation(session: Session, path: Path | None) -> RankAllocation:

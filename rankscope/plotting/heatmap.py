@@ -30,6 +30,8 @@ _ROLE_ORDER = (
     "fc2",
 )
 
+BLOCKS_ACROSS = 24  # of all panels in a row
+
 
 class ModuleGrid(NamedTuple):
     """A tower's values: rows are roles, columns are blocks; NaN where there is no such module.
@@ -64,7 +66,9 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
 
 
 def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None) -> Figure:
-    """Ranks as heatmaps, block x role, one colour scale for all: side by side, or one row an allocation where there are towers.
+    """Ranks as heatmaps, block x role, one colour scale for all: side by side as far as the page goes, and then in rows.
+
+    Where there are towers, each allocation has a row.
 
     Args:
         *allocations: One or more over the same target modules.
@@ -76,7 +80,8 @@ def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None
         for a, title in zip(allocations, titles, strict=True)
     ]
     if all(len(row) == 1 for row in rows):
-        rows = [[panel for row in rows for panel in row]]
+        beside = max(1, BLOCKS_ACROSS // len(rows[0][0][0].blocks))
+        rows = [[panel for row in rows[at : at + beside] for panel in row] for at in range(0, len(rows), beside)]
     top = max(max(allocation.vector) for allocation in allocations)
     return _draw(rows, Normalize(0, max(top, 1)), "rank", lambda value: f"{value:.0f}" if value else "·")
 
@@ -117,12 +122,13 @@ def _draw(rows: Sequence[Sequence[_Panel]], norm: Normalize, label: str, text: C
         len(rows), len(widths), squeeze=False, gridspec_kw={"width_ratios": widths, "height_ratios": heights}
     )
     for row, row_axes in zip(rows, axes, strict=True):
-        for (grid, heading), axis in zip(row, row_axes, strict=True):
+        for axis in row_axes[len(row) :]:
+            axis.remove()
+        for (grid, heading), axis in zip(row, row_axes, strict=False):
             image = _panel(axis, grid, norm, text)
             axis.set_title(heading, loc="left", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("block", fontsize=8)
-    figure.colorbar(image, ax=axes, label=label, fraction=0.04)
+            axis.set_xlabel("block" if row is rows[-1] else "", fontsize=8)
+    figure.colorbar(image, ax=figure.axes, label=label, fraction=0.04)
     return figure
 
 

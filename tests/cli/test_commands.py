@@ -91,6 +91,7 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
     assert decisions["step"].tolist() == [3, 6, 9, 12]
     assert "moved" in set(decisions["action"])
     assert decisions["offline"].isna().all()
+    assert {"trajectories.png", "flow.png"} < {path.name for path in out.iterdir()}
 
     assert invoke("allocate", study, "--out", out)[0] == 0
     status, text, errors = invoke("train", study, "--out", out, "--controller", "auto")
@@ -285,7 +286,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_help_has_an_example_and_version_prints(name: str) -> None:
     status, text, _ = invoke(name, "--help")
     assert status == 0
-    assert f"Example: rankscope {name} studies/digits.yaml" in " ".join(text.split())
+    argument = "out/digits" if name == "report" else "studies/digits.yaml"
+    assert f"Example: rankscope {name} {argument}" in " ".join(text.split())
     assert invoke("--version")[1] == f"rankscope {rs.__version__}\n"
     assert invoke(name)[0] == 2
 

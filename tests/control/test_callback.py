@@ -33,14 +33,25 @@ class Rows(Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def build(task: Task, budget: rs.ParameterBudget) -> PeftModel:
+def build(task: Task, budget: rs.ParameterBudget, rank: int | None) -> PeftModel:
     model = task.build_model()
-    uniform = rs.allocate("uniform", targets=rs.find_targets(model), budget=budget)
+    targets = rs.find_targets(model)
+    room = budget if rank is None else rs.ParameterBudget.uniform(targets, rank)
+    uniform = rs.allocate("uniform", targets=targets, budget=room)
     torch.manual_seed(0)
     return apply_allocation(model, uniform, modules_to_save=["classifier"])
 
 
-def trainer(task: Task, budget: rs.ParameterBudget, folder: Path, **options: Any) -> Trainer:
+def trainer(
+    task: Task,
+    budget: rs.ParameterBudget,
+    folder: Path,
+    *,
+    rank: int | None = None,
+    mode: str = "auto",
+    **options: Any,
+) -> Trainer:
+    """With adapters of the budget, or of a uniform rank from which the controller starts within the budget."""
     settings = {
         "learning_rate": 0.01,
         "max_steps": 12,
@@ -52,10 +63,13 @@ def trainer(task: Task, budget: rs.ParameterBudget, folder: Path, **options: Any
         "use_cpu": True,
     }
     policy = Policy(margin=0.0)
-    callback = rs.RankControllerCallback(budget=budget, every=3, freeze_fraction=0.8, samples=2, policy=policy)
+    start = None if rank is None else "uniform"
+    callback = rs.RankControllerCallback(
+        budget=budget, every=3, freeze_fraction=0.8, samples=2, policy=policy, start=start, mode=mode
+    )
     arguments = TrainingArguments(output_dir=str(folder), **(settings | options))
     rows = Rows(task)
-    return Trainer(build(task, budget), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+    return Trainer(build(task, budget, rank), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
 
 
 def callback_of(run: Trainer) -> rs.RankControllerCallback:

@@ -189,7 +189,13 @@ class RankController:
             self._watch()
 
     def close(self) -> None:
-        """Takes all hooks off; ranks stay from now on."""
+        """Takes all hooks off; ranks stay from now on. Warns where no decision ever rested on gradients."""
+        if not self._closed and all(decision.action == "skipped" for decision in self._decisions):
+            logger.warning(
+                "ranks were never decided on: %d steps were seen, %d of them with gradients that were not finite; "
+                "call `step` after every optimizer step, in training mode",
+                *(self._step, self._window.broken),
+            )
         self._window.close()
         self._losses.close()
         self._closed = True

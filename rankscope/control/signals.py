@@ -90,7 +90,8 @@ class GradientWindow:
         """Sees what comes until `end_step`.
 
         Args:
-            weight: The factor on the loss, as a GradScaler's scale: batches count alike whatever it is.
+            weight: The factor on the loss, as a GradScaler's scale, which is divided out; where it changes within a window, the
+                batches are weighted by it.
         """
         self.close()
         observer = Observer(self._targets, self._modules, self._matrices, inputs=False)

@@ -159,6 +159,79 @@ def test_no_decision_on_gradients_that_are_not_finite(caplog: pytest.LogCaptureF
     assert controller.allocation.vector == START
 
 
+def test_a_run_without_decisions_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    control(model, adamw(model)).close()
+    broken = net()
+    optimizer = adamw(broken)
+    controller = control(broken, optimizer, total_steps=8)
+    for step in range(8):
+        (broken(**batch(step)).loss * float("nan")).backward()
+        optimizer.zero_grad()
+        controller.step()
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [
+        f"ranks were never decided on: {steps} steps were seen, {n} of them with gradients that were not finite; "
+        "call `step` after every optimizer step, in training mode"
+        for steps, n in ((0, 0), (8, 3))
+    ]
+
+
+def test_a_scaled_loss_gives_the_same_decisions() -> None:
+    """Under a GradScaler the hooks see scaled gradients; the scale, a power of two, is divided out to the bit."""
+    decisions = []
+    for scaled in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=scaled)
+        controller = control(model, optimizer, scaler=scaler)
+        model.train()
+        for step in range(20):
+            scaler.scale(model(**batch(step)).loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            controller.step()
+            optimizer.zero_grad()
+        decisions.append(controller.decisions)
+    assert "moved" in set(decisions[0]["action"])
+    columns = ["step", "action", "ranks_after"]
+    pd.testing.assert_frame_equal(decisions[0][columns], decisions[1][columns])
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"lora_dropout": 0.1}], ids=str)
+def test_other_kinds_of_lora(options: dict[str, Any], tmp_path: Path) -> None:
+    """Ranks move, scaling is as it was (rank-stabilised: by the root of the rank), and plain PEFT loads the result."""
+    model = net(**options)
+    optimizer = adamw(model)
+    scaling = model.get_base_model().first.scaling["default"]
+    controller = control(model, optimizer)
+    run(model, optimizer, controller, range(TOTAL))
+    assert "moved" in set(controller.decisions["action"])
+    ranks = controller.allocation.ranks
+    adapted = [getattr(model.get_base_model(), name) for name in LAYERS if ranks[name]]
+    assert [layer.scaling["default"] for layer in adapted] == pytest.approx([scaling] * len(adapted))
+    model.save_pretrained(str(tmp_path))
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), str(tmp_path)).eval()
+    assert torch.equal(loaded(**batch(0)).logits, model.eval()(**batch(0)).logits)
+
+
+def test_a_compiled_model_gets_masks() -> None:
+    model = net(r=4)
+    optimizer = adamw(model)
+    compiled = torch.compile(model, backend="eager")
+    controller = control(compiled, optimizer)
+    compiled.train()
+    for step in range(TOTAL):
+        compiled(**batch(step))["loss"].backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert isinstance(controller.masks, RankMasks)
+    assert "moved" in set(controller.decisions["action"])
+    assert controller.allocation.parameters <= BUDGET
+
+
 def test_decisions_are_written_with_what_came_of_them(tmp_path: Path) -> None:
     model = net()
     optimizer = adamw(model)

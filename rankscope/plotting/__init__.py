@@ -5,15 +5,18 @@ from rankscope.plotting.model import plot_belief, plot_levels, plot_predictions
 from rankscope.plotting.regret import plot_regret
 from rankscope.plotting.save import save_figure
 from rankscope.plotting.spectra import plot_spectra
+from rankscope.plotting.trajectory import plot_flow, plot_trajectories
 
 __all__ = [
     "module_grids",
     "plot_belief",
     "plot_energy",
+    "plot_flow",
     "plot_levels",
     "plot_predictions",
     "plot_ranks",
     "plot_regret",
     "plot_spectra",
+    "plot_trajectories",
     "save_figure",
 ]

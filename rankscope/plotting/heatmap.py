@@ -78,7 +78,12 @@ def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None
     if all(len(row) == 1 for row in rows):
         rows = [[panel for row in rows for panel in row]]
     top = max(max(allocation.vector) for allocation in allocations)
-    return _draw(rows, Normalize(0, max(top, 1)), "rank", lambda value: f"{value:.0f}" if value else "·")
+    return _draw(rows, Normalize(0, max(top, 1)), "rank", write_rank)
+
+
+def write_rank(rank: float) -> str:
+    """A rank in its cell; a dot for 0."""
+    return f"{rank:.0f}" if rank else "·"
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -118,7 +123,7 @@ def _draw(rows: Sequence[Sequence[_Panel]], norm: Normalize, label: str, text: C
     )
     for row, row_axes in zip(rows, axes, strict=True):
         for (grid, heading), axis in zip(row, row_axes, strict=True):
-            image = _panel(axis, grid, norm, text)
+            image = draw_panel(axis, grid, norm, text)
             axis.set_title(heading, loc="left", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("block", fontsize=8)
@@ -126,20 +131,21 @@ def _draw(rows: Sequence[Sequence[_Panel]], norm: Normalize, label: str, text: C
     return figure
 
 
-def _panel(axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None) -> AxesImage:
+def draw_panel(
+    axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None, fontsize: float = 8
+) -> AxesImage:
+    """One heatmap; `text` writes a value into its cell."""
     image = axis.imshow(grid.values, norm=norm, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(len(grid.blocks)), grid.blocks, fontsize=8)
-    axis.set_yticks(range(len(grid.roles)), grid.roles, fontsize=8)
+    axis.set_xticks(range(len(grid.blocks)), grid.blocks, fontsize=fontsize)
+    axis.set_yticks(range(len(grid.roles)), grid.roles, fontsize=fontsize)
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)
     if text is not None:
         for (row, column), value in np.ndenumerate(grid.values):
             if not np.isnan(value):
-                dark = norm(value) < 0.6
-                axis.text(
-                    column, row, text(value), ha="center", va="center", fontsize=8, color="white" if dark else "black"
-                )
+                colour = "white" if norm(value) < 0.6 else "black"
+                axis.text(column, row, text(value), ha="center", va="center", fontsize=fontsize, color=colour)
     return image
 
 

@@ -83,7 +83,12 @@ def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None
         beside = max(1, BLOCKS_ACROSS // len(rows[0][0][0].blocks))
         rows = [[panel for row in rows[at : at + beside] for panel in row] for at in range(0, len(rows), beside)]
     top = max(max(allocation.vector) for allocation in allocations)
-    return _draw(rows, Normalize(0, max(top, 1)), "rank", lambda value: f"{value:.0f}" if value else "·")
+    return _draw(rows, Normalize(0, max(top, 1)), "rank", write_rank)
+
+
+def write_rank(rank: float) -> str:
+    """A rank in its cell; a dot for 0."""
+    return f"{rank:.0f}" if rank else "·"
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -125,27 +130,28 @@ def _draw(rows: Sequence[Sequence[_Panel]], norm: Normalize, label: str, text: C
         for axis in row_axes[len(row) :]:
             axis.remove()
         for (grid, heading), axis in zip(row, row_axes, strict=False):
-            image = _panel(axis, grid, norm, text)
+            image = draw_panel(axis, grid, norm, text)
             axis.set_title(heading, loc="left", fontsize=9)
             axis.set_xlabel("block" if row is rows[-1] else "", fontsize=8)
     figure.colorbar(image, ax=figure.axes, label=label, fraction=0.04)
     return figure
 
 
-def _panel(axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None) -> AxesImage:
+def draw_panel(
+    axis: Axes, grid: ModuleGrid, norm: Normalize, text: Callable[[float], str] | None, fontsize: float = 8
+) -> AxesImage:
+    """One heatmap; `text` writes a value into its cell."""
     image = axis.imshow(grid.values, norm=norm, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(len(grid.blocks)), grid.blocks, fontsize=8)
-    axis.set_yticks(range(len(grid.roles)), grid.roles, fontsize=8)
+    axis.set_xticks(range(len(grid.blocks)), grid.blocks, fontsize=fontsize)
+    axis.set_yticks(range(len(grid.roles)), grid.roles, fontsize=fontsize)
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)
     if text is not None:
         for (row, column), value in np.ndenumerate(grid.values):
             if not np.isnan(value):
-                dark = norm(value) < 0.6
-                axis.text(
-                    column, row, text(value), ha="center", va="center", fontsize=8, color="white" if dark else "black"
-                )
+                colour = "white" if norm(value) < 0.6 else "black"
+                axis.text(column, row, text(value), ha="center", va="center", fontsize=fontsize, color=colour)
     return image
 
 

@@ -1,66 +1,121 @@
-"""What a controller did, drawn: the data against hand-made decisions, and what the figures show."""
+"""Ranks over time and the budget's flow: the data behind them by hand, and that each figure says what it shows."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import pytest
 
 import rankscope as rs
+from rankscope.exceptions import AllocationError, ControlError
 from rankscope.plotting import plot_flow, plot_trajectories
-from rankscope.plotting.trajectory import budget_flow, snapshots
+from rankscope.plotting.trajectory import budget_flow, spread, waypoints
+from tests.architectures import build
+from tests.inventories import vit_inventory
 
-TARGETS = (
-    rs.TargetModule(name="v.q", in_features=4, out_features=6, tower="vision", block=0, role="q_proj"),
-    rs.TargetModule(name="l.q", in_features=8, out_features=8, tower="language", block=0, role="q_proj"),
-    rs.TargetModule(name="l.fc", in_features=8, out_features=32, tower="language", block=0, role="fc1"),
+PAIR = (
+    rs.TargetModule(name="a.0.q", in_features=64, out_features=64, tower="vision", block=0, role="q_proj"),
+    rs.TargetModule(name="b.0.up", in_features=64, out_features=192, tower="language", block=0, role="up_proj"),
 )
 
 
-def decisions(*ranks: tuple[int, ...], every: int = 5) -> pd.DataFrame:
-    """One decision between each two, kept where they are equal; the last module has no adapter."""
-    return pd.DataFrame(
-        [
-            {
-                "step": every * (n + 1),
-                "action": "moved" if before != after else "kept",
-                "modules": ["v.q", "l.q"],
-                "ranks_before": before,
-                "ranks_after": after,
-            }
-            for n, (before, after) in enumerate(pairwise(ranks))
-        ]
-    )
-
-
-def test_snapshots_are_the_start_and_the_moves() -> None:
-    found = snapshots(decisions((2, 2), (4, 1), (4, 1), (0, 3)), TARGETS)
-    assert [(each.step, each.title) for each in found] == [
-        (0, "start"),
-        (5, "step 5: 2 moved"),
-        (15, "step 15: 2 moved"),
+def decided(targets: Sequence[rs.TargetModule], ranks: Sequence[Sequence[int]], every: int = 5) -> pd.DataFrame:
+    """The decisions that lead through these ranks, the first the start; equal ones in a row were kept."""
+    rows = [
+        {
+            "step": every * number,
+            "action": "kept" if list(before) == list(after) else "moved",
+            "modules": tuple(target.name for target in targets),
+            "ranks_before": tuple(before),
+            "ranks_after": tuple(after),
+        }
+        for number, (before, after) in enumerate(pairwise(ranks), start=1)
     ]
-    assert [each.allocation.vector for each in found] == [(2, 2, 0), (4, 1, 0), (0, 3, 0)]
+    return pd.DataFrame(rows, columns=["step", "action", "modules", "ranks_before", "ranks_after"])
 
 
-def test_many_moves_are_thinned_evenly_and_the_last_is_kept() -> None:
-    found = snapshots(decisions(*[(n % 3, 1) for n in range(12)]), TARGETS, most=4)
-    assert [each.step for each in found] == [0, 20, 35, 55]
+def test_waypoints_are_the_start_and_every_move() -> None:
+    found = waypoints(decided(PAIR, [(4, 2), (2, 3), (2, 3), (0, 4)]), PAIR)
+    assert [(w.step, w.allocation.vector) for w in found] == [(0, (4, 2)), (5, (2, 3)), (15, (0, 4))]
 
 
-def test_the_flow_counts_parameters_by_tower_and_role() -> None:
-    flow = budget_flow(decisions((2, 2), (4, 1), (4, 1)), TARGETS)
-    assert flow.steps == [0, 5, 10]
-    assert flow.groups == ["vision q_proj", "language q_proj", "language fc1"]
-    np.testing.assert_array_equal(flow.parameters, [[20, 40, 40], [32, 16, 16], [0, 0, 0]])
-
-
-def test_the_figures_show_every_snapshot_and_group() -> None:
-    frame = decisions((2, 2), (4, 1), (0, 3))
-    titles = [axis.get_title(loc="left") for axis in plot_trajectories(frame, TARGETS).axes]
-    assert [title.splitlines()[0] for title in titles if title and title != "language"] == [
-        "start",
-        "step 5: 2 moved",
-        "step 10: 2 moved",
+def test_modules_are_matched_by_name() -> None:
+    """The frame's order is the model's; the targets may come in another, and hold modules that are not watched."""
+    bystander = rs.TargetModule(name="c", in_features=4, out_features=4)
+    found = waypoints(decided(PAIR, [(4, 2), (2, 3)]), (bystander, *reversed(PAIR)))
+    assert [dict(w.allocation.ranks) for w in found] == [
+        {"c": 0, "b.0.up": 2, "a.0.q": 4},
+        {"c": 0, "b.0.up": 3, "a.0.q": 2},
     ]
-    (legend,) = plot_flow(frame, TARGETS).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["language fc1", "language q_proj", "vision q_proj"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 13, 40])
+def test_spread_keeps_both_ends_and_even_distances(n: int) -> None:
+    found = waypoints(decided(PAIR, [(i % 2, i) for i in range(n + 1)]), PAIR)[:n]
+    chosen = [found.index(waypoint) for waypoint in spread(found, 6)]
+    assert (chosen[0], chosen[-1], len(chosen)) == (0, n - 1, min(n, 6))
+    distances = np.diff(chosen)
+    assert distances.min(initial=n) >= 1
+    assert np.ptp(distances) <= 1 if n > 1 else not distances.size
+
+
+def test_flow_is_each_roles_share_of_the_parameters() -> None:
+    """Ranks cost 128 and 256: 512 and 512 parameters, then 256 and 768, then 0 and 1,024."""
+    flow = budget_flow(decided(PAIR, [(4, 2), (2, 3), (2, 3), (0, 4), (0, 4)]), PAIR)
+    assert (flow.steps, flow.frozen) == ([0, 5, 15], 20)
+    assert list(zip(flow.towers, flow.roles, strict=True)) == [("vision", "q_proj"), ("language", "up_proj")]
+    assert flow.shares.tolist() == [[0.5, 0.25, 0.0], [0.5, 0.75, 1.0]]
+
+
+def test_flow_sums_blocks_and_loses_nothing() -> None:
+    targets = rs.find_targets(build("llava"))
+    ranks = np.random.default_rng(0).integers(0, 4, (3, len(targets)))
+    flow = budget_flow(decided(targets, ranks), targets)
+    assert np.allclose(flow.shares.sum(axis=0), 1.0)
+    row = [*zip(flow.towers, flow.roles, strict=True)].index(("language", "v_proj"))
+    costs = np.array([t.rank_cost for t in targets])
+    mine = np.array([t.tower == "language" and t.role == "v_proj" for t in targets])
+    assert np.allclose(flow.shares[row], (ranks * costs * mine).sum(axis=1) / (ranks * costs).sum(axis=1))
+
+
+def test_trajectories_write_each_rank_and_frame_gains() -> None:
+    targets = vit_inventory()
+    uniform = [1] * 36
+    moved = [3, 0, 0, *uniform[3:]]
+    figure = plot_trajectories(decided(targets, [uniform, moved, moved, uniform]), targets)
+    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert [axis.get_title(loc="left") for axis in panels] == ["start", "step 5: +2 ranks", "step 15: +2 ranks"]
+    texts = [[text.get_text() for text in axis.texts] for axis in panels]
+    assert texts[0] == texts[2] == ["1"] * 36
+    assert (texts[1].count("3"), texts[1].count("·")) == (1, 2)
+    assert [len(axis.patches) for axis in panels] == [0, 1, 2]
+
+
+def test_trajectories_of_many_moves_say_which_they_show() -> None:
+    figure = plot_trajectories(decided(PAIR, [(i % 3, i) for i in range(12)], every=50), PAIR)
+    titles = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
+    assert titles[:2] == ["start\nvision", "language"]
+    assert [title.split(":")[0] for title in titles[2:]] == [f"step {step}" for step in (100, 200, 350, 450, 550)]
+    assert titles[2] == "step 100: +4 ranks"
+
+
+def test_flow_figure_marks_the_last_decision_and_what_towers_have() -> None:
+    figure = plot_flow(decided(PAIR, [(4, 2), (2, 3), (2, 3)]), PAIR)
+    axis = figure.axes[0]
+    assert (axis.get_xlabel(), axis.get_xlim()) == ("optimizer step", (0.0, 15.0))
+    texts = [text.get_text().strip() for text in axis.texts]
+    assert texts == ["50%", "25%", "50%", "75%", "vision\n 50% → 25%", "language\n 50% → 75%", "last decision"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["q_proj", "up_proj"]
+    assert axis.lines[-1].get_xdata() == [10, 10]
+
+
+@pytest.mark.parametrize("plot", [plot_trajectories, plot_flow])
+def test_bad_input(plot: object) -> None:
+    assert callable(plot)
+    with pytest.raises(ControlError) as none:
+        plot(decided(PAIR, [(4, 2)]), PAIR)
+    assert str(none.value) == "`decisions` must hold at least one decision to be drawn, but is empty; train for longer."
+    with pytest.raises(AllocationError) as others:
+        plot(decided(PAIR, [(4, 2), (2, 3)]), PAIR[1:])
+    assert str(others.value) == "`ranks` must name target modules only, but names 'a.0.q'."

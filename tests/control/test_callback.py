@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
 from rankscope.adapters import apply_allocation, count_adapter_parameters, from_peft_model
@@ -121,8 +121,19 @@ def test_the_best_model_comes_back_with_its_ranks(
 def test_accumulation_and_scalars_through_the_trainer(
     digits: Task, digits_budget: rs.ParameterBudget, tmp_path: Path
 ) -> None:
-    run = trainer(digits, digits_budget, tmp_path, max_steps=4, gradient_accumulation_steps=2, save_strategy="no")
-    callback_of(run).log = run.log
+    """A decision and the Trainer's own logging fall on the same step; a callback that reports sees both, each once."""
+    run = trainer(
+        digits,
+        digits_budget,
+        tmp_path,
+        max_steps=4,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        logging_steps=3,
+    )
+    seen = Recorder()
+    run.add_callback(seen)
+    run.callback_handler.callbacks.insert(0, run.callback_handler.callbacks.pop())  # where TensorBoard's is
     run.train()
     controller = callback_of(run).controller
     assert controller is not None
@@ -130,6 +141,34 @@ def test_accumulation_and_scalars_through_the_trainer(
     (entry,) = [entry for entry in run.state.log_history if "ranks/moved" in entry]
     assert entry["step"] == 3
     assert entry["ranks/parameters"] == controller.allocation.parameters
+    assert entry["epoch"] > 0
+    assert [(step, "ranks/moved" in logs, "loss" in logs) for step, logs in seen.logs] == [
+        (3, True, False),
+        (3, False, True),
+        (4, False, False),  # the Trainer's summary at the end
+    ]
+    assert seen.logs[0][1] == {name: value for name, value in entry.items() if name != "step"}
+
+
+class Recorder(TrainerCallback):
+    """What a logger is given."""
+
+    def __init__(self) -> None:
+        self.logs: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append((state.global_step, dict(logs)))
+
+
+def test_tensorboard_gets_the_scalars(digits: Task, digits_budget: rs.ParameterBudget, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"max_steps": 4, "save_strategy": "no", "report_to": ["tensorboard"]}
+    run = trainer(digits, digits_budget, tmp_path, **options)
+    run.train()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    read = event_accumulator.EventAccumulator(str(events.parent)).Reload()
+    (scalar,) = read.Scalars("train/ranks/parameters")
+    assert (scalar.step, scalar.value) == (3, callback_of(run).controller.allocation.parameters)
 
 
 def test_a_checkpoint_without_the_controllers_state(
@@ -139,7 +178,10 @@ def test_a_checkpoint_without_the_controllers_state(
     run.train()
     shutil.copytree(tmp_path / "first" / "checkpoint-4", tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-4" / STATE_FILE).unlink()
-    message = f"the checkpoint of step 4 must hold {STATE_FILE} to be resumed with a controller, but does not; resume from another."
+    message = (
+        f"the checkpoint of step 4 must hold {STATE_FILE} to be resumed with a controller, but does not; it was trained without "
+        "one, or not finished: resume from another."
+    )
     with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
         trainer(digits, digits_budget, tmp_path / "second").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 

@@ -1,4 +1,7 @@
-"""Two processes under torchrun with gloo decide as one process that sees both halves of each batch, and end with its loss."""
+"""Two processes under torchrun with gloo decide as one process that sees both halves of each batch, and end with its loss.
+
+In a plain loop, and through transformers' Trainer.
+"""
 
 import json
 import os
@@ -6,9 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 
+import rankscope as rs
+from rankscope.adapters import from_peft_model
+from rankscope.tasks import Task
 from tests.control.small_models import adamw, batch, control, net
+from tests.control.trainers import MASKED, Rows, build, controller_of, losses_of, trainer
 
 STEPS = 40
 
@@ -42,17 +52,54 @@ if me == 0:
 """
 
 
+TRAINER = """
+import json, sys
+import torch.distributed as dist
+import rankscope as rs
+from tests.control.trainers import MASKED, build, controller_of, losses_of, trainer
+
+folder, resume = sys.argv[1], sys.argv[2] or None
+task = rs.load_task("digits-shift")
+settings = MASKED | {"mode": "auto"}
+run = trainer(
+    task, folder, model=build(task, 3), controller=settings, per_device_train_batch_size=4, logging_steps=1, weight_decay=0.01
+)
+run.train(resume_from_checkpoint=resume)
+found = [list(row) for row in controller_of(run).decisions["ranks_after"]]
+everyone = [None] * 2
+dist.all_gather_object(everyone, [found, controller_of(run).decisions["broken"].tolist()])
+assert everyone[0] == everyone[1]
+run.save_model(folder + "/adapter")
+if run.is_world_process_zero():
+    with open(folder + "/found.json", "w") as file:
+        json.dump({"ranks": found, "losses": losses_of(run), "decisions": controller_of(run).decisions["action"].tolist()}, file)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def torchrun(script: str, folder: Path, *arguments: str) -> None:
+    """Two processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "worker.py").write_text(script)
+    root = Path(__file__).parents[2]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        str(folder / "worker.py"),
+    ]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.mark.slow
 def test_two_processes_decide_and_end_as_one(tmp_path: Path) -> None:
-    script, out = tmp_path / "worker.py", tmp_path / "found.json"
-    script.write_text(WORKER)
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script), str(out)],
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        cwd=root,
-    )
+    out = tmp_path / "found.json"
+    torchrun(WORKER, tmp_path, str(out))
     found = json.loads(out.read_text())
 
     model = net(r=4)
@@ -68,3 +115,36 @@ def test_two_processes_decide_and_end_as_one(tmp_path: Path) -> None:
     model.eval()
     assert found["ranks"] == [list(row) for row in controller.decisions["ranks_after"]]
     assert found["loss"] == pytest.approx(float(model(**batch(0)).loss.detach()), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_trainer_on_two_processes(digits: Task, tmp_path: Path) -> None:
+    """As one process with batches of twice the size; checkpoints and the end are at true ranks, and can be resumed."""
+    torchrun(TRAINER, tmp_path / "two", str(tmp_path / "two"), "")
+    two = json.loads((tmp_path / "two" / "found.json").read_text())
+    assert "moved" in two["decisions"]
+
+    one = trainer(
+        digits, tmp_path / "one", model=build(digits, 3), controller=MASKED, logging_steps=1, weight_decay=0.01
+    )
+    one.train()
+    assert two["ranks"] == [list(row) for row in controller_of(one).decisions["ranks_after"]]
+    np.testing.assert_allclose(two["losses"], losses_of(one), rtol=1e-3)
+
+    targets = rs.find_targets(digits.build_model())
+    for folder, ranks in (
+        ("checkpoint-5", two["ranks"][0]),
+        ("checkpoint-10", two["ranks"][2]),
+        ("adapter", two["ranks"][2]),
+    ):
+        plain = PeftModel.from_pretrained(digits.build_model(), str(tmp_path / "two" / folder))
+        assert list(from_peft_model(plain, targets).vector) == ranks
+    images = Rows(digits).images[:16]
+    with torch.no_grad():
+        logits = [model.eval()(pixel_values=images).logits for model in (plain, one.model)]
+    torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)
+
+    torchrun(TRAINER, tmp_path / "again", str(tmp_path / "again"), str(tmp_path / "two" / "checkpoint-5"))
+    again = json.loads((tmp_path / "again" / "found.json").read_text())
+    assert again["ranks"] == two["ranks"]
+    np.testing.assert_allclose(again["losses"], two["losses"], rtol=1e-5)

@@ -17,7 +17,7 @@ from peft import PeftModel
 import rankscope as rs
 from rankscope.adapters import from_peft_model
 from rankscope.tasks import Task
-from tests.control.small_models import adamw, batch, control, net
+from tests.control.small_models import LAYERS, Net, adamw, batch, control, net
 from tests.control.trainers import MASKED, Rows, build, controller_of, losses_of, trainer
 
 STEPS = 40
@@ -25,15 +25,18 @@ STEPS = 40
 WORKER = """
 import json, sys
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tests.control.small_models import adamw, batch, control, net
 
 dist.init_process_group("gloo")
 me = dist.get_rank()
 model = net(r=4)
+if sys.argv[2] == "fsdp2":  # parameters are sharded, so that the optimizer comes afterwards
+    fully_shard(model)
 optimizer = adamw(model)
 controller = control(model, optimizer, start="uniform")
-wrapped = DistributedDataParallel(model)
+wrapped = DistributedDataParallel(model) if sys.argv[2] == "ddp" else model
 wrapped.train()
 for step in range(40):
     loss = wrapped(**{k: v.tensor_split(2)[me] for k, v in batch(step).items()}).loss
@@ -46,9 +49,13 @@ found = [list(row) for row in controller.decisions["ranks_after"]]
 everyone = [None] * 2
 dist.all_gather_object(everyone, found)
 assert everyone[0] == everyone[1]
+model.eval()
+loss = float(model(**batch(0)).loss)
+model.save_pretrained(sys.argv[1] + "/adapter")
 if me == 0:
-    model.eval()
-    json.dump({"ranks": found, "loss": float(model(**batch(0)).loss)}, open(sys.argv[1], "w"))
+    with open(sys.argv[1] + "/found.json", "w") as file:
+        json.dump({"ranks": found, "loss": loss}, file)
+dist.destroy_process_group()
 """
 
 
@@ -97,10 +104,10 @@ def torchrun(script: str, folder: Path, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_decide_and_end_as_one(tmp_path: Path) -> None:
-    out = tmp_path / "found.json"
-    torchrun(WORKER, tmp_path, str(out))
-    found = json.loads(out.read_text())
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_two_processes_decide_and_end_as_one(tmp_path: Path, wrapper: str) -> None:
+    torchrun(WORKER, tmp_path, str(tmp_path), wrapper)
+    found = json.loads((tmp_path / "found.json").read_text())
 
     model = net(r=4)
     optimizer = adamw(model)
@@ -114,7 +121,12 @@ def test_two_processes_decide_and_end_as_one(tmp_path: Path) -> None:
         optimizer.zero_grad()
     model.eval()
     assert found["ranks"] == [list(row) for row in controller.decisions["ranks_after"]]
-    assert found["loss"] == pytest.approx(float(model(**batch(0)).loss.detach()), rel=1e-3)
+    expected = model(**batch(0))
+    assert found["loss"] == pytest.approx(expected.loss.item(), rel=1e-3)
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(Net(), str(tmp_path / "adapter")).eval()
+    assert list(from_peft_model(plain, rs.find_targets(Net(), LAYERS)).vector) == found["ranks"][-1]
+    torch.testing.assert_close(plain(**batch(0)).logits, expected.logits, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from rankscope.adapters.lora import (
     save_lora_config,
     to_lora_config,
 )
-from rankscope.adapters.masks import RankMasks
+from rankscope.adapters.masks import RankMasks, masks_on
 from rankscope.adapters.prefix import RankPrefix
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
@@ -26,6 +26,7 @@ __all__ = [
     "from_lora_config",
     "from_peft_model",
     "load_adapter",
+    "masks_on",
     "ranks_of_adalora",
     "resize_adapters",
     "restore_ranks",

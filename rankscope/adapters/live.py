@@ -125,10 +125,10 @@ def adapter_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
 
 
 def check_changeable(layers: Mapping[str, LoraLayer], adapter: str) -> None:
-    """Refuses adapters whose parameters cannot be swapped.
+    """Refuses adapters whose ranks cannot change at all.
 
     Raises:
-        AdapterError: Merged adapters, forms of LoRA whose factors mean something else, or sharded parameters.
+        AdapterError: Merged adapters, forms of LoRA whose factors mean something else, shared factors, or DeepSpeed ZeRO-3.
     """
     for name, layer in layers.items():
         if layer.merged:
@@ -143,15 +143,23 @@ def check_changeable(layers: Mapping[str, LoraLayer], adapter: str) -> None:
                     "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps "
                     "its own flat copies; use ZeRO-2 with masked ranks (RankMasks), or one process."
                 )
-            if isinstance(parameter, DTensor):
-                raise AdapterError(
-                    "the adapter's parameters must be whole in this process, but are sharded over several (DTensor); "
-                    "mask ranks instead (RankMasks)."
-                )
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if (other := owners.setdefault(id(factors(layer, adapter)[0]), name)) != name:
             raise AdapterError(f"adapters must have factors of their own, but `{name}` shares them with `{other}`.")
+
+
+def check_whole(layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    """Refuses parameters that cannot be swapped since FSDP2 shards them; masks leave them in place.
+
+    Raises:
+        AdapterError: Sharded parameters.
+    """
+    if any(isinstance(factor, DTensor) for layer in layers.values() for factor in factors(layer, adapter)):
+        raise AdapterError(
+            "the adapter's parameters must be whole in this process, but are sharded over several (DTensor); "
+            "mask ranks instead (RankMasks)."
+        )
 
 
 def check_single_process() -> None:

@@ -25,6 +25,7 @@ from rankscope.adapters.live import (
     MAGNITUDE,
     adapter_layers,
     check_changeable,
+    check_whole,
     choose_adapter,
     factor_parts,
     factors,
@@ -46,18 +47,20 @@ class RankMasks:
     not: the function is that of an adapter truly resized, also where the model is saved as it is. A component that is
     switched on starts as a new one does in `resize_adapters`, and has moments of 0.
 
-    Nothing changes its shape, so DDP and FSDP2 may wrap the model afterwards, and `torch.compile` does not recompile. On several
-    processes, the first one's plan is broadcast, and all assert that they switch the same components. What optimizers
-    compute over a whole parameter (Adafactor's root mean squares) is over the capacity.
+    Nothing changes its shape, so DDP and FSDP2 may wrap the model, before or afterwards, and `torch.compile` does not recompile.
+    On several processes, the first one's plan is broadcast, and all assert that they switch the same components. What
+    optimizers compute over a whole parameter (Adafactor's root mean squares) is over the capacity.
+
+    As long as the masks are on, `model.save_pretrained` writes the adapter at its true ranks, for plain PEFT.
 
     Args:
-        model: Not yet wrapped.
+        model: The PEFT model itself, also one that is wrapped.
         ranks: The active rank of each module; modules not named keep their capacity.
         adapter_name: Which adapter; may be left out where there is only one.
 
     Raises:
-        AdapterError: The model, a module that is not adapted, a rank beyond its capacity, or an embedding's adapter,
-            which has no module to hook.
+        AdapterError: The model, one that carries masks already, a module that is not adapted, a rank beyond its capacity, or
+            an embedding's adapter, which has no module to hook.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(target_modules=["0", "1"], r=4))
@@ -72,6 +75,11 @@ class RankMasks:
     ) -> None:
         self._model = unwrap_peft_model(model)
         self._adapter = choose_adapter(self._model, adapter_name)
+        if (other := masks_on(self._model)) is not None:
+            raise AdapterError(
+                f"`model` must not carry rank masks yet, but carries those of adapter {other.adapter!r}; go on with them "
+                "(masks_on), or `compress` them."
+            )
         layers = adapter_layers(self._model, self._adapter)
         check_changeable(layers, self._adapter)
         self._layers = {name: layer for name, layer in layers.items() if not is_dormant(layer, self._adapter)}
@@ -85,7 +93,13 @@ class RankMasks:
         self._hooks = [
             _install(self._inner(name), len(factors(layer, self._adapter)[0])) for name, layer in self._layers.items()
         ]
+        self._model.save_pretrained = self.save_pretrained
         self.resize(asked)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter whose ranks are masked."""
+        return self._adapter
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -162,6 +176,7 @@ class RankMasks:
             OptimizerError: An optimizer that does not own the parameters, or whose state cannot be carried.
         """
         check_changeable(self._layers, self._adapter)
+        check_whole(self._layers, self._adapter)
         resized = {}
         for name, active in self.active.items():
             a, b = (factor.detach().flatten(1) for factor in factors(self._layers[name], self._adapter))
@@ -172,9 +187,17 @@ class RankMasks:
             hook.remove()
             delattr(self._inner(name), _BUFFER)
         self._hooks.clear()
+        del self._model.save_pretrained
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the adapter at its true ranks, for plain PEFT; the model stays masked. Every process must call it.
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> None:
+        """Writes the adapter at its true ranks, for plain PEFT; the model stays masked. `model.save_pretrained` is this, too.
+
+        Args:
+            folder: Where to.
+            state_dict: The model's, its tensors whole. None: it is taken, which every process must do under FSDP2.
+            **options: As `PeftModel.save_pretrained` takes them.
 
         Raises:
             AdapterError: No module has an active rank.
@@ -187,16 +210,12 @@ class RankMasks:
             )
         for field, value in config_fields(self.ranks, scalings, rslora=config.use_rslora).items():
             setattr(config, field, value)
-        state = self._true_state_dict()
+        state = self._true_state_dict(self._model.state_dict() if state_dict is None else state_dict)
+        options.setdefault("is_main_process", n_processes() == 1 or torch.distributed.get_rank() == 0)
         masked = self._model.peft_config[self._adapter]
         self._model.peft_config[self._adapter] = config
         try:
-            self._model.save_pretrained(
-                str(folder),
-                selected_adapters=[self._adapter],
-                state_dict=state,
-                is_main_process=n_processes() == 1 or torch.distributed.get_rank() == 0,
-            )
+            type(self._model).save_pretrained(self._model, str(folder), state_dict=state, **options)
         finally:
             self._model.peft_config[self._adapter] = masked
 
@@ -271,16 +290,24 @@ class RankMasks:
                     factor.grad.copy_(_Keep(stays=switch.stays).carry(factor.grad, dim))
             self._mask(name).copy_(switch.mask)
 
-    def _true_state_dict(self) -> dict[str, Tensor]:
-        state: dict[str, Any] = self._model.state_dict()
+    def _true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's active components; what FSDP2 shards of all that is trained is gathered."""
+        trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        state = {name: _whole(tensor) if name in trained else tensor for name, tensor in state.items()}
         for name, active in self.active.items():
             for dim, part in enumerate(FACTORS):
                 key = f"base_model.model.{name}.{part.container}.{self._adapter}.{part.attribute}"
                 if active:
-                    state[key] = Selection(kept=active).carry(_whole(state[key]), dim)
+                    state[key] = Selection(kept=active).carry(state[key], dim)
                 else:
                     del state[key]
         return state
+
+
+def masks_on(model: PeftModel) -> RankMasks | None:
+    """The masks that a model carries; None where there are none."""
+    owner = getattr(unwrap_peft_model(model).save_pretrained, "__self__", None)
+    return owner if isinstance(owner, RankMasks) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

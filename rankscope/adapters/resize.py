@@ -31,6 +31,7 @@ from rankscope.adapters.live import (
     adapter_layers,
     check_changeable,
     check_single_process,
+    check_whole,
     choose_adapter,
     factor_parts,
     factors,
@@ -107,7 +108,9 @@ def resize_adapters(
     adapter = choose_adapter(model, adapter_name)
     layers = adapter_layers(model, adapter)
     check_resizes(resizes, {name: room_of(layer, adapter) for name, layer in layers.items()})
-    check_changeable({resize.name: layers[resize.name] for resize in resizes}, adapter)
+    resized_layers = {resize.name: layers[resize.name] for resize in resizes}
+    check_changeable(resized_layers, adapter)
+    check_whole(resized_layers, adapter)
     if optimizer is not None:
         check_single_process()
     resized = {}

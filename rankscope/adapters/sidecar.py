@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import safe_open
+from torch import Tensor
 from torch.optim import Optimizer
 
-from rankscope.adapters.live import adapter_layers, choose_adapter, rank_of, unwrap_peft_model
-from rankscope.adapters.masks import RankMasks
+from rankscope.adapters.live import adapter_layers, choose_adapter, factors, rank_of, unwrap_peft_model
+from rankscope.adapters.masks import RankMasks, masks_on
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
 from rankscope.exceptions import AdapterError, FileFormatError
@@ -23,23 +24,19 @@ from rankscope.files import read_json, write_json
 RANKS_FILE = "ranks.json"
 SCHEMA = 1
 _FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
+_MASKED_FACTORS = (".lora_A.weight", ".lora_B.weight")  # rank first and second
 _PREFIX = "base_model.model."
 
 
-def save_ranks(
-    model: PeftModel,
-    folder: str | os.PathLike[str],
-    *,
-    adapter_name: str | None = None,
-    masks: RankMasks | None = None,
-) -> Path:
+def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
     """Writes the adapter's ranks (0 included) into a checkpoint's folder, atomically.
+
+    Of a model that carries masks these are the active ranks; the capacity and which components are active are written, too.
 
     Args:
         model: As it was when the checkpoint's weights were saved.
         folder: Where the adapter's weights are; PEFT has a subfolder for an adapter not called `default`.
         adapter_name: Which adapter; may be left out where there is only one.
-        masks: In mask mode, what is active is written too.
 
     Returns:
         The path of `ranks.json`.
@@ -52,8 +49,9 @@ def save_ranks(
     path = Path(folder) / RANKS_FILE
     value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter}
     value["ranks"] = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
-    if masks is not None:
-        value["active"] = masks.active
+    if (masks := masks_on(model)) is not None:
+        value["capacity"], value["active"] = dict(value["ranks"]), masks.active
+        value["ranks"] |= masks.ranks
     write_json(path, value)
     return path
 
@@ -64,19 +62,18 @@ def restore_ranks(
     *,
     optimizer: Optimizer | None = None,
     adapter_name: str | None = None,
-    masks: RankMasks | None = None,
 ) -> None:
     """Gives the model the ranks of a checkpoint, so that the checkpoint's weights, and its optimizer's state, can be loaded.
 
     The factors keep what fits of their values, to be overwritten by the weights. Where the checkpoint's config differs in
-    scaling, the model's stays.
+    scaling, the model's stays. A checkpoint of masked ranks gives its masks to a model of the same capacity; its weights, which
+    are of the active ranks only, are for `restore_ranks_on_load` to place.
 
     Args:
         model: With the adapter on the same modules, at whatever ranks.
         folder: The checkpoint's, with its `ranks.json`.
         optimizer: Where there is one already; one that is built afterwards has the right shapes by itself.
         adapter_name: Which adapter; may be left out where there is only one.
-        masks: In mask mode, whose active components are restored too.
 
     Raises:
         FileFormatError: There is no `ranks.json`, or it is of another schema.
@@ -95,17 +92,22 @@ def restore_ranks(
             f"({len(odd)} such); adapt the same modules."
         )
     _check_weights(Path(folder), ranks)
-    resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
-    if masks is None:
+    masks = masks_on(model)
+    if "active" not in saved:
+        if masks is not None:
+            raise AdapterError(
+                f"`{folder}` must hold masked ranks for a model that carries masks, but holds a live resize's; `compress` the "
+                "masks."
+            )
+        resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
         resize_adapters(model, optimizer, resizes, adapter_name=adapter)
         return
-    if resizes:
-        first = resizes[0]
+    if odd := sorted(name for name, capacity in saved["capacity"].items() if present[name] != capacity):
         raise AdapterError(
-            f"masks must have the capacity of the checkpoint, but `{first.name}` has {present[first.name]} "
-            f"and `{folder}` {first.rank}; wrap the model at that rank."
+            f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {present[odd[0]]} "
+            f"and `{folder}` {saved['capacity'][odd[0]]}; wrap the model at that rank."
         )
-    masks.restore(saved.get("active", {}))
+    (masks or RankMasks(model, adapter_name=adapter)).restore(saved["active"])
 
 
 def restore_ranks_on_load(model: PeftModel) -> None:
@@ -120,10 +122,35 @@ def restore_ranks_on_load(model: PeftModel) -> None:
 def load_adapter(
     self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.load_adapter`, the ranks restored first."""
-    if adapter_name in self.peft_config and (Path(model_id) / RANKS_FILE).exists():
-        restore_ranks(self, model_id, adapter_name=adapter_name)
-    return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    """`PeftModel.load_adapter`, the ranks restored first.
+
+    Raises:
+        AdapterError: As `restore_ranks`; also where there is no `ranks.json`, and the weights are of other ranks.
+    """
+    if adapter_name not in self.peft_config:
+        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    if not (Path(model_id) / RANKS_FILE).exists():
+        _check_present(self, Path(model_id), adapter_name)
+        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    restore_ranks(self, model_id, adapter_name=adapter_name)
+    if (masks := masks_on(self)) is None:
+        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    weights = load_peft_weights(str(model_id), device="cpu")
+    return set_peft_model_state_dict(self, _at_capacity(self, masks, weights), adapter_name=adapter_name)
+
+
+def _at_capacity(model: PeftModel, masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the active ranks in tensors of the capacity; inactive rows of A stay, inactive columns of B are 0."""
+    placed = dict(weights)
+    layers = adapter_layers(model, masks.adapter)
+    for name, active in masks.active.items():
+        for dim, factor in enumerate(factors(layers[name], masks.adapter)):
+            whole = factor.detach().cpu().clone() if dim == 0 else torch.zeros(factor.shape, dtype=factor.dtype)
+            key = _PREFIX + name + _MASKED_FACTORS[dim]
+            if active:
+                whole.index_copy_(dim, torch.tensor(active), weights[key].to(whole))
+            placed[key] = whole
+    return placed
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -148,6 +175,17 @@ def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
             raise AdapterError(
                 f"`{folder}` must hold weights of the ranks in its {RANKS_FILE}, but `{name}` has rank {weights.get(name, 0)} in "
                 f"the weights and {ranks.get(name, 0)} there; it mixes two checkpoints: use another."
+            )
+
+
+def _check_present(model: PeftModel, folder: Path, adapter: str) -> None:
+    """Refuses weights of other ranks than the model's."""
+    weights = _ranks_of_weights(folder)
+    for name, layer in {} if weights is None else adapter_layers(model, adapter).items():
+        if (present := rank_of(layer, adapter)) != (rank := weights.get(name, 0)):
+            raise AdapterError(
+                f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "
+                f"{rank} there and {present} in the model; it was not finished, or is of another model: use another."
             )
 
 

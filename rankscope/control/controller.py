@@ -17,18 +17,21 @@ from torch import Tensor
 
 from rankscope.adapters import RankMasks
 from rankscope.adapters.agreement import check_same, from_first_process
+from rankscope.adapters.optimizer_state import unwrap_optimizer
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control.decisions import Decision, describe, summary, tabulate_decisions, write_decisions
 from rankscope.control.effects import EffectModel, LossHistory, effect_of_move
 from rankscope.control.policy import Policy, Proposal, propose
 from rankscope.control.ranks import LiveRanks, Mode, first_ranks
+from rankscope.control.reminders import StepReminder, warn_if_blind
 from rankscope.control.schedule import Schedule
 from rankscope.control.screen import screen
 from rankscope.control.signals import GradientWindow, Measured
 from rankscope.exceptions import ControlError
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import Profile
+from rankscope.profiling.processes import gathered
 from rankscope.profiling.sketch import SKETCH_SIZE
 from rankscope.targets import fingerprint_targets
 
@@ -41,10 +44,10 @@ SCHEMA = 1
 class RankController:
     """Moves ranks while a LoRA model trains.
 
-    Call `step` once an optimizer step, after `optimizer.step()` and before `zero_grad()`. Gradients of a few steps before each
-    decision are sketched by hooks; each decision projects what ranks are worth onto the budget, lets the performance models
-    refuse, and resizes the adapters, whose function, optimizer state and config follow. After the freeze nothing is left on the
-    model but its new ranks.
+    Call `step` once an optimizer step, after `optimizer.step()` (and a GradScaler's `update()`) and before `zero_grad()`.
+    Gradients of a few steps before each decision are sketched by hooks; each decision projects what ranks are worth onto the
+    budget, lets the performance models refuse, and resizes the adapters, whose function, optimizer state and config follow.
+    After the freeze nothing is left on the model but its new ranks.
 
     Args:
         model: A PEFT model with LoRA, not merged. Give sleeping adapters to modules that start at rank 0
@@ -58,7 +61,7 @@ class RankController:
         profile: For strategies that need one.
         performance_model: A study's; it refuses moves that it believes to be harmful.
         mode: `"resize"`, `"mask"` (fixed capacity: the model's ranks when it is passed), or `"auto"`: masks under several
-            processes and `torch.compile`.
+            processes and `torch.compile`, and where the model carries some already.
         policy: How bold.
         samples: Steps before each decision whose gradients are seen.
         sketch_size: Columns of the gradient sketches; default: twice the largest rank, between 16 and 56.
@@ -68,8 +71,8 @@ class RankController:
         seed: Of the sketches, and of new rows that are drawn.
 
     Raises:
-        ControlError: A schedule without a decision, a budget below the ranks in place, or an optimizer that does not own the
-            adapter's parameters; nothing is changed.
+        ControlError: A schedule without a decision, a budget below the ranks in place, masks without room to grow, or an
+            optimizer that does not own the adapter's parameters; nothing is changed.
         AdapterError: A model without LoRA, with merged adapters, or with several adapters and none named.
 
     >>> from peft import LoraConfig, get_peft_model
@@ -121,14 +124,15 @@ class RankController:
             raise ControlError(
                 "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
             )
-        k = sketch_size or min(max(16, 2 * max(begin.vector)), SKETCH_SIZE)
-        self._window = GradientWindow(self._ranks.model, targets, sketch_size=k, seed=seed)
+        self._sketch_size = sketch_size or min(max(16, 2 * max(begin.vector)), SKETCH_SIZE)
+        self._window = self._new_window()
         self._losses = LossHistory(self._ranks.model)
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         self._out = None if out is None else Path(out) / "decisions.parquet"
         self._decisions: list[Decision] = []
         self._moved_at: dict[str, int] = {}
         self._step, self._closed = 0, False
+        self._reminder = StepReminder(unwrap_optimizer(optimizer), after=every)
         self._ranks.begin()
         if begin != self._ranks.allocation:
             self._change(begin, {})
@@ -161,7 +165,7 @@ class RankController:
 
     @property
     def masks(self) -> RankMasks | None:
-        """In mask mode: save the adapter at its true ranks with `masks.save_pretrained`."""
+        """In mask mode; as long as they are on, `model.save_pretrained` writes the adapter at its true ranks."""
         return self._ranks.masks
 
     def scalars(self) -> dict[str, float]:
@@ -175,6 +179,7 @@ class RankController:
             loss: Of the step, for the effect of moves; None: what the model returned under `loss`.
         """
         self._step += 1
+        self._reminder.stop()
         if self._closed:
             return
         self._window.end_step()
@@ -189,13 +194,10 @@ class RankController:
             self._watch()
 
     def close(self) -> None:
-        """Takes all hooks off; ranks stay from now on. Warns where no decision ever rested on gradients."""
-        if not self._closed and all(decision.action == "skipped" for decision in self._decisions):
-            logger.warning(
-                "ranks were never decided on: %d steps were seen, %d of them with gradients that were not finite; "
-                "call `step` after every optimizer step, in training mode",
-                *(self._step, self._window.broken),
-            )
+        """Takes all hooks off; ranks stay from now on. Warns where no decision had a gradient to rest on."""
+        if not self._closed:
+            warn_if_blind(self._decisions)
+        self._reminder.stop()
         self._window.close()
         self._losses.close()
         self._closed = True
@@ -208,6 +210,7 @@ class RankController:
             "targets": fingerprint_targets(self.allocation.targets),
             "step": self._step,
             "ranks": dict(self.allocation.ranks),
+            "sketch": [self._sketch_size, self._seed],
             "active": None if masks is None else {name: list(active) for name, active in masks.active.items()},
             "moved_at": dict(self._moved_at),
             "decisions": [asdict(decision) for decision in self._decisions],
@@ -220,12 +223,18 @@ class RankController:
         """Goes on where another controller was. The model gets its ranks, so that its weights, and the optimizer's state, fit.
 
         Raises:
-            ControlError: The state is of another version or of other modules.
+            ControlError: The state is of another version, of other modules, or of the other mode.
         """
         if state.get("schema") != SCHEMA:
             raise ControlError(f"the controller's state must have schema {SCHEMA}, but has {state.get('schema')!r}.")
         if state["targets"] != fingerprint_targets(self.allocation.targets):
             raise ControlError("the controller's state must be of this model's adapted modules, but is of others.")
+        if (state["active"] is None) != (self._ranks.masks is None):
+            theirs, ours = ("resize", "mask") if state["active"] is None else ("mask", "resize")
+            raise ControlError(
+                f"the controller's state must be of mode {ours!r}, but is of mode {theirs!r}; pass mode={theirs!r}, "
+                "which for 'resize' takes one process."
+            )
         ranks = RankAllocation.from_ranks(self.allocation.targets, state["ranks"])
         if self._ranks.masks is not None:
             self._ranks.masks.restore(state["active"])
@@ -233,6 +242,10 @@ class RankController:
             self._change(ranks, {})
         self._step, self._moved_at = state["step"], dict(state["moved_at"])
         self._decisions = [Decision(**decision) for decision in state["decisions"]]
+        if state["sketch"] != [self._sketch_size, self._seed]:
+            self._sketch_size, self._seed = state["sketch"]
+            self._window.close()
+            self._window = self._new_window()
         self._window.load_state_dict(state["window"])
         self._losses.restore(state["losses"])
         self._effects.load_state_dict(state["effects"])
@@ -240,6 +253,10 @@ class RankController:
             self.close()
         else:
             self._watch()
+
+    def _new_window(self) -> GradientWindow:
+        targets = self.allocation.targets
+        return GradientWindow(self._ranks.model, targets, sketch_size=self._sketch_size, seed=self._seed)
 
     # --- a decision --------------------------------------------------------------------------------------------------
 
@@ -265,7 +282,7 @@ class RankController:
             after=after,
             proposal=proposal,
             measured=measured,
-            broken=self._window.broken,
+            broken=sum(gathered(self._window.broken)),
             loss=float(np.mean(self._losses.values()[-self._schedule.every :])),
         )
         self._decisions.append(decision)

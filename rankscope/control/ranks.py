@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rankscope.adapters import RankMasks, Resize, from_peft_model, resize_adapters
+from rankscope.adapters import RankMasks, Resize, from_peft_model, masks_on, resize_adapters
 from rankscope.adapters.agreement import n_processes
-from rankscope.adapters.live import adapter_layers, check_changeable, choose_adapter, factors, unwrap_peft_model
+from rankscope.adapters.live import (
+    adapter_layers,
+    check_changeable,
+    check_whole,
+    choose_adapter,
+    factors,
+    unwrap_peft_model,
+)
 from rankscope.adapters.optimizer_state import unwrap_optimizer
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
@@ -28,36 +35,44 @@ class LiveRanks:
     Args:
         model: A PEFT model, as `torch.compile` wraps it or not.
         optimizer: That trains the adapter.
-        mode: `"resize"`, `"mask"`, or `"auto"`: masks under several processes and `torch.compile`.
+        mode: `"resize"`, `"mask"`, or `"auto"`: masks under several processes and `torch.compile`, and where the model carries
+            some already.
         adapter_name: Which adapter; may be left out where there is only one.
 
     Attributes:
         model: The PEFT model, unwrapped.
-        masks: In mask mode, from `begin` on.
+        masks: In mask mode: those that the model carries, or new ones from `begin` on.
 
     Raises:
         AdapterError: The model cannot have its ranks changed.
-        ControlError: The optimizer does not own the adapter's parameters.
+        ControlError: The optimizer does not own the adapter's parameters, or the mode is not the model's.
     """
 
     def __init__(self, model: Any, optimizer: Any, *, mode: Mode, adapter_name: str | None) -> None:
         if mode not in ("resize", "mask", "auto"):
             raise ControlError(f"`mode` must be 'resize', 'mask' or 'auto', but got {mode!r}.")
-        if mode == "auto":
-            mode = "mask" if n_processes() > 1 or hasattr(model, "_orig_mod") else "resize"
         self.model = unwrap_peft_model(model)
         self.adapter = choose_adapter(self.model, adapter_name)
+        self.masks = masks_on(self.model)
+        if self.masks is not None and (mode == "resize" or self.masks.adapter != self.adapter):
+            raise ControlError(
+                f"`model` must not carry rank masks to be controlled in mode {mode!r}, but carries those of adapter "
+                f"{self.masks.adapter!r}; `compress` them, or go on in mode 'mask'."
+            )
+        if mode == "auto":
+            mode = "mask" if self.masks or n_processes() > 1 or hasattr(model, "_orig_mod") else "resize"
         self._optimizer = optimizer
         layers = adapter_layers(self.model, self.adapter)
         check_changeable(layers, self.adapter)
+        if mode == "resize":
+            check_whole(layers, self.adapter)
         self._check_owned([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
         self._full = from_peft_model(self.model, adapter_name=self.adapter)
         self._masked = mode == "mask"
-        self.masks: RankMasks | None = None
 
     def begin(self) -> None:
         """Puts the masks on, if there are to be any; until then nothing is changed."""
-        if self._masked:
+        if self._masked and self.masks is None:
             self.masks = RankMasks(self.model, adapter_name=self.adapter)
 
     @property
@@ -133,6 +148,11 @@ def first_ranks(
         raise ControlError(
             f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
             "raise it, or pass `start`."
+        )
+    if ranks.capacity is not None and ranks.masks is None and begin == present:
+        raise ControlError(
+            "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; "
+            "wrap the model at a larger rank, and pass `start`."
         )
     return begin
 

@@ -26,7 +26,7 @@ from rankscope.control.subspace import residual_directions
 from rankscope.profiling.features import POOLED_BATCHES
 from rankscope.profiling.layers import SUPPORTED
 from rankscope.profiling.observer import Observer, module_device
-from rankscope.profiling.processes import gathered, sum_over_processes
+from rankscope.profiling.processes import gathered, is_first, sum_over_processes
 from rankscope.profiling.sketch import Decomposition, GradientStore, RandomMatrices, new_gradient_store
 from rankscope.targets import TargetModule, base_modules
 
@@ -154,12 +154,18 @@ class GradientWindow:
         return Measured(signals=tuple(signals), directions=directions, batches=len(weights), signal_share=pooled)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, as tensors and numbers."""
+        """What all processes saw, as tensors and numbers; every process must call it."""
         sums = {name: [tensor.clone() for tensor in sums.tensors()] for name, sums in self._sums.items()}
-        return {"sums": sums, "weights": list(self._weights), "broken": self.broken}
+        sum_over_processes(tensor for tensors in sums.values() for tensor in tensors)
+        weights = [weight for each in gathered(self._weights) for weight in each]
+        return {"sums": sums, "weights": weights, "broken": sum(gathered(self.broken))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`: the first process takes what all saw, however many they were."""
+        self.clear()
+        self.broken = 0
+        if not is_first():
+            return
         for name, sums in self._sums.items():
             for tensor, value in zip(sums.tensors(), state["sums"][name], strict=True):
                 tensor.copy_(value)

@@ -19,6 +19,11 @@ def several() -> bool:
     return process_count() > 1
 
 
+def is_first() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not several() or distributed.get_rank() == 0
+
+
 def gathered(value: Any) -> list[Any]:
     """The values of all processes, in their order; one alone gives its own."""
     if not several():

@@ -5,7 +5,7 @@
 LoRA of rank 8, the same under the controller, and AdaLoRA (mean rank 8, from 12) take turns on the same batches, step by step, in
 one process with one torch thread. Steps under the controller are told apart: watched (its hooks are on), deciding (a decision
 and its resize follow), and plain ones. What each kind takes longer than the plain LoRA step beside it (median) is
-weighed by the default schedule over 1,000 steps: 6 decisions of 8 watched steps each. For MiniLM a whole run with the same
+weighed by the default schedule over 1,000 steps: 6 decisions of 8 watched steps each. Times are of the CPU. For MiniLM a whole run with the same
 share of decisions (167 steps, one decision) is measured too, sum over sum. About 12 minutes. `--quick`: MiniLM, fewer steps.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, count
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -64,14 +64,14 @@ class Training:
         self.running = method.follow(self.model, self.optimizer, config, 0)
 
     def step(self, batch: Any) -> float:
-        """Seconds of one step, what the method does after it included."""
-        started = perf_counter()
+        """CPU seconds of one step, what the method does after it included."""
+        started = process_time()
         loss = self.task.loss(self.model, batch)
         loss.backward()
         self.optimizer.step()
         self.running.step(loss.detach())
         self.optimizer.zero_grad()
-        return perf_counter() - started
+        return process_time() - started
 
 
 def cost_by_kind(name: str, decisions: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def cost_by_kind(name: str, decisions: int) -> dict[str, Any]:
     n = {"deciding": n_decisions, "watched": n_decisions * (DEFAULTS.samples - 1)}
     n["plain"] = STEPS - sum(n.values())
     typical = median(base)
-    extra = sum(n[kind] * median(values) for kind, values in kinds.items())
+    extra = sum(n[kind] * max(median(values), 0.0) for kind, values in kinds.items())  # noise is not credited
     ratio = 1.0 + extra / (STEPS * typical)
     return {
         "model": name,

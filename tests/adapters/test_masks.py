@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 
-from rankscope.adapters import RankMasks, Resize, from_peft_model, resize_adapters
+from rankscope.adapters import RankMasks, Resize, from_peft_model, masks_on, resize_adapters
 from rankscope.exceptions import AdapterError
 from tests.adapters.live_models import kinds_model, layers, tokens, train_step, trainable
 
@@ -123,12 +123,11 @@ def test_saves_true_ranks_for_plain_peft(tmp_path: Path, dora: bool) -> None:
     before = model(tokens())
     config = copy.deepcopy(model.peft_config["default"])
     masks.save_pretrained(tmp_path / "true")
-    model.save_pretrained(str(tmp_path / "capacity"))
+    model.save_pretrained(str(tmp_path / "model's"))
+    PeftModel.save_pretrained(model, str(tmp_path / "capacity"))
     assert model.peft_config["default"] == config
-    for folder, expected in (
-        ("true", {n: r for n, r in masks.ranks.items() if r}),
-        ("capacity", dict.fromkeys(MASKABLE, CAPACITY)),
-    ):
+    true = {n: r for n, r in masks.ranks.items() if r}
+    for folder, expected in (("true", true), ("model's", true), ("capacity", dict.fromkeys(MASKABLE, CAPACITY))):
         base = kinds_model(target_modules=list(MASKABLE)).unload()
         other = PeftModel.from_pretrained(base, str(tmp_path / folder), autocast_adapter_dtype=False).eval()
         assert dict(from_peft_model(other).ranks) == expected
@@ -150,6 +149,7 @@ def test_compresses_in_place_with_the_optimizer() -> None:
     torch.testing.assert_close(model(tokens()), before)
     assert torch.equal(optimizer.state[linear.lora_A["default"].weight]["exp_avg"], moments)
     assert not list(model.get_base_model().linear.named_buffers())
+    assert masks_on(model) is None
     assert not linear.lora_A["default"]._forward_hooks
     train_step(model, optimizer, 2)
 
@@ -229,6 +229,12 @@ def test_what_is_refused() -> None:
         AdapterError, match=r"^masked ranks must be of linear or convolution layers, but `table` is an embedding\.$"
     ):
         RankMasks(kinds_model())
+    with pytest.raises(
+        AdapterError,
+        match=r"^`model` must not carry rank masks yet, but carries those of adapter 'default'; go on with them \(masks_on\), or "
+        r"`compress` them\.$",
+    ):
+        RankMasks(masks._model)
     model = masked_model()
     with pytest.raises(
         AdapterError, match=r"^the rank of `linear` must be a whole number between 0 and 5, but got 6\.$"

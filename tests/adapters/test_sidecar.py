@@ -16,13 +16,14 @@ from rankscope.adapters import (
     RankMasks,
     Resize,
     from_peft_model,
+    masks_on,
     resize_adapters,
     restore_ranks,
     restore_ranks_on_load,
     save_ranks,
 )
 from rankscope.exceptions import AdapterError, FileFormatError
-from tests.adapters.live_models import Kinds, kinds_model, ranks, tokens, train_step, trainable
+from tests.adapters.live_models import Kinds, kinds_model, layers, ranks, stir, tokens, train_step, trainable
 
 PLAN = {"linear": 0, "table": 5, "convolution": 1}
 
@@ -66,19 +67,52 @@ def test_an_optimizer_that_is_there_follows(tmp_path: Path) -> None:
         assert all(v.shape == parameter.shape for v in other.state[parameter].values() if v.ndim)
 
 
-def test_masks_come_back(tmp_path: Path) -> None:
-    names = ["linear", "convolution"]
+@pytest.mark.parametrize("masked_before", [False, True])
+def test_masks_and_the_weights_of_true_ranks_come_back(tmp_path: Path, masked_before: bool) -> None:
+    names = ["linear", "transposed", "convolution"]
     model, fresh = (kinds_model(r=4, target_modules=names, seed=seed) for seed in (0, 5))
-    masks, other = RankMasks(model), RankMasks(fresh)
+    masks = RankMasks(model)
     masks.resize(resizes({"linear": 2, "convolution": 0}))
-    model.save_pretrained(str(tmp_path))
-    save_ranks(model, tmp_path, masks=masks)
-    restore_ranks(fresh, tmp_path, masks=other)
+    masks.resize(resizes({"linear": 3}))
+    stir(model, seed=9)
+    for name, layer in layers(model):
+        layer.lora_B["default"].weight.data[:, [i for i in range(4) if i not in masks.active[name]]] = 0
+    folder = checkpoint(model, tmp_path)
+    restore_ranks_on_load(fresh)
+    if masked_before:
+        RankMasks(fresh)
+    fresh.load_adapter(str(folder), "default")
+    other = masks_on(fresh)
+    assert other is not None
     assert other.active == masks.active
-    small = kinds_model(r=3, target_modules=names)
-    message = f"masks must have the capacity of the checkpoint, but `linear` has 3 and `{tmp_path}` 4; wrap the model at that rank."
-    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
-        restore_ranks(small, tmp_path, masks=RankMasks(small))
+    fresh.get_base_model().load_state_dict(base_state(model), strict=False)
+    assert torch.equal(fresh(tokens()), model(tokens()))
+    for name, layer in layers(fresh):
+        a = layer.lora_A["default"].weight
+        assert all(a[i].any() for i in range(4))  # none is dead, should the masks be taken off
+        assert torch.equal(layer.lora_B["default"].weight, dict(layers(model))[name].lora_B["default"].weight)
+
+
+def base_state(model: PeftModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.get_base_model().state_dict().items() if "lora_" not in name}
+
+
+def test_masks_that_do_not_fit_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    names = ["linear", "convolution"]
+    model = kinds_model(r=4, target_modules=names)
+    RankMasks(model, {"linear": 2})
+    folder = checkpoint(model, tmp_path / "masked")
+    refuses(
+        kinds_model(r=3, target_modules=names),
+        folder,
+        f"masks must have the capacity of the checkpoint, but `convolution` has 3 and `{folder}` 4; wrap the model at that rank.",
+    )
+    live = checkpoint(kinds_model(r=4, target_modules=names), tmp_path / "live")
+    refuses(
+        model,
+        live,
+        f"`{live}` must hold masked ranks for a model that carries masks, but holds a live resize's; `compress` the masks.",
+    )
 
 
 # --- what is refused, and changes nothing ---------------------------------------------------------------------------

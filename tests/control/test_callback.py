@@ -7,114 +7,70 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
 import rankscope as rs
-from rankscope.adapters import apply_allocation, count_adapter_parameters, from_peft_model
-from rankscope.control import Policy
+from rankscope.adapters import count_adapter_parameters, from_peft_model, masks_on
 from rankscope.control.callback import STATE_FILE
-from rankscope.exceptions import ControlError
+from rankscope.exceptions import AdapterError, ControlError
 from rankscope.tasks import Task
+from tests.control.trainers import MASKED, Rows, build, controller_of, ends_the_same, trainer, weights
+
+RESIZED: dict[str, Any] = {}
 
 
-class Rows(Dataset):
-    def __init__(self, task: Task) -> None:
-        batches = list(task.train_batches(0))
-        self.images = torch.cat([b["pixel_values"] for b in batches])
-        self.labels = torch.cat([b["labels"] for b in batches])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.images[index], "labels": self.labels[index]}
+def loaded(task: Task, folder: Path) -> PeftModel:
+    """In plain PEFT."""
+    return PeftModel.from_pretrained(task.build_model(), str(folder)).eval()
 
 
-def build(task: Task, budget: rs.ParameterBudget, rank: int | None) -> PeftModel:
-    model = task.build_model()
-    targets = rs.find_targets(model)
-    room = budget if rank is None else rs.ParameterBudget.uniform(targets, rank)
-    uniform = rs.allocate("uniform", targets=targets, budget=room)
-    torch.manual_seed(0)
-    return apply_allocation(model, uniform, modules_to_save=["classifier"])
+def logits(model: nn.Module, task: Task) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(pixel_values=Rows(task).images[:16]).logits
+    return found
 
 
-def trainer(
-    task: Task,
-    budget: rs.ParameterBudget,
-    folder: Path,
-    *,
-    rank: int | None = None,
-    mode: str = "auto",
-    **options: Any,
-) -> Trainer:
-    """With adapters of the budget, or of a uniform rank from which the controller starts within the budget."""
-    settings = {
-        "learning_rate": 0.01,
-        "max_steps": 12,
-        "per_device_train_batch_size": 8,
-        "report_to": [],
-        "save_steps": 5,
-        "logging_steps": 4,
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    policy = Policy(margin=0.0)
-    start = None if rank is None else "uniform"
-    callback = rs.RankControllerCallback(
-        budget=budget, every=3, freeze_fraction=0.8, samples=2, policy=policy, start=start, mode=mode
-    )
-    arguments = TrainingArguments(output_dir=str(folder), **(settings | options))
-    rows = Rows(task)
-    return Trainer(build(task, budget, rank), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback])
+@pytest.mark.parametrize(("rank", "settings"), [(1, RESIZED), (3, MASKED)], ids=["resized", "masked"])
+def test_ranks_move_and_resuming_ends_the_same(
+    digits: Task, tmp_path: Path, rank: int, settings: dict[str, Any]
+) -> None:
+    def fresh(name: str) -> Trainer:
+        return trainer(digits, tmp_path / name, model=build(digits, rank), controller=settings)
 
-
-def callback_of(run: Trainer) -> rs.RankControllerCallback:
-    return next(c for c in run.callback_handler.callbacks if isinstance(c, rs.RankControllerCallback))
-
-
-def weights(model: PeftModel) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if "lora_" in name}
-
-
-def test_ranks_move_and_resuming_ends_the_same(digits: Task, digits_budget: rs.ParameterBudget, tmp_path: Path) -> None:
-    whole = trainer(digits, digits_budget, tmp_path / "whole")
+    whole = fresh("whole")
     whole.train()
-    controller = callback_of(whole).controller
-    assert controller is not None
+    controller = controller_of(whole)
     assert controller.decisions["step"].tolist() == [3, 6, 9]
     assert controller.decisions["action"].tolist()[0] == "moved"
-    assert count_adapter_parameters(whole.model) <= digits_budget.limit
+    assert controller.allocation.parameters <= count_adapter_parameters(build(digits))
     logged = [entry for entry in whole.state.log_history if "ranks/moved" in entry]
     assert [entry["step"] for entry in logged] == [3, 6, 9]
     assert logged[0]["ranks/moved"] > 0
 
     for step in (5, 10):
-        resumed = trainer(digits, digits_budget, tmp_path / f"resumed-{step}")
+        resumed = fresh(f"resumed-{step}")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert weights(resumed.model).keys() == weights(whole.model).keys()
-        for name, value in weights(whole.model).items():
-            torch.testing.assert_close(weights(resumed.model)[name], value, rtol=0, atol=0)
-        assert callback_of(resumed).controller.decisions.equals(controller.decisions)
+        ends_the_same(resumed, whole)
 
-    whole.model.save_pretrained(str(tmp_path / "adapter"))
-    plain = PeftModel.from_pretrained(digits.build_model(), str(tmp_path / "adapter")).eval()
-    images = Rows(digits).images[:16]
-    with torch.no_grad():
-        assert torch.equal(plain(pixel_values=images).logits, whole.model.eval()(pixel_values=images).logits)
+    whole.save_model(str(tmp_path / "adapter"))
+    plain = loaded(digits, tmp_path / "adapter")
+    ranks = {name: rank for name, rank in controller.allocation.ranks.items() if rank}
+    assert dict(from_peft_model(plain).ranks) == ranks
+    torch.testing.assert_close(logits(plain, digits), logits(whole.model, digits), rtol=0, atol=1e-6 if settings else 0)
 
 
+@pytest.mark.parametrize(("rank", "settings"), [(1, RESIZED), (3, MASKED)], ids=["resized", "masked"])
 def test_the_best_model_comes_back_with_its_ranks(
-    digits: Task, digits_budget: rs.ParameterBudget, tmp_path: Path
+    digits: Task, tmp_path: Path, rank: int, settings: dict[str, Any]
 ) -> None:
     """The rate is far too high, so that the best checkpoint is an early one, before later moves."""
     run = trainer(
         digits,
-        digits_budget,
         tmp_path,
+        model=build(digits, rank),
+        controller=settings,
         learning_rate=0.3,
         lr_scheduler_type="constant",
         eval_strategy="steps",
@@ -125,40 +81,247 @@ def test_the_best_model_comes_back_with_its_ranks(
         greater_is_better=False,
     )
     run.train()
-    best = Path(run.state.best_model_checkpoint)
-    fresh = PeftModel.from_pretrained(digits.build_model(), str(best))
+    best = loaded(digits, Path(run.state.best_model_checkpoint))
     targets = rs.find_targets(digits.build_model())
-    assert from_peft_model(run.model, targets) == from_peft_model(fresh, targets)
-    assert all(torch.equal(value, weights(run.model)[name]) for name, value in weights(fresh).items())
+    assert controller_of(run).allocation.vector == from_peft_model(best, targets).vector
+    torch.testing.assert_close(
+        logits(run.model, digits), logits(best, digits), rtol=0, atol=1e-3 if settings else 0
+    )  # logits of some 20
 
 
-def test_accumulation_and_scalars_through_the_trainer(
-    digits: Task, digits_budget: rs.ParameterBudget, tmp_path: Path
-) -> None:
-    run = trainer(digits, digits_budget, tmp_path, max_steps=4, gradient_accumulation_steps=2, save_strategy="no")
-    callback_of(run).log = run.log
+def test_a_named_adapter_of_several_is_resumed(digits: Task, tmp_path: Path) -> None:
+    """PEFT keeps its weights in a folder of their own."""
+
+    def fresh(name: str) -> Trainer:
+        model = build(digits)
+        model.add_adapter("second", model.peft_config["default"])
+        model.add_adapter("third", LoraConfig(target_modules=["q_proj"], r=2))
+        model.set_adapter("second")
+        return trainer(digits, tmp_path / name, model=model, controller={"adapter_name": "second"})
+
+    whole = fresh("whole")
+    whole.train()
+    resumed = fresh("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    ends_the_same(resumed, whole)
+    assert set(controller_of(whole).decisions["action"]) >= {"moved"}
+
+
+def test_sketches_of_a_resumed_run_have_the_size_of_the_first(digits: Task, tmp_path: Path) -> None:
+    """It follows from the ranks to begin with, which a resumed run does not see."""
+
+    def fresh(name: str) -> Trainer:
+        settings = {"budget": rs.ParameterBudget.uniform(rs.find_targets(digits.build_model()), 9)}
+        return trainer(digits, tmp_path / name, model=build(digits, 9), controller=settings, save_steps=4)
+
+    whole = fresh("whole")
+    whole.train()
+    resumed = fresh("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    ends_the_same(resumed, whole)
+
+
+class Recorder(TrainerCallback):
+    """What a logger is given."""
+
+    def __init__(self) -> None:
+        self.logs: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append((state.global_step, dict(logs)))
+
+
+def test_accumulation_and_scalars_through_the_trainer(digits: Task, tmp_path: Path) -> None:
+    """A decision and the Trainer's own logging fall on the same step; a callback that reports sees both, each once."""
+    seen = Recorder()
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "no", "logging_steps": 3}
+    run = trainer(digits, tmp_path, callbacks=(seen,), **options)
+    run.callback_handler.callbacks.insert(0, run.callback_handler.pop_callback(seen))  # where TensorBoard's is
     run.train()
-    controller = callback_of(run).controller
-    assert controller is not None
+    controller = controller_of(run)
     assert controller.decisions["batches"].tolist() == [4]
     (entry,) = [entry for entry in run.state.log_history if "ranks/moved" in entry]
     assert entry["step"] == 3
     assert entry["ranks/parameters"] == controller.allocation.parameters
+    assert entry["epoch"] > 0
+    assert [(step, "ranks/moved" in logs, "loss" in logs) for step, logs in seen.logs] == [
+        (3, True, False),
+        (3, False, True),
+        (4, False, False),  # the Trainer's summary at the end
+    ]
+    assert seen.logs[0][1] == {name: value for name, value in entry.items() if name != "step"}
 
 
-def test_a_checkpoint_without_the_controllers_state(
-    digits: Task, digits_budget: rs.ParameterBudget, tmp_path: Path
-) -> None:
-    run = trainer(digits, digits_budget, tmp_path / "first", max_steps=4, save_steps=4)
+def test_tensorboard_gets_the_scalars(digits: Task, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = trainer(digits, tmp_path, max_steps=4, save_strategy="no", report_to=["tensorboard"])
     run.train()
-    shutil.copytree(tmp_path / "first" / "checkpoint-4", tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-4" / STATE_FILE).unlink()
-    message = f"the checkpoint of step 4 must hold {STATE_FILE} to be resumed with a controller, but does not; resume from another."
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
-        trainer(digits, digits_budget, tmp_path / "second").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    (scalar,) = events.EventAccumulator(str(file.parent)).Reload().Scalars("train/ranks/parameters")
+    assert (scalar.step, scalar.value) == (3, controller_of(run).allocation.parameters)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
+    ],
+    ids=["bf16", "compiled"],
+)
+def test_the_trainers_other_ways_to_run(digits: Task, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Autocast, and compilation, under which ranks are masked."""
+    compiled = "torch_compile" in options
+    torch._dynamo.reset()
+    run = trainer(
+        digits,
+        tmp_path,
+        model=build(digits, 3 if compiled else 1),
+        controller={"start": "uniform"},
+        save_strategy="no",
+        max_steps=8,
+        **options,
+    )
+    run.train()
+    assert (masks_on(run.model) is not None) == compiled
+    assert "moved" in set(controller_of(run).decisions["action"])
+    assert controller_of(run).decisions["broken"].tolist() == [0, 0]
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def refuses(kind: type[Exception], message: str) -> Any:
+    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+
+
+def test_models_that_a_trainer_cannot_control(digits: Task, tmp_path: Path) -> None:
+    with refuses(
+        AdapterError,
+        "`model` must be a peft.PeftModel, but is a ViTForImageClassification; wrap it with get_peft_model.",
+    ):
+        trainer(digits, tmp_path, model=digits.build_model())
+    several = build(digits)
+    several.add_adapter("second", several.peft_config["default"])
+    with refuses(
+        AdapterError, "`adapter_name` must say which of the adapters ['default', 'second'] is meant, but is None."
+    ):
+        trainer(digits, tmp_path, model=several)
+    merged = build(digits)
+    merged.merge_adapter()
+    run = trainer(digits, tmp_path, model=merged)
+    first = "vit.layers.0.attention.q_proj"
+    with refuses(AdapterError, f"adapters must not be merged, but ['default'] are in `{first}`; unmerge first."):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_budgets_and_optimizers_that_a_trainer_cannot_control(digits: Task, tmp_path: Path) -> None:
+    model = build(digits, 2)
+    before = {name: value.clone() for name, value in weights(model).items()}
+    message = (
+        "`budget` must cover the ranks to begin with (13,824 parameters), but got 6,912; raise it, or pass `start`."
+    )
+    with refuses(ControlError, message):
+        trainer(digits, tmp_path, model=model).train()
+    message = (
+        "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; wrap the "
+        "model at a larger rank, and pass `start`."
+    )
+    with refuses(ControlError, message):
+        trainer(digits, tmp_path, model=build(digits), controller={"mode": "mask"}).train()
+    run = trainer(digits, tmp_path, model=model, controller={"start": "uniform"})
+    run.optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "classifier" in n and p.requires_grad)
+    n = 2 * len(rs.find_targets(digits.build_model()))
+    message = (
+        f"`optimizer` must own the adapter's parameters, but lacks {n} of {n}; build it from the PEFT model's parameters, after "
+        "wrapping."
+    )
+    with refuses(ControlError, message):
+        run.train()
+    assert weights(model).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    assert masks_on(model) is None
+
+
+class NanLoss(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * float("nan")
+
+
+def test_no_decision_on_gradients_that_are_nan(digits: Task, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(digits)
+    options = {"max_steps": 8, "save_strategy": "no", "learning_rate": 0.0}
+    run = trainer(digits, tmp_path, model=model, kind=NanLoss, **options)
+    with caplog.at_level("WARNING", logger="rankscope"):
+        run.train()
+    assert controller_of(run).decisions["action"].tolist() == ["skipped", "skipped"]
+    assert controller_of(run).decisions["broken"].tolist() == [2, 4]
+    assert set(controller_of(run).allocation.vector) == {1}
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == (
+        "no rank was moved, for none of the 2 decisions had gradients to rest on: the gradients of 4 sampled steps were not "
+        "finite; lower the learning rate or the loss scale"
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run = trainer(digits, folder, max_steps=4, save_steps=4)
+    run.train()
+    assert controller_of(run).decisions["action"].tolist() == ["moved"]
+    return folder / "checkpoint-4"
+
+
+def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkpoint: Path) -> None:
+    """Nothing is changed by any."""
+    odd = tmp_path / "checkpoint-4"
+    model = build(digits)
+    before = {name: value.clone() for name, value in weights(model).items()}
+
+    shutil.copytree(checkpoint, odd)
+    (odd / "ranks.json").write_text((checkpoint / "ranks.json").read_text().replace('"ranks": {', '"ranks": {"x": 1,'))
+    with refuses(
+        AdapterError,
+        f"`{odd}` must hold ranks of this model's adapted modules, but `x` is in the checkpoint only (1 such); adapt the same "
+        "modules.",
+    ):
+        trainer(digits, tmp_path / "run", model=model).train(resume_from_checkpoint=str(odd))
+
+    saved = (checkpoint / "ranks.json").read_text()
+    name = "vit.layers.0.attention.q_proj"
+    rank = int(re.search(rf'"{name}": (\d+)', saved)[1])
+    (odd / "ranks.json").write_text(saved.replace(f'"{name}": {rank}', f'"{name}": {rank + 1}'))
+    with refuses(
+        AdapterError,
+        f"`{odd}` must hold weights of the ranks in its ranks.json, but `{name}` has rank {rank} in the weights and {rank + 1} "
+        "there; it mixes two checkpoints: use another.",
+    ):
+        trainer(digits, tmp_path / "run", model=model).train(resume_from_checkpoint=str(odd))
+
+    (odd / "ranks.json").unlink()
+    plain = from_peft_model(loaded(digits, checkpoint), rs.find_targets(digits.build_model())).ranks
+    name, rank = next((name, rank) for name, rank in plain.items() if rank != 1)
+    with refuses(
+        AdapterError,
+        f"`{odd}` must hold weights of the model's ranks, or its own ranks.json beside them, but `{name}` has rank {rank} there "
+        "and 1 in the model; it was not finished, or is of another model: use another.",
+    ):
+        trainer(digits, tmp_path / "run", model=model).train(resume_from_checkpoint=str(odd))
+    assert weights(model).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+    shutil.copy(checkpoint / "ranks.json", odd)
+    (odd / STATE_FILE).unlink()
+    message = (
+        f"the checkpoint of step 4 must hold {STATE_FILE} to be resumed with a controller, but does not; it was trained without "
+        "one, or not finished: resume from another."
+    )
+    with refuses(ControlError, message):
+        trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(odd))
 
 
 def test_what_the_trainer_says_cannot_be_passed(digits_budget: rs.ParameterBudget) -> None:
-    message = "`total_steps` comes from the Trainer and cannot be passed; leave it out."
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with refuses(ControlError, "`total_steps` comes from the Trainer and cannot be passed; leave it out."):
         rs.RankControllerCallback(budget=digits_budget, total_steps=10)

@@ -159,24 +159,6 @@ def test_no_decision_on_gradients_that_are_not_finite(caplog: pytest.LogCaptureF
     assert controller.allocation.vector == START
 
 
-def test_a_run_without_decisions_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
-    model = net()
-    control(model, adamw(model)).close()
-    broken = net()
-    optimizer = adamw(broken)
-    controller = control(broken, optimizer, total_steps=8)
-    for step in range(8):
-        (broken(**batch(step)).loss * float("nan")).backward()
-        optimizer.zero_grad()
-        controller.step()
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warned == [
-        f"ranks were never decided on: {steps} steps were seen, {n} of them with gradients that were not finite; "
-        "call `step` after every optimizer step, in training mode"
-        for steps, n in ((0, 0), (8, 3))
-    ]
-
-
 def test_a_scaled_loss_gives_the_same_decisions() -> None:
     """Under a GradScaler the hooks see scaled gradients; the scale, a power of two, is divided out to the bit."""
     decisions = []

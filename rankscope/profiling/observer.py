@@ -91,13 +91,12 @@ class Observer:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """With hooks on the modules, and what is compiled run eagerly: compiled code passes over hooks that come later."""
+        """With hooks on the modules."""
         handles = [
             module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._modules.items()
         ]
         try:
-            with torch.compiler.set_stance("force_eager"):
-                yield
+            yield
         finally:
             for handle in handles:
                 handle.remove()

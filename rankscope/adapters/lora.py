@@ -200,7 +200,7 @@ def count_adapter_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if _FACTOR.search(name))
 
 
-_FACTOR = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
 
 
 def _truly_matches(config: LoraConfig, name: str) -> bool:

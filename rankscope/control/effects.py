@@ -32,6 +32,7 @@ class LossHistory:
 
     def __init__(self, model: nn.Module) -> None:
         self._handle = model.register_forward_hook(self._see)
+        self._open = True
         self._present: list[Tensor] = []
         self._unread: list[Tensor | None] = []
         self._read: list[float] = []
@@ -57,10 +58,13 @@ class LossHistory:
         self._read, self._unread, self._present = list(values), [], []
 
     def close(self) -> None:
-        """Takes the hook off."""
+        """Takes the hook off; what `torch.compile` made of it sees nothing from now on."""
         self._handle.remove()
+        self._open = False
 
     def _see(self, model: nn.Module, _: Any, output: Any) -> None:
+        if not self._open:
+            return
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if model.training and torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.numel() == 1:
             self._present.append(loss.detach().float().reshape(()))

@@ -4,8 +4,8 @@ The j-th rank of a module is worth sigma_j^2 of the present gradient, whatever i
 leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient, and further ones
 with the rest, moved nearly all ranks at every decision on digits-shift, since fresh random rows hold next to nothing.)
 
-The hooks are on the modules only while a step is sampled. They see gradients of module outputs, which neither clipping nor
-`zero_grad` touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
+The hooks are on the modules only while a step is sampled, and code that `torch.compile` made, which knows no hooks that come
+later, gives way to eager code for that time. They see gradients of module outputs, which neither clipping nor `zero_grad` touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
 evaluation, and a checkpointed segment that is run again, do not.
 """
 
@@ -191,6 +191,7 @@ class _Step:
     def __init__(self, model: nn.Module, observer: Observer, weight: float) -> None:
         self.observer, self.weight, self.passes = observer, weight, 0
         self._stack = ExitStack()
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(observer.hooked())
         self._stack.callback(model.register_forward_pre_hook(self._begin_pass).remove)
 

@@ -1,0 +1,224 @@
+"""The controller under what people train with: GradScaler, checkpointing, accelerate, torch.compile, DoRA, half precision."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import rankscope as rs
+from rankscope.adapters import count_adapter_parameters
+from rankscope.control import Policy
+from tests.architectures import build
+from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
+
+TOTAL = 40
+
+
+def still(model: nn.Module) -> torch.optim.SGD:
+    """An optimizer that moves nothing, so that runs see the same gradients."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+
+# --- loss scaling --------------------------------------------------------------------------------------------------
+
+
+def scaled_run(scale: float | None, dtype: torch.dtype, make: Callable[..., Any] = still, steps: int = 8) -> Any:
+    """A loop with autocast and, with a scale, a GradScaler."""
+    model = net()
+    optimizer = make(model)
+    scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0, growth_interval=1000)
+    controller = control(model, optimizer, scaler=scaler, total_steps=2 * steps, mode="resize")
+    model.train()
+    for step in range(steps):
+        with torch.autocast("cpu", dtype):
+            loss = model(**batch(step)).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        controller.step()
+        optimizer.zero_grad()
+    return controller
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_grad_scaler_changes_no_decision(dtype: torch.dtype) -> None:
+    plain, scaled = scaled_run(None, dtype), scaled_run(1024.0, dtype)
+    assert "moved" in set(scaled.decisions["action"])
+    for name in ("ranks_after", "batches", "action"):
+        assert scaled.decisions[name].tolist() == plain.decisions[name].tolist()
+    for ours, theirs in zip(scaled.decisions["gains"], plain.decisions["gains"], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=1e-6)
+
+
+def test_steps_that_overflow_are_left_out() -> None:
+    """A scale that is far too large is halved, step by step, until gradients are finite."""
+    controller = scaled_run(2.0**26, torch.float16, adamw, steps=16)
+    found = controller.decisions
+    assert found["broken"].iloc[0] > 0
+    assert found["action"].iloc[0] == "skipped"
+    assert found["broken"].iloc[-1] == found["broken"].iloc[-2]
+    assert found["batches"].iloc[-1] == 3
+    assert "moved" in set(found["action"])
+
+
+# --- gradient checkpointing ----------------------------------------------------------------------------------------
+
+
+def llama_run(reentrant: bool | None) -> tuple[list[float], pd.DataFrame]:
+    """A real transformers model; None: not checkpointed."""
+    torch.manual_seed(0)
+    model = build("llama")
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2, lora_alpha=4, task_type="CAUSAL_LM"))
+    optimizer = adamw(model)
+    controller = rs.RankController(
+        model,
+        optimizer,
+        budget=rs.ParameterBudget(count_adapter_parameters(model)),
+        every=3,
+        total_steps=9,
+        freeze_fraction=1.0,
+        samples=2,
+        policy=Policy(margin=0.0),
+    )
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    model.train()
+    for _ in range(9):
+        ids = torch.randint(0, model.config.vocab_size, (2, 12), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, controller.decisions
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    (losses, decisions), (expected, plain) = llama_run(reentrant), llama_run(None)
+    assert "moved" in set(decisions["action"])
+    assert decisions["ranks_after"].tolist() == plain["ranks_after"].tolist()
+    assert decisions["batches"].tolist() == plain["batches"].tolist()
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+# --- accelerate ----------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_in_accelerates_loop() -> None:
+    """Against a loop by hand: the same ranks, losses and weights."""
+    model = net()
+    optimizer = adamw(model)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    controller = control(model, optimizer)
+    model.train()
+    for micro in range(2 * TOTAL):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**halves(micro)).loss)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                controller.step()
+            optimizer.zero_grad()
+
+    twin = net()
+    other = adamw(twin)
+    by_hand = control(twin, other)
+    twin.train()
+    for step in range(TOTAL):
+        for part in range(2):
+            (twin(**halves(2 * step + part)).loss / 2).backward()
+        other.step()
+        by_hand.step()
+        other.zero_grad()
+    assert "moved" in set(controller.decisions["action"])
+    assert controller.decisions["batches"].tolist() == [6] * 5
+    pd.testing.assert_frame_equal(controller.decisions, by_hand.decisions)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def halves(micro: int) -> dict[str, torch.Tensor]:
+    return {name: value.tensor_split(2)[micro % 2] for name, value in batch(micro // 2).items()}
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_masked_and_seen() -> None:
+    torch._dynamo.reset()
+    controllers = []
+    for compiled in (False, True):
+        model = net(r=4)
+        optimizer = still(model)
+        runs = torch.compile(model, backend="eager") if compiled else model
+        controller = control(runs, optimizer, mode="auto" if compiled else "mask")
+        run(runs, optimizer, controller, range(8))
+        controllers.append(controller)
+    controller.close()
+    run(runs, optimizer, controller, range(8, 12))
+    assert len(controller._losses.values()) == 8
+    assert not controller._losses._present  # compiled code keeps hooks that were removed
+    eager, compiled = (controller.decisions for controller in controllers)
+    np.testing.assert_allclose(compiled["loss"], eager["loss"], rtol=1e-5)
+    assert controllers[1].masks is not None
+    assert compiled["batches"].tolist() == [3, 3]
+    assert "moved" in set(compiled["action"])
+    assert compiled["ranks_after"].tolist() == eager["ranks_after"].tolist()
+
+
+# --- forms of LoRA and dtypes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"use_dora": True}, torch.float32),
+        ({"use_rslora": True}, torch.float32),
+        ({"lora_bias": True}, torch.float32),
+        ({}, torch.bfloat16),
+    ],
+    ids=["dora", "rank-stabilised", "bias", "bfloat16"],
+)
+@pytest.mark.parametrize("mode", ["resize", "mask"])
+def test_other_forms_move_and_load_in_plain_peft(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype, mode: str
+) -> None:
+    model = net(r=2 if mode == "resize" else 4, **options).to(dtype)
+    scaling = next(layer.scaling["default"] for layer in model.modules() if hasattr(layer, "scaling"))
+    optimizer = adamw(model)
+    controller = control(model, optimizer, mode=mode)
+
+    def cast(step: int) -> dict[str, torch.Tensor]:
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch(step).items()}
+
+    model.train()
+    for step in range(TOTAL):
+        model(**cast(step)).loss.backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert "moved" in set(controller.decisions["action"])
+    assert controller.allocation.parameters <= BUDGET
+    model.save_pretrained(str(tmp_path))
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(Net().to(dtype), str(tmp_path), autocast_adapter_dtype=False).eval()
+    assert count_adapter_parameters(plain) == controller.allocation.parameters
+    scalings = [layer.scaling["default"] for layer in plain.modules() if hasattr(layer, "scaling")]
+    assert scalings == pytest.approx([scaling] * len(scalings))
+    model.eval()
+    tolerance = 0 if mode == "resize" else 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(plain(**cast(0)).logits, model(**cast(0)).logits, rtol=tolerance, atol=tolerance)

@@ -1,6 +1,9 @@
 """Fixtures that many tests share: the real digits task, profiled once."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 import rankscope as rs
 from rankscope.tasks import Task
@@ -25,3 +28,10 @@ def digits_profile(digits: Task) -> rs.Profile:
 @pytest.fixture(scope="session")
 def digits_budget(digits_profile: rs.Profile) -> rs.ParameterBudget:
     return rs.ParameterBudget.uniform(digits_profile.targets, 1)
+
+
+@pytest.fixture(autouse=True)
+def _compiles_as_usual() -> Iterator[None]:
+    """A controller that a test leaves while it watches a compiled model keeps the compiler off."""
+    yield
+    torch.compiler.set_stance("default")

@@ -18,7 +18,7 @@ LAYERS = [
     ["profiling", "adapters"],
     ["performance"],
     ["strategies", "tasks", "control", "training", "searching"],
-    ["study", "comparison", "benchmark", "plotting", "dashboard", "export", "report"],
+    ["comparison", "study", "benchmark", "plotting", "dashboard", "export", "report"],
     ["cli"],
 ]
 ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}

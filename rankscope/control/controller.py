@@ -256,7 +256,13 @@ class RankController:
 
     def _new_window(self) -> GradientWindow:
         targets = self.allocation.targets
-        return GradientWindow(self._ranks.model, targets, sketch_size=self._sketch_size, seed=self._seed)
+        return GradientWindow(
+            self._ranks.model,
+            targets,
+            sketch_size=self._sketch_size,
+            seed=self._seed,
+            compiled=self._ranks.capacity is not None,  # masks are what compiled models get
+        )
 
     # --- a decision --------------------------------------------------------------------------------------------------
 

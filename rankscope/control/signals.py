@@ -4,9 +4,10 @@ The j-th rank of a module is worth sigma_j^2 of the present gradient, whatever i
 leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient, and further ones
 with the rest, moved nearly all ranks at every decision on digits-shift, since fresh random rows hold next to nothing.)
 
-The hooks are on the modules only while a step is sampled, and code that `torch.compile` made, which knows no hooks that come
-later, gives way to eager code for that time. They see gradients of module outputs, which neither clipping nor `zero_grad` touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
-evaluation, and a checkpointed segment that is run again, do not.
+The hooks are on the modules only while a step is sampled. They see gradients of module outputs, which neither clipping nor
+`zero_grad` touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
+evaluation, and a checkpointed segment that is run again, do not. Code that `torch.compile` made passes over hooks that come
+later, so that eager code takes its place while a step is sampled, if the model may be compiled.
 """
 
 from __future__ import annotations
@@ -70,13 +71,23 @@ class GradientWindow:
         targets: The modules to watch.
         sketch_size: Columns of the narrow sketch: how many singular values can be found.
         seed: Of the sketches.
+        compiled: Whether `torch.compile` may have compiled the model.
 
     Attributes:
         broken: Sampled steps so far whose gradients were not finite; they are left out.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], *, sketch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[TargetModule],
+        *,
+        sketch_size: int,
+        seed: int,
+        compiled: bool = False,
+    ) -> None:
         self.broken = 0
+        self._compiled = compiled
         self._model = model
         self._targets = tuple(target for target in targets if target.kind in SUPPORTED)
         present = dict(base_modules(model))
@@ -95,7 +106,7 @@ class GradientWindow:
         """
         self.close()
         observer = Observer(self._targets, self._modules, self._matrices, inputs=False)
-        self._step = _Step(self._model, observer, weight)
+        self._step = _Step(self._model, observer, weight, compiled=self._compiled)
 
     def end_step(self) -> None:
         """Takes the step that was watched, if one was."""
@@ -188,10 +199,11 @@ class GradientWindow:
 class _Step:
     """The hooks of one sampled step."""
 
-    def __init__(self, model: nn.Module, observer: Observer, weight: float) -> None:
+    def __init__(self, model: nn.Module, observer: Observer, weight: float, *, compiled: bool) -> None:
         self.observer, self.weight, self.passes = observer, weight, 0
         self._stack = ExitStack()
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if compiled:
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(observer.hooked())
         self._stack.callback(model.register_forward_pre_hook(self._begin_pass).remove)
 

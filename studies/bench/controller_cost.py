@@ -3,10 +3,10 @@
     python studies/bench/controller_cost.py --out studies/results/controller_cost.json
 
 LoRA of rank 8, the same under the controller, and AdaLoRA (mean rank 8, from 12) take turns on the same batches, step by step, in
-one process with one torch thread. Steps under the controller are told apart: watched (its hooks are on), deciding (a decision
-and its resize follow), and plain ones. What each kind takes longer than the plain LoRA step beside it (median) is
-weighed by the default schedule over 1,000 steps: 6 decisions of 8 watched steps each. Times are of the CPU. For MiniLM a whole run with the same
-share of decisions (167 steps, one decision) is measured too, sum over sum. About 12 minutes. `--quick`: MiniLM, fewer steps.
+one process with one torch thread; times are of the CPU. Steps under the controller are told apart: watched (its hooks are on),
+deciding (a decision and its resize follow), and plain ones. What each kind takes longer than the plain LoRA step beside
+it (median) is weighed by the default schedule over 1,000 steps: 6 decisions of 8 watched steps each. For MiniLM a whole run
+of 167 steps with its four decisions is measured too, sum over sum. About 12 minutes. `--quick`: MiniLM, fewer steps.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def cost_by_kind(name: str, decisions: int) -> dict[str, Any]:
 
 
 def whole_run(name: str) -> dict[str, Any]:
-    """167 steps with one decision, beside the same steps without."""
+    """A short run with its decisions, beside the same steps without."""
     task = rs.load_task(name)
     steps = round(MOST_EVERY / DEFAULTS.freeze_fraction)
     plain, moving, _ = _methods(task, DEFAULTS)

@@ -181,7 +181,9 @@ def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
 def _check_present(model: PeftModel, folder: Path, adapter: str) -> None:
     """Refuses weights of other ranks than the model's."""
     weights = _ranks_of_weights(folder)
-    for name, layer in {} if weights is None else adapter_layers(model, adapter).items():
+    if weights is None:
+        return
+    for name, layer in adapter_layers(model, adapter).items():
         if (present := rank_of(layer, adapter)) != (rank := weights.get(name, 0)):
             raise AdapterError(
                 f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "

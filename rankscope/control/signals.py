@@ -5,7 +5,8 @@ leading directions within a few steps. (Crediting ranks with what their tangent 
 with the rest, moved nearly all ranks at every decision on digits-shift, since fresh random rows hold next to nothing.)
 
 The hooks are on the modules only while a step is sampled, and code that `torch.compile` made, which knows no hooks that come
-later, gives way to eager code for that time. They see gradients of module outputs, which neither clipping nor `zero_grad` touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
+later, gives way to eager code for that time. They see gradients of module outputs, which neither clipping nor `zero_grad`
+touches. Every training forward pass of the model (one a micro-batch under gradient accumulation) counts as a batch;
 evaluation, and a checkpointed segment that is run again, do not.
 """
 

@@ -231,9 +231,9 @@ class RankController:
             raise ControlError("the controller's state must be of this model's adapted modules, but is of others.")
         if (state["active"] is None) != (self._ranks.masks is None):
             theirs, ours = ("resize", "mask") if state["active"] is None else ("mask", "resize")
+            processes = " and use one process" if theirs == "resize" else ""
             raise ControlError(
-                f"the controller's state must be of mode {ours!r}, but is of mode {theirs!r}; pass mode={theirs!r}, "
-                "which for 'resize' takes one process."
+                f"the controller's state must be of mode {ours!r}, but is of mode {theirs!r}; pass mode={theirs!r}{processes}."
             )
         ranks = RankAllocation.from_ranks(self.allocation.targets, state["ranks"])
         if self._ranks.masks is not None:

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,39 @@ def test_ranks_move_and_resuming_ends_the_same(
     ranks = {name: rank for name, rank in controller.allocation.ranks.items() if rank}
     assert dict(from_peft_model(plain).ranks) == ranks
     torch.testing.assert_close(logits(plain, digits), logits(whole.model, digits), rtol=0, atol=1e-6 if settings else 0)
+
+
+WITHOUT = """
+import sys
+sys.modules["rankscope"] = None  # an import fails, as where it is not installed
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageClassification
+for folder, base, images, outputs in zip(*[iter(sys.argv[1:])] * 4):
+    model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.load(images)).logits, torch.load(outputs), rtol=0, atol=1e-5)
+print("same")
+"""
+
+
+def test_loads_where_rankscope_is_not_installed(digits: Task, tmp_path: Path) -> None:
+    """In an isolated process that cannot import it, from what the Trainer's own checkpoints and `save_model` wrote."""
+    arguments = []
+    digits.build_model().save_pretrained(str(tmp_path / "base"))
+    torch.save(Rows(digits).images[:16], tmp_path / "images.pt")
+    for rank, settings in ((1, RESIZED), (3, MASKED)):
+        run = trainer(digits, tmp_path / str(rank), model=build(digits, rank), controller=settings, save_steps=12)
+        run.train()
+        assert "moved" in set(controller_of(run).decisions["action"])
+        run.save_model(str(tmp_path / str(rank) / "adapter"))
+        torch.save(logits(run.model, digits), tmp_path / str(rank) / "outputs.pt")
+        for folder in ("adapter", "checkpoint-12"):
+            files = (Path(str(rank), folder), "base", "images.pt", Path(str(rank), "outputs.pt"))
+            arguments += [str(tmp_path / file) for file in files]
+    command = [sys.executable, "-I", "-c", WITHOUT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("rank", "settings"), [(1, RESIZED), (3, MASKED)], ids=["resized", "masked"])

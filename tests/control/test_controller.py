@@ -394,7 +394,16 @@ def test_models_and_optimizers_that_cannot_be_controlled() -> None:
     merged, several = net(), net()
     merged.merge_adapter()
     several.add_adapter("second", several.peft_config["default"])
+    for name, parameter in (partitioned := net()).named_parameters():
+        if "lora_" in name:
+            parameter.ds_id = 0  # how DeepSpeed marks what ZeRO-3 partitions
     cases: list[tuple[Any, type[Exception], str]] = [
+        (
+            partitioned,
+            AdapterError,
+            "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps its own flat "
+            "copies; use ZeRO-2 with masked ranks (RankMasks), or one process.",
+        ),
         (Net(), AdapterError, "`model` must be a peft.PeftModel, but is a Net; wrap it with get_peft_model."),
         (merged, AdapterError, "adapters must not be merged, but ['default'] are in `first`; unmerge first."),
         (
@@ -406,6 +415,7 @@ def test_models_and_optimizers_that_cannot_be_controlled() -> None:
     for model, kind, message in cases:
         with pytest.raises(kind, match=f"^{re.escape(message)}$"):
             control(model, adamw(model))
+        assert hooks(model) == 0
     message = "`optimizer` must own the adapter's parameters, but lacks 8 of 8; build it from the PEFT model's parameters, after wrapping."
     with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
         control(net(), adamw(net()))
@@ -418,6 +428,21 @@ def test_states_of_others_are_refused() -> None:
     for change, message in (
         ({"schema": 0}, "the controller's state must have schema 1, but has 0."),
         ({"targets": "?"}, "the controller's state must be of this model's adapted modules, but is of others."),
+        (
+            {"active": {}},
+            "the controller's state must be of mode 'resize', but is of mode 'mask'; pass mode='mask'.",
+        ),
     ):
         with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
             controller.load_state_dict(state | change)
+    model = net(r=4)
+    masked = control(model, adamw(model), mode="mask")
+    message = "the controller's state must be of mode 'mask', but is of mode 'resize'; pass mode='resize' and use one process."
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        masked.load_state_dict(state)
+    message = (
+        "`model` must not carry rank masks to be controlled in mode 'resize', but carries those of adapter 'default'; `compress` "
+        "them, or go on in mode 'mask'."
+    )
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        control(model, adamw(model), mode="resize")

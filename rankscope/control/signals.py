@@ -141,13 +141,19 @@ class GradientWindow:
     def measure(self, factors: Factors) -> Measured | None:
         """The signals of what was seen since `clear`, on all processes; None where no gradient was, or all were zero.
 
+        What was seen stays, the first process having all of it.
+
         Args:
             factors: A of shape (r, in) and B of shape (out, r) of each module, by name.
         """
         sum_over_processes(tensor for sums in self._sums.values() for tensor in sums.tensors())
-        weights = np.array([w for each in gathered(self._weights) for w in each])
-        if not len(weights):
-            return None
+        self._weights = [w for each in gathered(self._weights) for w in each]
+        measured = self._measure(factors, np.array(self._weights)) if self._weights else None
+        if not is_first():
+            self.clear()
+        return measured
+
+    def _measure(self, factors: Factors, weights: Floats) -> Measured | None:
         found = {name: sums.store.decompose() for name, sums in self._sums.items()}
         energy, noise = self._energies(found, weights)
         if not energy.any():

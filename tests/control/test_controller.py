@@ -55,16 +55,6 @@ def test_ranks_move_within_the_budget_and_freeze(coarse_fraction: float) -> None
             assert np.maximum(np.subtract(decision.ranks_after, decision.ranks_before), 0).sum() == 1
 
 
-def test_a_run_is_not_worse_for_it() -> None:
-    finals = []
-    for moving in (False, True):
-        model = net()
-        optimizer = adamw(model)
-        controller = control(model, optimizer, policy=Policy(margin=0.0 if moving else 1e9))
-        finals.append(np.mean(run(model, optimizer, controller, range(TOTAL))[-8:]))
-    assert finals[1] < finals[0] + 0.05
-
-
 def test_a_controller_that_moves_nothing_changes_nothing() -> None:
     model, other = net(), net()
     optimizer, plain = adamw(model), adamw(other)

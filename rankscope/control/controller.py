@@ -74,6 +74,7 @@ class RankController:
         ControlError: A schedule without a decision, a budget below the ranks in place, masks without room to grow, or an
             optimizer that does not own the adapter's parameters; nothing is changed.
         AdapterError: A model without LoRA, with merged adapters, or with several adapters and none named.
+        OptimizerError: An optimizer whose state cannot be carried.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))

@@ -200,18 +200,24 @@ def test_tensorboard_gets_the_scalars(digits: Task, tmp_path: Path) -> None:
     "options",
     [
         {"bf16": True},
+        {"optim": "adafactor"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
-    ids=["bf16", "compiled"],
+    ids=["bf16", "adafactor", "checkpointing", "reentrant", "compiled"],
 )
 def test_the_trainers_other_ways_to_run(digits: Task, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Autocast, and compilation, under which ranks are masked."""
+    """Ranks are masked where the model is compiled."""
     compiled = "torch_compile" in options
     torch._dynamo.reset()
+    model = build(digits, 3 if compiled else 1)
+    if "gradient_checkpointing" in options:
+        model.get_base_model().enable_input_require_grads()  # without it, reentrant checkpoints give adapters no gradient
     run = trainer(
         digits,
         tmp_path,
-        model=build(digits, 3 if compiled else 1),
+        model=model,
         controller={"start": "uniform"},
         save_strategy="no",
         max_steps=8,
@@ -221,6 +227,7 @@ def test_the_trainers_other_ways_to_run(digits: Task, tmp_path: Path, options: d
     assert (masks_on(run.model) is not None) == compiled
     assert "moved" in set(controller_of(run).decisions["action"])
     assert controller_of(run).decisions["broken"].tolist() == [0, 0]
+    assert controller_of(run).decisions["batches"].tolist() == [2, 2]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from rankscope.control.signals import GradientWindow, Measured
 from rankscope.exceptions import ControlError
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import Profile
-from rankscope.profiling.processes import gathered
+from rankscope.profiling.processes import gathered, is_first
 from rankscope.profiling.sketch import SKETCH_SIZE
 from rankscope.targets import fingerprint_targets
 
@@ -352,5 +352,5 @@ class RankController:
             self._window.watch(scale)
 
     def _write(self) -> None:
-        if self._out is not None:
+        if self._out is not None and is_first():
             write_decisions(self._decisions, self._out)

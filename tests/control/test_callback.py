@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
 from rankscope.adapters import count_adapter_parameters, from_peft_model, masks_on
@@ -122,6 +122,22 @@ def test_the_best_model_comes_back_with_its_ranks(
     torch.testing.assert_close(
         logits(run.model, digits), logits(best, digits), rtol=0, atol=1e-3 if settings else 0
     )  # logits of some 20
+
+
+class Anew(Trainer):
+    """Its model comes from `model_init`: once when it is made, and again when it trains."""
+
+    def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(args=args, model_init=lambda: build(rs.load_task("digits-shift")), **kwargs)
+
+
+def test_a_model_that_the_trainer_makes_anew(digits: Task, tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "save_steps": 4, "eval_steps": 4, "load_best_model_at_end": True}
+    whole = trainer(digits, tmp_path / "whole", kind=Anew, **options)
+    whole.train()
+    assert Path(whole.state.best_model_checkpoint).name == "checkpoint-12"
+    best = loaded(digits, tmp_path / "whole" / "checkpoint-12")
+    assert torch.equal(logits(best, digits), logits(whole.model, digits))
 
 
 def test_a_named_adapter_of_several_is_resumed(digits: Task, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def check_changeable(layers: Mapping[str, LoraLayer], adapter: str) -> None:
             if hasattr(parameter, "ds_id"):
                 raise AdapterError(
                     "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps "
-                    "its own flat copies; use ZeRO-2 with masked ranks (RankMasks), or one process."
+                    "its own flat copies; use DDP or FSDP2 with masked ranks (RankMasks), or one process."
                 )
     owners: dict[int, str] = {}
     for name, layer in layers.items():

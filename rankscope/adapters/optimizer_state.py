@@ -58,6 +58,19 @@ class Replacement:
         return self.map.carry(tensor, self.dim, squared=moment == "square")
 
 
+def check_known(optimizer: Optimizer) -> None:
+    """Refuses an optimizer whose state could not be carried, before there is one.
+
+    Raises:
+        OptimizerError: It is of a kind that is not known.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    if _kind(optimizer) is None and not _is_bitsandbytes_adam(optimizer):
+        raise OptimizerError(
+            f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {type(optimizer).__name__}; use one of these."
+        )
+
+
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that holds the state: accelerate's wrapper taken off."""
     while isinstance(optimizer, AcceleratedOptimizer):
@@ -119,7 +132,7 @@ def _carry(optimizer: Optimizer, replacement: Replacement, unknown_state: Unknow
 
 
 def _carry_plain(optimizer: Optimizer, state: Mapping[str, Any], replacement: Replacement) -> dict[str, Any]:
-    kind = next((known for known in _ENTRIES if isinstance(optimizer, known)), None)
+    kind = _kind(optimizer)
     if kind is None:
         raise OptimizerError(
             f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {type(optimizer).__name__}; "
@@ -139,6 +152,10 @@ def _carry_plain(optimizer: Optimizer, state: Mapping[str, Any], replacement: Re
         else:
             raise _unknown_entry(optimizer, name)
     return carried
+
+
+def _kind(optimizer: Optimizer) -> type | None:
+    return next((known for known in _ENTRIES if isinstance(optimizer, known)), None)
 
 
 def _unknown_entry(optimizer: Optimizer, name: str) -> OptimizerError:

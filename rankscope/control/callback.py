@@ -30,7 +30,8 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     each decision go to the log history and to all that the Trainer reports to (TensorBoard, W&B).
 
     Ranks are masked under several processes and with `torch_compile`; what the Trainer saves then is at the true ranks, too.
-    Pass the callback to the Trainer's constructor, which is where it prepares the model for resuming.
+    Pass the callback to the Trainer's constructor, which is where it prepares the model for resuming; a model that `model_init`
+    makes again when training begins cannot be resumed.
 
     Args:
         budget: The most adapter parameters at any time.
@@ -51,24 +52,17 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         if clash := {"total_steps", "model", "optimizer"} & set(settings):
             raise ControlError(f"`{min(clash)}` comes from the Trainer and cannot be passed; leave it out.")
         self._settings = {"budget": budget, "every": every, **settings}
+        self._prepared: Any = None
         self._loaded_from: Path | None = None
         self.controller: RankController | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """From now on, loading a checkpoint restores its ranks first."""
-        controlled = choose_adapter(unwrap_peft_model(model), self._settings.get("adapter_name"))
-        restore_ranks_on_load(model)
-        load = model.load_adapter
-
-        def load_adapter(model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-            if adapter_name == controlled:
-                self._loaded_from = Path(model_id)
-            return load(model_id, adapter_name, *args, **kwargs)
-
-        model.load_adapter = load_adapter
+        self._prepare(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Optimizer and number of steps are known."""
+        self._prepare(model)
         settings, saved = dict(self._settings), None
         if args.torch_compile and settings.get("mode", "auto") == "auto":
             settings["mode"] = "mask"
@@ -102,6 +96,22 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Nothing of the controller stays on the model, but masks where ranks are masked."""
         self._running().close()
+
+    def _prepare(self, model: Any) -> None:
+        """Once for each model: a Trainer with `model_init` makes another when it trains."""
+        if self._prepared is model:
+            return
+        self._prepared = model
+        controlled = choose_adapter(unwrap_peft_model(model), self._settings.get("adapter_name"))
+        restore_ranks_on_load(model)
+        load = model.load_adapter
+
+        def load_adapter(model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+            if adapter_name == controlled:
+                self._loaded_from = Path(model_id)
+            return load(model_id, adapter_name, *args, **kwargs)
+
+        model.load_adapter = load_adapter
 
     def _running(self) -> RankController:
         if self.controller is None:

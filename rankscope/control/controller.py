@@ -31,7 +31,7 @@ from rankscope.control.signals import GradientWindow, Measured
 from rankscope.exceptions import ControlError
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import Profile
-from rankscope.profiling.processes import gathered
+from rankscope.profiling.processes import gathered, is_first
 from rankscope.profiling.sketch import SKETCH_SIZE
 from rankscope.targets import fingerprint_targets
 
@@ -74,6 +74,7 @@ class RankController:
         ControlError: A schedule without a decision, a budget below the ranks in place, masks without room to grow, or an
             optimizer that does not own the adapter's parameters; nothing is changed.
         AdapterError: A model without LoRA, with merged adapters, or with several adapters and none named.
+        OptimizerError: An optimizer whose state cannot be carried.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
@@ -358,5 +359,5 @@ class RankController:
             self._window.watch(scale)
 
     def _write(self) -> None:
-        if self._out is not None:
+        if self._out is not None and is_first():
             write_decisions(self._decisions, self._out)

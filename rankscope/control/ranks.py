@@ -19,7 +19,7 @@ from rankscope.adapters.live import (
     factors,
     unwrap_peft_model,
 )
-from rankscope.adapters.optimizer_state import unwrap_optimizer
+from rankscope.adapters.optimizer_state import check_known, unwrap_optimizer
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.exceptions import ControlError
@@ -45,6 +45,7 @@ class LiveRanks:
 
     Raises:
         AdapterError: The model cannot have its ranks changed.
+        OptimizerError: An optimizer whose state cannot be carried.
         ControlError: The optimizer does not own the adapter's parameters, or the mode is not the model's.
     """
 
@@ -66,6 +67,7 @@ class LiveRanks:
         check_changeable(layers, self.adapter)
         if mode == "resize":
             check_whole(layers, self.adapter)
+        check_known(optimizer)
         self._check_owned([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
         self._full = from_peft_model(self.model, adapter_name=self.adapter)
         self._masked = mode == "mask"

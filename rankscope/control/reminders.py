@@ -47,7 +47,8 @@ def warn_if_blind(decisions: Sequence[Decision]) -> None:
     cause = (
         f"the gradients of {broken} sampled steps were not finite; lower the learning rate or the loss scale"
         if broken
-        else "no training forward pass of the PEFT model was seen, or its gradients were 0; train the model that was passed"
+        else "no training forward pass of the PEFT model was seen, or none with gradients; train the model that was passed, and "
+        "with reentrant checkpointing call its `enable_input_require_grads()`"
     )
     logger.warning(
         "no rank was moved, for none of the %d decisions had gradients to rest on: %s", len(decisions), cause

@@ -134,6 +134,17 @@ def test_saves_true_ranks_for_plain_peft(tmp_path: Path, dora: bool) -> None:
         torch.testing.assert_close(other(tokens()), before, rtol=1e-13, atol=1e-13)
 
 
+def test_a_copy_saves_itself(tmp_path: Path) -> None:
+    model = masked_model()
+    RankMasks(model, {"linear": 2})
+    twin = copy.deepcopy(model)
+    masks_on(twin).resize([Resize(name="linear", rank=1)])
+    twin.save_pretrained(str(tmp_path))
+    base = kinds_model(target_modules=list(MASKABLE)).unload()
+    assert from_peft_model(PeftModel.from_pretrained(base, str(tmp_path))).ranks["linear"] == 1
+    assert masks_on(model).ranks["linear"] == 2
+
+
 def test_compresses_in_place_with_the_optimizer() -> None:
     model = masked_model()
     masks = RankMasks(model)

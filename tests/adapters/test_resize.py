@@ -499,5 +499,5 @@ def test_zero_3_is_refused_with_the_reason() -> None:
     refuses(
         model,
         "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps its own flat "
-        "copies; use ZeRO-2 with masked ranks (RankMasks), or one process.",
+        "copies; use DDP or FSDP2 with masked ranks (RankMasks), or one process.",
     )

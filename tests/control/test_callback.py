@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
 from rankscope.adapters import count_adapter_parameters, from_peft_model, masks_on
@@ -124,6 +124,22 @@ def test_the_best_model_comes_back_with_its_ranks(
     )  # logits of some 20
 
 
+class Anew(Trainer):
+    """Its model comes from `model_init`: once when it is made, and again when it trains."""
+
+    def __init__(self, model: PeftModel, args: TrainingArguments, **kwargs: Any) -> None:
+        super().__init__(args=args, model_init=lambda: build(rs.load_task("digits-shift")), **kwargs)
+
+
+def test_a_model_that_the_trainer_makes_anew(digits: Task, tmp_path: Path) -> None:
+    options = {"eval_strategy": "steps", "save_steps": 4, "eval_steps": 4, "load_best_model_at_end": True}
+    whole = trainer(digits, tmp_path / "whole", kind=Anew, **options)
+    whole.train()
+    assert Path(whole.state.best_model_checkpoint).name == "checkpoint-12"
+    best = loaded(digits, tmp_path / "whole" / "checkpoint-12")
+    assert torch.equal(logits(best, digits), logits(whole.model, digits))
+
+
 def test_a_named_adapter_of_several_is_resumed(digits: Task, tmp_path: Path) -> None:
     """PEFT keeps its weights in a folder of their own."""
 
@@ -200,18 +216,24 @@ def test_tensorboard_gets_the_scalars(digits: Task, tmp_path: Path) -> None:
     "options",
     [
         {"bf16": True},
+        {"optim": "adafactor"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],
-    ids=["bf16", "compiled"],
+    ids=["bf16", "adafactor", "checkpointing", "reentrant", "compiled"],
 )
 def test_the_trainers_other_ways_to_run(digits: Task, tmp_path: Path, options: dict[str, Any]) -> None:
-    """Autocast, and compilation, under which ranks are masked."""
+    """Ranks are masked where the model is compiled."""
     compiled = "torch_compile" in options
     torch._dynamo.reset()
+    model = build(digits, 3 if compiled else 1)
+    if "gradient_checkpointing" in options:
+        model.get_base_model().enable_input_require_grads()  # without it, reentrant checkpoints give adapters no gradient
     run = trainer(
         digits,
         tmp_path,
-        model=build(digits, 3 if compiled else 1),
+        model=model,
         controller={"start": "uniform"},
         save_strategy="no",
         max_steps=8,
@@ -221,6 +243,7 @@ def test_the_trainers_other_ways_to_run(digits: Task, tmp_path: Path, options: d
     assert (masks_on(run.model) is not None) == compiled
     assert "moved" in set(controller_of(run).decisions["action"])
     assert controller_of(run).decisions["broken"].tolist() == [0, 0]
+    assert controller_of(run).decisions["batches"].tolist() == [2, 2]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

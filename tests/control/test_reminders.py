@@ -44,7 +44,8 @@ def test_a_controller_that_never_has_a_gradient(caplog: pytest.LogCaptureFixture
         controller.step()
         optimizer.zero_grad()
     cause = (
-        "no training forward pass of the PEFT model was seen, or its gradients were 0; train the model that was passed"
+        "no training forward pass of the PEFT model was seen, or none with gradients; train the model that was passed, and with "
+        "reentrant checkpointing call its `enable_input_require_grads()`"
         if finite
         else "the gradients of 15 sampled steps were not finite; lower the learning rate or the loss scale"
     )

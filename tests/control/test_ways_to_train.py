@@ -15,6 +15,8 @@ from torch import nn
 import rankscope as rs
 from rankscope.adapters import count_adapter_parameters
 from rankscope.control import Policy
+from tests.adapters.test_optimizer_state import EVERY
+from tests.adapters.test_resize import quantised
 from tests.architectures import build
 from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
 
@@ -178,6 +180,60 @@ def test_a_compiled_model_is_masked_and_seen() -> None:
     assert compiled["batches"].tolist() == [3, 3]
     assert "moved" in set(compiled["action"])
     assert compiled["ranks_after"].tolist() == eager["ranks_after"].tolist()
+
+
+# --- optimizers and bases ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(EVERY))
+def test_every_optimizer_whose_state_is_carried(name: str) -> None:
+    """Its rate follows its scheduler, whatever is resized."""
+    model = net()
+    optimizer = EVERY[name]([p for p in model.parameters() if p.requires_grad])
+    rate = optimizer.param_groups[0]["lr"]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    controller = control(model, optimizer)
+    seen = []
+
+    def follow(step: int) -> None:
+        seen.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+
+    losses = run(model, optimizer, controller, range(TOTAL), after=follow)
+    assert "moved" in set(controller.decisions["action"])
+    assert np.isfinite(losses).all()
+    assert seen == pytest.approx([rate / (1 + step) for step in range(TOTAL)])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in parameters]
+
+
+def test_a_base_in_4_bits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(quantised(4), LoraConfig(target_modules=["0", "2"], r=3, lora_alpha=6))
+    optimizer = adamw(model)
+    start = rs.RankAllocation(rs.find_targets(model, ["0", "2"]), (5, 1))
+    options = {
+        "budget": rs.ParameterBudget(6 * 128),
+        "every": 4,
+        "samples": 4,
+        "total_steps": 16,
+        "freeze_fraction": 1.0,
+    }
+    controller = rs.RankController(model, optimizer, start=start, policy=Policy(margin=0.0), **options)
+    x, y = (torch.randn(32, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    model.train()
+    for _ in range(16):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    assert "moved" in set(controller.decisions["action"])
+    assert count_adapter_parameters(model) == controller.allocation.parameters <= 6 * 128
+    model.eval().save_pretrained(str(tmp_path))
+    plain = PeftModel.from_pretrained(quantised(4), str(tmp_path)).eval()
+    with torch.no_grad():  # where a gradient passes, the base is computed another way
+        torch.testing.assert_close(plain(x), model(x))
 
 
 # --- forms of LoRA and dtypes --------------------------------------------------------------------------------------

@@ -108,6 +108,15 @@ def test_hysteresis_grows_with_noise() -> None:
         assert not propose(signals, budget, Policy(margin=0.2), coarse=coarse, signal_share=0.5).transfers
 
 
+def test_nothing_moves_where_most_is_noise() -> None:
+    signals = [module("a", [1.0], [0.1]), module("b", [9.0], [9.0])]
+    budget = rs.ParameterBudget(spent(signals))
+    policy = Policy(margin=0.0, min_signal=0.5)
+    for share, moves in ((0.5, True), (0.49, False)):
+        found = propose(signals, budget, policy, coarse=True, signal_share=share)
+        assert (bool(found.transfers), found.noisy) == (moves, not moves)
+
+
 def test_modules_that_cool_down_stay() -> None:
     signals = [module("a", [0.0], [0.0]), module("b", [5.0], [4.0]), module("c", [1.0], [0.0])]
     budget = rs.ParameterBudget(spent(signals))
@@ -121,7 +130,10 @@ def test_capacity_and_largest_rank_bind() -> None:
     signals = [module("a", [0.1, 0.1], [0.0]), module("b", [5.0], [4.0, 3.0])]
     budget = rs.ParameterBudget(spent(signals))
     assert changes(propose(signals, budget, POLICY, coarse=True)) == {"a": (2, 0), "b": (1, 3)}
-    assert changes(propose(signals, budget, Policy(margin=0.0, max_rank=2), coarse=True)) == {"a": (2, 1), "b": (1, 2)}
+    assert changes(propose(signals, budget, Policy(margin=0.0, min_signal=0.0, max_rank=2), coarse=True)) == {
+        "a": (2, 1),
+        "b": (1, 2),
+    }
     assert not propose(signals, budget, POLICY, coarse=False, capacity={"a": 2, "b": 1}).transfers
 
 
@@ -142,6 +154,7 @@ def test_no_gradient_moves_nothing() -> None:
     ("settings_", "message"),
     [
         ({"margin": -0.1}, "`margin` must be 0 or more, but got -0.1."),
+        ({"min_signal": 1.1}, "`min_signal` must lie between 0 and 1, but got 1.1."),
         ({"cooldown": -1}, "`cooldown` must be 0 or more decisions, but got -1."),
         ({"coarse_fraction": 1.5}, "`coarse_fraction` must lie between 0 and 1, but got 1.5."),
         ({"max_rank": 0}, "`max_rank` must be at least 1, but got 0."),

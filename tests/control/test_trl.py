@@ -45,7 +45,12 @@ def sft(folder: Path) -> Any:
     )
     config = LoraConfig(target_modules="all-linear", r=2, lora_alpha=4, task_type="CAUSAL_LM")
     budget = rs.ParameterBudget.uniform(rs.find_targets(build("llama"), "all-linear"), 2)
-    moves: dict[str, Any] = {"every": 3, "freeze_fraction": 0.8, "samples": 2, "policy": Policy(margin=0.0)}
+    moves: dict[str, Any] = {
+        "every": 3,
+        "freeze_fraction": 0.8,
+        "samples": 2,
+        "policy": Policy(margin=0.0, min_signal=0.0),
+    }
     return trl.SFTTrainer(
         model=build("llama"),
         args=arguments,

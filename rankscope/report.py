@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rankscope.allocation import RankAllocation
-from rankscope.comparison import allocations, rank_methods, summarise
+from rankscope.comparison import REFERENCE, allocations, rank_methods
 from rankscope.files import replacing
 from rankscope.plotting import plot_budgets, plot_flow, plot_forest, plot_ranks, plot_trajectories, save_figure
 from rankscope.targets import TargetModule
@@ -30,6 +30,7 @@ tr:nth-child(even) td { background: #f6f6f6; } img { max-width: 100%; } h2 { mar
 def write_report(
     folder: Path,
     runs: pd.DataFrame,
+    table: pd.DataFrame,
     *,
     targets: Sequence[TargetModule] = (),
     decisions: Mapping[str, pd.DataFrame] | None = None,
@@ -40,11 +41,11 @@ def write_report(
     Args:
         folder: Where to.
         runs: As `Comparison.runs` has them; several tasks' runs may be put together.
+        table: What `rankscope.comparison.summarise` makes of them.
         targets: Of the model, for pictures of ranks; without them, and for several tasks, those are left out.
         decisions: Of controllers, by method.
         command: What made the runs, for the foot of the page.
     """
-    table = summarise(runs)
     figures = _figures(runs, table, targets, decisions or {})
     pictures = {name: save_figure(figure, folder / f"{name}.png") for name, (_, figure) in figures.items()}
     sections = [
@@ -110,7 +111,7 @@ def _task_row(row: pd.Series, growth: bool) -> list[str]:
         f"{row['test']:.4f}",
         f"{row['deviation']:.4f}",
     ]
-    if row["method"] == "uniform":
+    if row["method"] == REFERENCE:
         judged = ["", "", "", ""]
     else:
         judged = [

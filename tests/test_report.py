@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 import rankscope as rs
-from rankscope.comparison import compare
+from rankscope.comparison import compare, summarise
 from rankscope.report import write_report
 from rankscope.tasks import Task
 
@@ -25,7 +25,12 @@ def test_the_page_is_self_contained_and_shows_every_method(
         uniform_budgets=[2.0],
     )
     files = write_report(
-        tmp_path, found.runs, targets=digits_profile.targets, decisions=found.decisions, command="made by <hand>"
+        tmp_path,
+        found.runs,
+        summarise(found.runs),
+        targets=digits_profile.targets,
+        decisions=found.decisions,
+        command="made by <hand>",
     )
     assert [path.name for path in files] == [
         "report.html", "forest.png", "budgets.png", "ranks.png", "trajectories-controller.png", "flow-controller.png"
@@ -42,6 +47,7 @@ def test_the_page_is_self_contained_and_shows_every_method(
     assert "Over all tasks" not in page
 
     other = found.runs.assign(task="another")
-    both = write_report(tmp_path / "both", pd.concat([found.runs, other], ignore_index=True))
+    runs = pd.concat([found.runs, other], ignore_index=True)
+    both = write_report(tmp_path / "both", runs, summarise(runs))
     assert [path.name for path in both] == ["report.html", "forest.png", "budgets.png"]
     assert "Over all tasks" in both[0].read_text()

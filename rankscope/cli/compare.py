@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
-from rankscope.cli.search import SEARCHED, search_of
+from rankscope.cli.search import search_of
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
-from rankscope.comparison import compare, read_comparison, summarise
-from rankscope.comparison.methods import needs_profile
+from rankscope.comparison import REFERENCE, compare, read_comparison, summarise
+from rankscope.comparison.methods import SEARCHED, needs_profile
 from rankscope.exceptions import ComparisonError, FileFormatError
 from rankscope.profiling import read_profile
 from rankscope.report import write_report
@@ -52,14 +52,16 @@ def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, j
             on_run=lambda done, total: bar.update(line, completed=done, total=total),
         )
     files = [found.to_parquet(session.out / TABLE)]
+    table = summarise(found.runs)
     files += write_report(
         session.out,
         found.runs,
+        table,
         targets=session.targets,
         decisions=found.decisions,
         command=f"rankscope compare {path}",
     )
-    _show(summarise(found.runs), files, as_json=as_json)
+    _show(table, files, as_json=as_json)
 
 
 def _searched(session: Session) -> SearchResult:
@@ -68,7 +70,7 @@ def _searched(session: Session) -> SearchResult:
     Raises:
         ComparisonError: There is none.
     """
-    if session.study.search.storage is None and not (session.out / "search.db").exists():
+    if not session.has_search:
         raise ComparisonError(
             f"`searched` needs a search in {session.out}, but there is none; run `rankscope search {session.path}` first."
         )
@@ -84,8 +86,9 @@ def run_report(folders: list[Path], out: Path | None, *, as_json: bool) -> None:
     profile = folders[0] / "profile.parquet"
     targets = read_profile(profile).targets if len(folders) == 1 and profile.exists() else ()
     command = "rankscope report " + " ".join(map(str, folders))
-    files = write_report(out or folders[0], runs, targets=targets, command=command)
-    _show(summarise(runs), files, as_json=as_json)
+    table = summarise(runs)
+    files = write_report(out or folders[0], runs, table, targets=targets, command=command)
+    _show(table, files, as_json=as_json)
 
 
 def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
@@ -104,7 +107,7 @@ def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
 
 def _row(row: pd.Series) -> tuple[str, ...]:
     difference = ""
-    if row["method"] != "uniform":
+    if row["method"] != REFERENCE:
         difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return (
         str(row["method"]),
@@ -121,7 +124,7 @@ def _print_growth(table: pd.DataFrame) -> None:
     limited = table[(table["factor"] == 1.0) & (table["budget"] > 0) & table["equivalent"].notna()]
     for task, group in limited.groupby("task", sort=False):
         best = group.sort_values("test").iloc[-1]
-        if best["method"] != "uniform":
+        if best["method"] != REFERENCE:
             times = float(best["equivalent"])
             needs = "more parameters than were tried" if times == float("inf") else f"{times:.2g} x the parameters"
             print_line(f"{task}: uniform needs {needs} to match {best['method']}")

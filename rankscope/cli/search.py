@@ -11,10 +11,9 @@ from rankscope.cli.commands import export, summary_of
 from rankscope.cli.outcome import print_search, search_summary, starts_of
 from rankscope.cli.output import print_files, print_json, progress
 from rankscope.cli.session import Session
+from rankscope.comparison.methods import SEARCHED
 from rankscope.plotting import plot_belief, plot_levels, plot_predictions, save_figure
 from rankscope.searching import SearchResult, search
-
-SEARCHED = "searched"  # the strategy of an allocation that a search proposed
 
 
 def run_search(path: Path, out: Path | None, overrides: Mapping[str, Any], *, as_json: bool) -> None:

@@ -80,6 +80,11 @@ class Session:
         return self.study.search.storage or f"sqlite:///{self.out / 'search.db'}"
 
     @property
+    def has_search(self) -> bool:
+        """Whether a search can have been made: its database is there, or lies where the study says."""
+        return self.study.search.storage is not None or (self.out / "search.db").exists()
+
+    @property
     def profile_path(self) -> Path:
         """Where the profile lies."""
         return self.out / "profile.parquet"

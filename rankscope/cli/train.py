@@ -8,12 +8,12 @@ from typing import Any
 
 from rankscope.allocation import RankAllocation
 from rankscope.cli.output import print_files, print_json, print_table, progress, stderr
-from rankscope.cli.search import SEARCHED
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
 from rankscope.comparison import Repeats, paired_difference, repeat_all
+from rankscope.comparison.methods import SEARCHED
 from rankscope.control import ControllerConfig
+from rankscope.control.decisions import write_decisions
 from rankscope.exceptions import AllocationError, FileFormatError
-from rankscope.files import replacing
 from rankscope.performance import PerformanceModel
 from rankscope.plotting import plot_flow, plot_trajectories, save_figure
 from rankscope.searching.belief import belief_of
@@ -80,9 +80,9 @@ def _controller(session: Session, allocation: RankAllocation) -> ControllerConfi
 
 def _belief(session: Session) -> PerformanceModel | None:
     """What this study's search believes; None without a search, and where it is not to be trusted."""
-    section, bounds = session.study.search, session.study.allocation
-    if section.storage is None and not (session.out / "search.db").exists():
+    if not session.has_search:
         return None
+    section, bounds = session.study.search, session.study.allocation
     study = load_study(name=session.study.name, storage=find_storage(session.storage))
     space = make_space(
         session.profile_at_hand(),
@@ -101,11 +101,8 @@ def _decisions(session: Session, repeats: Repeats) -> list[Path]:
     decisions = repeats.runs[0].decisions
     if decisions is None:
         return []
-    path = session.out / "decisions.parquet"
-    with replacing(path) as temporary:
-        decisions.to_parquet(temporary, index=False)
     return [
-        path,
+        write_decisions(decisions, session.out / "decisions.parquet"),
         save_figure(plot_trajectories(decisions, session.targets), session.out / "trajectories.png"),
         save_figure(plot_flow(decisions, session.targets), session.out / "flow.png"),
     ]

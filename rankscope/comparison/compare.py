@@ -13,7 +13,7 @@ import pandas as pd
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.comparison.methods import RATE_FACTORS, UNLIMITED, Terms, make_methods, needs_profile
+from rankscope.comparison.methods import RATE_FACTORS, SEARCHED, UNLIMITED, Terms, make_methods, needs_profile
 from rankscope.comparison.repeats import Repeats, Variants, repeat_all
 from rankscope.comparison.runs import Run
 from rankscope.control import ControllerConfig
@@ -27,7 +27,6 @@ from rankscope.training import TrainingConfig
 SCHEMA = 1
 REFERENCE = "uniform"
 DEFAULT_METHODS = ("uniform", "one-shot", "random", "controller", "adalora", "eva")
-EQUIVALENCE_FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 REPORTED, TUNING = "reported", "tuning"
 
 
@@ -206,7 +205,7 @@ def _row(task: Task, entry: _Entry, run: Run, role: str, search_steps: int) -> d
         "role": role,
         **values,
         "ranks": json.dumps(run.ranks),
-        "cost_steps": search_steps if "searched" in entry.name else 0,
+        "cost_steps": search_steps if SEARCHED in entry.name else 0,
     }
 
 
@@ -214,6 +213,6 @@ def _first_decisions(entries: Sequence[_Entry], repeats: Sequence[Repeats]) -> d
     found = {}
     for entry, each in zip(entries, repeats, strict=True):
         decisions = each.runs[0].decisions
-        if decisions is not None and entry.name not in found:
+        if decisions is not None and entry.factor == 1.0:
             found[entry.name] = decisions
     return found

@@ -80,7 +80,7 @@ def needs_profile(name: str) -> bool:
 def known_methods() -> tuple[str, ...]:
     """All names that `make_methods` takes, besides `path/to/file.py:function`."""
     starts = [name for name in (*STRATEGIES, SEARCHED) if name not in ("random", "uniform")]
-    return (*STRATEGIES, *_OTHERS, *(f"{CONTROLLER}-{name}" for name in starts))
+    return (*STRATEGIES, SEARCHED, *_OTHERS, *(f"{CONTROLLER}-{name}" for name in starts))
 
 
 def make_methods(name: str, terms: Terms) -> dict[str, Variants]:
@@ -123,7 +123,7 @@ def _users(spec: str, terms: Terms) -> Variants:
         found = function(targets=terms.targets, budget=terms.budget, profile=terms.profile)
         if isinstance(found, RankAllocation):
             return Lora(replace(found, strategy=spec.rpartition(":")[2], budget=terms.budget.limit))
-        if not all(hasattr(found, name) for name in ("name", "adapt", "follow")):
+        if not all(hasattr(found, name) for name in ("name", "variant", "adapt", "follow")):
             raise ComparisonError(
                 f"`{spec}` must give a RankAllocation or a Method, but gave a {type(found).__name__}."
             )
@@ -134,7 +134,6 @@ def _users(spec: str, terms: Terms) -> Variants:
 _OTHERS: Mapping[str, Callable[[Terms], Variants]] = {
     "uniform-rslora": lambda terms: Lora(terms.allocate("uniform"), rank_stabilised=True),
     "qv-only": _query_value,
-    SEARCHED: lambda terms: Lora(terms.allocate(SEARCHED)),
     CONTROLLER: lambda terms: Lora(terms.allocate("uniform"), terms.controller),
     "adalora": _adalora,
     "eva": lambda terms: Eva(terms.targets, terms.uniform_rank),

@@ -9,13 +9,13 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
 from rankscope.allocation import RankAllocation
 from rankscope.comparison.machine import peak_memory, reset_peak_memory, source_revision
-from rankscope.files import read_json, replacing, replacing_folder, write_json
+from rankscope.control.decisions import count_moved, write_decisions
+from rankscope.files import read_json, replacing_folder, write_json
 from rankscope.tasks import Task, evaluate
 from rankscope.training import Lora, Method, TrainingConfig, train
 
@@ -99,7 +99,7 @@ def run_cell(task: Task, cell: Cell) -> Run:
         test=evaluate(task, model, "test")[task.metric] if cell.with_test else None,
         parameters=result.parameters,
         ranks=None if result.allocation is None else dict(result.allocation.ranks),
-        n_moved=0 if result.decisions is None else _count_moved(result.decisions),
+        n_moved=0 if result.decisions is None else count_moved(result.decisions),
         wall_seconds=result.wall_seconds,
         peak_memory=peak_memory(),
         revision=source_revision(),
@@ -163,18 +163,12 @@ def _is_default(field: Any, value: Any) -> bool:
     return default is not MISSING and getattr(value, field.name) == default
 
 
-def _count_moved(decisions: pd.DataFrame) -> int:
-    changes = zip(decisions["ranks_before"], decisions["ranks_after"], strict=True)
-    return sum(int(np.maximum(np.subtract(after, before), 0).sum()) for before, after in changes)
-
-
 def _run_and_keep(task: Task, cell: Cell, folder: Path | None) -> Run:
     run = run_cell(task, cell)
     if folder is not None:
         stem = folder / cell.key(task)
         if run.decisions is not None:
-            with replacing(stem.with_suffix(".parquet")) as temporary:
-                run.decisions.to_parquet(temporary, index=False)
+            write_decisions(run.decisions, stem.with_suffix(".parquet"))
         row = {name: value for name, value in asdict(run).items() if name != "decisions"}
         write_json(stem.with_suffix(".json"), row)
     return run

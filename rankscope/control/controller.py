@@ -360,4 +360,4 @@ class RankController:
 
     def _write(self) -> None:
         if self._out is not None and is_first():
-            write_decisions(self._decisions, self._out)
+            write_decisions(self.decisions, self._out)

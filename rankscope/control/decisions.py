@@ -135,8 +135,14 @@ def tabulate_decisions(decisions: Sequence[Decision]) -> pd.DataFrame:
     return pd.DataFrame([asdict(decision) for decision in decisions], columns=columns)
 
 
-def write_decisions(decisions: Sequence[Decision], path: str | os.PathLike[str]) -> Path:
-    """Writes `decisions.parquet`, atomically; returns the path."""
+def count_moved(decisions: pd.DataFrame) -> int:
+    """Ranks that went elsewhere, over all decisions."""
+    changes = zip(decisions["ranks_before"], decisions["ranks_after"], strict=True)
+    return sum(max(after - before, 0) for ranks in changes for before, after in zip(*ranks, strict=True))
+
+
+def write_decisions(decisions: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
+    """Writes the table of decisions, atomically; returns the path."""
     with replacing(path) as temporary:
-        tabulate_decisions(decisions).to_parquet(temporary, index=False)
+        decisions.to_parquet(temporary, index=False)
     return Path(path)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-REFERENCE = "uniform"
+REFERENCE = "uniform"  # its own word here: importing rankscope.comparison would load peft
 COLOURS = {"better": "#1b7f4d", "worse": "#b3402e"}
 GREY = "#6b6b6b"
 ROW_HEIGHT = 0.28  # inches

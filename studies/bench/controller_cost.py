@@ -23,6 +23,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.control.config import MOST_EVERY
+from rankscope.control.decisions import count_moved
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, Lora, Method, TrainingConfig
 
@@ -152,10 +153,7 @@ def _endless(task: Task) -> Iterator[Any]:
 
 def _moved(run: Training) -> int:
     decisions = run.running.decisions
-    if decisions is None:
-        return 0
-    changes = zip(decisions["ranks_before"], decisions["ranks_after"], strict=True)
-    return sum(max(a - b, 0) for before, after in changes for a, b in zip(after, before, strict=True))
+    return 0 if decisions is None else count_moved(decisions)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ class TrainingSection(_Section):
     learning_rate: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_as_list), Field(min_length=1)] = [
         1e-3
     ]
+    head_learning_rate: float | None = Field(None, gt=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)

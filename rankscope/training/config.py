@@ -17,7 +17,8 @@ class TrainingConfig:
 
     Attributes:
         steps: Optimizer steps.
-        learning_rate: Peak learning rate, of adapters and head alike.
+        learning_rate: Peak learning rate, of adapters and, unless it has its own, of the head.
+        head_learning_rate: Peak rate of the task's head: fresh, it wants another than adapters do. None: `learning_rate`.
         warmup_fraction: Share of the steps over which the rate rises from zero.
         weight_decay: Of AdamW.
         max_grad_norm: Gradients are clipped to this norm; 0 turns it off.
@@ -32,6 +33,7 @@ class TrainingConfig:
 
     steps: int = 100
     learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
     warmup_fraction: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -44,6 +46,8 @@ class TrainingConfig:
         for name in ("steps", "learning_rate", "gradient_accumulation", "scaling"):
             if not getattr(self, name) > 0:
                 raise TrainingError(f"`{name}` must be above 0, but got {getattr(self, name)}.")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            raise TrainingError(f"`head_learning_rate` must be above 0 or None, but got {self.head_learning_rate}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

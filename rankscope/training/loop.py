@@ -75,8 +75,7 @@ def train(
         model = method.adapt(task.build_model(), task, config, seed)
         if on_model:
             on_model(model)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(_groups(task, model, config), weight_decay=config.weight_decay)
         schedule = get_linear_schedule_with_warmup(
             optimizer, round(config.warmup_fraction * config.steps), config.steps
         )
@@ -143,10 +142,31 @@ def _trained(optimizer: Any) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _groups(task: Task, model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: all but the head, and the head, where it has a rate of its own."""
+    body, head = _split_off_head(task, model)
+    if config.head_learning_rate is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.learning_rate}]
+    if not head:
+        raise TrainingError(f"`head_learning_rate` needs a task with a head, but `{task.name}` has none; leave it out.")
+    groups = [{"params": body, "lr": config.learning_rate}, {"params": head, "lr": config.head_learning_rate}]
+    return [group for group in groups if group["params"]]
+
+
 def _count_trained(task: Task, model: nn.Module) -> int:
     """Trainable parameters outside the head."""
-    head = set(getattr(task, "head_modules", ()))
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not head & set(name.split(".")))
+    return sum(parameter.numel() for parameter in _split_off_head(task, model)[0])
+
+
+def _split_off_head(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters outside and inside the head."""
+    names = set(getattr(task, "head_modules", ()))
+    body: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if names & set(name.split(".")) else body).append(parameter)
+    return body, head
 
 
 def _check_finite(losses: list[Tensor], step: int, config: TrainingConfig) -> None:

@@ -9,6 +9,7 @@ import rankscope as rs
 from rankscope.adapters import count_adapter_parameters
 from rankscope.exceptions import TrainingError
 from rankscope.tasks import Task, evaluate
+from rankscope.tasks.digits import DigitsShift
 from rankscope.training import AdaLora
 
 
@@ -94,3 +95,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(uniform: rs.RankAllocation) -> 
 def test_bad_settings_are_named() -> None:
     with pytest.raises(TrainingError, match=r"^`learning_rate` must be above 0, but got 0\.$"):
         rs.TrainingConfig(learning_rate=0)
+
+
+def test_the_head_may_have_a_rate_of_its_own(digits: Task, uniform: rs.RankAllocation) -> None:
+    def moved(**rates: float) -> tuple[float, float]:
+        model, _ = rs.train(digits, uniform, rs.TrainingConfig(steps=3, **rates))
+        b = max(float(p.detach().abs().max()) for n, p in model.named_parameters() if "lora_B" in n)
+        head = model.get_base_model().classifier.modules_to_save["default"].weight.detach()
+        return b, float((head - digits.build_model().classifier.weight.detach()).abs().max())
+
+    adapters, head = moved(learning_rate=1e-9, head_learning_rate=0.02)
+    assert adapters < 1e-8 < 1e-2 < head
+    adapters, head = moved(learning_rate=0.02, head_learning_rate=1e-9)
+    assert head < 1e-6 < 1e-2 < adapters
+    assert moved(learning_rate=0.02) == moved(learning_rate=0.02, head_learning_rate=0.02)
+
+
+def test_a_rate_for_a_head_that_is_not_there_is_refused(uniform: rs.RankAllocation) -> None:
+    class Headless(DigitsShift):
+        head_modules = ()  # type: ignore[assignment]
+
+    with pytest.raises(TrainingError, match="^`head_learning_rate` needs a task with a head, but `digits-shift` has"):
+        rs.train(Headless(), uniform, rs.TrainingConfig(steps=1, head_learning_rate=0.02))
+    with pytest.raises(TrainingError, match="^`head_learning_rate` must be above 0 or None, but got 0"):
+        rs.TrainingConfig(head_learning_rate=0)

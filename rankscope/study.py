@@ -129,7 +129,7 @@ class ControllerSection(_Section):
     freeze_fraction: float = Field(DEFAULTS.freeze_fraction, gt=0, le=1)
     samples: int = Field(DEFAULTS.samples, gt=0)
     margin: float = Field(DEFAULTS.policy.margin, ge=0)
-    min_signal: float = Field(DEFAULTS.policy.min_signal, ge=0, le=1)
+    min_gain: float = Field(DEFAULTS.policy.min_gain, ge=0)
     cooldown: int = Field(DEFAULTS.policy.cooldown, ge=0)
     coarse_fraction: float = Field(DEFAULTS.policy.coarse_fraction, ge=0, le=1)
     max_rank: int | None = Field(None, gt=0)
@@ -138,7 +138,7 @@ class ControllerSection(_Section):
         """The controller's settings."""
         policy = Policy(
             margin=self.margin,
-            min_signal=self.min_signal,
+            min_gain=self.min_gain,
             cooldown=self.cooldown,
             coarse_fraction=self.coarse_fraction,
             max_rank=self.max_rank,

@@ -273,8 +273,7 @@ class RankController:
         coarse = self._schedule.is_coarse(self._step, self._policy.coarse_fraction)
         measured = self._window.measure(self._ranks.factors())
         proposal = None if measured is None else self._propose(measured, coarse)
-        if proposal is None or not proposal.noisy:
-            self._window.clear()
+        self._window.clear()
         verdict = from_first_process(screen(proposal, before, self._offline, self._effects))
         after = before
         if verdict.action == "moved" and proposal is not None and measured is not None:

@@ -27,8 +27,8 @@ class Policy:
     Attributes:
         margin: Hysteresis: a transfer must gain by this share more than it gives up; where only a part of the gradient is
             signal, by this share over that part.
-        min_signal: Share of the gradient energy that must be signal for anything to move: below it, what modules seem to need
-            is mostly the batches' noise. Gradients are gathered on until the next decision.
+        min_gain: The least share of the gradient energy that a move must gain, over the share of the budget that it moves. What
+            moves starts again from nothing, so that moving much to gain little loses.
         cooldown: Decisions for which a module that moved is left alone.
         coarse_fraction: Share of the time until the freeze in which a decision may move all modules together; afterwards each
             moves one rank to one module.
@@ -39,7 +39,7 @@ class Policy:
     """
 
     margin: float = 0.3
-    min_signal: float = 0.2
+    min_gain: float = 0.5
     cooldown: int = 0
     coarse_fraction: float = 0.5
     max_rank: int | None = None
@@ -47,8 +47,8 @@ class Policy:
     def __post_init__(self) -> None:
         if not 0 <= self.margin < math.inf:
             raise ControlError(f"`margin` must be 0 or more, but got {self.margin}.")
-        if not 0 <= self.min_signal <= 1:
-            raise ControlError(f"`min_signal` must lie between 0 and 1, but got {self.min_signal}.")
+        if not 0 <= self.min_gain < math.inf:
+            raise ControlError(f"`min_gain` must be 0 or more, but got {self.min_gain}.")
         if self.cooldown < 0:
             raise ControlError(f"`cooldown` must be 0 or more decisions, but got {self.cooldown}.")
         if not 0 <= self.coarse_fraction <= 1:
@@ -101,17 +101,22 @@ class Proposal:
     Attributes:
         allocation: The ranks afterwards.
         transfers: Of the modules that change, in the model's order; empty: nothing moves.
-        noisy: Too little of the gradient is signal to say what is worth moving.
     """
 
     allocation: RankAllocation
     transfers: tuple[Transfer, ...]
-    noisy: bool = False
 
     @property
     def predicted(self) -> float:
         """The gradient energy gained over what is given up, as a share of what all signals sum to."""
         return sum(transfer.worth for transfer in self.transfers)
+
+    @property
+    def moved(self) -> float:
+        """The share of the budget that goes from one module to another."""
+        costs = {target.name: target.rank_cost for target in self.allocation.targets}
+        gained = sum(costs[t.module] * (t.after - t.before) for t in self.transfers if t.after > t.before)
+        return gained / (self.allocation.budget or self.allocation.parameters)
 
 
 def propose(
@@ -141,8 +146,6 @@ def propose(
     >>> [(t.module, t.before, t.after) for t in propose(signals, ParameterBudget(384), Policy(), coarse=True).transfers]
     [('fc1', 2, 1), ('fc2', 1, 2)]
     """
-    if signal_share < policy.min_signal:
-        return Proposal(allocation=_present(signals, budget), transfers=(), noisy=True)
     highest = {s.target.name: _highest(s, policy, capacity) for s in signals}
     held = {s.target.name for s in signals if s.target.name in cooling}
     move = _refill if coarse else _best_transfer
@@ -157,7 +160,7 @@ def propose(
         if rank != s.rank
     )
     proposal = Proposal(allocation=allocation, transfers=transfers)
-    if proposal.predicted <= 0:
+    if proposal.predicted <= 0 or proposal.predicted < policy.min_gain * proposal.moved:
         return Proposal(allocation=_present(signals, budget), transfers=())
     return proposal
 

@@ -38,8 +38,6 @@ def screen(
     """Refuses moves that a model expects to do harm, by more than one standard deviation of its own uncertainty."""
     if proposal is None:
         return Verdict(action="skipped", reason="no finite gradient to decide on")
-    if proposal.noisy:
-        return Verdict(action="kept", reason="too little of the gradient is signal")
     if not proposal.transfers:
         return Verdict(action="kept", reason="nothing is worth moving")
     after = proposal.allocation

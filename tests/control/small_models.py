@@ -68,7 +68,7 @@ def control(model: Any, optimizer: Any, **options: Any) -> rs.RankController:
         "total_steps": 40,
         "freeze_fraction": 0.5,
         "samples": 3,
-        "policy": Policy(margin=0.0, min_signal=0.0),
+        "policy": Policy(margin=0.0, min_gain=0.0),
     }
     return rs.RankController(model, optimizer, **(settings | options))
 

@@ -11,7 +11,7 @@ import rankscope as rs
 from rankscope.control.policy import ModuleSignals, Policy, Proposal, propose
 from rankscope.exceptions import ControlError
 
-POLICY = Policy(margin=0.0)
+POLICY = Policy(margin=0.0, min_gain=0.0)
 
 
 def module(name: str, values: list[float], gains: list[float], *, size: int = 32, out: int = 32) -> ModuleSignals:
@@ -44,7 +44,7 @@ def test_within_the_budget_and_never_for_less(
     signals: list[ModuleSignals], slack: int, coarse: bool, margin: float
 ) -> None:
     budget = rs.ParameterBudget(max(spent(signals), 40) + slack)
-    proposal = propose(signals, budget, Policy(margin=margin), coarse=coarse)
+    proposal = propose(signals, budget, Policy(margin=margin, min_gain=0.0), coarse=coarse)
     assert proposal.allocation.parameters <= budget.limit
     assert proposal.predicted > 0 or not proposal.transfers
     ranks = dict(proposal.allocation.ranks)
@@ -103,18 +103,22 @@ def test_hysteresis_grows_with_noise() -> None:
     signals = [module("a", [1.0], [0.1]), module("b", [1.4], [1.3])]
     budget = rs.ParameterBudget(spent(signals))
     for coarse in (True, False):
-        assert changes(propose(signals, budget, Policy(margin=0.2), coarse=coarse)) == {"a": (1, 0), "b": (1, 2)}
-        assert not propose(signals, budget, Policy(margin=0.4), coarse=coarse).transfers
-        assert not propose(signals, budget, Policy(margin=0.2), coarse=coarse, signal_share=0.5).transfers
+        assert changes(propose(signals, budget, Policy(margin=0.2, min_gain=0.0), coarse=coarse)) == {
+            "a": (1, 0),
+            "b": (1, 2),
+        }
+        assert not propose(signals, budget, Policy(margin=0.4, min_gain=0.0), coarse=coarse).transfers
+        assert not propose(signals, budget, Policy(margin=0.2, min_gain=0.0), coarse=coarse, signal_share=0.5).transfers
 
 
-def test_nothing_moves_where_most_is_noise() -> None:
-    signals = [module("a", [1.0], [0.1]), module("b", [9.0], [9.0])]
+def test_little_is_not_worth_moving_much_for() -> None:
+    """A quarter of the budget moves, for 2 of the 16 that all signals sum to: a gain of half of what is moved."""
+    signals = [module("a", [3.0, 1.0], []), module("b", [4.0, 4.0], [3.0, 1.0])]
     budget = rs.ParameterBudget(spent(signals))
-    policy = Policy(margin=0.0, min_signal=0.5)
-    for share, moves in ((0.5, True), (0.49, False)):
-        found = propose(signals, budget, policy, coarse=True, signal_share=share)
-        assert (bool(found.transfers), found.noisy) == (moves, not moves)
+    for coarse in (True, False):
+        found = propose(signals, budget, Policy(margin=0.0, min_gain=0.5), coarse=coarse)
+        assert (changes(found), found.predicted, found.moved) == ({"a": (2, 1), "b": (2, 3)}, 2 / 16, 1 / 4)
+        assert not propose(signals, budget, Policy(margin=0.0, min_gain=0.51), coarse=coarse).transfers
 
 
 def test_modules_that_cool_down_stay() -> None:
@@ -130,7 +134,7 @@ def test_capacity_and_largest_rank_bind() -> None:
     signals = [module("a", [0.1, 0.1], [0.0]), module("b", [5.0], [4.0, 3.0])]
     budget = rs.ParameterBudget(spent(signals))
     assert changes(propose(signals, budget, POLICY, coarse=True)) == {"a": (2, 0), "b": (1, 3)}
-    assert changes(propose(signals, budget, Policy(margin=0.0, min_signal=0.0, max_rank=2), coarse=True)) == {
+    assert changes(propose(signals, budget, Policy(margin=0.0, min_gain=0.0, max_rank=2), coarse=True)) == {
         "a": (2, 1),
         "b": (1, 2),
     }
@@ -154,7 +158,7 @@ def test_no_gradient_moves_nothing() -> None:
     ("settings_", "message"),
     [
         ({"margin": -0.1}, "`margin` must be 0 or more, but got -0.1."),
-        ({"min_signal": 1.1}, "`min_signal` must lie between 0 and 1, but got 1.1."),
+        ({"min_gain": -0.5}, "`min_gain` must be 0 or more, but got -0.5."),
         ({"cooldown": -1}, "`cooldown` must be 0 or more decisions, but got -1."),
         ({"coarse_fraction": 1.5}, "`coarse_fraction` must lie between 0 and 1, but got 1.5."),
         ({"max_rank": 0}, "`max_rank` must be at least 1, but got 0."),

@@ -49,7 +49,7 @@ def sft(folder: Path) -> Any:
         "every": 3,
         "freeze_fraction": 0.8,
         "samples": 2,
-        "policy": Policy(margin=0.0, min_signal=0.0),
+        "policy": Policy(margin=0.0, min_gain=0.0),
     }
     return trl.SFTTrainer(
         model=build("llama"),

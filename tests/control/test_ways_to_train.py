@@ -92,7 +92,7 @@ def llama_run(reentrant: bool | None) -> tuple[list[float], pd.DataFrame]:
         total_steps=9,
         freeze_fraction=1.0,
         samples=2,
-        policy=Policy(margin=0.0, min_signal=0.0),
+        policy=Policy(margin=0.0, min_gain=0.0),
     )
     generator = torch.Generator().manual_seed(0)
     losses = []
@@ -219,7 +219,7 @@ def test_a_base_in_4_bits(tmp_path: Path) -> None:
         "total_steps": 16,
         "freeze_fraction": 1.0,
     }
-    controller = rs.RankController(model, optimizer, start=start, policy=Policy(margin=0.0, min_signal=0.0), **options)
+    controller = rs.RankController(model, optimizer, start=start, policy=Policy(margin=0.0, min_gain=0.0), **options)
     x, y = (torch.randn(32, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     model.train()
     for _ in range(16):

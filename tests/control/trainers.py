@@ -56,7 +56,7 @@ def trainer(
         "every": 3,
         "freeze_fraction": 0.8,
         "samples": 2,
-        "policy": Policy(margin=0.0, min_signal=0.0),
+        "policy": Policy(margin=0.0, min_gain=0.0),
     }
     callback = rs.RankControllerCallback(**(moves | (controller or {})))
     settings = {

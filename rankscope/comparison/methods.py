@@ -20,7 +20,7 @@ from rankscope.user_code import user_function
 
 N_RANDOM = 3  # draws
 ALPHAS = (8.0, 32.0, 128.0)  # of AdaLoRA
-SHARES = (1.0, 0.75)  # of AdaLoRA's ranks: its budget is in ranks, which may cost more than uniform's
+SHARES = (0.75,)  # of AdaLoRA's ranks: its budget is in ranks, and those that it keeps cost up to 1.3 times uniform's
 CONTROLLER = "controller"
 SEARCHED = "searched"
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters

@@ -101,6 +101,7 @@ def test_rate_and_variant_are_tuned_within_the_budget(
 ) -> None:
     """AdaLoRA at its full number of ranks ends above the budget here, so that its smaller variant is chosen."""
     monkeypatch.setattr("rankscope.comparison.methods.ALPHAS", (32.0,))
+    monkeypatch.setattr("rankscope.comparison.methods.SHARES", (1.0, 0.75))
     found = compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
     tuning = found.runs[(found.runs["role"] == "tuning") & (found.runs["method"] == "adalora")]
     over = tuning[tuning["parameters"] > tuning["budget"]]

@@ -13,6 +13,8 @@ from rankscope.exceptions import RankscopeError
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation as RankAllocation
     from rankscope.budget import ParameterBudget as ParameterBudget
+    from rankscope.comparison import Comparison as Comparison
+    from rankscope.comparison import compare as compare
     from rankscope.control import ControllerConfig as ControllerConfig
     from rankscope.control import RankController as RankController
     from rankscope.control import RankControllerCallback as RankControllerCallback
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "rankscope.comparison",
     "ControllerConfig": "rankscope.control",
     "HierarchicalSpace": "rankscope.space",
     "ParameterBudget": "rankscope.budget",
@@ -51,6 +54,7 @@ _HOMES = {
     "Task": "rankscope.tasks",
     "TrainingConfig": "rankscope.training",
     "allocate": "rankscope.strategies",
+    "compare": "rankscope.comparison",
     "find_targets": "rankscope.targets",
     "load_task": "rankscope.tasks",
     "profile": "rankscope.profiling",

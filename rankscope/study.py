@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
 from rankscope.budget import ParameterBudget
-from rankscope.comparison.compare import DEFAULT_METHODS
+from rankscope.comparison.comparing import DEFAULT_METHODS
 from rankscope.control import ControllerConfig, Policy
 from rankscope.exceptions import StudyError
 from rankscope.performance import PerformanceModel

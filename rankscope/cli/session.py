@@ -7,18 +7,17 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli.output import progress, stderr
-from rankscope.profiling import Profile, profile, read_profile
+from rankscope.profiling import Profile, read_profile
 from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.study import Study, read_study
 from rankscope.targets import TargetModule, find_targets
-from rankscope.tasks import Task, load_task
+from rankscope.tasks import Task, load_task, profile_task
 
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
@@ -91,26 +90,20 @@ class Session:
 
     def take_profile(self, *, keep_partial: bool = False) -> Profile:
         """Profiles the task's model and writes `profile.parquet`."""
-        section, task = self.study.profile, self.task
-        head = getattr(task, "head_modules", ())
-        epoch = iter(task.train_batches(self.study.seed))
-        batches = list(islice(epoch, section.batches))
-        rest = list(islice(epoch, section.head_steps if head else 0))
+        section = self.study.profile
         with progress() as bar:
-            line = bar.add_task("profiling", total=len(batches))
-            taken = profile(
-                task.build_model(),
-                batches,
+            line = bar.add_task("profiling", total=None)
+            taken = profile_task(
+                self.task,
                 targets=self.targets,
-                loss_fn=task.loss,
-                head=head,
+                n_batches=section.batches,
                 head_steps=section.head_steps,
-                head_batches=rest or None,  # a head that has fitted the profiled batches leaves less gradient in them
                 sketch_size=section.sketch_size,
                 tolerance=section.tolerance,
                 keep_directions=section.keep_directions,
                 keep_partial=keep_partial,
                 seed=self.study.seed,
+                on_start=lambda n: bar.update(line, total=n),
                 on_batch=lambda _index, _loss: bar.advance(line),
             )
         taken.to_parquet(self.profile_path)

@@ -1,6 +1,6 @@
 """Comparing methods at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
 
-from rankscope.comparison.compare import DEFAULT_METHODS, REFERENCE, Comparison, compare, read_comparison
+from rankscope.comparison.comparing import DEFAULT_METHODS, REFERENCE, Comparison, compare, read_comparison
 from rankscope.comparison.methods import known_methods
 from rankscope.comparison.repeats import Repeats, repeat_all
 from rankscope.comparison.runs import Cell, Run, run_all, run_cell

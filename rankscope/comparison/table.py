@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from rankscope.comparison.compare import REFERENCE, REPORTED
+from rankscope.comparison.comparing import REFERENCE, REPORTED
 from rankscope.comparison.statistics import (
     FEWEST_PAIRS,
     equivalent_factor,

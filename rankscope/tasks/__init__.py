@@ -1,6 +1,7 @@
 """Tasks: where a search gets its model, data, loss and metric from."""
 
 from rankscope.tasks.loading import load_task
+from rankscope.tasks.profiled import profile_task
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate
 
-__all__ = ["Batch", "Split", "Task", "check_task", "evaluate", "load_task"]
+__all__ = ["Batch", "Split", "Task", "check_task", "evaluate", "load_task", "profile_task"]

@@ -129,7 +129,6 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
     [
         (["one_shot"], {}, "`methods` must be known or `path/to/file.py:function`, but 'one_shot' is not; did you mean 'one-shot'?"),
         (["searched"], {}, "`searched` needs a search at this budget, but there is none; run `rankscope search`."),
-        (["one-shot"], {"profile": None}, "`one-shot` needs a profile, but there is none; take one with `rs.profile`."),
         (["head"], {"seeds": [3, 10_000]}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
         (["head"], {"seeds": []}, "`seeds` must hold at least one seed, but is empty."),
         (["mine.py:broken"], {}, "`mine.py:broken` must give an allocation or a method, but raised TypeError: string indices must be "
@@ -142,6 +141,15 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
 ) -> None:
     with pytest.raises(ComparisonError, match=f"^{re.escape(message)}$"):
         compare(digits, methods, **(options | changes))
+
+
+def test_targets_and_profile_are_found_where_they_are_not_given(digits: Task) -> None:
+    found = rs.compare(digits, ["one-shot"], budget=rs.ParameterBudget(3000), training=TRAINING, seeds=range(1))
+    assert found.runs["method"].tolist() == ["uniform", "one-shot"]
+    ranks = [json.loads(each) for each in found.runs["ranks"]]
+    assert set(ranks[0]) == set(ranks[1]) == {t.name for t in rs.find_targets(digits.build_model())}
+    assert ranks[0] != ranks[1]
+    assert (found.runs["parameters"] <= 3000).all()
 
 
 def test_every_known_method_can_be_made(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:

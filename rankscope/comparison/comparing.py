@@ -20,8 +20,8 @@ from rankscope.control import ControllerConfig
 from rankscope.exceptions import ComparisonError, FileFormatError
 from rankscope.files import replacing
 from rankscope.profiling import Profile
-from rankscope.targets import TargetModule
-from rankscope.tasks import Task
+from rankscope.targets import TargetModule, find_targets
+from rankscope.tasks import Task, profile_task
 from rankscope.training import TrainingConfig
 
 SCHEMA = 1
@@ -74,7 +74,7 @@ def compare(
     methods: Sequence[str] = DEFAULT_METHODS,
     *,
     budget: ParameterBudget,
-    targets: Sequence[TargetModule],
+    targets: Sequence[TargetModule] | None = None,
     profile: Profile | None = None,
     searched: RankAllocation | None = None,
     search_steps: int = 0,
@@ -100,8 +100,8 @@ def compare(
         methods: Names (`rankscope.comparison.known_methods()`), or `path/to/file.py:function`, which gets `targets`, `budget` and
             `profile` and gives a `RankAllocation` or a `rankscope.training.Method`.
         budget: In adapter parameters. Variants that end above it are not chosen, and a method that has no other is refused.
-        targets: The target modules.
-        profile: For methods that need one.
+        targets: The target modules; default: the profile's, or all that are found.
+        profile: For methods that need one; default: taken over an epoch of the training batches, where a method does.
         searched: What a search recommends at this budget.
         search_steps: Optimizer steps that the search took, shown as its cost.
         controller: Settings of the controller's methods.
@@ -117,20 +117,22 @@ def compare(
         on_run: Called with the number of runs done and of runs in all.
 
     Raises:
-        ComparisonError: A method that is not known, lacks what it needs, or ends above the budget; seeds that overlap.
+        ComparisonError: A method that is not known, lacks a search, or ends above the budget; seeds that overlap.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
-    >>> targets = rs.find_targets(task.build_model())
     >>> short = rs.TrainingConfig(steps=2, learning_rate=0.01)
-    >>> budget = rs.ParameterBudget.uniform(targets, 1)
-    >>> found = compare(task, ["uniform", "head"], budget=budget, targets=targets, training=short, seeds=range(2))
+    >>> found = compare(task, ["uniform", "head"], budget=rs.ParameterBudget(6912), training=short, seeds=range(2))
     >>> found.runs.groupby("method", sort=False).size().to_dict()
     {'uniform': 2, 'head': 2}
     """
     training = training or TrainingConfig()
     names = list(dict.fromkeys([REFERENCE, *methods]))
-    _check(names, seeds, tuning_seeds, profile)
+    _check(seeds, tuning_seeds)
+    if profile is None and any(map(needs_profile, names)):
+        profile = profile_task(task, targets=targets)
+    if targets is None:
+        targets = find_targets(task.build_model()) if profile is None else profile.targets
     terms = Terms(
         targets=tuple(targets), budget=budget, profile=profile, searched=searched, seed=min(seeds),
         controller=controller or ControllerConfig(), base_dir=base_dir,
@@ -185,13 +187,11 @@ def _entries(
     return found
 
 
-def _check(names: Sequence[str], seeds: Sequence[int], tuning_seeds: Sequence[int], profile: Profile | None) -> None:
+def _check(seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
     if not seeds:
         raise ComparisonError("`seeds` must hold at least one seed, but is empty.")
     if shared := set(seeds) & set(tuning_seeds):
         raise ComparisonError(f"`tuning_seeds` must be none of `seeds`, but share {min(shared)}; take others.")
-    if profile is None and (needy := [name for name in names if needs_profile(name)]):
-        raise ComparisonError(f"`{needy[0]}` needs a profile, but there is none; take one with `rs.profile`.")
 
 
 def _row(task: Task, entry: _Entry, run: Run, role: str, search_steps: int) -> dict[str, Any]:

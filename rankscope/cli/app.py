@@ -250,13 +250,19 @@ def compare_command(
 def report_command(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with a comparison.parquet.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: DIR]")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also put a Markdown table between the marker lines of a README or model card."
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Draw comparisons as report.html and PNGs: one task, or several together."""
     from rankscope.cli.compare import run_report
 
-    run_report(folders, out, as_json=json)
+    run_report(folders, out, into, as_json=json)
 
 
 @app.command("dashboard", epilog="Example: rankscope dashboard studies/digits.yaml --open")

@@ -12,9 +12,10 @@ import pandas as pd
 from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
 from rankscope.cli.search import search_of
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
-from rankscope.comparison import REFERENCE, compare, read_comparison, summarise
+from rankscope.comparison import REFERENCE, compare, insert_table, read_comparison, summarise, to_markdown
 from rankscope.comparison.methods import SEARCHED, needs_profile
 from rankscope.exceptions import ComparisonError, FileFormatError
+from rankscope.files import replacing
 from rankscope.profiling import read_profile
 from rankscope.report import write_report
 from rankscope.searching import SearchResult
@@ -77,7 +78,7 @@ def _searched(session: Session) -> SearchResult:
     return search_of(session)
 
 
-def run_report(folders: list[Path], out: Path | None, *, as_json: bool) -> None:
+def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_json: bool) -> None:
     """`rankscope report`: of one folder, or of several tasks' folders together."""
     tables = [read_comparison(folder / TABLE) for folder in folders]
     if out is None and len(folders) > 1:
@@ -88,7 +89,18 @@ def run_report(folders: list[Path], out: Path | None, *, as_json: bool) -> None:
     command = "rankscope report " + " ".join(map(str, folders))
     table = summarise(runs)
     files = write_report(out or folders[0], runs, table, targets=targets, command=command)
+    if into is not None:
+        files.append(_insert(to_markdown(table), into))
     _show(table, files, as_json=as_json)
+
+
+def _insert(table: str, path: Path) -> Path:
+    if not path.is_file():
+        raise FileFormatError(f"`--into` must name a text file, but there is no {path}; check the path.")
+    text = insert_table(path.read_text(encoding="utf-8"), table, where=str(path))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
 
 
 def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Comparing methods at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
 
 from rankscope.comparison.comparing import DEFAULT_METHODS, REFERENCE, Comparison, compare, read_comparison
+from rankscope.comparison.markdown import insert_table, to_markdown
 from rankscope.comparison.methods import known_methods
 from rankscope.comparison.repeats import Repeats, repeat_all
 from rankscope.comparison.runs import Cell, Run, run_all, run_cell
@@ -17,6 +18,7 @@ __all__ = [
     "Run",
     "allocations",
     "compare",
+    "insert_table",
     "known_methods",
     "paired_difference",
     "rank_methods",
@@ -25,4 +27,5 @@ __all__ = [
     "run_all",
     "run_cell",
     "summarise",
+    "to_markdown",
 ]

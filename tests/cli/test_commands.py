@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import rankscope as rs
 from rankscope.cli.app import app
+from rankscope.comparison.markdown import BEGIN, END
 
 STUDY = """
 task: digits-shift
@@ -121,6 +122,20 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
     status, text, _ = invoke("report", out)
     assert status == 0
     assert "report.html" in text
+    card = folder / "card.md"
+    card.write_text("# Model card\n")
+    status, _, errors = invoke("report", out, "--into", card)
+    assert (status, errors) == (
+        2,
+        f"rankscope: `{card}` must hold the lines `{BEGIN}` and `{END}` once each, but does not; add them.\n",
+    )
+    card.write_text(f"# Model card\n\n{BEGIN}\n{END}\nThe end.\n")
+    for _ in range(2):
+        assert invoke("report", out, "--into", card)[0] == 0
+    lines = card.read_text().splitlines()
+    assert (lines[:3], lines[-2:]) == (["# Model card", "", BEGIN], [END, "The end."])
+    assert lines[3] == "| method | digits-shift, 3 seeds | mean relative gain |"
+    assert [line.split(" | ")[0] for line in lines[5:-2]] == ["| uniform", "| one-shot"]
     status, _, errors = invoke("compare", study, "--out", out, "--methods", "searched")
     assert (status, errors) == (
         2,

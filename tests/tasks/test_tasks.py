@@ -114,7 +114,14 @@ def test_causal_lm_masks_padding_and_measures_tokens(llama: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "sizes"), [("supersense", (4100, 1640, 2460)), ("sentiment", (4000, 2000, 2000))])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("supersense", (4100, 1640, 2460)),
+        ("sentiment", (4000, 2000, 2000)),
+        ("word-order", (3249, 1320, 1981)),
+    ],
+)
 def test_ready_text_tasks_load_and_do_not_leak(name: str, sizes: tuple[int, int, int]) -> None:
     task = rs.load_task(name)
     assert tuple(len(texts) for texts in task._texts.values()) == sizes
@@ -129,3 +136,15 @@ def test_the_wordnet_sample_is_balanced_and_unleaked() -> None:
     assert (table.groupby(["class", "split"]).size().unstack() == [60, 100, 40]).all().all()  # test, train, validation
     assert not table["text"].str.lower().duplicated().any()
     assert table.groupby("label")["class"].nunique().eq(1).all()
+
+
+@pytest.mark.slow
+def test_word_order_swaps_two_neighbours_of_every_other_gloss() -> None:
+    task = rs.load_task("word-order")
+    glosses = pd.read_parquet("data/wordnet/glosses.parquet").groupby("split")["text"]
+    for split, texts in task._texts.items():
+        originals = set(glosses.get_group(split))
+        bags = {tuple(sorted(text.split())) for text in originals}
+        for text, label in zip(texts, task._labels[split].tolist(), strict=True):
+            assert (text not in originals) == bool(label)
+            assert tuple(sorted(text.split())) in bags

@@ -62,7 +62,7 @@ def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
     tells, so that the body has to learn it.
     """
     table = pd.read_parquet(data_folder("wordnet") / "glosses.parquet", columns=["text", "split"])
-    table = table[table["text"].str.split().str.len() >= 5].drop_duplicates("text").sample(frac=1.0, random_state=0)
+    table = table[table["text"].str.count(r"\S+") >= 5].drop_duplicates("text").sample(frac=1.0, random_state=0)
     rng = np.random.default_rng(0)
     label = np.arange(len(table)) % 2
     texts = [_with_swap(text, rng) if swap else text for text, swap in zip(table["text"], label, strict=True)]

@@ -1,0 +1,43 @@
+"""What benchmarks read off `rankscope compare`: the runs of the studies in studies/compare, kept in studies/results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from rankscope.comparison import Interval, paired_difference, read_comparison
+
+STUDIES = Path(__file__).parents[1] / "compare"
+RESULTS = Path(__file__).parents[1] / "results"
+QUICK = Path("out") / "quick"
+N_QUICK = 4  # seeds
+
+
+def compared(task: str, quick_methods: tuple[str, ...] = ()) -> pd.DataFrame:
+    """All runs of a task's comparison; those that were not done yet are done now, two at a time.
+
+    Args:
+        task: Of studies/compare.
+        quick_methods: Compare these only, on few seeds and apart from the results.
+    """
+    out = (QUICK if quick_methods else RESULTS) / task
+    study = str(STUDIES / f"{task}.yaml")
+    command = [sys.executable, "-m", "rankscope", "compare", study, "--out", str(out), "--jobs", "2"]
+    if quick_methods:
+        command += [*(f"--methods={name}" for name in quick_methods), f"--seeds={N_QUICK}", "--uniform-budgets=1"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return read_comparison(out / "comparison.parquet")
+
+
+def scores_of(runs: pd.DataFrame) -> dict[str, list[float]]:
+    """The test metric by seed of every method, at the study's budget."""
+    reported = runs[(runs["role"] == "reported") & (runs["factor"] == 1.0)].sort_values("seed")
+    return {str(name): group["test"].tolist() for name, group in reported.groupby("method", sort=False)}
+
+
+def minus(scores: dict[str, list[float]], ours: str, theirs: str) -> Interval:
+    """The paired difference of two methods, with its 95 % interval."""
+    return paired_difference(scores[ours], scores[theirs])

@@ -71,7 +71,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("superscense", "`task` must be one of digits-shift, supersense, sentiment, glosses, but got 'superscense'; did you mean 'supersense'?"),
+        ("superscense", "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got 'superscense'; did you mean 'supersense'?"),
         ({"name": "digits-shift", "batchsize": 3}, "task 'digits-shift' takes no option `batchsize`; did you mean `batch_size`?"),
         ({"type": "causal"}, "`task.type` must be one of sequence-classification, causal-lm, but got 'causal'."),
         ({"type": "causal-lm", "model": "bert"}, "task type 'causal-lm' needs the option `data`; add it."),

@@ -46,8 +46,12 @@ def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tu
     if n_trials < n_seeds:
         raise StudyError(f"`n_trials` must cover one trial of {n_seeds} seeds, but got {n_trials}; raise it.")
     share = math.floor(confirm_fraction * n_trials + 1e-9)
-    possible = min(2 + N_SAMPLED, (n_trials - share) // n_seeds)
-    confirming = share - share % possible if possible > 1 else 0
+
+    def whole_seeds(confirming: int) -> bool:
+        finalists = min(2 + N_SAMPLED, (n_trials - confirming) // n_seeds)
+        return finalists > 1 and confirming % finalists == 0
+
+    confirming = next(filter(whole_seeds, range(share, 0, -1)), 0)
     return (n_trials - confirming) // n_seeds, confirming
 
 

@@ -113,7 +113,7 @@ class Proposal:
 
     @property
     def moved(self) -> float:
-        """The share of the budget that goes from one module to another."""
+        """The share of the budget that goes to further ranks."""
         costs = {target.name: target.rank_cost for target in self.allocation.targets}
         gained = sum(costs[t.module] * (t.after - t.before) for t in self.transfers if t.after > t.before)
         return gained / (self.allocation.budget or self.allocation.parameters)
@@ -142,7 +142,7 @@ def propose(
 
     >>> fc = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
     >>> signals = [ModuleSignals(target=fc[0], values=(9.0, 1.0), gains=(0.5,)),
-    ...            ModuleSignals(target=fc[1], values=(8.0,), gains=(3.0, 1.0))]
+    ...            ModuleSignals(target=fc[1], values=(8.0,), gains=(6.0, 1.0))]
     >>> [(t.module, t.before, t.after) for t in propose(signals, ParameterBudget(384), Policy(), coarse=True).transfers]
     [('fc1', 2, 1), ('fc2', 1, 2)]
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from rankscope.comparison import insert_table, read_comparison, summarise, to_markdown
 from rankscope.study import read_study
 from tests.architectures import build
 
@@ -41,3 +42,8 @@ def test_the_table_is_that_of_the_committed_result() -> None:
         assert cells in README
     mean, low, high = rows["one-shot"]["difference"]
     assert f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in README
+
+
+def test_the_generated_table_is_that_of_the_committed_runs() -> None:
+    runs = read_comparison("studies/results/supersense/comparison.parquet")
+    assert insert_table(README, to_markdown(summarise(runs)), where="README.md") == README

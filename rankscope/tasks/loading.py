@@ -19,9 +19,8 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
 
     Args:
         spec: A ready task's name (`"digits-shift"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`); a mapping
-            `{"name": ready name, **options}`; a mapping
-            `{"type": "sequence-classification" | "causal-lm", "model": …, "data": …, **options}`
-            (see `TextClassification` and `CausalLM`); or `"path/to/file.py:factory"`.
+            `{"name": ready name, **options}`; a mapping `{"type": "sequence-classification" | "causal-lm", "model": …,
+            "data": …, **options}` (see `TextClassification` and `CausalLM`); or `"path/to/file.py:factory"`.
         base_dir: What relative paths to files start from; default: the working directory.
 
     Raises:

@@ -144,9 +144,9 @@ def _trained(optimizer: Any) -> list[nn.Parameter]:
 
 def _groups(task: Task, model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: all but the head, and the head, where it has a rate of its own."""
-    body, head = _split_off_head(task, model)
     if config.head_learning_rate is None:
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.learning_rate}]
+    body, head = _split_off_head(task, model)
     if not head:
         raise TrainingError(f"`head_learning_rate` needs a task with a head, but `{task.name}` has none; leave it out.")
     groups = [{"params": body, "lr": config.learning_rate}, {"params": head, "lr": config.head_learning_rate}]

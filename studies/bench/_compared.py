@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from rankscope.comparison import Interval, paired_difference, read_comparison
 
 STUDIES = Path(__file__).parents[1] / "compare"
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK = Path("out") / "quick"
-N_QUICK = 4  # seeds
 
 
 def compared(task: str, quick_methods: tuple[str, ...] = ()) -> pd.DataFrame:
@@ -24,12 +24,21 @@ def compared(task: str, quick_methods: tuple[str, ...] = ()) -> pd.DataFrame:
         quick_methods: Compare these only, on few seeds and apart from the results.
     """
     out = (QUICK if quick_methods else RESULTS) / task
-    study = str(STUDIES / f"{task}.yaml")
-    command = [sys.executable, "-m", "rankscope", "compare", study, "--out", str(out), "--jobs", "2"]
-    if quick_methods:
-        command += [*(f"--methods={name}" for name in quick_methods), f"--seeds={N_QUICK}", "--uniform-budgets=1"]
+    study = _in_small(task, quick_methods) if quick_methods else STUDIES / f"{task}.yaml"
+    command = [sys.executable, "-m", "rankscope", "compare", str(study), "--out", str(out), "--jobs", "2"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return read_comparison(out / "comparison.parquet")
+
+
+def _in_small(task: str, methods: tuple[str, ...]) -> Path:
+    """The study with few methods and seeds, one tuning seed and three of its rates."""
+    study = yaml.safe_load((STUDIES / f"{task}.yaml").read_text(encoding="utf-8"))
+    study["training"]["learning_rate"] = study["training"]["learning_rate"][-3:]
+    study["compare"] = {"methods": list(methods), "seeds": 4, "tuning_seeds": 1}
+    QUICK.mkdir(parents=True, exist_ok=True)
+    path = QUICK / f"{task}.yaml"
+    path.write_text(yaml.safe_dump(study), encoding="utf-8")
+    return path
 
 
 def scores_of(runs: pd.DataFrame) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
 """Rank allocation against uniform LoRA and the peers at equal parameters and steps, over tasks; learning rate tuned for each.
 
     python studies/bench/comparison.py --out studies/results/comparison.json
-    rankscope report studies/results/{digits-shift,supersense} --out out/evidence --into README.md
+    rankscope report studies/results/{digits-shift,supersense} --out out/evidence --into README.md   # README's table
 
 Runs `rankscope compare` on the studies of studies/compare that TASKS names, and states what issue 6 hopes
 for: how far rankscope's best method is above uniform on digits-shift, and above EVA and AdaLoRA; by how much uniform must grow to

@@ -21,8 +21,8 @@ from joblib import Parallel, delayed
 
 import rankscope as rs
 from rankscope.comparison import paired_difference, repeat_all
-from rankscope.profiling import profile
 from rankscope.searching.confirmation import CONFIRM_FRACTION
+from rankscope.tasks import profile_task
 
 RATES = [0.005, 0.01, 0.02]
 TRAINING = rs.TrainingConfig(steps=84)
@@ -31,7 +31,7 @@ TRAINING = rs.TrainingConfig(steps=84)
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     """The searches, then the comparison."""
     task = rs.load_task("digits-shift")
-    taken = profile(task.build_model(), list(task.train_batches(0)), loss_fn=task.loss, head=("classifier",))
+    taken = profile_task(task)
     budget = rs.ParameterBudget.uniform(taken.targets, 1)
     seeds = range(1 if quick else 5)
     searches = Parallel(n_jobs=2)(delayed(searched)(taken, budget, seed, quick) for seed in seeds)

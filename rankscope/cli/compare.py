@@ -13,7 +13,7 @@ from rankscope.cli.output import print_files, print_json, print_line, print_tabl
 from rankscope.cli.search import search_of
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
 from rankscope.comparison import REFERENCE, compare, insert_table, read_comparison, summarise, to_markdown
-from rankscope.comparison.methods import SEARCHED, needs_profile
+from rankscope.comparison.methods import SEARCHED, need_profile
 from rankscope.exceptions import ComparisonError, FileFormatError
 from rankscope.files import replacing
 from rankscope.profiling import read_profile
@@ -37,7 +37,7 @@ def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, j
             section.methods,
             budget=session.budget,
             targets=session.targets,
-            profile=session.profile_at_hand() if any(map(needs_profile, section.methods)) else None,
+            profile=session.profile_at_hand() if need_profile(section.methods) else None,
             searched=None if searched is None else searched.best_allocation,
             search_steps=0 if searched is None else searched.steps,
             controller=session.study.controller.resolve(),

@@ -13,7 +13,7 @@ import pandas as pd
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.comparison.methods import RATE_FACTORS, SEARCHED, UNLIMITED, Terms, make_methods, needs_profile
+from rankscope.comparison.methods import RATE_FACTORS, SEARCHED, UNLIMITED, Terms, make_methods, need_profile
 from rankscope.comparison.repeats import Repeats, Variants, repeat_all
 from rankscope.comparison.runs import Run
 from rankscope.control import ControllerConfig
@@ -129,7 +129,7 @@ def compare(
     training = training or TrainingConfig()
     names = list(dict.fromkeys([REFERENCE, *methods]))
     _check(seeds, tuning_seeds)
-    if profile is None and any(map(needs_profile, names)):
+    if need_profile(names) and profile is None:
         profile = profile_task(task, targets=targets)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets

@@ -13,15 +13,17 @@ BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->
 def to_markdown(table: pd.DataFrame) -> str:
     """The table at the study's budget: uniform's metric, and the others' points over it with a 95 % interval.
 
-    Bold: better or worse than uniform by a permutation test with Holm's correction. The last column is the mean over the tasks of
-    the difference over uniform's metric, of methods that every task has.
+    Bold: better or worse than uniform by a permutation test with Holm's correction. In italics, and last: methods without a
+    budget (full fine-tuning, the head alone). The last column is the mean over the tasks of the difference over uniform's
+    metric, of methods that every task has.
 
     Args:
         table: What `summarise` makes of the runs, of one task or several.
     """
     table = table[table["factor"] == 1.0]
     tasks = list(dict.fromkeys(table["task"]))
-    methods = list(dict.fromkeys(table["method"]))
+    unlimited = set(table.loc[table["budget"] == 0, "method"])
+    methods = sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited)
     cells = {(row["method"], row["task"]): _cell(row) for _, row in table.iterrows()}
     seeds = table.groupby("task", sort=False)["seeds"].first()
     header = ["method", *(f"{task}, {seeds[task]} seeds" for task in tasks), "mean relative gain"]
@@ -29,7 +31,8 @@ def to_markdown(table: pd.DataFrame) -> str:
     for method in methods:
         gains = table.loc[table["method"] == method, "relative"]
         mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(tasks) and method != REFERENCE else ""
-        lines.append(_line([method, *(cells.get((method, task), "") for task in tasks), mean]))
+        shown = f"*{method}*" if method in unlimited else method
+        lines.append(_line([shown, *(cells.get((method, task), "") for task in tasks), mean]))
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,9 +72,15 @@ class Terms:
         return self.searched.renamed(SEARCHED)
 
 
-def needs_profile(name: str) -> bool:
-    """Whether a method cannot be made without a profile."""
-    return ".py:" in name or name.removeprefix(f"{CONTROLLER}-") in NEEDS_PROFILE
+def need_profile(names: Sequence[str]) -> bool:
+    """Whether one of the methods cannot be made without a profile.
+
+    Raises:
+        ComparisonError: One of them is not known; better said before a profile is taken.
+    """
+    for name in names:
+        _check_known(name)
+    return any(".py:" in name or name.removeprefix(f"{CONTROLLER}-") in NEEDS_PROFILE for name in names)
 
 
 def known_methods() -> tuple[str, ...]:
@@ -89,6 +95,7 @@ def make_methods(name: str, terms: Terms) -> dict[str, Variants]:
     Raises:
         ComparisonError: No such method, or it needs what the terms lack.
     """
+    _check_known(name)
     if ".py:" in name:
         return {name: _users(name, terms)}
     if name == "random":
@@ -97,9 +104,12 @@ def make_methods(name: str, terms: Terms) -> dict[str, Variants]:
         return {name: Lora(terms.allocate(name))}
     if name in _OTHERS:
         return {name: _OTHERS[name](terms)}
-    start = name.removeprefix(f"{CONTROLLER}-")
-    if start != name and name in known_methods():
-        return {name: Lora(terms.allocate(start), terms.controller)}
+    return {name: Lora(terms.allocate(name.removeprefix(f"{CONTROLLER}-")), terms.controller)}
+
+
+def _check_known(name: str) -> None:
+    if ".py:" in name or name in known_methods():
+        return
     close = difflib.get_close_matches(name, known_methods(), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known_methods())}."
     raise ComparisonError(f"`methods` must be known or `path/to/file.py:function`, but {name!r} is not; {hint}")

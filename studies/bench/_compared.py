@@ -1,4 +1,4 @@
-"""What benchmarks read off `rankscope compare`: the runs of the studies in studies/compare, kept in studies/results."""
+"""What benchmarks read off `rankscope compare`: the runs of the studies in studies/compare, committed in studies/results."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ QUICK = Path("out") / "quick"
 
 
 def compared(task: str, quick_methods: tuple[str, ...] = ()) -> pd.DataFrame:
-    """All runs of a task's comparison; those that were not done yet are done now, two at a time.
+    """All runs of a task's comparison: the committed ones, or, once that file is deleted, new ones, two at a time.
 
     Args:
         task: Of studies/compare.
         quick_methods: Compare these only, on few seeds and apart from the results.
     """
     out = (QUICK if quick_methods else RESULTS) / task
+    table = out / "comparison.parquet"
+    if table.exists() and not quick_methods:
+        return read_comparison(table)
     study = _in_small(task, quick_methods) if quick_methods else STUDIES / f"{task}.yaml"
     command = [sys.executable, "-m", "rankscope", "compare", str(study), "--out", str(out), "--jobs", "2"]
     subprocess.run(command, check=True, stdout=sys.stderr)
-    return read_comparison(out / "comparison.parquet")
+    return read_comparison(table)
 
 
 def _in_small(task: str, methods: tuple[str, ...]) -> Path:

@@ -5,8 +5,8 @@
 
 Runs `rankscope compare` on the studies of studies/compare that TASKS names, and states what issue 6 hopes
 for: how far rankscope's best method is above uniform on digits-shift, and above EVA and AdaLoRA; by how much uniform must grow to
-match it; and what the default, one-shot, gains on average over the tasks. Runs that were not done yet are done: hours, on
-two cores. `--quick`: one-shot and uniform on digits-shift, four seeds.
+match it; and what the default, one-shot, gains on average over the tasks. The committed runs are read; delete a task's
+comparison.parquet to do them again (hours, on two cores). `--quick`: runs of its own, one-shot and uniform on digits, four seeds.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Reads its figures off `rankscope compare` on studies/compare/digits-shift.yaml (16 seeds) and supersense.yaml (8 seeds): static
 uniform and one-shot, the controller (default settings) from either, and AdaLoRA with alpha tuned together with the rate, compared
-seed by seed on the test split. Runs that were not done yet are done (an hour for both). `--quick`: digits, the controller from
-uniform, four seeds.
+seed by seed on the test split. The committed runs are read; delete the two tasks' comparison.parquet in studies/results
+to do them again (an hour). `--quick`: runs of its own, on digits, the controller from uniform, four seeds.
 """
 
 from __future__ import annotations

@@ -143,6 +143,12 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
         compare(digits, methods, **(options | changes))
 
 
+def test_an_unknown_method_is_refused_before_a_profile_is_taken(digits: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankscope.comparison.comparing.profile_task", lambda *_, **__: pytest.fail("profiled"))
+    with pytest.raises(ComparisonError, match="'one_shot' is not"):
+        compare(digits, ["one-shot", "one_shot"], budget=rs.ParameterBudget(3000), training=TRAINING)
+
+
 def test_targets_and_profile_are_found_where_they_are_not_given(digits: Task) -> None:
     found = rs.compare(digits, ["one-shot"], budget=rs.ParameterBudget(3000), training=TRAINING, seeds=range(1))
     assert found.runs["method"].tolist() == ["uniform", "one-shot"]

@@ -9,12 +9,12 @@ from rankscope.comparison.markdown import BEGIN, END
 from rankscope.exceptions import ComparisonError
 
 
-def runs(task: str, methods: dict[str, float], spread: float) -> list[dict]:
+def runs(task: str, methods: dict[str, float], spread: float, unlimited: tuple[str, ...] = ()) -> list[dict]:
     rng = np.random.default_rng(0)
     common = rng.normal(0.0, 0.01, size=8)
     return [
         {
-            "task": task, "metric": "accuracy", "method": name, "variant": "", "budget": 100, "factor": 1.0,
+            "task": task, "metric": "accuracy", "method": name, "variant": "", "budget": 0 if name in unlimited else 100, "factor": 1.0,
             "role": "reported", "seed": seed, "learning_rate": 0.01, "parameters": 100, "test": mean + common[seed] + own,
             "validation": mean, "wall_seconds": 1.0, "peak_memory": 1, "cost_steps": 0,
         }
@@ -37,6 +37,17 @@ def test_cells_bold_and_mean_gains() -> None:
     assert lines[3][3] == f"{100 * (0.1 / first - 0.04 / (first + 0.3)) / 2:+.1f} %"
     assert lines[4][1].startswith("+0.0 [")  # no difference: not bold
     assert lines[4][2:] == ["", ""]  # not on every task: no mean
+
+
+def test_methods_without_a_budget_come_last_in_italics() -> None:
+    table = summarise(
+        pd.DataFrame(runs("a", {"uniform": 0.5, "full": 0.6, "one-shot": 0.55}, 1e-3, unlimited=("full",)))
+    )
+    assert [line.split("|")[1].strip() for line in to_markdown(table).splitlines()[2:]] == [
+        "uniform",
+        "one-shot",
+        "*full*",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{END}{END}"])

@@ -14,6 +14,7 @@ from rankscope.cli.search import search_of
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
 from rankscope.comparison import REFERENCE, compare, insert_table, read_comparison, summarise, to_markdown
 from rankscope.comparison.methods import SEARCHED, need_profile
+from rankscope.comparison.table import NO_DIFFERENCE
 from rankscope.exceptions import ComparisonError, FileFormatError
 from rankscope.files import replacing
 from rankscope.profiling import read_profile
@@ -107,28 +108,38 @@ def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
     if as_json:
         print_json({"methods": json.loads(table.to_json(orient="records")), "files": [str(file) for file in files]})
         return
-    for (task, factor), group in table.groupby(["task", "factor"], sort=False):
-        scale = "" if factor == 1.0 else f", {factor:g} x the budget"
-        seeds, noise = int(group["seeds"].iloc[0]), 100 * float(group["noise"].iloc[0])
-        title = f"{task}{scale}: {seeds} seeds, points over uniform; seeds alone: up to {noise:.1f}"
-        header = ("method", "parameters", "rate", "test", "points, 95 % interval", "verdict")
-        print_table(title, header, [_row(row) for _, row in group.iterrows()])
+    for _, group in table.groupby(["task", "factor"], sort=False):
+        if len(group) > 1:
+            _print_methods(group)
+    for task, group in table[table["method"] == REFERENCE].groupby("task", sort=False):
+        if len(group) > 1:
+            rows = [_level(row) for _, row in group.iterrows()]
+            print_table(f"{task!s}: uniform by parameters", ("parameters", "rate", "test"), rows)
     _print_growth(table)
     print_files(files)
 
 
+def _print_methods(group: pd.DataFrame) -> None:
+    """One task's at one budget."""
+    first = group.iloc[0]
+    scale = "" if first["factor"] == 1.0 else f", {first['factor']:g} x the budget"
+    noise = f"seeds alone: up to {100 * first['noise']:.1f}"
+    title = f"{first['task']}{scale}: {first['seeds']} seeds, points over uniform; {noise}"
+    header = ("method", "parameters", "rate", "test, 95 % interval", "differs")
+    print_table(title, header, [_row(row) for _, row in group.iterrows()])
+
+
 def _row(row: pd.Series) -> tuple[str, ...]:
-    difference = ""
-    if row["method"] != REFERENCE:
-        difference = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-    return (
-        str(row["method"]),
-        f"{row['parameters']:,}",
-        f"{row['learning_rate']:.3g}",
-        f"{row['test']:.3f}",
-        difference,
-        str(row["verdict"]),
-    )
+    parameters, rate, test = _level(row)
+    if row["method"] == REFERENCE:
+        return REFERENCE, parameters, rate, test, ""
+    points = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    verdict = "no" if row["verdict"] == NO_DIFFERENCE else str(row["verdict"])
+    return str(row["method"]), parameters, rate, points, verdict
+
+
+def _level(row: pd.Series) -> tuple[str, str, str]:
+    return f"{row['parameters']:,}", f"{row['learning_rate']:.3g}", f"{100 * row['test']:.1f} %"
 
 
 def _print_growth(table: pd.DataFrame) -> None:

@@ -107,7 +107,7 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
     status, text, errors = invoke("compare", study, "--out", out, "--uniform-budgets", "2")
     assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
     assert "digits-shift: 3 seeds, points over uniform" in text
-    assert "digits-shift, 2 x the budget" in text
+    assert "digits-shift: uniform by parameters" in text
     runs = pd.read_parquet(out / "comparison.parquet")
     assert runs.groupby("method", sort=False).size().to_dict() == {"uniform": 6, "one-shot": 3, "head": 3}
     assert "data:image/png" in (out / "report.html").read_text()

@@ -12,6 +12,7 @@ later, so that eager code takes its place while a step is sampled, if the model 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ class GradientWindow:
         self._sums = {target.name: self._zeros(target) for target in self._targets}
         self._weights: list[float] = []
         self._step: _Step | None = None
+        self._abandoned: weakref.finalize[..., Any] | None = None
 
     def watch(self, weight: float = 1.0) -> None:
         """Sees what comes until `end_step`.
@@ -107,14 +109,14 @@ class GradientWindow:
         self.close()
         observer = Observer(self._targets, self._modules, self._matrices, inputs=False)
         self._step = _Step(self._model, observer, weight, compiled=self._compiled)
+        self._abandoned = weakref.finalize(self, self._step.close)  # a run that raised within the step never ends it
+        self._abandoned.atexit = False
 
     def end_step(self) -> None:
         """Takes the step that was watched, if one was."""
-        if self._step is None:
-            return
-        step, self._step = self._step, None
-        step.close()
-        if not step.passes:
+        step = self._step
+        self.close()
+        if step is None or not step.passes:
             return
         observed = step.observer.observed
         if not bool(torch.isfinite(_total([seen.squares for seen in observed.values()]))):
@@ -127,9 +129,9 @@ class GradientWindow:
 
     def close(self) -> None:
         """Takes the hooks off."""
-        if self._step is not None:
-            self._step.close()
-            self._step = None
+        if self._abandoned is not None:
+            self._abandoned()  # once only
+        self._step = self._abandoned = None
 
     def clear(self) -> None:
         """Forgets what was seen."""

@@ -1,5 +1,6 @@
 """The window against gradients that autograd computes whole: micro-batches, scaling, checkpointing, evaluation, NaN."""
 
+import gc
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,8 +16,8 @@ from rankscope.profiling.features import split_energy
 from tests.control.small_models import LAYERS, batch, net
 
 
-def window(model: PeftModel) -> GradientWindow:
-    return GradientWindow(model, rs.find_targets(model, LAYERS), sketch_size=16, seed=0)
+def window(model: PeftModel, *, compiled: bool = False) -> GradientWindow:
+    return GradientWindow(model, rs.find_targets(model, LAYERS), sketch_size=16, seed=0, compiled=compiled)
 
 
 def measured(window: GradientWindow, model: PeftModel) -> Measured:
@@ -120,6 +121,18 @@ def test_nothing_seen_is_no_signal_and_no_hook_stays() -> None:
     seen.watch()
     seen.end_step()
     assert hooks() == 0
+
+
+def test_a_step_that_is_never_ended_leaves_nothing_behind() -> None:
+    """As when the training loop raises within it: compiled models would run eagerly from then on."""
+    model = net()
+    seen = window(model, compiled=True)
+    seen.watch()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del seen
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert not model._forward_pre_hooks
 
 
 def test_the_state_goes_on_where_it_was() -> None:

@@ -14,8 +14,8 @@ def to_markdown(table: pd.DataFrame) -> str:
     """The table at the study's budget: uniform's metric, and the others' points over it with a 95 % interval.
 
     Bold: better or worse than uniform by a permutation test with Holm's correction. In italics, and last: methods without a
-    budget (full fine-tuning, the head alone). The last column is the mean over the tasks of the difference over uniform's
-    metric, of methods that every task has.
+    budget (full fine-tuning, the head alone). Runs that ended above the budget are not compared. The last column is the mean
+    over the tasks of the difference over uniform's metric, of methods that every task has, within the budget.
 
     Args:
         table: What `summarise` makes of the runs, of one task or several.
@@ -29,7 +29,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     header = ["method", *(f"{task}, {seeds[task]} seeds" for task in tasks), "mean relative gain"]
     lines = [_line(header), _line(["---", *["---:"] * (len(tasks) + 1)])]
     for method in methods:
-        gains = table.loc[table["method"] == method, "relative"]
+        gains = table.loc[(table["method"] == method) & ~table["over_budget"], "relative"]
         mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(tasks) and method != REFERENCE else ""
         shown = f"*{method}*" if method in unlimited else method
         lines.append(_line([shown, *(cells.get((method, task), "") for task in tasks), mean]))
@@ -39,6 +39,8 @@ def to_markdown(table: pd.DataFrame) -> str:
 def _cell(row: pd.Series) -> str:
     if row["method"] == REFERENCE:
         return f"{100 * row['test']:.1f} %"
+    if row["over_budget"]:
+        return "over the budget"
     text = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return f"**{text}**" if row["verdict"] in ("better", "worse") else text
 

@@ -50,6 +50,12 @@ def test_methods_without_a_budget_come_last_in_italics() -> None:
     ]
 
 
+def test_what_ended_over_the_budget_has_no_figures() -> None:
+    found = pd.DataFrame(runs("a", {"uniform": 0.5, "eva": 0.6}, 1e-3))
+    found.loc[found["method"] == "eva", "parameters"] = 101
+    assert to_markdown(summarise(found)).splitlines()[-1] == "| eva | over the budget |  |"
+
+
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{END}{END}"])
 def test_marker_lines_are_needed(text: str) -> None:
     with pytest.raises(ComparisonError, match=r"^`card\.md` must hold the lines"):

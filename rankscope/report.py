@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rankscope.allocation import RankAllocation
-from rankscope.comparison import REFERENCE, allocations, rank_methods
+from rankscope.comparison import REFERENCE, allocations, at_budget, rank_methods
 from rankscope.files import replacing
 from rankscope.plotting import plot_budgets, plot_flow, plot_forest, plot_ranks, plot_trajectories, save_figure
 from rankscope.targets import TargetModule
@@ -73,7 +73,9 @@ def _figures(
     decisions: Mapping[str, pd.DataFrame],
 ) -> dict[str, tuple[str, Figure]]:
     """Title and figure by file name."""
-    found = {"forest": ("Differences to uniform", plot_forest(table))}
+    found = {}
+    if (at_budget(table)["method"] != REFERENCE).any():
+        found["forest"] = ("Differences to uniform", plot_forest(table))
     found["budgets"] = ("The metric against parameters", plot_budgets(table))
     if not targets or table["task"].nunique() > 1:
         return found
@@ -88,7 +90,7 @@ def _figures(
 
 def _task_section(table: pd.DataFrame) -> str:
     """The figures of one task at the study's budget, and how to read them."""
-    table = table[table["factor"] == 1.0]
+    table = at_budget(table)
     growth = bool(table["equivalent"].notna().any())
     header = ["method", "parameters", "rate", "test", "± seeds", "difference", "95 % interval", "p (Holm)", "verdict"]
     rows = [_task_row(row, growth) for _, row in table.iterrows()]
@@ -131,7 +133,7 @@ def _factor(value: float) -> str:
 
 def _ranking_section(table: pd.DataFrame) -> str:
     """Mean ranks over tasks, of the methods that all tasks have; nothing for a single task."""
-    scores = table[table["factor"] == 1.0].pivot(index="method", columns="task", values="test").dropna()
+    scores = at_budget(table).pivot(index="method", columns="task", values="test").dropna()
     if scores.shape[1] < 2 or len(scores) < 2:
         return ""
     ranking = rank_methods({str(name): row.tolist() for name, row in scores.iterrows()})
@@ -151,7 +153,7 @@ def _cost_section(table: pd.DataFrame) -> str:
             "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
             f"{row['cost_steps']:,}" if row["cost_steps"] else "",
         ]
-        for _, row in table[table["factor"] == 1.0].iterrows()
+        for _, row in at_budget(table).iterrows()
     ]
     header = ["method", "a run, median", "peak memory", "search, in optimizer steps"]
     return f"<h2>Cost</h2>{_html_table(header, rows)}"

@@ -12,9 +12,9 @@ import pandas as pd
 from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
 from rankscope.cli.search import search_of
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
-from rankscope.comparison import REFERENCE, compare, insert_table, read_comparison, summarise, to_markdown
+from rankscope.comparison import REFERENCE, at_budget, compare, insert_table, read_comparison, summarise, to_markdown
 from rankscope.comparison.methods import SEARCHED, need_profile
-from rankscope.comparison.table import NO_DIFFERENCE
+from rankscope.comparison.table import NO_DIFFERENCE, points_over_uniform
 from rankscope.exceptions import ComparisonError, FileFormatError
 from rankscope.files import replacing
 from rankscope.profiling import read_profile
@@ -108,13 +108,14 @@ def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
     if as_json:
         print_json({"methods": json.loads(table.to_json(orient="records")), "files": [str(file) for file in files]})
         return
-    for _, group in table.groupby(["task", "factor"], sort=False):
-        if len(group) > 1:
-            _print_methods(group)
-    for task, group in table[table["method"] == REFERENCE].groupby("task", sort=False):
-        if len(group) > 1:
-            rows = [_level(row) for _, row in group.iterrows()]
-            print_table(f"{task!s}: uniform by parameters", ("parameters", "rate", "test"), rows)
+    for task, rows in table.groupby("task", sort=False):
+        for _, group in rows.groupby("factor", sort=False):
+            if len(group) > 1:
+                _print_methods(group)
+        uniform = rows[rows["method"] == REFERENCE]
+        if len(uniform) > 1 or len(uniform) == len(rows):
+            levels = [_level(row) for _, row in uniform.iterrows()]
+            print_table(f"{task!s}: uniform by parameters", ("parameters", "rate", "test"), levels)
     _print_growth(table)
     print_files(files)
 
@@ -133,9 +134,8 @@ def _row(row: pd.Series) -> tuple[str, ...]:
     parameters, rate, test = _level(row)
     if row["method"] == REFERENCE:
         return REFERENCE, parameters, rate, test, ""
-    points = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
-    verdict = "no" if row["verdict"] == NO_DIFFERENCE else str(row["verdict"])
-    return str(row["method"]), parameters, rate, points, verdict
+    verdict = "no" if row["verdict"] == NO_DIFFERENCE else str(row["verdict"]).partition(":")[0]
+    return str(row["method"]), parameters, rate, points_over_uniform(row), verdict
 
 
 def _level(row: pd.Series) -> tuple[str, str, str]:
@@ -144,7 +144,7 @@ def _level(row: pd.Series) -> tuple[str, str, str]:
 
 def _print_growth(table: pd.DataFrame) -> None:
     """By how much uniform must grow to match the best at the study's budget, where that was measured."""
-    limited = table[(table["factor"] == 1.0) & (table["budget"] > 0) & table["equivalent"].notna()]
+    limited = at_budget(table).query("budget > 0 and equivalent.notna()")
     for task, group in limited.groupby("task", sort=False):
         best = group.sort_values("test").iloc[-1]
         if best["method"] != REFERENCE:

@@ -6,7 +6,7 @@ from rankscope.comparison.methods import known_methods
 from rankscope.comparison.repeats import Repeats, repeat_all
 from rankscope.comparison.runs import Cell, Run, run_all, run_cell
 from rankscope.comparison.statistics import Interval, paired_difference, rank_methods
-from rankscope.comparison.table import allocations, summarise
+from rankscope.comparison.table import allocations, at_budget, summarise
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -17,6 +17,7 @@ __all__ = [
     "Repeats",
     "Run",
     "allocations",
+    "at_budget",
     "compare",
     "insert_table",
     "known_methods",

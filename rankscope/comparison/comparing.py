@@ -129,7 +129,7 @@ def compare(
     training = training or TrainingConfig()
     names = list(dict.fromkeys([REFERENCE, *methods]))
     _check(seeds, tuning_seeds)
-    if need_profile(names) and profile is None:
+    if profile is None and need_profile(names):
         profile = profile_task(task, targets=targets)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets

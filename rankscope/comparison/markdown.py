@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from rankscope.comparison.comparing import REFERENCE
+from rankscope.comparison.table import at_budget, points_over_uniform
 from rankscope.exceptions import ComparisonError
 
 BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
@@ -20,7 +21,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     Args:
         table: What `summarise` makes of the runs, of one task or several.
     """
-    table = table[table["factor"] == 1.0]
+    table = at_budget(table)
     tasks = list(dict.fromkeys(table["task"]))
     unlimited = set(table.loc[table["budget"] == 0, "method"])
     methods = sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited)
@@ -39,9 +40,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 def _cell(row: pd.Series) -> str:
     if row["method"] == REFERENCE:
         return f"{100 * row['test']:.1f} %"
-    if row["over_budget"]:
-        return "over the budget"
-    text = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    text = points_over_uniform(row)
     return f"**{text}**" if row["verdict"] in ("better", "worse") else text
 
 

@@ -45,6 +45,18 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return _with_equivalents(pd.concat(tables, ignore_index=True))
 
 
+def at_budget(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the study's own budget, of runs or of a table of theirs."""
+    return table[table["factor"] == 1.0]
+
+
+def points_over_uniform(row: pd.Series) -> str:
+    """A row's difference to uniform in points with its interval, as text; runs above the budget are not compared."""
+    if row["over_budget"]:
+        return "over the budget"
+    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+
+
 def allocations(runs: pd.DataFrame, factor: float = 1.0) -> dict[str, dict[str, int]]:
     """The ranks that each method's first reported run ended with, by method, of those that have ranks."""
     chosen = runs[(runs["role"] == REPORTED) & (runs["factor"] == factor)].groupby("method", sort=False).first()

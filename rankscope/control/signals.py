@@ -97,7 +97,7 @@ class GradientWindow:
         self._sums = {target.name: self._zeros(target) for target in self._targets}
         self._weights: list[float] = []
         self._step: _Step | None = None
-        self._abandoned: weakref.finalize[..., Any] | None = None
+        self._end: weakref.finalize[..., Any] | None = None
 
     def watch(self, weight: float = 1.0) -> None:
         """Sees what comes until `end_step`.
@@ -109,8 +109,8 @@ class GradientWindow:
         self.close()
         observer = Observer(self._targets, self._modules, self._matrices, inputs=False)
         self._step = _Step(self._model, observer, weight, compiled=self._compiled)
-        self._abandoned = weakref.finalize(self, self._step.close)  # a run that raised within the step never ends it
-        self._abandoned.atexit = False
+        self._end = weakref.finalize(self, self._step.close)  # at the latest with the window: a step may raise
+        self._end.atexit = False
 
     def end_step(self) -> None:
         """Takes the step that was watched, if one was."""
@@ -129,9 +129,9 @@ class GradientWindow:
 
     def close(self) -> None:
         """Takes the hooks off."""
-        if self._abandoned is not None:
-            self._abandoned()  # once only
-        self._step = self._abandoned = None
+        if self._end is not None:
+            self._end()  # once only
+        self._step = self._end = None
 
     def clear(self) -> None:
         """Forgets what was seen."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from rankscope.comparison import Interval, paired_difference, read_comparison
+from rankscope.comparison import Interval, at_budget, paired_difference, read_comparison
 
 STUDIES = Path(__file__).parents[1] / "compare"
 RESULTS = Path(__file__).parents[1] / "results"
@@ -46,7 +46,7 @@ def _in_small(task: str, methods: tuple[str, ...]) -> Path:
 
 def scores_of(runs: pd.DataFrame) -> dict[str, list[float]]:
     """The test metric by seed of every method, at the study's budget."""
-    reported = runs[(runs["role"] == "reported") & (runs["factor"] == 1.0)].sort_values("seed")
+    reported = at_budget(runs).query("role == 'reported'").sort_values("seed")
     return {str(name): group["test"].tolist() for name, group in reported.groupby("method", sort=False)}
 
 

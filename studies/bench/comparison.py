@@ -19,7 +19,7 @@ import pandas as pd
 from _compared import compared, minus, scores_of
 from _harness import Claim, run_benchmark
 
-from rankscope.comparison import summarise
+from rankscope.comparison import at_budget, summarise
 
 TASKS = ("digits-shift", "supersense", "word-order")
 OURS = ("one-shot", "gradient-norm", "controller", "controller-one-shot")
@@ -60,7 +60,7 @@ def on_digits(runs: pd.DataFrame, table: pd.DataFrame) -> list[Claim]:
 def over_tasks(table: pd.DataFrame) -> list[Claim]:
     """The default's mean relative gain, and the tasks on which it is significantly worse than uniform."""
     default = best_on_validation(table)
-    mine = at_budget(table)[at_budget(table)["method"] == default]
+    mine = at_budget(table).query("method == @default")
     worse = int((mine["verdict"] == "worse").sum())
     return [
         Claim.at_least(f"{default}: mean relative gain over {len(mine)} tasks, %", 100 * fmean(mine["relative"]), 4.7),
@@ -73,11 +73,6 @@ def best_on_validation(table: pd.DataFrame) -> str:
     validation = at_budget(table).pivot(index="method", columns="task", values="validation").dropna()
     gains = validation.div(validation.loc["uniform"]).mean(axis=1)
     return str(gains[[name for name in OURS if name in gains.index]].idxmax())
-
-
-def at_budget(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the study's own budget."""
-    return table[table["factor"] == 1.0]
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,8 @@ import pandas as pd
 from _compared import compared, minus, scores_of
 from _harness import Claim, run_benchmark
 
+from rankscope.comparison import at_budget
+
 METHODS = ("uniform", "one-shot", "controller", "controller-one-shot", "adalora")
 
 
@@ -25,7 +27,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     rows, claims = [], []
     for task in ("digits-shift",) if quick else ("digits-shift", "supersense"):
         runs = compared(task, ("controller",) if quick else ())
-        runs = runs[(runs["role"] == "reported") & (runs["factor"] == 1.0) & runs["method"].isin(METHODS)]
+        runs = at_budget(runs).query("role == 'reported' and method in @METHODS")
         scores = scores_of(runs)
         rows += [row(task, name, runs[runs["method"] == name], scores) for name in scores]
         claims += claims_of(task, runs, scores)

@@ -122,6 +122,15 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
     status, text, _ = invoke("report", out)
     assert status == 0
     assert "report.html" in text
+    at_budget = runs[runs["factor"] == 1.0]
+    pd.concat([at_budget, at_budget.assign(factor=2.0)]).assign(schema=1).to_parquet(folder / "comparison.parquet")
+    status, text, _ = invoke("report", folder, "--out", folder / "twice")
+    assert status == 0
+    assert "digits-shift, 2 x the budget: 3 seeds, points over uniform" in text
+    at_budget[at_budget["method"] == "uniform"].assign(schema=1).to_parquet(folder / "comparison.parquet")
+    status, text, _ = invoke("report", folder, "--out", folder / "alone")
+    assert status == 0
+    assert "digits-shift: uniform by parameters" in text
     card = folder / "card.md"
     card.write_text("# Model card\n")
     status, _, errors = invoke("report", out, "--into", card)

@@ -20,6 +20,7 @@ from rankscope.user_code import user_function
 
 N_RANDOM = 3  # draws
 ALPHAS = (8.0, 32.0, 128.0)  # of AdaLoRA
+RHOS = (2.0, 1.0)  # of EVA: with its own ranks, whose parameters may exceed uniform's, and with uniform ranks
 SHARES = (0.75,)  # of AdaLoRA's ranks: its budget is in ranks, and those that it keeps cost up to 1.3 times uniform's
 CONTROLLER = "controller"
 SEARCHED = "searched"
@@ -146,7 +147,7 @@ _OTHERS: Mapping[str, Callable[[Terms], Variants]] = {
     "qv-only": _query_value,
     CONTROLLER: lambda terms: Lora(terms.allocate("uniform"), terms.controller),
     "adalora": _adalora,
-    "eva": lambda terms: Eva(terms.targets, terms.uniform_rank),
+    "eva": lambda terms: [Eva(terms.targets, terms.uniform_rank, rho) for rho in RHOS],
     "full": lambda terms: FullFineTuning(),
     "head": lambda terms: HeadOnly(),
 }

@@ -86,7 +86,11 @@ class Eva:
     n_batches: int = 32
 
     name = "EVA"
-    variant = ""
+
+    @property
+    def variant(self) -> str:
+        """Rho, on which the ranks depend."""
+        return f"rho {self.rho:g}"
 
     def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
         """Adapters along the inputs' directions."""

@@ -66,7 +66,9 @@ def test_every_method_keeps_the_budget_and_shares_the_seeds(found: Comparison) -
     methods = list(dict.fromkeys(runs["method"]))
     names = ["uniform", "one-shot", "random 1", "random 2", "random 3", *METHODS[2:]]
     assert methods == names
-    assert (runs["role"] == "reported").all()  # one rate, one variant: nothing to tune
+    tuning = runs[runs["role"] == "tuning"]
+    assert set(tuning["method"] + ", " + tuning["variant"]) == {"eva, rho 2", "eva, rho 1"}  # the only one to be tuned
+    runs = runs[runs["role"] == "reported"]
     assert runs.groupby(["method", "factor"])["seed"].agg(list).map(lambda seeds: seeds == [0, 1, 2]).all()
     limited = runs[runs["budget"] > 0]
     assert (limited["parameters"] <= limited["budget"]).all()

@@ -14,7 +14,6 @@ from rankscope.exceptions import AdapterError
 from rankscope.targets import TargetModule
 
 SHARE_BEFORE = 0.1  # of the steps, before ranks fall
-SHARE_AFTER = 0.3  # of the steps, after the last rank fell
 FEWEST_STEPS = 10
 
 
@@ -27,6 +26,7 @@ def wrap_with_adalora(
     alpha: float,
     steps: int,
     share: float = 1.0,
+    settled: float = 0.7,
     dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
@@ -38,9 +38,10 @@ def wrap_with_adalora(
         rank: The mean rank at the end.
         initial_rank: Of every module at the beginning.
         alpha: The update's scaling is `alpha / initial_rank`.
-        steps: Of the run; ranks fall between a tenth and seven tenths of them.
+        steps: Of the run; ranks begin to fall after a tenth of them.
         share: Of the ranks that a mean of `rank` gives, how many are kept: AdaLoRA counts ranks, not parameters, and may end
             above a budget in parameters.
+        settled: Share of the steps after which no rank falls any more.
         dropout: Before A.
         modules_to_save: Trained whole.
 
@@ -58,7 +59,7 @@ def wrap_with_adalora(
         modules_to_save=list(modules_to_save) or None,
         total_step=steps,
         tinit=round(SHARE_BEFORE * steps),
-        tfinal=round(SHARE_AFTER * steps),
+        tfinal=steps - round(settled * steps),
         deltaT=max(1, steps // 100),
     )
     wrapped = get_peft_model(model, config)

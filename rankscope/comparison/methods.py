@@ -19,7 +19,12 @@ from rankscope.training import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Met
 from rankscope.user_code import user_function
 
 N_RANDOM = 3  # draws
-ALPHAS = (8.0, 32.0, 128.0)  # of AdaLoRA
+SCHEDULES = (
+    (32.0, 0.7),
+    (128.0, 0.7),
+    (512.0, 0.7),
+    (128.0, 0.4),
+)  # of AdaLoRA: alpha, share of steps when ranks settle
 RHOS = (2.0, 1.0)  # of EVA: with its own ranks, whose parameters may exceed uniform's, and with uniform ranks
 SHARES = (0.75,)  # of AdaLoRA's ranks: its budget is in ranks, and those that it keeps cost up to 1.3 times uniform's
 CONTROLLER = "controller"
@@ -126,7 +131,11 @@ def _query_value(terms: Terms) -> Method:
 
 
 def _adalora(terms: Terms) -> list[Method]:
-    return [AdaLora(terms.targets, terms.uniform_rank, alpha, share) for alpha in ALPHAS for share in SHARES]
+    return [
+        AdaLora(terms.targets, terms.uniform_rank, alpha, share, settled)
+        for alpha, settled in SCHEDULES
+        for share in SHARES
+    ]
 
 
 def _users(spec: str, terms: Terms) -> Variants:

@@ -17,6 +17,8 @@ from rankscope.tasks import Task
 from rankscope.training.config import TrainingConfig
 from rankscope.training.method import Running, Static
 
+SETTLED = 0.7  # share of the steps, on AdaLoRA's usual schedule
+
 
 @dataclass(frozen=True, slots=True)
 class AdaLora:
@@ -27,6 +29,7 @@ class AdaLora:
         rank: Mean rank at the end; that is AdaLoRA's budget, in ranks and not in parameters.
         alpha: The update's scaling is `alpha` over the initial rank; PEFT's default is 8, best tuned.
         share: Of the ranks that a mean of `rank` gives, how many are kept at the end.
+        settled: Share of the steps after which no rank falls any more.
 
     >>> AdaLora((), rank=2, alpha=32.0).initial_rank
     3
@@ -36,13 +39,15 @@ class AdaLora:
     rank: int
     alpha: float
     share: float = 1.0
+    settled: float = SETTLED
 
     name = "AdaLoRA"
 
     @property
     def variant(self) -> str:
-        """Alpha, and the share of ranks kept."""
-        return f"alpha {self.alpha:g}, {self.share:.0%} of ranks"
+        """Alpha, the share of ranks kept, and when they settle, if not at seven tenths of the run."""
+        early = "" if self.settled == SETTLED else f", settled at {self.settled:.0%}"
+        return f"alpha {self.alpha:g}, {self.share:.0%} of ranks{early}"
 
     @property
     def initial_rank(self) -> int:
@@ -59,6 +64,7 @@ class AdaLora:
             alpha=self.alpha,
             steps=config.steps,
             share=self.share,
+            settled=self.settled,
             dropout=config.lora_dropout,
             modules_to_save=getattr(task, "head_modules", ()),
         )

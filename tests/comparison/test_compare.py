@@ -102,7 +102,7 @@ def test_rate_and_variant_are_tuned_within_the_budget(
     digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdaLoRA at its full number of ranks ends above the budget here, so that its smaller variant is chosen."""
-    monkeypatch.setattr("rankscope.comparison.methods.ALPHAS", (32.0,))
+    monkeypatch.setattr("rankscope.comparison.methods.SCHEDULES", ((32.0, 0.7),))
     monkeypatch.setattr("rankscope.comparison.methods.SHARES", (1.0, 0.75))
     found = compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
     tuning = found.runs[(found.runs["role"] == "tuning") & (found.runs["method"] == "adalora")]
@@ -116,7 +116,7 @@ def test_rate_and_variant_are_tuned_within_the_budget(
 def test_a_method_without_a_variant_within_the_budget_is_refused(
     digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankscope.comparison.methods.ALPHAS", (8.0, 32.0))
+    monkeypatch.setattr("rankscope.comparison.methods.SCHEDULES", ((8.0, 0.7), (32.0, 0.4)))
     monkeypatch.setattr("rankscope.comparison.methods.SHARES", (1.5,))
     pattern = (
         r"^`AdaLoRA` must end within 6,912 parameters to be compared, but its variants end with [\d,]+ or more; raise "

@@ -1,6 +1,7 @@
 """PEFT's AdaLoRA as a method: it ends at its budget of ranks, and they are read as they are."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def test_adalora_ends_at_its_mean_rank(digits: Task, digits_profile: rs.Profile)
         if "lora_E" in name
     }
     assert alive == dict(result.allocation.ranks)
+
+
+def test_ranks_settle_as_early_as_asked(digits: Task, digits_profile: rs.Profile) -> None:
+    usual, early = (AdaLora(digits_profile.targets, 2, alpha=32.0, settled=share) for share in (0.7, 0.4))
+    assert (usual.variant, early.variant) == ("alpha 32, 100% of ranks", "alpha 32, 100% of ranks, settled at 40%")
+    kept = 2 * len(digits_profile.targets)
+    for method, over in ((usual, True), (early, False)):
+        model: Any = method.adapt(digits.build_model(), digits, rs.TrainingConfig(steps=20), seed=0)
+        budget, _ = model.base_model.rankallocator.budget_schedule(8)
+        assert (budget > kept) is over
 
 
 def test_too_short_a_run_is_refused(digits: Task, digits_profile: rs.Profile) -> None:

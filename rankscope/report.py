@@ -132,15 +132,16 @@ def _factor(value: float) -> str:
 
 
 def _ranking_section(table: pd.DataFrame) -> str:
-    """Mean ranks over tasks, of the methods that all tasks have; nothing for a single task."""
-    scores = at_budget(table).pivot(index="method", columns="task", values="test").dropna()
+    """Mean ranks over tasks, of the methods that are within the budget on all; nothing for a single task."""
+    equal = at_budget(table).query("budget > 0 and not over_budget")
+    scores = equal.pivot(index="method", columns="task", values="test").dropna()
     if scores.shape[1] < 2 or len(scores) < 2:
         return ""
     ranking = rank_methods({str(name): row.tolist() for name, row in scores.iterrows()})
     rows = [[name, f"{rank:.2f}"] for name, rank in sorted(ranking.mean_ranks.items(), key=lambda item: item[1])]
     text = (
-        f"Mean rank over {scores.shape[1]} tasks, 1 is best; Friedman's p {ranking.p_value:.3f}. Ranks closer than "
-        f"{ranking.critical_difference:.2f} do not differ (Nemenyi, 5 %)."
+        f"Mean rank over {scores.shape[1]} tasks, at equal parameters, 1 is best; Friedman's p {ranking.p_value:.3f}. Ranks "
+        f"closer than {ranking.critical_difference:.2f} do not differ (Nemenyi, 5 %)."
     )
     return f"<h2>Over all tasks</h2><p>{text}</p>{_html_table(['method', 'mean rank'], rows)}"
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 REFERENCE = "uniform"  # its own word here: importing rankscope.comparison would load peft
 COLOURS = {"better": "#1b7f4d", "worse": "#b3402e"}
 GREY = "#6b6b6b"
 ROW_HEIGHT = 0.28  # inches
+PANELS_ABREAST = 3
 MARKERS = "osD^vP*X<>hd"
 
 
@@ -25,9 +28,8 @@ def plot_forest(table: pd.DataFrame) -> Figure:
     table = table[(table["factor"] == 1.0) & (table["method"] != REFERENCE)]
     tasks = list(dict.fromkeys(table["task"]))
     most = max(int((table["task"] == task).sum()) for task in tasks)
-    figure = Figure(figsize=(4.2 * len(tasks) + 1.2, ROW_HEIGHT * most + 1.0))
-    figure.set_layout_engine("constrained")
-    for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    figure, axes = _panels(len(tasks), width=4.6, height=ROW_HEIGHT * most + 1.0)
+    for axis, task in zip(axes, tasks, strict=True):
         _forest(axis, table[table["task"] == task].sort_values("difference"), task)
     return figure
 
@@ -41,7 +43,8 @@ def _forest(axis: Axes, table: pd.DataFrame, task: str) -> None:
         low, mean, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
         axis.plot([low, high], [place, place], color=colour, lw=1.6, solid_capstyle="butt")
         axis.plot(mean, place, "o", color=colour, ms=5)
-    axis.set_yticks(range(len(table)), table["method"], fontsize=8)
+    labels = [row["method"] + " (over budget)" * bool(row["over_budget"]) for _, row in table.iterrows()]
+    axis.set_yticks(range(len(table)), labels, fontsize=8)
     axis.set_ylim(-0.6, len(table) - 0.4)
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=8)
@@ -61,13 +64,11 @@ def plot_budgets(table: pd.DataFrame) -> Figure:
     table = table[table["parameters"] > 0]
     tasks = list(dict.fromkeys(table["task"]))
     methods = [name for name in dict.fromkeys(table["method"]) if name != REFERENCE]
-    figure = Figure(figsize=(4.6 * len(tasks), 3.6 + 0.18 * (len(methods) // 4)))
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    figure, axes = _panels(len(tasks), width=4.6, height=3.6)
     for axis, task in zip(axes, tasks, strict=True):
         _budgets(axis, table[table["task"] == task], methods)
         axis.set_title(task, loc="left", fontsize=9)
-    axes[0].set_ylabel("test metric", fontsize=8)
+        axis.set_ylabel("test metric", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
@@ -81,10 +82,22 @@ def _budgets(axis: Axes, table: pd.DataFrame, methods: list[str]) -> None:
     for place, method in enumerate(methods):
         mine = table[table["method"] == method].sort_values("parameters")
         marker, colour = MARKERS[place % len(MARKERS)], f"C{place % 10}"
-        axis.plot(mine["parameters"], mine["test"], marker + "-", color=colour, ms=5, lw=1.0, label=method)
+        filled = colour if place < 10 else "white"  # colours come again, hollow
+        axis.plot(mine["parameters"], mine["test"], marker + "-", color=colour, mfc=filled, ms=5, lw=1.0, label=method)
     axis.set_xscale("log")
+    axis.set_xticks(sorted({*x, table["parameters"].min(), table["parameters"].max()}))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.tick_params(labelsize=8)
-    axis.tick_params(axis="x", which="both", rotation=25)
+    axis.tick_params(axis="x", rotation=25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("trainable parameters outside the head", fontsize=8)
+
+
+def _panels(n: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of n panels, each of this size in inches."""
+    abreast = min(n, PANELS_ABREAST)
+    rows = math.ceil(n / abreast)
+    figure = Figure(figsize=(width * abreast, height * rows))
+    figure.set_layout_engine("constrained")
+    return figure, [figure.add_subplot(rows, abreast, place + 1) for place in range(n)]

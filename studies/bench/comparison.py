@@ -1,7 +1,7 @@
 """Rank allocation against uniform LoRA and the peers at equal parameters and steps, over tasks; learning rate tuned for each.
 
     python studies/bench/comparison.py --out studies/results/comparison.json
-    rankscope report studies/results/{digits-shift,supersense,sentiment,word-order} --out out/evidence --into README.md   # README's table
+    rankscope report studies/results/{digits-shift,supersense,sentiment,glosses,word-order} --out out/evidence --into README.md   # README's table
 
 Runs `rankscope compare` on the studies of studies/compare that TASKS names, and states what is hoped for: how far rankscope's
 best method is above uniform, EVA and AdaLoRA on digits-shift; by how much uniform must grow to match it; and what the default
@@ -21,7 +21,7 @@ from _harness import Claim, run_benchmark
 
 from rankscope.comparison import at_budget, summarise
 
-TASKS = ("digits-shift", "supersense", "sentiment", "word-order")
+TASKS = ("digits-shift", "supersense", "sentiment", "glosses", "word-order")
 OURS = ("one-shot", "gradient-norm", "controller", "controller-one-shot")
 PEERS = ("eva", "adalora")
 COLUMNS = ["task", "factor", "method", "variant", "learning_rate", "parameters", "seeds", "validation", "test", "deviation",

@@ -26,7 +26,7 @@ def wrap_with_adalora(
     alpha: float,
     steps: int,
     share: float = 1.0,
-    settled: float = 0.7,
+    settled: float,
     dropout: float = 0.0,
     modules_to_save: Sequence[str] = (),
 ) -> PeftModel:

@@ -27,7 +27,6 @@ class Observed:
         calls: In the present batch's forward pass.
         pending: The present batch's increment where the module is called several times: its energy is that of the sum.
         batches: That reached the module.
-        energies: Of each batch's gradient, where a trend is taken.
     """
 
     store: GradientStore
@@ -36,16 +35,12 @@ class Observed:
     calls: int = 0
     pending: Increment | None = None
     batches: int = 0
-    energies: list[Tensor] | None = None
 
     def take(self, increment: Increment, weight: float) -> None:
         """Adds one batch's gradient, already multiplied by the batch's weight."""
-        measured = self.store.measure(increment)
-        self.squares += measured / weight
+        self.squares += self.store.measure(increment) / weight
         self.store.add(increment)
         self.batches += 1
-        if self.energies is not None:
-            self.energies.append(measured / weight**2)
 
     def tensors(self) -> list[Tensor]:
         """What is summed over processes, but for the activations, which modules share."""
@@ -59,7 +54,6 @@ class Observer:
         targets: The target modules.
         modules: Each one's module, by name.
         matrices: Of the sketches.
-        trend: Whether to keep each batch's gradient energy.
         inputs: Whether to sketch the modules' inputs too.
 
     Attributes:
@@ -74,7 +68,6 @@ class Observer:
         modules: Mapping[str, nn.Module],
         matrices: RandomMatrices,
         *,
-        trend: bool = False,
         inputs: bool = True,
     ) -> None:
         self.weight = 1.0
@@ -86,8 +79,7 @@ class Observer:
         for target in targets:
             device = module_device(modules[target.name])
             store = new_gradient_store(target.in_features, target.out_features, matrices, device)
-            zero = torch.zeros((), device=device)
-            self.observed[target.name] = Observed(store, zero, energies=[] if trend else None)
+            self.observed[target.name] = Observed(store, torch.zeros((), device=device))
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

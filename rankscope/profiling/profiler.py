@@ -27,10 +27,10 @@ from rankscope.profiling.interrupt import stop_on_interrupt
 from rankscope.profiling.layers import SUPPORTED, unwrapped
 from rankscope.profiling.observer import Observer, module_device
 from rankscope.profiling.processes import gathered, several, sum_over_processes
-from rankscope.profiling.restoring import frozen, trained
+from rankscope.profiling.restoring import frozen
 from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
-from rankscope.profiling.table import tabulate, tabulate_steps
+from rankscope.profiling.table import tabulate
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -50,7 +50,6 @@ def profile(
     sketch_size: int = SKETCH_SIZE,
     tolerance: float | None = None,
     keep_directions: int = 0,
-    warm_up: torch.optim.Optimizer | None = None,
     max_skipped: float = 0.1,
     keep_partial: bool = False,
     seed: int = 0,
@@ -79,8 +78,6 @@ def profile(
         sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are found.
         tolerance: Stop once the leading 8 singular values move by no more than this share between looks; default: never.
         keep_directions: Keep so many leading left and right singular vectors of each module, to initialise adapters from.
-        warm_up: An optimizer of some of the model's parameters, stepped after each batch: the profile is then taken along a
-            short run. `Profile.steps` holds each batch's gradient norms, and the parameters are restored afterwards.
         max_skipped: The largest share of batches that may be skipped because their loss is NaN or infinite.
         keep_partial: On Ctrl-C, return the profile of the batches so far, as soon as the present one is done.
         seed: Seeds the sketches.
@@ -103,7 +100,7 @@ def profile(
     targets, skipped = _profiled(model, targets)
     modules = _modules(model, targets)
     matrices = RandomMatrices(k=sketch_size, seed=seed)
-    observer = Observer(targets, modules, matrices, trend=warm_up is not None)
+    observer = Observer(targets, modules, matrices)
     tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -111,16 +108,11 @@ def profile(
         if head and head_steps:
             stream = _behind_heads(model, stream, head, head_batches, loss_fn, head_steps)
             stack.enter_context(closing(stream))
-        if warm_up is not None:
-            stack.enter_context(trained(warm_up))
         stack.enter_context(observer.hooked())
         stop = stack.enter_context(stop_on_interrupt(enabled=keep_partial))
         device = module_device(model)
         for index, batch in enumerate(stream):
             _see(model, batch, loss_fn, observer, tally, device)
-            if warm_up is not None:
-                warm_up.step()
-                warm_up.zero_grad()
             if on_batch and tally.losses:
                 on_batch(index, tally.losses[-1])
             if stop.requested or (convergence and _converged(convergence, observer, tally)):
@@ -147,7 +139,7 @@ def profile(
         "sketch_size": sketch_size,
         "versions": {name: version(name) for name in ("rankscope", "torch", "transformers")},
     }
-    return Profile(frame, metadata, tabulate_steps(observer.observed, tally) if warm_up is not None else None)
+    return Profile(frame, metadata)
 
 
 def _see(

@@ -34,17 +34,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = training[name]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
-
-
-@contextmanager
-def trained(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Lets the optimizer's parameters take gradients, and restores their values on leaving."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with values_restored(parameters):
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for parameter in parameters:
-                parameter.grad = None

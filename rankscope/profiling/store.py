@@ -25,12 +25,8 @@ Columns, one row a target module, in the model's order:
 | activation_variance | double | trace of the inputs' covariance |
 | activation_rank | double | effective rank of the inputs' covariance (participation ratio) |
 | activation_values | list of double | leading eigenvalues of the inputs' covariance, descending |
-| gradient_trend | double, may be null | slope of the log gradient norm a step; null without a warm-up run |
 | left_directions | list of float, may be null | leading left singular vectors of G, one after the other; null unless kept |
 | right_directions | list of float, may be null | leading right singular vectors of G, one after the other; null unless kept |
-
-A profile taken along a warm-up run has a second file beside it, `NAME.steps.parquet`: one row a step and module, with
-`step` (int64), `module` (string), `gradient_norm` (double) and the batch's `loss` (double).
 
 Key-value metadata, under `rankscope`: a JSON object with `schema`, `model` (fingerprint of the target modules),
 `weights` and `data` (fingerprints), `targets`, `skipped` (modules and reasons), `without_gradient` (modules), `batches`,
@@ -56,7 +52,7 @@ from rankscope.exceptions import FileFormatError, ProfileError
 from rankscope.files import replacing
 from rankscope.targets import TargetModule, fingerprint_targets
 
-SCHEMA = 3
+SCHEMA = 4
 _KEY = b"rankscope"
 _FIELDS = pa.schema(
     [
@@ -86,7 +82,6 @@ _FIELDS = pa.schema(
         *(pa.field(name, pa.float64()) for name in ("sensitivity", "weight_norm", "weight_rank")),
         *(pa.field(f"activation_{name}", pa.float64(), nullable=False) for name in ("moment", "variance", "rank")),
         pa.field("activation_values", pa.list_(pa.float64()), nullable=False),
-        pa.field("gradient_trend", pa.float64()),
         pa.field("left_directions", pa.list_(pa.float32())),
         pa.field("right_directions", pa.list_(pa.float32())),
     ]
@@ -100,12 +95,10 @@ class Profile:
     Attributes:
         table: One row a target module, with the columns of this file's header.
         metadata: Where it comes from: `batches`, `loss`, `seed`, fingerprints, versions.
-        steps: One row a step and module, where it was taken along a warm-up run.
     """
 
     table: pd.DataFrame
     metadata: Mapping[str, Any]
-    steps: pd.DataFrame | None = None
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
@@ -176,15 +169,7 @@ class Profile:
         metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(dict(self.metadata)).encode()}
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
-        _steps_path(path).unlink(missing_ok=True)
-        if self.steps is not None:
-            with replacing(_steps_path(path)) as temporary:
-                self.steps.to_parquet(temporary, index=False)
         return Path(path)
-
-
-def _steps_path(path: str | os.PathLike[str]) -> Path:
-    return Path(path).with_suffix(".steps.parquet")
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
@@ -218,8 +203,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         )
     frame = table.to_pandas()
     frame["block"] = frame["block"].astype("Int64")
-    steps = _steps_path(path)
-    profile = Profile(frame, metadata, pd.read_parquet(steps) if steps.exists() else None)
+    profile = Profile(frame, metadata)
     if metadata["model"] != fingerprint_targets(profile.targets):
         raise FileFormatError(f"`{path}` must match its own model fingerprint, but was edited; take the profile again.")
     return profile

@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.batches import Tally
@@ -90,27 +88,6 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
         "activation_rank": activations.effective_rank() if activations else 0.0,
         "activation_variance": activations.variance() if activations else 0.0,
         "activation_values": activations.variances().tolist() if activations else [],
-        "gradient_trend": _trend(seen.energies),
         "left_directions": found.left[:, kept].T.flatten().tolist() if keep_directions else None,
         "right_directions": found.right[kept].flatten().tolist() if keep_directions else None,
     }
-
-
-def _trend(energies: Sequence[Tensor] | None) -> float | None:
-    """Slope of the log gradient norm over the steps of a warm-up run, by least squares; negative: it falls."""
-    if energies is None or len(energies) < 2:
-        return None
-    logs = 0.5 * np.log(np.maximum(torch.stack(list(energies)).tolist(), np.finfo(np.float64).tiny))
-    return float(np.polyfit(np.arange(len(logs)), logs, 1)[0])
-
-
-def tabulate_steps(observed: Mapping[str, Observed], tally: Tally) -> pd.DataFrame:
-    """One row a step and module: the gradient norm along the warm-up run, and the loss."""
-    norms = {name: torch.stack(seen.energies).sqrt().tolist() for name, seen in observed.items() if seen.energies}
-    return pd.DataFrame(
-        [
-            {"step": step, "module": name, "gradient_norm": value, "loss": tally.losses[step]}
-            for name, values in norms.items()
-            for step, value in enumerate(values)
-        ]
-    )

@@ -1,6 +1,5 @@
 """Profiles against exact gradients of autograd, and every way in which taking one can go wrong."""
 
-import pathlib
 import re
 import signal
 from collections.abc import Iterator
@@ -277,24 +276,6 @@ def test_directions_are_the_leading_singular_vectors(model: Body, targets: tuple
     torch.testing.assert_close(rebuilt, u[:, :3] @ torch.diag(values[:3]) @ v[:3], atol=1e-5, rtol=0)
     with pytest.raises(ProfileError, match="must hold directions of `first`, but does not"):
         rs.profile(model, batches, targets=targets, loss_fn=loss_fn).directions("first")
-
-
-def test_profile_along_a_warm_up_run(model: Body, targets: tuple[rs.TargetModule, ...], tmp_path: pathlib.Path) -> None:
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    batch = make_batches(1)[0]
-    found = rs.profile(model, [batch] * 20, targets=targets, loss_fn=loss_fn, warm_up=optimizer)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert found.steps is not None
-    assert len(found.steps) == 40
-    steps = found.steps[found.steps["module"] == "first"]
-    assert steps["loss"].iloc[-1] < steps["loss"].iloc[0]
-    first = float(exact_gradients(model, [batch], ["first"])["first"].norm())
-    assert steps["gradient_norm"].iloc[0] == pytest.approx(first, rel=1e-4)
-    slope = np.polyfit(steps["step"], np.log(steps["gradient_norm"]), 1)[0]
-    assert found.column("gradient_trend")["first"] == pytest.approx(slope, rel=1e-4)
-    again = rs.read_profile(found.to_parquet(tmp_path / "profile.parquet"))
-    pd.testing.assert_frame_equal(again.steps, found.steps)
 
 
 @pytest.mark.parametrize("wrap", ["peft", "compiled"])

@@ -22,7 +22,6 @@ LISTS = [
     "activation_values",
     "left_directions",
     "right_directions",
-    "gradient_trend",
 ]
 
 
@@ -103,7 +102,7 @@ def test_bad_files_are_named(profile: rs.Profile, tmp_path: Path) -> None:
     pq.write_table(table.replace_schema_metadata({b"rankscope": b'{"schema": 0}'}), old)
     with pytest.raises(
         FileFormatError,
-        match=r"must have profile schema 3, but has 0: it is of another version of rankscope; take the profile again",
+        match=r"must have profile schema 4, but has 0: it is of another version of rankscope; take the profile again",
     ):
         rs.read_profile(old)
     edited = tmp_path / "edited.parquet"

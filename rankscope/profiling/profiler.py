@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rankscope
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
@@ -137,7 +138,7 @@ def profile(
         "seed": seed,
         "head_steps": head_steps if head else 0,
         "sketch_size": sketch_size,
-        "versions": {name: version(name) for name in ("rankscope", "torch", "transformers")},
+        "versions": {"rankscope": rankscope.__version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
     return Profile(frame, metadata)
 

@@ -9,12 +9,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+import rankscope
 from rankscope.files import write_json
 from rankscope.tasks import Task
 
@@ -63,10 +65,18 @@ def run_benchmark(measure: Callable[[bool], tuple[list[dict[str, Any]], Sequence
 
 def _circumstances() -> dict[str, Any]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    packages = ("rankscope", "torch", "transformers", "peft", "accelerate", "optuna", "scikit-learn")
     return {
         "command": "python " + " ".join(sys.argv),
         "revision": git.stdout.strip(),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in packages},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of rankscope, which may run from a checkout, and of what is installed beside it."""
+    found = {"rankscope": rankscope.__version__}
+    for name in ("torch", "transformers", "peft", "accelerate", "optuna", "scikit-learn"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -1,0 +1,101 @@
+"""Where a model runs, and in which precision: decided here, for profiles, initialisations, trainings and comparisons alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from rankscope.exceptions import RankscopeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Model = TypeVar("Model", bound="nn.Module")
+
+
+def best_device() -> torch.device:
+    """The device that models run on: the present accelerator (CUDA, MPS, XPU, …), else the CPU.
+
+    `CUDA_VISIBLE_DEVICES` and accelerate's `ACCELERATE_USE_CPU` and `ACCELERATE_TORCH_DEVICE` hold. No Accelerator is made, so
+    that one of the caller's keeps its own settings.
+    """
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    if wanted := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return torch.device(wanted)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def mixed_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that matrix products run in beside float32 weights: bfloat16 on GPUs that have it; None: that of the weights."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.bfloat16 if device.type == "xpu" else None
+
+
+def placed(model: Model) -> Model:
+    """The model on the best device. One that was placed by hand, or by a `device_map`, stays where it is."""
+    by_hand = hasattr(model, "hf_device_map") or any(p.device.type != "cpu" for p in model.parameters())
+    device = best_device()
+    return model if by_hand or device.type == "cpu" else model.to(device)
+
+
+def batch_device(model: nn.Module) -> torch.device:
+    """The device that a model takes its batches on: that of its first parameter that is not offloaded."""
+    import torch
+
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def mixed_precision(model: nn.Module) -> Iterator[None]:
+    """Forward passes of `model` in mixed precision where the device has it, their outputs in float32.
+
+    Leave it before the backward pass: hooks on gradients would run in mixed precision too. Nothing stays on the model.
+    """
+    import torch
+    from accelerate.utils import convert_to_fp32
+
+    device = batch_device(model)
+    dtype = mixed_dtype(device)
+    handle = model.register_forward_hook(lambda _module, _inputs, output: convert_to_fp32(output))
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's generators inside; afterwards those of the CPU and of all GPUs go on as if nothing had been drawn."""
+    import torch
+
+    gpus = range(torch.cuda.device_count())  # given, since torch warns where it is to find several by itself
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        yield
+
+
+def require_one_process(what: str) -> None:
+    """Checks that no launcher (torchrun, accelerate launch) started several copies of this process.
+
+    Raises:
+        RankscopeError: It did; each copy would do the same work on the same batches.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise RankscopeError(
+            f"{what} must run as one process, but WORLD_SIZE is {count}; start it without torchrun or accelerate launch, "
+            "and use --jobs for several runs at a time."
+        )

@@ -59,7 +59,6 @@ Uniform ranks come first and one-shot second, at every learning rate: they are w
 - `one-shot`: computed from the profile alone.
 - `sampler`: proposed by the search.
 - `posterior-mean`: what the performance model values most in the end.
-- `screened`: what the shared evaluator (`--evaluator shared`) judged best, trained like any other.
 
 ### The parameters: tilts
 Tilts say how an allocation leans away from one-shot's.

@@ -94,10 +94,7 @@ class TrainingSection(_Section):
 
 
 class SearchSection(_Section):
-    """The search; see `rankscope.search`. `storage` None: `search.db` (SQLite) in the output folder.
-
-    Paths in `warm_start` start from the study file's folder.
-    """
+    """The search; see `rankscope.search`. `storage` None: `search.db` (SQLite) in the output folder."""
 
     trials: int = Field(60, gt=0)
     seeds: int = Field(1, gt=0)
@@ -108,9 +105,6 @@ class SearchSection(_Section):
     groups: int = Field(3, gt=0)
     storage: str | None = None
     pruner: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
-    warm_start: Annotated[list[str], BeforeValidator(_as_list)] = []
-    evaluator: Literal["stand-alone", "shared"] = "stand-alone"
-    judged: int = Field(200, gt=0)
 
 
 def _on_off(value: Any) -> Any:

@@ -43,7 +43,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         (MINIMAL + "sead: 1", "unknown key `sead`; did you mean `seed`?"),
         (MINIMAL + "training: {stepz: 1}", "unknown key `training.stepz`; did you mean `training.steps`?"),
         (MINIMAL + "search: {xyz: 1}", "unknown key `search.xyz`; known keys are "
-         "trials, seeds, confirm_fraction, fidelity, sampler, grouping, groups, storage, pruner, warm_start, evaluator, judged."),
+         "trials, seeds, confirm_fraction, fidelity, sampler, grouping, groups, storage, pruner."),
         (MINIMAL + "training: {steps: many}", "`training.steps`: input should be a valid integer, "
          "unable to parse string as an integer, "
          "but got 'many'."),

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from variants import VARIANTS
 
 import rankscope as rs
 from rankscope.files import replacing
@@ -65,8 +64,6 @@ PLANS = (  # in the order in which they are measured
     Plan(task="digits-shift", rank=2, allocations=450, seeds=(0, 1), steps=84, rate=0.01),
     Plan(task="digits-shift", rank=4, allocations=450, seeds=(0, 1), steps=84, rate=0.01),
     Plan(task="supersense", rank=2, allocations=30, seeds=(0,), steps=250, rate=0.004),
-    *(Plan(task=name, rank=1, allocations=40, seeds=(0,), steps=84, rate=0.01) for name in VARIANTS),
-    Plan(task="sentiment", rank=2, allocations=12, seeds=(0,), steps=60, rate=0.004, with_test=False),
 )
 
 
@@ -157,7 +154,7 @@ _tasks: dict[str, rs.Task] = {}
 def _task(name: str) -> rs.Task:
     """Loaded once a process."""
     if name not in _tasks:
-        _tasks[name] = VARIANTS[name]() if name in VARIANTS else rs.load_task(name)
+        _tasks[name] = rs.load_task(name)
     return _tasks[name]
 
 

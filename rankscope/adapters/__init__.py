@@ -12,14 +12,12 @@ from rankscope.adapters.lora import (
     to_lora_config,
 )
 from rankscope.adapters.masks import RankMasks, masks_on
-from rankscope.adapters.prefix import RankPrefix
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
 from rankscope.adapters.sidecar import restore_ranks, restore_ranks_on_load, save_ranks
 
 __all__ = [
     "RankMasks",
-    "RankPrefix",
     "Resize",
     "apply_allocation",
     "count_adapter_parameters",

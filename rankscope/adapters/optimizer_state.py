@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from rankscope.adapters.factors import RankMap
 from rankscope.exceptions import OptimizerError
 
-UnknownState = Literal["refuse", "reset"]
 Moment = Literal["gradient", "square"]
 
 # What each state entry of the parameter's shape is made of. Entries that are numbers (`step`) are kept as they are.
@@ -78,9 +77,7 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def carry_state(
-    optimizer: Optimizer, replacements: Sequence[Replacement], *, unknown_state: UnknownState = "refuse"
-) -> list[dict[str, Any]]:
+def carry_state(optimizer: Optimizer, replacements: Sequence[Replacement]) -> list[dict[str, Any]]:
     """The state of each new parameter; the optimizer itself is left as it is, see `replace_parameters`.
 
     New components start with moments of 0 and the parameter's own `step`. A state that is empty, as before the first step,
@@ -89,8 +86,6 @@ def carry_state(
     Args:
         optimizer: Not wrapped.
         replacements: One for each parameter.
-        unknown_state: `"reset"`: where an optimizer's state is unknown, the new parameters start with none, and the optimizer
-            must set it up by itself, as most do at a parameter's first step.
 
     Raises:
         OptimizerError: A parameter that the optimizer does not own, or a state of unknown meaning.
@@ -101,7 +96,7 @@ def carry_state(
             f"`optimizer` must own the adapter's parameters, but lacks {strangers} of the {len(replacements)} to be resized; "
             "pass the optimizer that trains this model, or None."
         )
-    return [_carry(optimizer, replacement, unknown_state) for replacement in replacements]
+    return [_carry(optimizer, replacement) for replacement in replacements]
 
 
 def replace_parameters(
@@ -117,26 +112,20 @@ def replace_parameters(
             optimizer.state[replacement.new] = state
 
 
-def _carry(optimizer: Optimizer, replacement: Replacement, unknown_state: UnknownState) -> dict[str, Any]:
+def _carry(optimizer: Optimizer, replacement: Replacement) -> dict[str, Any]:
     state = optimizer.state.get(replacement.old, {})
     if not state:
         return {}
-    try:
-        if _is_bitsandbytes_adam(optimizer):
-            return _carry_bitsandbytes(optimizer, state, replacement)
-        return _carry_plain(optimizer, state, replacement)
-    except OptimizerError:
-        if unknown_state == "reset":
-            return {}
-        raise
+    if _is_bitsandbytes_adam(optimizer):
+        return _carry_bitsandbytes(optimizer, state, replacement)
+    return _carry_plain(optimizer, state, replacement)
 
 
 def _carry_plain(optimizer: Optimizer, state: Mapping[str, Any], replacement: Replacement) -> dict[str, Any]:
     kind = _kind(optimizer)
     if kind is None:
         raise OptimizerError(
-            f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {type(optimizer).__name__}; "
-            'use one of these, or pass unknown_state="reset" to start the resized parameters\' state afresh.'
+            f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {type(optimizer).__name__}; use one of these."
         )
     carried: dict[str, Any] = {}
     factored = _FACTORED.get(kind)
@@ -161,7 +150,7 @@ def _kind(optimizer: Optimizer) -> type | None:
 def _unknown_entry(optimizer: Optimizer, name: str) -> OptimizerError:
     return OptimizerError(
         f"`optimizer` must hold state of known meaning, but {type(optimizer).__name__} holds {name!r} as well; "
-        'pass unknown_state="reset" to start the resized parameters\' state afresh.'
+        f"use one of {_KNOWN}."
     )
 
 

@@ -41,7 +41,6 @@ from rankscope.adapters.live import (
 )
 from rankscope.adapters.optimizer_state import (
     Replacement,
-    UnknownState,
     carry_state,
     replace_parameters,
     unwrap_optimizer,
@@ -63,7 +62,6 @@ def resize_adapters(
     *,
     adapter_name: str | None = None,
     shrink: Shrink = "drop",
-    unknown_state: UnknownState = "refuse",
     generator: torch.Generator | None = None,
 ) -> None:
     """Gives modules of a live LoRA model new ranks: all of them, or, on any error, none.
@@ -89,7 +87,6 @@ def resize_adapters(
             `"svd"` finds the closest factors, which mixes components; moments are mixed alike, second moments approximately.
             Halving rank 4 in the middle of a run on digits-shift raised the loss by 0.09 and 0.02 (learning rate 0.003, 6
             seeds); mixed moments served the next steps better than moments reset to 0 (0.35 and 0.38; at 0.01: 0.40 and 0.42).
-        unknown_state: `"reset"` starts resized parameters afresh in an optimizer whose state is of unknown meaning.
         generator: For rows of A that are drawn.
 
     Raises:
@@ -118,7 +115,7 @@ def resize_adapters(
         layer = layers[resize.name]
         if resize.rank != rank_of(layer, adapter):
             resized[resize.name] = _new_factors(layer, adapter, resize, shrink, generator)
-    replace_factors(model, optimizer, resized, adapter=adapter, unknown_state=unknown_state)
+    replace_factors(model, optimizer, resized, adapter=adapter)
 
 
 def replace_factors(
@@ -127,7 +124,6 @@ def replace_factors(
     resized: Mapping[str, Resized],
     *,
     adapter: str,
-    unknown_state: UnknownState = "refuse",
 ) -> None:
     """Puts new factors into the layers, and makes parameters, optimizer, layer attributes and config agree with them.
 
@@ -148,7 +144,7 @@ def replace_factors(
     states = []
     if optimizer is not None:
         optimizer = unwrap_optimizer(optimizer)
-        states = carry_state(optimizer, replacements, unknown_state=unknown_state)
+        states = carry_state(optimizer, replacements)
 
     for name, plan in plans.items():
         _install(layers[name], adapter, plan, ranks[name])

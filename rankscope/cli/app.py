@@ -121,17 +121,7 @@ def search_command(
         str | None,
         typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
     ] = None,
-    evaluator: Annotated[
-        str | None, typer.Option(help="Overrides `search.evaluator`: stand-alone or shared (one nested super-adapter).")
-    ] = None,
     storage: Storage = None,
-    warm_start: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DB",
-            help="Overrides `search.warm_start`: an earlier search's database; may be given several times.",
-        ),
-    ] = None,
     uniform_rank: UniformRank = None,
     parameters: Parameters = None,
     seed: Seed = None,
@@ -147,19 +137,12 @@ def search_command(
         "search.fidelity": fidelity,
         "search.pruner": pruner,
         "search.sampler": sampler,
-        "search.evaluator": evaluator,
         "search.storage": storage,
-        "search.warm_start": [_from_here(source) for source in warm_start] if warm_start else None,
         "budget.uniform_rank": uniform_rank,
         "budget.parameters": parameters,
         "seed": seed,
     }
     run_search(study, out, overrides, as_json=json)
-
-
-def _from_here(source: str) -> str:
-    """A path as given on the command line; paths in a study file start from its folder."""
-    return source if "://" in source else str(Path(source).absolute())
 
 
 @app.command("train", epilog="Example: rankscope train studies/digits.yaml --baseline --seeds 8 --jobs 2")

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from rankscope.cli.output import print_line, print_table
-from rankscope.searching import START_TRIALS, WARM_START_TRIALS, Finalist, SearchResult, Trial
+from rankscope.searching import START_TRIALS, Finalist, SearchResult, Trial
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 
@@ -37,10 +37,6 @@ def print_search(result: SearchResult, *, modelled: bool) -> None:
         print_line(f"fidelity: {agreement}")
     if modelled:
         print_line(f"performance model: {_model_line(result)}")
-    if result.prior is not None:
-        print_line(f"warm start: {result.prior}")
-    if result.screening is not None:
-        print_line(f"shared evaluator: {result.screening}")
 
 
 def search_summary(result: SearchResult) -> dict[str, Any]:
@@ -51,8 +47,6 @@ def search_summary(result: SearchResult) -> dict[str, Any]:
         "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
         "unconfirmed": result.unconfirmed,
         "performance_model": asdict(result.validation) if result.validation else None,
-        "warm_start": result.prior.studies if result.prior else None,
-        "shared_evaluator": asdict(result.screening) if result.screening else None,
         "trials": len(result.trials),
         "confirming_runs": result.confirming_runs,
         "steps": result.steps,
@@ -97,8 +91,7 @@ def _verdict(result: SearchResult) -> str:
 def _model_line(result: SearchResult) -> str:
     """What the performance model was good for, and what so many trials can give at all."""
     if result.model is None:
-        needed = START_TRIALS if result.prior is None else WARM_START_TRIALS
-        return f"no proposal yet; it needs {needed} trials whose metrics differ"
+        return f"no proposal yet; it needs {START_TRIALS} trials whose metrics differ"
     scores = str(result.validation) if result.validation else "too few different allocations to validate it"
     if len(result.trials) < FEW_TRIALS:
         scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
@@ -111,7 +104,7 @@ def _trial_row(
     shown = "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}"
     if interval is not None:
         shown += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
-    name = f"trial {trial.number}" if trial.origin in ("sampler", "screened") else trial.origin
+    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
     return (
         f"{name} *" if trial.number == best.number else name,
         f"{trial.allocation.parameters:,}",

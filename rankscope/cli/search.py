@@ -65,14 +65,9 @@ def search_of(session: Session) -> SearchResult:
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
             pruner=section.pruner,
-            warm_start=[s if "://" in s else session.study.base_dir / s for s in section.warm_start],
-            evaluator=section.evaluator,
-            n_judged=section.judged,
-            shared_folder=session.out / "shared-adapter",
             on_trial=lambda trial: bar.update(
                 line, description="searching", completed=(trial.number + 1) * section.seeds, total=section.trials
             ),
-            on_judged=lambda done, total: bar.update(line, description="judging", completed=done, total=total),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
 

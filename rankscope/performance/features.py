@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +20,6 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_RANK = 512  # ranks above count as this one
-REFERENCES = 64  # allocations that give a column its unit
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,25 +46,6 @@ class RankFeatures:
         """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform."""
         found = np.atleast_2d(np.asarray(ranks, dtype=np.int64))
         return self._sums(found) - self._sums(self.reference[None, :])
-
-    @cached_property
-    def unit(self) -> Floats:
-        """Standard deviation of each column over reference allocations of the same budget, (n_features,).
-
-        They give each module a share of the parameters drawn from the flat Dirichlet distribution. In this unit, coefficients
-        can be compared between models and budgets.
-        """
-        costs = np.array([target.rank_cost for target in self.targets])
-        budget = ParameterBudget(int(self.reference @ costs))
-        names = [target.name for target in self.targets]
-        draws = np.random.default_rng(0).gamma(1.0, size=(REFERENCES, len(names)))
-        shares = np.maximum(draws, np.finfo(np.float64).tiny) / costs
-        ranks = [
-            allocate_proportional(self.targets, dict(zip(names, row.tolist(), strict=True)), budget).vector
-            for row in shares
-        ]
-        spread: Floats = self.transform(ranks).std(axis=0)
-        return np.where(spread > 1e-9 * spread.max(), spread, 0.0)
 
     def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:
         """What a linear model says each rank of each module adds, by module name, made non-negative and non-increasing."""

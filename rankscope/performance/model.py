@@ -22,13 +22,13 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from rankscope.exceptions import PerformanceModelError
 from rankscope.performance.features import RankFeatures
 from rankscope.performance.regression import HierarchicalRegressor
-from rankscope.performance.transfer import PROFILE_MEAN, PROFILE_SHARE, Prior
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 HIERARCHICAL = "hierarchical"
-TRANSFERRED = "transferred"  # the level of coefficients that earlier studies say something of
+PROFILE_MEAN = 0.15  # standard deviations of the metric that one of a profile term's is expected to bring
+PROFILE_SHARE = 10.0  # how much more than of another level the prior expects of the profile's terms
 GROWTH = 1.2  # transform and variances are estimated again once there are so many times the observations
 
 ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
@@ -74,8 +74,6 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         features: Of the target modules and the budget.
         regressor: `"hierarchical"`, `"gp"`, `"extra-trees"` or `"mlp"`.
         random_state: Seed of the alternatives.
-        prior: What earlier studies say of the hierarchical regressor's coefficients; None: there are none. Its deviations
-            count up to a common factor, which the observations set: an unrelated prior is widened.
 
     Attributes:
         regressor_: The fitted scikit-learn regressor.
@@ -87,12 +85,10 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         features: RankFeatures,
         regressor: str = HIERARCHICAL,
         random_state: int = 0,
-        prior: Prior | None = None,
     ) -> None:
         self.features = features
         self.regressor = regressor
         self.random_state = random_state
-        self.prior = prior
 
     def fit(
         self,
@@ -114,7 +110,6 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """
         self._data = self._checked(ranks, y, sample_weight, conditions)
         self._estimated_at = 0  # observations when the variances were last estimated
-        self._transferred = None if self.prior is None else self.prior.coefficients(self.features)
         return self._refit()
 
     def update(
@@ -188,7 +183,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def of_profile(self) -> Self | None:
         """The same observations, regressed on the profile's terms alone; None where there is no profile."""
         features = self.features.of_profile
-        return None if features is None else type(self)(features, prior=self.prior).fit(*self._data)
+        return None if features is None else type(self)(features).fit(*self._data)
 
     def effects(self) -> list[Effect]:
         """The coefficients of the features, in their order, with what is not known of them."""
@@ -260,15 +255,11 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             self._refit_alternative(rows, target)
             return self
         columns = np.array([[c == condition for condition in self.conditions_] for c in conditions], dtype=np.float64)
-        means, scales = self._expectations(rows)
-        levels = np.where(np.isnan(scales), self.features.levels, TRANSFERRED).tolist()
-        more = 1 + len(self.conditions_)
+        offsets = 1 + len(self.conditions_)
         self.regressor_ = HierarchicalRegressor(
-            levels=[*levels, "intercept", *["condition"] * len(self.conditions_)],
-            means=np.append(means, np.zeros(more)),
-            scales=np.append(np.where(np.isnan(scales), 1.0, scales), np.ones(more)),
+            levels=[*self.features.levels, "intercept", *["condition"] * len(self.conditions_)],
+            means=np.append(self._expectations(rows), np.zeros(offsets)),
             shares={"profile": PROFILE_SHARE},
-            expected={TRANSFERRED: 1.0},
             variances=None if due else self._hierarchical().variances_,
         ).fit(np.hstack([rows, np.ones((len(rows), 1)), columns]), target, weight)
         if due and not self.constant:
@@ -282,19 +273,13 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             )
         self.regressor_ = ALTERNATIVES[self.regressor](self.random_state).fit(rows, target)
 
-    def _expectations(self, rows: Floats) -> tuple[Floats, Floats]:
-        """Prior mean of each coefficient, and its standard deviation where earlier studies give one, else NaN.
-
-        Without them, the profile's terms are expected to help; of everything else nothing is expected.
-        """
+    def _expectations(self, rows: Floats) -> Floats:
+        """Prior mean of each coefficient: the profile's terms are expected to help, of everything else nothing is."""
         spread = rows.std(axis=0)
         helps = (np.array(self.features.levels) == "profile") & (spread > 0)
         means = np.zeros(rows.shape[1])
         means[helps] = PROFILE_MEAN / spread[helps]
-        if self._transferred is None:
-            return means, np.full(rows.shape[1], np.nan)
-        known, deviations = self._transferred
-        return np.where(np.isnan(known), means, known), deviations
+        return means
 
     def _predict_normal(self, ranks: ArrayLike) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the transformed metric.

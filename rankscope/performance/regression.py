@@ -30,9 +30,7 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
     Args:
         levels: The level of each column; None: all columns are of one.
         means: Prior mean of each coefficient; None: 0.
-        scales: Prior standard deviation of each coefficient relative to others of its level; None: alike.
         shares: How much of what is not noise the prior expects of each level, relative to others; levels not named: 1.
-        expected: The variance that the prior expects of a level, by level, instead of a share; None: of none.
         variances: A dictionary of level (and `"noise"`) to variance, to use instead of estimating them; None: estimate.
 
     Attributes:
@@ -49,16 +47,12 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         self,
         levels: Sequence[str] | None = None,
         means: ArrayLike | None = None,
-        scales: ArrayLike | None = None,
         shares: Mapping[str, float] | None = None,
-        expected: Mapping[str, float] | None = None,
         variances: Mapping[str, float] | None = None,
     ) -> None:
         self.levels = levels
         self.means = means
-        self.scales = scales
         self.shares = shares
-        self.expected = expected
         self.variances = variances
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
@@ -79,18 +73,16 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         names, index = np.unique(levels, return_inverse=True)
         rows, target = table * roots[:, None], (observed - table @ means) * roots
         rows, target, left = _compressed(rows, target)
-        scales = np.ones(table.shape[1]) if self.scales is None else np.asarray(self.scales, dtype=np.float64)
-        blocks = [rows[:, index == i] * scales[index == i] for i in range(len(names))]
+        blocks = [rows[:, index == i] for i in range(len(names))]
         if self.variances is None:
-            known = np.array([(self.expected or {}).get(name, np.nan) for name in names])
-            shares = np.array([(self.shares or {}).get(name, 1.0) for name in names]) * np.isnan(known)
+            shares = np.array([(self.shares or {}).get(name, 1.0) for name in names])
             variances, noise = _estimate(
-                [block @ block.T for block in blocks], shares / shares.sum(), known, target, left, len(observed)
+                [block @ block.T for block in blocks], shares / shares.sum(), target, left, len(observed)
             )
         else:
             variances, noise = np.array([self.variances[name] for name in names]), self.variances["noise"]
         self.variances_ = {**dict(zip(names.tolist(), variances.tolist(), strict=True)), "noise": float(noise)}
-        self._prior = variances[index] * scales**2
+        self._prior = variances[index]
         self._means, self._rows, self._target, self._noise = means, rows, target, float(noise)
         self._factor = cho_factor((rows * self._prior) @ rows.T + noise * np.eye(len(rows)), lower=True)
         self.coef_ = means + self._prior * (rows.T @ cho_solve(self._factor, target))
@@ -128,15 +120,12 @@ def _compressed(rows: Floats, target: Floats) -> tuple[Floats, Floats, float]:
     return triangle[:-1, :-1], triangle[:-1, -1], float(triangle[-1, -1] ** 2)
 
 
-def _estimate(
-    products: list[Floats], shares: Floats, known: Floats, target: Floats, left: float, n: int
-) -> tuple[Floats, float]:
+def _estimate(products: list[Floats], shares: Floats, target: Floats, left: float, n: int) -> tuple[Floats, float]:
     """The variances of the levels and of the noise, at the mode of marginal likelihood times prior.
 
     Args:
         products: X_l X_l^T of each level, after compression to m rows, (m, m).
         shares: Of the levels in what is not noise, as the prior has it.
-        known: Variance that the prior expects of a level; NaN: its share says.
         target: (m,).
         left: Squared length of the target outside these rows, all noise; n - m degrees of freedom.
         n: Observations.
@@ -144,8 +133,8 @@ def _estimate(
     m = len(target)
     total = max((float(target @ target) + left) / n, 1e-12)
     traces = np.array([np.trace(product) / n for product in products])
-    by_share = (1.0 - NOISE_SHARE) * total * shares / np.where(traces > 0, traces, 1.0)
-    centre = np.log([*np.where(np.isnan(known), by_share, known), NOISE_SHARE * total])
+    expected = (1.0 - NOISE_SHARE) * total * shares / np.where(traces > 0, traces, 1.0)
+    centre = np.log([*expected, NOISE_SHARE * total])
     matrices = [*products, np.eye(m)]
 
     def negative(logs: Floats) -> tuple[float, Floats]:

@@ -104,9 +104,7 @@ def validate(
     groups = groups.ravel()
     if groups.max(initial=0) + 1 < MIN_ALLOCATIONS or np.ptp(metric) == 0:
         return None
-    alone = (
-        None if model.features.of_profile is None else PerformanceModel(model.features.of_profile, prior=model.prior)
-    )
+    alone = None if model.features.of_profile is None else PerformanceModel(model.features.of_profile)
     predicted, by_profile, inside = np.zeros(len(metric)), np.zeros(len(metric)), np.zeros(len(metric), dtype=bool)
     for train, test in GroupKFold(folds, shuffle=True, random_state=seed).split(table, metric, groups):
         known = table[train], metric[train], weight[train], [labels[i] for i in train]

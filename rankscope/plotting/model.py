@@ -15,7 +15,6 @@ _COLOURS = {
     "uniform": "tab:grey",
     "one-shot": "tab:orange",
     "sampler": "tab:blue",
-    "screened": "tab:green",
     "posterior-mean": "tab:red",
 }
 

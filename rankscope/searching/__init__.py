@@ -3,12 +3,11 @@
 from rankscope.searching.finalists import Finalist
 from rankscope.searching.results import SearchResult
 from rankscope.searching.runner import search
-from rankscope.searching.sampler import START_TRIALS, WARM_START_TRIALS, PerformanceModelSampler, suggest_allocation
+from rankscope.searching.sampler import START_TRIALS, PerformanceModelSampler, suggest_allocation
 from rankscope.searching.trials import Trial
 
 __all__ = [
     "START_TRIALS",
-    "WARM_START_TRIALS",
     "Finalist",
     "PerformanceModelSampler",
     "SearchResult",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -11,7 +10,6 @@ from optuna.trial import FrozenTrial, TrialState
 from rankscope.exceptions import TrainingError
 from rankscope.searching.objective import Objective
 from rankscope.searching.sampler import PerformanceModelSampler
-from rankscope.searching.screening import Screener, Screening
 from rankscope.searching.study import signature
 from rankscope.searching.trials import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, UNIFORM, completed
 
@@ -20,9 +18,7 @@ _UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be 
 Report = Callable[[optuna.Study, FrozenTrial], None]
 
 
-def explore(
-    study: optuna.Study, objective: Objective, n_trials: int, report: Report, screener: Screener | None = None
-) -> Screening | None:
+def explore(study: optuna.Study, objective: Objective, n_trials: int, report: Report) -> None:
     """Runs trials until the study has so many that are finished.
 
     Args:
@@ -30,10 +26,6 @@ def explore(
         objective: What a trial does.
         n_trials: Finished trials in all: completed, pruned, or failed of their own.
         report: Called after each trial.
-        screener: The shared evaluator's part, after uniform and one-shot; None where trials are all there is.
-
-    Returns:
-        What came of the shared evaluator.
 
     Raises:
         TrainingError: Every trial failed.
@@ -46,20 +38,10 @@ def explore(
         raise TrainingError(
             f"study `{study.study_name}` must have a trial that completes, but every one failed; lower `learning_rate`."
         )
-
-    def train_another(fixed: dict[str, Any]) -> bool:
-        if not _remaining(study, n_trials):
-            return False
-        study.enqueue_trial(fixed, user_attrs=signature())
-        _optimize(study, objective, 1, report)
-        return True
-
-    screening = screener.run(study, train_another) if screener else None
     _optimize(study, objective, _remaining(study, n_trials) - 1, report)
     if _remaining(study, n_trials):
         _enqueue_posterior_mean(study)
     _optimize(study, objective, _remaining(study, n_trials), report)
-    return screening
 
 
 def _enqueue_posterior_mean(study: optuna.Study) -> None:

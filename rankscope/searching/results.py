@@ -12,11 +12,10 @@ import pandas as pd
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import StudyError
 from rankscope.files import replacing
-from rankscope.performance import PerformanceModel, Prior, Validation
+from rankscope.performance import PerformanceModel, Validation
 from rankscope.searching.confirmation import confirmed_keys
 from rankscope.searching.fidelity import Agreement, agreement_on_the_way, agreement_when_confirmed
 from rankscope.searching.finalists import Finalist, recommend
-from rankscope.searching.screening import Screening
 from rankscope.searching.study import STUDY_KEY
 from rankscope.searching.trials import STEPS_KEY, Trial, completed, read_trial
 from rankscope.targets import TargetModule
@@ -35,8 +34,6 @@ class SearchResult:
         validation: How well the model predicts trials it has not seen; None where there are too few.
         belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds do.
         unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
-        prior: What earlier studies gave the model; None without a warm start.
-        screening: What came of the shared evaluator; None where the search had none.
     """
 
     study: optuna.Study
@@ -47,8 +44,6 @@ class SearchResult:
     validation: Validation | None = None
     belief: PerformanceModel | None = None
     unconfirmed: str | None = None
-    prior: Prior | None = None
-    screening: Screening | None = None
 
     @property
     def trials(self) -> list[Trial]:

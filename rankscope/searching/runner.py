@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -24,10 +23,8 @@ from rankscope.searching.pruners import PrunerName, make_pruner
 from rankscope.searching.results import SearchResult
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.searching.samplers import SamplerName, make_sampler
-from rankscope.searching.screening import CHECK_TRIALS, N_PROMOTED, SHARED, EvaluatorName, Screener
 from rankscope.searching.study import fail_orphans, open_study
 from rankscope.searching.trials import UNIFORM, Trial, completed, read_trial
-from rankscope.searching.warm_start import Source, settle_prior
 from rankscope.space import HierarchicalSpace
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task
@@ -59,12 +56,7 @@ def search(
     min_rank: Bound = 0,
     max_rank: Bound = None,
     pruner: PrunerName | optuna.pruners.BasePruner = "none",
-    warm_start: Sequence[Source] = (),
-    evaluator: EvaluatorName = "stand-alone",
-    n_judged: int = 200,
-    shared_folder: str | os.PathLike[str] | None = None,
     on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
-    on_judged: Callable[[int, int], None] | None = None,
     on_confirm: Callable[[int, int], None] | None = None,
 ) -> SearchResult:
     """Searches for the allocation with the best validation metric under a budget.
@@ -103,23 +95,11 @@ def search(
         max_rank: The greatest rank, for all modules or by name; None: full rank.
         pruner: Stops bad trials early: `"median"` and `"hyperband"` where `training.evaluate_every` is set, `"wilcoxon"` with
             five seeds or more; `"none"`; or a pruner of your own. The performance model learns from pruned trials too.
-        warm_start: Databases of earlier searches, of other tasks and models too: paths of SQLite files, or storages as Optuna
-            takes them. All their studies give the performance model its prior, and it proposes from the third trial on.
-            A study keeps the prior that it was started with.
-        evaluator: `"stand-alone"` trains every allocation. `"shared"` also trains one nested super-adapter, beside `n_trials` and
-            for four times a trial's steps, that judges an allocation by a validation pass. It is compared with the first ten
-            trained allocations; if Kendall's tau is at least 0.5, and above the profile's, it judges `n_judged` more, and
-            the best five are trained as trials. Else the search goes on without it, and says so. Only trained trials are
-            ever recommended.
-        n_judged: Allocations that the shared evaluator judges, if it is trusted.
-        shared_folder: Where the super-adapter is kept; None: in memory, so that an interrupted search trains it again.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
-        on_judged: Called after each allocation that the shared evaluator judges, with their number and how many in all.
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
     Raises:
-        StudyError: The storage holds trials of another task, budget or schedule, nothing can be learnt from a study of
-            `warm_start`, or an argument is out of its range.
+        StudyError: The storage holds trials of another task, budget or schedule, or an argument is out of its range.
         TrainingError: Every trial failed.
         BudgetError: Nothing feasible.
         ProfileError: The profile does not cover the targets.
@@ -138,7 +118,6 @@ def search(
     True
     """
     exploring, confirming = split_budget(n_trials, confirm_fraction, n_seeds)
-    _check_evaluator(evaluator, exploring, n_judged)
     training = training or TrainingConfig()
     short = _shortened(training, fidelity)
     rates = tuple(learning_rates or (training.learning_rate,))
@@ -157,8 +136,7 @@ def search(
         pruner=make_pruner(pruner, short, n_seeds),
         about=about,
     )
-    prior = settle_prior(study, space, warm_start, storage)
-    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)), prior)
+    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
     fail_orphans(study)
     objective = Objective(task=task, space=space, training=short, learning_rates=rates, seeds=range(n_seeds))
 
@@ -166,19 +144,7 @@ def search(
         if on_trial:
             on_trial(read_trial(trial, targets) if trial.state == TrialState.COMPLETE else trial)
 
-    screener = Screener(
-        task=task,
-        space=space,
-        training=short,
-        about=about,
-        storage=storage,
-        sampler=sampler if isinstance(sampler, str) else "performance-model",
-        seed=seed,
-        n_judged=n_judged,
-        folder=shared_folder,
-        on_judged=on_judged,
-    )
-    screening = explore(study, objective, exploring, report, screener if evaluator == SHARED else None)
+    explore(study, objective, exploring, report)
     model, validation = _model(study)
     belief = None if model is None else believable(model, validation)
     if validation is not None and not validation.trustworthy:
@@ -191,23 +157,7 @@ def search(
     finalists, unconfirmed = confirm(study, task, chosen, training, n_runs=confirming, on_run=on_confirm)
     if unconfirmed and confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)
-    return SearchResult(
-        study, targets, task.metric, finalists, model, validation, belief, unconfirmed, prior, screening
-    )
-
-
-def _check_evaluator(evaluator: str, exploring: int, n_judged: int) -> None:
-    if evaluator not in get_args(EvaluatorName):
-        raise StudyError(f"`evaluator` must be 'stand-alone' or 'shared', but got {evaluator!r}.")
-    if evaluator == SHARED and exploring < CHECK_TRIALS + N_PROMOTED:
-        raise StudyError(
-            f"`n_trials` must leave {CHECK_TRIALS + N_PROMOTED} trials to explore for the evaluator 'shared' ({CHECK_TRIALS} to "
-            f"check it, {N_PROMOTED} to train its best), but leaves {exploring}; raise it, or use 'stand-alone'."
-        )
-    if n_judged < N_PROMOTED:
-        raise StudyError(
-            f"`n_judged` must be at least {N_PROMOTED} (the best of them are trained), but got {n_judged}."
-        )
+    return SearchResult(study, targets, task.metric, finalists, model, validation, belief, unconfirmed)
 
 
 def _shortened(training: TrainingConfig, fidelity: float) -> TrainingConfig:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
-from rankscope.performance import PerformanceModel, Prior, Validation, believable, rank_features, validate
+from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.fidelity import observe
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.pruners import judges_seeds
@@ -28,7 +28,6 @@ from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.space import HierarchicalSpace
 
 START_TRIALS = 8
-WARM_START_TRIALS = 2  # with a prior from earlier studies
 DRAWS = 10  # until one is an allocation that was not tried yet
 
 
@@ -40,10 +39,8 @@ class PerformanceModelSampler(BaseSampler):
 
     Args:
         space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
-        n_startup_trials: Trials with a metric before the model proposes; before, tilts are drawn around one-shot. None: 8, or 2
-            with a prior.
+        n_startup_trials: Trials with a metric before the model proposes; before, tilts are drawn around one-shot. At least 2.
         seed: Of the draws.
-        prior: What earlier studies say; see `rankscope.performance.learn_prior`.
 
     >>> from rankscope.budget import ParameterBudget
     >>> from rankscope.targets import TargetModule
@@ -64,16 +61,15 @@ class PerformanceModelSampler(BaseSampler):
         self,
         space: HierarchicalSpace,
         *,
-        n_startup_trials: int | None = None,
+        n_startup_trials: int = START_TRIALS,
         seed: int | None = None,
-        prior: Prior | None = None,
     ) -> None:
         self.space = space
-        self.n_startup_trials = max(2, n_startup_trials or (START_TRIALS if prior is None else WARM_START_TRIALS))
+        self.n_startup_trials = max(2, n_startup_trials)
         features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
         self._rng = np.random.default_rng(seed)
         self._independent = RandomSampler(seed)
-        self._model = PerformanceModel(features, prior=prior)
+        self._model = PerformanceModel(features)
         self._one_shot = space.allocation(space.point(tau=1.0))
         self._seen: dict[int, tuple[int, ...]] = {}
         self._proposals: dict[int, tuple[RankAllocation, Any]] = {}

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import optuna
 
 from rankscope.exceptions import StudyError
-from rankscope.performance import Prior
 from rankscope.searching.sampler import PerformanceModelSampler
 from rankscope.space import HierarchicalSpace
 
@@ -15,26 +14,18 @@ SamplerName = Literal["performance-model", "tpe", "gp", "cma-es", "qmc", "random
 
 
 def make_sampler(
-    sampler: SamplerName | optuna.samplers.BaseSampler,
-    space: HierarchicalSpace,
-    seed: int,
-    prior: Prior | None = None,
+    sampler: SamplerName | optuna.samplers.BaseSampler, space: HierarchicalSpace, seed: int
 ) -> optuna.samplers.BaseSampler:
     """The sampler of a name; one that is a sampler already is passed through.
 
     Raises:
-        StudyError: There is none of that name, a package it needs is missing, or it cannot use the prior.
+        StudyError: There is none of that name, or a package it needs is missing.
     """
-    if prior is not None and sampler != "performance-model":
-        raise StudyError(
-            f"`warm_start` needs the sampler 'performance-model', but got {sampler!r}; drop one of the two, or use another "
-            "study name."
-        )
     match sampler:
         case optuna.samplers.BaseSampler():
             return sampler
         case "performance-model":
-            return PerformanceModelSampler(space, seed=seed, prior=prior)
+            return PerformanceModelSampler(space, seed=seed)
         case "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True)
         case "gp":

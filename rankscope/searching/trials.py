@@ -18,7 +18,6 @@ RANKS_KEY = "ranks"
 STEPS_KEY = "steps"  # optimizer steps that a trial took, over all its seeds, however it ended
 LEARNING_RATE = "learning_rate"  # the parameter beside the tilts
 UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "posterior-mean"  # a trial's origin
-SCREENED = "screened"  # another: the shared evaluator's best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +26,7 @@ class Trial:
 
     Attributes:
         number: Of the Optuna trial.
-        origin: Where the allocation comes from: `"uniform"`, `"one-shot"`, `"sampler"`, `"screened"` or `"posterior-mean"`.
+        origin: Where the allocation comes from: `"uniform"`, `"one-shot"`, `"sampler"`, or `"posterior-mean"`.
         allocation: The realised ranks.
         learning_rate: The rate it was trained with.
         metric: Validation metric, mean over seeds; higher is better.

@@ -28,7 +28,6 @@ def train(
     *,
     seed: int = 0,
     controller: ControllerConfig | None = None,
-    on_model: Callable[[nn.Module], None] | None = None,
     on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[nn.Module, TrainingResult]:
@@ -40,7 +39,6 @@ def train(
         config: The schedule.
         seed: Of the adapters' initial values, dropout and the order of the data. The global generators are left alone.
         controller: Moves an allocation's ranks during the run, within its budget; None: they stay.
-        on_model: Called with the adapted model before the first step, as to put hooks on it.
         on_evaluation: Called with step and validation metrics; may raise to stop the run (a pruner does).
         on_step: Called with the step.
 
@@ -73,8 +71,6 @@ def train(
             mixed_precision=_precision(), gradient_accumulation_steps=config.gradient_accumulation
         )
         model = method.adapt(task.build_model(), task, config, seed)
-        if on_model:
-            on_model(model)
         optimizer = torch.optim.AdamW(_groups(task, model, config), weight_decay=config.weight_decay)
         schedule = get_linear_schedule_with_warmup(
             optimizer, round(config.warmup_fraction * config.steps), config.steps

@@ -275,7 +275,7 @@ def test_a_foreign_optimizer_is_refused() -> None:
     )
 
 
-def test_unknown_state_is_refused_or_reset_as_asked() -> None:
+def test_an_unknown_optimizer_is_refused() -> None:
     model = kinds_model()
     optimizer = torch.optim.NAdam(trainable(model))
     train_step(model, optimizer, 0)
@@ -283,15 +283,8 @@ def test_unknown_state_is_refused_or_reset_as_asked() -> None:
         model,
         optimizer,
         "`optimizer` must be one whose state can be carried (SGD, Adam, AdamW, Adafactor (torch's and transformers') and "
-        'bitsandbytes\' Adam and AdamW), but is NAdam; use one of these, or pass unknown_state="reset" to start the resized '
-        "parameters' state afresh.",
+        "bitsandbytes' Adam and AdamW), but is NAdam; use one of these.",
     )
-    kept = optimizer.state[model.get_base_model().table.lora_embedding_A["default"]]
-    resize_adapters(model, optimizer, [Resize(name="linear", rank=3)], unknown_state="reset")
-    assert model.get_base_model().linear.lora_A["default"].weight not in optimizer.state
-    assert optimizer.state[model.get_base_model().table.lora_embedding_A["default"]] is kept
-    train_step(model, optimizer, 1)
-    assert optimizer.state[model.get_base_model().linear.lora_A["default"].weight]["step"] == 1
 
 
 class Extra(torch.optim.AdamW):
@@ -308,7 +301,7 @@ def test_state_of_unknown_meaning_is_refused() -> None:
         model,
         optimizer,
         "`optimizer` must hold state of known meaning, but Extra holds 'slow' as well; "
-        'pass unknown_state="reset" to start the resized parameters\' state afresh.',
+        "use one of SGD, Adam, AdamW, Adafactor (torch's and transformers') and bitsandbytes' Adam and AdamW.",
     )
 
 

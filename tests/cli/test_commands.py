@@ -254,53 +254,6 @@ def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
     ) in text
 
 
-def test_warm_start_from_the_command_line_and_from_the_study(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    earlier = ("--out", tmp_path / "earlier", "--trials", 12, "--confirm-fraction", 0, "--uniform-rank", 2)
-    assert invoke("search", folder / "short.yaml", *earlier)[0] == 0
-    monkeypatch.chdir(tmp_path)
-    warm = ("--warm-start", "earlier/search.db")
-    status, text, _ = invoke("search", folder / "short.yaml", "--out", "later", *warm)
-    assert status == 0
-    assert "warm start: 12 trials of earlier studies (short: 12)" in text
-    (tmp_path / "in").mkdir()
-    keys = STUDY.replace("search: {", "search: {warm_start: ../earlier/search.db, ")
-    (tmp_path / "in" / "warm.yaml").write_text(keys)
-    status, text, _ = invoke("search", "in/warm.yaml", "--out", "third", "--json")
-    assert status == 0
-    assert json.loads(text)["warm_start"] == [["short", 12]]
-    status, _, stderr = invoke("search", folder / "short.yaml", "--out", "fourth", "--warm-start", "none.db")
-    assert status == 2
-    assert stderr.splitlines()[-1] == (
-        f"rankscope: `warm_start` must name databases of earlier studies, but there is no `{tmp_path}/none.db`; check the path."
-    )
-
-
-def test_a_search_says_what_came_of_the_shared_evaluator(folder: Path) -> None:
-    study, out = folder / "screened.yaml", folder / "shared"
-    study.write_text(STUDY.replace("confirm_fraction: 0.67", "confirm_fraction: 0"))
-    arguments = ("search", study, "--out", out, "--trials", 15, "--evaluator", "shared")
-    status, text, _ = invoke(*arguments)
-    assert status == 0
-    line = next(line for line in text.splitlines() if line.startswith("shared evaluator:"))
-    found = re.search(r"Kendall's tau (-?\d\.\d\d) with 10 stand-alone trials \(profile alone -?\d\.\d\d\)", line)
-    assert found
-    assert (out / "shared-adapter" / "adapter_model.safetensors").exists()
-    status, text, _ = invoke(*arguments, "--json")
-    shared = json.loads(text)["shared_evaluator"]
-    assert f"{shared['kendall']:.2f}" == found.group(1)
-    trusted = shared["kendall"] >= 0.5 and shared["kendall"] > shared["profile"]
-    assert (shared["judged"] == 200) == trusted == ("judged 200 allocations" in line)
-
-    status, _, stderr = invoke(*arguments[:-1], "oracle")
-    assert status == 2
-    assert (
-        stderr
-        == f"rankscope: `{study}`: `search.evaluator`: input should be 'stand-alone' or 'shared', but got 'oracle'.\n"
-    )
-
-
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["profile", str(tmp_path / "none.yaml"), "--debug"])
     assert type(result.exception).__name__ == "StudyError"

@@ -84,27 +84,6 @@ def test_each_level_gets_a_variance_of_its_own() -> None:
     assert found.variances_["noise"] == pytest.approx(0.25, rel=0.3)
 
 
-def test_scales_are_standard_deviations_within_a_level(data) -> None:
-    X, y, _ = data
-    scales = np.array([0.5, 2.0, 1.0, 1.0, 3.0, 0.1])
-    scaled = HierarchicalRegressor(LEVELS, scales=scales, variances=VARIANCES).fit(X, y)
-    plain = HierarchicalRegressor(LEVELS, variances=VARIANCES).fit(X * scales, y)
-    np.testing.assert_allclose(scaled.coef_, plain.coef_ * scales, atol=1e-9)
-    np.testing.assert_allclose(
-        scaled.predict(X, return_std=True), plain.predict(X * scales, return_std=True), atol=1e-9
-    )
-
-
-def test_an_expected_variance_holds_until_the_data_speak_against_it() -> None:
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(300, 8))
-    levels, expected = ["known"] * 4 + ["other"] * 4, {"known": 0.01}
-    few = HierarchicalRegressor(levels, expected=expected).fit(X[:3], rng.normal(size=3))
-    assert few.variances_["known"] == pytest.approx(0.01, rel=0.3)
-    many = HierarchicalRegressor(levels, expected=expected).fit(X, X[:, :4] @ [1.0, -1.0, 1.0, -1.0])
-    assert many.variances_["known"] > 0.05
-
-
 def test_repeats_count_as_so_many_rows(data) -> None:
     X, y, _ = data
     fixed = {"levels": LEVELS, "variances": VARIANCES}

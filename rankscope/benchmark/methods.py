@@ -11,7 +11,6 @@ import optuna
 from rankscope.benchmark.landscapes import Ints, Landscape
 from rankscope.budget import allocate_proportional
 from rankscope.searching import PerformanceModelSampler, suggest_allocation
-from rankscope.searching.samplers import make_sampler
 from rankscope.searching.trials import RANKS_KEY
 from rankscope.space import HierarchicalSpace
 
@@ -89,16 +88,14 @@ def repaired(wanted: Ints, space: HierarchicalSpace) -> Ints:
     return nearest
 
 
-def _tilts(name: str) -> Callable[[Landscape, int], Method]:
-    return lambda landscape, seed: Tilts(landscape, make_sampler(name, landscape.space, seed))  # type: ignore[arg-type]
-
-
 METHODS: Mapping[str, Callable[[Landscape, int], Method]] = {  # from a landscape and a seed
     OURS: lambda landscape, seed: Tilts(landscape, PerformanceModelSampler(landscape.space, seed=seed)),
-    "tpe": _tilts("tpe"),
-    "gp": _tilts("gp"),
-    "cma-es": _tilts("cma-es"),
-    "random": _tilts("random"),
+    "tpe": lambda landscape, seed: Tilts(landscape, optuna.samplers.TPESampler(seed=seed, multivariate=True)),
+    "gp": lambda landscape, seed: Tilts(landscape, optuna.samplers.GPSampler(seed=seed)),
+    "cma-es": lambda landscape, seed: Tilts(
+        landscape, optuna.samplers.CmaEsSampler(seed=seed)
+    ),  # needs `pip install cmaes`
+    "random": lambda landscape, seed: Tilts(landscape, optuna.samplers.RandomSampler(seed=seed)),
     "tpe-raw": lambda landscape, seed: Raw(landscape, optuna.samplers.TPESampler(seed=seed)),
     "random-raw": lambda landscape, seed: Raw(landscape, optuna.samplers.RandomSampler(seed=seed)),
     "evolution": Evolution,

@@ -114,12 +114,10 @@ def search_command(
     fidelity: Annotated[
         float | None, typer.Option(help="Overrides `search.fidelity`: share of the steps that a trial takes.")
     ] = None,
-    pruner: Annotated[
-        str | None, typer.Option(help="Overrides `search.pruner`: none, median, hyperband or wilcoxon.")
-    ] = None,
+    pruner: Annotated[str | None, typer.Option(help="Overrides `search.pruner`: none, median or hyperband.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="Overrides `search.sampler`: performance-model, tpe, gp, cma-es, qmc or random."),
+        typer.Option(help="Overrides `search.sampler`: performance-model, tpe or random."),
     ] = None,
     storage: Storage = None,
     uniform_rank: UniformRank = None,

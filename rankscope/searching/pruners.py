@@ -1,4 +1,4 @@
-"""The pruners that a search can be asked for by name, and what each needs to judge by."""
+"""The pruners that a search can be asked for by name, and what a pruner needs to judge by."""
 
 from __future__ import annotations
 
@@ -9,41 +9,29 @@ import optuna
 from rankscope.exceptions import StudyError
 from rankscope.training import TrainingConfig
 
-PrunerName = Literal["none", "median", "hyperband", "wilcoxon"]
-WILCOXON_SEEDS = (
-    5  # the signed-rank test's least p-value over four pairs is 1/16; over three it is above the pruner's 0.1
-)
+PrunerName = Literal["none", "median", "hyperband"]
 
 
-def make_pruner(
-    pruner: PrunerName | optuna.pruners.BasePruner, training: TrainingConfig, n_seeds: int
-) -> optuna.pruners.BasePruner:
-    """The pruner of a name; one that is a pruner already is passed through.
+def make_pruner(pruner: PrunerName | optuna.pruners.BasePruner, training: TrainingConfig) -> optuna.pruners.BasePruner:
+    """The pruner of a name; a pruner object is passed through.
 
-    `"median"` and `"hyperband"` judge a trial by evaluations on its way (of the first seed), `"wilcoxon"` by its seeds, one after
-    the other, against those of the best trial.
+    Pruners judge a trial by evaluations on its way (of the first seed); Optuna's `WilcoxonPruner` by its seeds, one after the
+    other, against those of the best trial.
 
     Args:
         pruner: Name or pruner.
         training: The schedule of a trial.
-        n_seeds: Of a trial.
 
     Raises:
         StudyError: There is none of that name, or trials give it nothing to judge by.
     """
     made = pruner if isinstance(pruner, optuna.pruners.BasePruner) else _named(pruner)
-    if isinstance(made, optuna.pruners.NopPruner):
+    if isinstance(made, optuna.pruners.NopPruner) or judges_seeds(made):
         return made
-    if not judges_seeds(made):
-        if training.evaluate_every is None or training.evaluate_every >= training.steps:
-            raise StudyError(
-                f"`evaluate_every` must be below the {training.steps} steps of a trial, for a pruner to judge by, "
-                f"but is {training.evaluate_every}; lower it, or prune nothing."
-            )
-    elif n_seeds < WILCOXON_SEEDS and pruner == "wilcoxon":
+    if training.evaluate_every is None or training.evaluate_every >= training.steps:
         raise StudyError(
-            f"`n_seeds` must be at least {WILCOXON_SEEDS} for the pruner 'wilcoxon', since fewer cannot be significant, "
-            f"but is {n_seeds}; raise it, or prune nothing."
+            f"`evaluate_every` must be below the {training.steps} steps of a trial, for a pruner to judge by, "
+            f"but is {training.evaluate_every}; lower it, or prune nothing."
         )
     return made
 
@@ -61,6 +49,6 @@ def _named(pruner: str) -> optuna.pruners.BasePruner:
             return optuna.pruners.MedianPruner()
         case "hyperband":
             return optuna.pruners.HyperbandPruner()
-        case "wilcoxon":
-            return optuna.pruners.WilcoxonPruner()
-    raise StudyError(f"`pruner` must be one of {', '.join(get_args(PrunerName))}, but got {pruner!r}.")
+    raise StudyError(
+        f"`pruner` must be one of {', '.join(get_args(PrunerName))} or an Optuna pruner, but got {pruner!r}."
+    )

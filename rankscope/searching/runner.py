@@ -21,8 +21,7 @@ from rankscope.searching.grouping import Grouping, make_space
 from rankscope.searching.objective import Objective
 from rankscope.searching.pruners import PrunerName, make_pruner
 from rankscope.searching.results import SearchResult
-from rankscope.searching.sampler import PerformanceModelSampler
-from rankscope.searching.samplers import SamplerName, make_sampler
+from rankscope.searching.sampler import PerformanceModelSampler, SamplerName, make_sampler
 from rankscope.searching.study import fail_orphans, open_study
 from rankscope.searching.trials import UNIFORM, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace
@@ -87,14 +86,15 @@ def search(
         storage: As Optuna takes it; None keeps the study in memory.
         study_name: Default: the task's name.
         seed: Of the sampler.
-        sampler: `"performance-model"`, or one of Optuna's over the tilts: `"tpe"`, `"gp"`, `"cma-es"`, `"qmc"`, `"random"`; or a
-            sampler of your own.
+        sampler: `"performance-model"`, or one over the tilts: `"tpe"`, `"random"`, or any Optuna sampler object, as
+            `optuna.samplers.GPSampler()`.
         grouping: Block groups by `"depth"` or by k-means over the `"gradient"`.
         n_groups: Block groups in each tower.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        pruner: Stops bad trials early: `"median"` and `"hyperband"` where `training.evaluate_every` is set, `"wilcoxon"` with
-            five seeds or more; `"none"`; or a pruner of your own. The performance model learns from pruned trials too.
+        pruner: Stops bad trials early: `"median"` or `"hyperband"`, where `training.evaluate_every` is set; `"none"`; or any
+            Optuna pruner object. Optuna's `WilcoxonPruner` compares seeds and needs `n_seeds` of five or more to prune
+            anything. The performance model learns from pruned trials too.
         on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
         on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
 
@@ -133,7 +133,7 @@ def search(
         name=name,
         storage=storage,
         sampler=optuna.samplers.RandomSampler(seed),
-        pruner=make_pruner(pruner, short, n_seeds),
+        pruner=make_pruner(pruner, short),
         about=about,
     )
     study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))

@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
+from rankscope.exceptions import StudyError
 from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.fidelity import observe
 from rankscope.searching.noise import residual_variance
@@ -27,6 +28,7 @@ from rankscope.searching.pruners import judges_seeds
 from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.space import HierarchicalSpace
 
+SamplerName = Literal["performance-model", "tpe", "random"]
 START_TRIALS = 8
 DRAWS = 10  # until one is an allocation that was not tried yet
 
@@ -215,6 +217,26 @@ class PerformanceModelSampler(BaseSampler):
         if not any(values.any() for values in gains.values()):  # a draw in which nothing helps: all ranks are equal
             return self.space.allocation(self.space.point(tau=0.0))
         return self.space.solve(gains).renamed("performance-model")
+
+
+def make_sampler(sampler: SamplerName | BaseSampler, space: HierarchicalSpace, seed: int) -> BaseSampler:
+    """The sampler of a name; a sampler object is passed through.
+
+    Raises:
+        StudyError: There is none of that name.
+    """
+    match sampler:
+        case BaseSampler():
+            return sampler
+        case "performance-model":
+            return PerformanceModelSampler(space, seed=seed)
+        case "tpe":
+            return TPESampler(seed=seed, multivariate=True)
+        case "random":
+            return RandomSampler(seed=seed)
+    raise StudyError(
+        f"`sampler` must be one of {', '.join(get_args(SamplerName))} or an Optuna sampler, but got {sampler!r}."
+    )
 
 
 def suggest_allocation(trial: optuna.Trial, space: HierarchicalSpace) -> RankAllocation:

@@ -234,7 +234,7 @@ def test_truncated_profile_and_study_of_another_task(folder: Path, tmp_path: Pat
          "`evaluate_every` must be below the 4 steps of a trial, for a pruner to judge by, but is None; lower it, or prune nothing."),
         (["--confirm-fraction", "1"], "`{study}`: `search.confirm_fraction`: input should be less than 1, but got 1.0."),
         (["--pruner", "best"],
-         "`{study}`: `search.pruner`: input should be 'none', 'median', 'hyperband' or 'wilcoxon', but got 'best'."),
+         "`{study}`: `search.pruner`: input should be 'none', 'median' or 'hyperband', but got 'best'."),
     ],
 )  # fmt: skip
 def test_bad_input_of_a_search(flags: list[str], message: str, folder: Path) -> None:

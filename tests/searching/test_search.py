@@ -284,9 +284,11 @@ def test_plots_of_the_model(modelled: rs.SearchResult) -> None:
     assert np.mean([float(cell) for cell in cells]) == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("sampler", ["tpe", optuna.samplers.GPSampler(seed=0)], ids=["tpe", "an object"])
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_other_samplers_have_no_model(
-    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+    sampler: object, digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
-    result = run(digits, digits_profile, digits_budget, None, sampler="tpe", n_trials=3)
+    result = run(digits, digits_profile, digits_budget, None, sampler=sampler, n_trials=3)
     assert result.model is None
     assert result.validation is None

@@ -59,7 +59,7 @@ def batch_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def mixed_precision(model: nn.Module) -> Iterator[None]:
-    """Forward passes of `model` in mixed precision where the device has it, their outputs in float32.
+    """Forward passes of `model` in mixed precision where its device or weights call for it, their outputs in float32.
 
     Leave it before the backward pass: hooks on gradients would run in mixed precision too. Nothing stays on the model.
     """
@@ -67,7 +67,8 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
     from accelerate.utils import convert_to_fp32
 
     device = batch_device(model)
-    dtype = mixed_dtype(device)
+    halves = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16))
+    dtype = mixed_dtype(device) or next(halves, None)  # float32 adapters or heads beside them
     handle = model.register_forward_hook(lambda _module, _inputs, output: convert_to_fp32(output))
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

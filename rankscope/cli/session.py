@@ -13,6 +13,7 @@ from typing import Any
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli.output import progress, stderr
+from rankscope.devices import require_one_process
 from rankscope.profiling import Profile, read_profile
 from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.study import Study, read_study
@@ -49,7 +50,12 @@ class Session:
 
     @classmethod
     def open(cls, path: Path, out: Path | None, overrides: Mapping[str, Any]) -> Session:
-        """Reads the study file with the flags that override it."""
+        """Reads the study file with the flags that override it.
+
+        Raises:
+            RankscopeError: torchrun started several copies of this process, or the file or a flag cannot be used.
+        """
+        require_one_process("a command")
         given = dict(overrides)
         if given.get("budget.parameters") or given.get("budget.uniform_rank"):
             budget = {key: given.pop(f"budget.{key}", None) for key in ("parameters", "uniform_rank")}

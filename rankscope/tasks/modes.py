@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rankscope.devices import batch_device
 from rankscope.tasks.protocol import Batch
 
 
@@ -25,6 +26,6 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            yield batch_device(model)
     finally:
         model.train(was_training)

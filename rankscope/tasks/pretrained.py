@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
+from rankscope.devices import seeded
 from rankscope.exceptions import TaskError
 
 T = TypeVar("T")
@@ -38,8 +38,7 @@ def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0
             f"`{source}` must be a model folder, but has no config.json; save the model there with save_pretrained."
         )
     try:
-        with torch.random.fork_rng(), _quiet_transformers():
-            torch.manual_seed(seed)
+        with seeded(seed), _quiet_transformers():
             return load(source, local_files_only=path.is_dir(), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from rankscope.devices import mixed_precision
 from rankscope.exceptions import TaskError
 
 Batch = Mapping[str, Tensor]
@@ -78,19 +79,18 @@ def check_counts(**counts: int) -> None:
 
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:
-    """The task's metrics on one split.
+    """The task's metrics on one split; the model's outputs reach the task in float32.
 
     Raises:
         TaskError: The task has no such split, or its result lacks the metric or the loss.
     """
-    if "split" in inspect.signature(task.evaluate).parameters:
-        metrics: dict[str, float] = task.evaluate(model, split=split)  # type: ignore[call-arg]
-    elif split == "validation":
-        metrics = task.evaluate(model)
-    else:
+    takes_split = "split" in inspect.signature(task.evaluate).parameters
+    if not takes_split and split != "validation":
         raise TaskError(
             f"task `{task.name}` must have a {split} split, but its `evaluate` takes none; add a `split` argument."
         )
+    with mixed_precision(model):
+        metrics: dict[str, float] = task.evaluate(model, **({"split": split} if takes_split else {}))
     if missing := [key for key in (task.metric, "loss") if key not in metrics]:
         raise TaskError(f"task `{task.name}` must evaluate {missing[0]!r}, but gave {', '.join(metrics) or 'nothing'}.")
     return metrics

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from rankscope.devices import seeded
 from rankscope.exceptions import TaskError
 from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_model
@@ -37,8 +38,7 @@ class MeanPooledClassifier(nn.Module):
         self.config: Any = cast(Any, encoder.config)
         self._prefix = str(encoder.base_model_prefix)
         setattr(self, self._prefix, encoder)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.classifier = nn.Linear(self.config.hidden_size, n_labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:

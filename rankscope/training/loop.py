@@ -1,10 +1,11 @@
-"""The training loop: one compact loop on accelerate, whatever the method."""
+"""The training loop: one compact loop in plain torch, whatever the method."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
 from rankscope.control import ControllerConfig
+from rankscope.devices import batch_device, mixed_precision, placed, require_one_process, seeded
 from rankscope.exceptions import TrainingError
 from rankscope.tasks import Batch, Task, evaluate
 from rankscope.training.config import TrainingConfig, TrainingResult
@@ -33,6 +35,9 @@ def train(
 ) -> tuple[nn.Module, TrainingResult]:
     """Fine-tunes the task's model: with LoRA of an allocation's ranks, or by another method.
 
+    The model goes to the best device, unless its task placed it (see `rankscope.devices`). GPUs that have bfloat16 multiply
+    matrices in it; what is trained is float32, also where the model's weights are not.
+
     Args:
         task: Where model, data, loss and metric come from.
         method: The ranks, or a `rankscope.training.Method`.
@@ -48,6 +53,7 @@ def train(
     Raises:
         TrainingError: The loss or the metric is not finite.
         AllocationError: The allocation is not for this model.
+        RankscopeError: torchrun, or another launcher, runs several copies of this process.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
@@ -57,40 +63,16 @@ def train(
     >>> result.parameters, sorted(result.metrics)
     (6912, ['accuracy', 'loss'])
     """
-    from accelerate import Accelerator
-    from transformers import get_linear_schedule_with_warmup
-
+    require_one_process("a training")
     if isinstance(method, RankAllocation):
         method = Lora(method, controller)
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     started = time.perf_counter()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        accelerator = Accelerator(
-            mixed_precision=_precision(), gradient_accumulation_steps=config.gradient_accumulation
-        )
-        model = method.adapt(task.build_model(), task, config, seed)
-        optimizer = torch.optim.AdamW(_groups(task, model, config), weight_decay=config.weight_decay)
-        schedule = get_linear_schedule_with_warmup(
-            optimizer, round(config.warmup_fraction * config.steps), config.steps
-        )
-        model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-        running = method.follow(model, optimizer, config, seed)
-        losses: list[Tensor] = []
-        history: dict[int, Mapping[str, float]] = {}
-        model.train()
-        batches = _stream(task, seed)
-        for step in range(1, config.steps + 1):
-            losses.append(_step(task, model, batches, optimizer, schedule, accelerator, config, running))
-            if step % CHECK_EVERY == 0 or step == config.steps:
-                _check_finite(losses[-CHECK_EVERY:], step, config)
-            if on_step:
-                on_step(step)
-            if step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0):
-                history[step] = _finite_metrics(task, model, step)
-                if on_evaluation:
-                    on_evaluation(step, history[step])
+    with seeded(seed):
+        model = method.adapt(placed(task.build_model()), task, config, seed)
+        with _trained_in_float32(model):
+            running, losses, history = _fit(task, method, model, config, seed, on_evaluation, on_step)
     result = TrainingResult(
         metrics=history[config.steps],
         history=history,
@@ -101,39 +83,83 @@ def train(
         allocation=running.allocation,
         decisions=running.decisions,
     )
-    return accelerator.unwrap_model(model), result
+    return model, result
+
+
+def _fit(
+    task: Task,
+    method: Method,
+    model: nn.Module,
+    config: TrainingConfig,
+    seed: int,
+    on_evaluation: Callable[[int, Mapping[str, float]], None] | None,
+    on_step: Callable[[int], None] | None,
+) -> tuple[Running, list[Tensor], dict[int, Mapping[str, float]]]:
+    """Takes all steps; the method at work, the loss of every step, and the metrics by step."""
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW(_groups(task, model, config), weight_decay=config.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup_fraction * config.steps), config.steps)
+    running = method.follow(model, optimizer, config, seed)
+    losses: list[Tensor] = []
+    history: dict[int, Mapping[str, float]] = {}
+    model.train()
+    batches = _stream(task, seed)
+    for step in range(1, config.steps + 1):
+        losses.append(_step(task, model, batches, optimizer, config, running))
+        schedule.step()
+        if step % CHECK_EVERY == 0 or step == config.steps:
+            _check_finite(losses[-CHECK_EVERY:], step, config)
+        if on_step:
+            on_step(step)
+        if step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0):
+            history[step] = _finite_metrics(task, model, step)
+            if on_evaluation:
+                on_evaluation(step, history[step])
+    return running, losses, history
 
 
 def _step(
     task: Task,
     model: nn.Module,
     batches: Iterator[Batch],
-    optimizer: Any,
-    schedule: Any,
-    accelerator: Any,
+    optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
     running: Running,
 ) -> Tensor:
     """One optimizer step over `gradient_accumulation` batches; the mean loss, still on the device."""
     from accelerate.utils import send_to_device
 
+    device = batch_device(model)
     losses: list[Tensor] = []
     for batch in islice(batches, config.gradient_accumulation):
-        with accelerator.accumulate(model), accelerator.autocast():
-            loss = task.loss(model, send_to_device(batch, accelerator.device))
-            accelerator.backward(loss)
-            losses.append(loss.detach().float())
-            if accelerator.sync_gradients and config.max_grad_norm:
-                accelerator.clip_grad_norm_(_trained(optimizer), config.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            if accelerator.sync_gradients:
-                running.step(torch.stack(losses).mean())
-            optimizer.zero_grad()
-    return torch.stack(losses).mean()
+        with mixed_precision(model):
+            loss = task.loss(model, send_to_device(batch, device))
+        (loss / config.gradient_accumulation).backward()
+        losses.append(loss.detach().float())
+    if config.max_grad_norm:
+        nn.utils.clip_grad_norm_(_trained(optimizer), config.max_grad_norm)
+    optimizer.step()
+    mean = torch.stack(losses).mean()
+    running.step(mean)
+    optimizer.zero_grad()
+    return mean
 
 
-def _trained(optimizer: Any) -> list[nn.Parameter]:
+@contextmanager
+def _trained_in_float32(model: nn.Module) -> Iterator[None]:
+    """Holds trainable weights in float32: half precision would round small updates away. Afterwards their types are as before."""
+    half = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in half:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in half.items():
+            parameter.grad, parameter.data = None, parameter.data.to(dtype)
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters of the moment: a controller puts others in their place."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -192,7 +218,3 @@ def _stream(task: Task, seed: int) -> Iterator[Batch]:
         if empty:
             raise TrainingError(f"`{task.name}` must give at least one training batch, but gave none; check its data.")
 
-
-def _precision() -> str:
-    """bf16 on a GPU that has it, else full precision; on a CPU autocast would be slower."""
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -1,16 +1,26 @@
 """The training loop on the real digits task: it learns, repeats itself, and stops where it must."""
 
+import gc
 import re
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import BertModel
 
 import rankscope as rs
+from rankscope import devices
 from rankscope.adapters import count_adapter_parameters
-from rankscope.exceptions import TrainingError
-from rankscope.tasks import Task, evaluate
+from rankscope.exceptions import RankscopeError, TrainingError
+from rankscope.tasks import Batch, Task, evaluate
 from rankscope.tasks.digits import DigitsShift
-from rankscope.training import AdaLora
+from rankscope.tasks.text import TextClassification
+from rankscope.training import AdaLora, Eva, FullFineTuning
+from tests.tasks.models import save_bert, sentences
 
 
 @pytest.fixture
@@ -119,3 +129,73 @@ def test_a_rate_for_a_head_that_is_not_there_is_refused(uniform: rs.RankAllocati
         rs.train(Headless(), uniform, rs.TrainingConfig(steps=1, head_learning_rate=0.02))
     with pytest.raises(TrainingError, match="^`head_learning_rate` must be above 0 or None, but got 0"):
         rs.TrainingConfig(head_learning_rate=0)
+
+
+# --- precision, memory, processes ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with bfloat16."""
+    monkeypatch.setattr(devices, "mixed_dtype", lambda device: torch.bfloat16)
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize("name", ["uniform", "controller", "AdaLoRA", "EVA", "full"])
+def test_a_model_is_freed_without_the_garbage_collector(digits: Task, uniform: rs.RankAllocation, name: str) -> None:
+    targets = uniform.targets
+    method = {"AdaLoRA": AdaLora(targets, 2, alpha=32.0), "EVA": Eva(targets, 1), "full": FullFineTuning()}
+    controller = rs.ControllerConfig(every=3, freeze_fraction=0.8, samples=2) if name == "controller" else None
+    config = rs.TrainingConfig(steps=10, learning_rate=0.01)
+    gc.collect()
+    gc.disable()
+    try:
+        model, _ = rs.train(digits, method.get(name, uniform), config, controller=controller)
+        alive = [weakref.ref(each) for each in (*model.modules(), *model.parameters())]
+        del model, _
+        assert not [ref() for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("mixed")
+def test_mixed_precision_learns_as_float32_does(digits: Task, uniform: rs.RankAllocation) -> None:
+    model, result = rs.train(digits, uniform, rs.TrainingConfig(steps=30, learning_rate=0.02))
+    assert result.metrics["accuracy"] > evaluate(digits, digits.build_model())["accuracy"] + 0.2
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_weights_in_bfloat16_are_trained_in_float32(tmp_path: Path) -> None:
+    folder = save_bert(tmp_path)
+    BertModel.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    task = TextClassification(folder, sentences(), pooling="model")
+    targets = rs.find_targets(task.build_model())
+    allocation = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
+    during = []
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        during.append({p.dtype for p in model.parameters() if p.requires_grad})
+        return TextClassification.loss(task, model, batch)
+
+    task.loss = loss
+    model, result = rs.train(task, allocation, rs.TrainingConfig(steps=2))
+    assert during == [{torch.float32}] * 2
+    after = {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
+    assert after == {torch.bfloat16}
+    assert evaluate(task, model) == pytest.approx(result.metrics, rel=0.02)
+
+
+def test_an_accelerator_of_the_caller_is_left_alone(digits: Task, uniform: rs.RankAllocation) -> None:
+    AcceleratorState._reset_state(True)
+    mine = Accelerator(mixed_precision="bf16")
+    rs.train(digits, uniform, rs.TrainingConfig(steps=1))
+    assert Accelerator().mixed_precision == mine.mixed_precision == "bf16"
+    AcceleratorState._reset_state(True)
+
+
+def test_several_copies_of_the_process_are_refused(
+    digits: Task, uniform: rs.RankAllocation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RankscopeError, match="^a training must run as one process, but WORLD_SIZE is 2; start it"):
+        rs.train(digits, uniform, rs.TrainingConfig(steps=1))

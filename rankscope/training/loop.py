@@ -217,4 +217,3 @@ def _stream(task: Task, seed: int) -> Iterator[Batch]:
             yield batch
         if empty:
             raise TrainingError(f"`{task.name}` must give at least one training batch, but gave none; check its data.")
-

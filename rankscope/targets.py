@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rankscope.exceptions import TargetError
+from rankscope.naming import is_head, name_block, name_role, name_towers
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
 LeftOut = Literal["heads", "embeddings", "tied"]
 
 ALL_LINEAR = "all-linear"
+REGEX_SECONDS = 1.0  # for one name
 LEFT_OUT: tuple[LeftOut, ...] = ("heads", "embeddings", "tied")
 
 
@@ -72,13 +78,15 @@ def find_targets(
 
     Linear modules (quantised ones included), transformers' Conv1D, convolutions without groups and embeddings may carry an
     adapter. Output heads, embeddings and modules that share their weight with another are left out, unless they are named in
-    full or asked for through `include`.
+    full or asked for through `include`. Modules where an adapter can do nothing are always left out: those that PEFT refuses,
+    those whose weight is read without calling them (the output projection of nn.MultiheadAttention, parts of Mamba), and those
+    that a PEFT model trains in full through `modules_to_save`.
 
     Args:
-        model: Any torch module; a model already wrapped by PEFT gives the modules of its base model.
+        model: Any torch module, also inside PEFT, torch.compile (as a whole or block by block), DistributedDataParallel or
+            FullyShardedDataParallel: names and shapes are those of the base model.
         selection: `"all-linear"`; a regex that must match the full name; names, each matching a module by its full
-            name or its last parts (PEFT's rule); or a `peft.LoraConfig`, whose `target_modules` and
-            `exclude_modules` are followed to the letter, heads and embeddings included.
+            name or its last parts (PEFT's rule); or a `peft.LoraConfig`, which selects what PEFT adapts under it.
         include: Any of `"heads"`, `"embeddings"`, `"tied"`.
 
     Raises:
@@ -90,36 +98,15 @@ def find_targets(
     [('1', 12), ('2', 10)]
     """
     if unknown := set(include) - set(LEFT_OUT):
-        raise TargetError(f"`include` must be among {LEFT_OUT}, but got {sorted(unknown)}.")
-    if hasattr(selection, "target_modules"):
-        config, selection, include = selection, selection.target_modules, LEFT_OUT
-        excluded = getattr(config, "exclude_modules", None) or ()
+        raise TargetError(f"`include` must be among {LEFT_OUT}, but got {sorted(unknown, key=str)}.")
+    candidates = _candidates(model)
+    idle = _idle(model, candidates)
+    if hasattr(selection, "peft_type"):
+        kept = _selected_by_peft(selection, model, candidates, idle)
     else:
-        excluded = ()
-    if not isinstance(selection, str):
-        selection = tuple(selection or ())
-        if not selection:
-            raise TargetError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
-
-    base = ((name, getattr(module, "base_layer", module)) for name, module in base_modules(model))
-    candidates = {name: (module, kind) for name, module in base if (kind := _kind(module))}
-    matched = _match(selection, candidates) - _match_quietly(excluded, candidates)
-    left_out = _left_out(model, candidates)
-    named_in_full = set() if isinstance(selection, str) else set(selection)
-    kept = [
-        name
-        for name in candidates
-        if name in matched and (name in named_in_full or left_out.get(name) in {None, *include})
-    ]
-    if not kept:
-        reasons = sorted({reason for name in matched if (reason := left_out.get(name))})
-        raise TargetError(
-            f"`selection` must match a module that may carry an adapter, but {selection!r} matches "
-            f"{'only ' + ' and '.join(reasons) if reasons else 'none'} in {type(model).__name__}; "
-            f"pass `include={reasons or ['…']}` to adapt them all the same."
-        )
+        kept = _selected(_checked(selection), model, candidates, idle, include)
     towers = name_towers(list(candidates))
-    return tuple(_describe(name, *candidates[name], tower=towers[name]) for name in kept)
+    return tuple(_describe(name, candidates[name], tower=towers[name]) for name in candidates if name in kept)
 
 
 def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
@@ -130,20 +117,89 @@ def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# --- which modules -----------------------------------------------------------------------------------------------
+# --- the base model inside its wrappers ---------------------------------------------------------------------------
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, which runs as well without them."""
+    while (inner := _inner_name(model)) and inner != _SHARDED:
+        model = cast("nn.Module", model._modules[inner])
+    return model
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name in the base model; a PEFT layer is named as the layer it wraps, its `base_layer`."""
+    """Every module with its name in the base model, in the order of `named_modules`.
+
+    Wrappers (torch.compile, DistributedDataParallel, FullyShardedDataParallel, activation checkpointing) leave no trace in
+    the names. A PEFT layer stands for the layer that it wraps; what `modules_to_save` trains in full does not occur.
+    """
+    yield from ((name, module) for name, module, saved in _walk(_base_model(model)) if not saved)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer that a PEFT layer wraps; any other module itself."""
+    while (inner := module._modules.get("base_layer")) is not None:
+        module = inner
+    return module
+
+
+# The attribute by which each wrapper holds the module inside it.
+_SHARDED = "_fsdp_wrapped_module"
+_INNER = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "FullyShardedDataParallel": _SHARDED,
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def _inner_name(module: nn.Module) -> str | None:
+    return next((_INNER[base.__name__] for base in type(module).__mro__ if base.__name__ in _INNER), None)
+
+
+def _within(module: nn.Module) -> nn.Module:
+    while inner := _inner_name(module):
+        module = cast("nn.Module", module._modules[inner])
+    return module
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    model = _within(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = cast(Any, model).get_base_model()
-    wrapped: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in wrapped):
-            continue
-        if hasattr(module, "base_layer"):
-            wrapped.append(name + ".")
-        yield name, module
+        model = _within(cast(Any, model).get_base_model())
+    return model
+
+
+def _walk(
+    module: nn.Module, name: str = "", saved: bool = False, seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Names, modules, and whether PEFT trains the module itself instead of an adapter on it."""
+    seen = set() if seen is None else seen
+    module = _within(module)
+    parts = module._modules
+    if "original_module" in parts and ("modules_to_save" in parts or "token_adapter" in parts):
+        yield from _walk(cast("nn.Module", parts["original_module"]), name, True, seen)
+        return
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module, saved
+    for key, child in base_layer(module)._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{name}.{key}" if name else key, saved, seen)
+
+
+# --- which modules ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    module: nn.Module
+    kind: Kind
+    parent: nn.Module | None
+    saved: bool
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -151,15 +207,28 @@ def fused_experts(model: nn.Module) -> list[str]:
 
     So transformers 5 keeps Mixtral's, Qwen's and DeepSeek's experts; earlier versions had a linear module for each.
     """
-    from torch import nn
+    found = []
+    for name, module in base_modules(model):
+        layer = base_layer(module)
+        for weight, parameter in layer.named_parameters(recurse=False):
+            if parameter.ndim == 3 and _EXPERTS.search(f"{type(layer).__name__} {name.rpartition('.')[2]} {weight}"):
+                found.append(f"{name}.{weight}".removeprefix("."))
+    return found
 
-    return [
-        f"{name}.{weight}".removeprefix(".")
-        for name, module in base_modules(model)
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for weight, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
-    ]
+
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+
+
+def _candidates(model: nn.Module) -> dict[str, _Candidate]:
+    """What may carry an adapter by its type, by name."""
+    found: dict[str, nn.Module] = {}
+    candidates: dict[str, _Candidate] = {}
+    for name, module, saved in _walk(_base_model(model)):
+        found[name] = layer = base_layer(module)
+        if kind := _kind(layer):
+            parent = found.get(name.rpartition(".")[0]) if name else None
+            candidates[name] = _Candidate(module=layer, kind=kind, parent=parent, saved=saved)
+    return candidates
 
 
 def _kind(module: nn.Module) -> Kind | None:
@@ -168,7 +237,7 @@ def _kind(module: nn.Module) -> Kind | None:
 
     if isinstance(module, nn.Linear):
         return "linear"
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__):
         return "conv1d"
     if isinstance(module, nn.Conv2d) and module.groups == 1:  # with groups, PEFT takes only multiples of them as ranks
         return "conv2d"
@@ -177,19 +246,104 @@ def _kind(module: nn.Module) -> Kind | None:
     return None
 
 
-def _match(selection: str | tuple[str, ...], candidates: Mapping[str, tuple[nn.Module, Kind]]) -> set[str]:
+def _checked(selection: Any) -> str | tuple[str, ...]:
+    """A selection by regex or by names.
+
+    Raises:
+        TargetError: It is neither, or is empty.
+    """
+    if isinstance(selection, str) and selection:
+        return selection
+    if isinstance(selection, str) or (isinstance(selection, Collection) and not selection):
+        raise TargetError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
+    if isinstance(selection, bytes | Mapping) or not isinstance(selection, Iterable):
+        raise TargetError(
+            f'`selection` must be "{ALL_LINEAR}", a regex, a list of names or a peft.LoraConfig, but is {_brief(selection)}; '
+            f'pass "{ALL_LINEAR}" for all.'
+        )
+    names = tuple(selection)
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise TargetError(f"`selection` must hold names of modules, but holds {_brief(wrong[0])}; take it out.")
+    return names or _checked("")
+
+
+def _selected(
+    selection: str | tuple[str, ...],
+    model: nn.Module,
+    candidates: Mapping[str, _Candidate],
+    idle: Mapping[str, str],
+    include: Collection[LeftOut],
+) -> set[str]:
+    """The names that a regex or a list selects, without what is left out."""
+    matched = _match(selection, candidates)
+    left_out = _left_out(model, candidates)
+    in_full = set() if isinstance(selection, str) else set(selection)
+    kept = {
+        name for name in matched if name not in idle and (name in in_full or left_out.get(name) in {None, *include})
+    }
+    if not kept:
+        raise TargetError(_nothing_left(selection, model, matched, idle, left_out))
+    if selection != ALL_LINEAR and (ignored := [name for name in candidates if name in matched and name in idle]):
+        logger.warning("`%s` is no target: %s (%d such modules)", ignored[0], idle[ignored[0]], len(ignored))
+    return kept
+
+
+def _nothing_left(
+    selection: str | tuple[str, ...],
+    model: nn.Module,
+    matched: Collection[str],
+    idle: Mapping[str, str],
+    left_out: Mapping[str, LeftOut],
+) -> str:
+    start = f"`selection` must match a module that may carry an adapter, but {_brief(selection)} matches"
+    reasons = sorted({left_out[name] for name in matched if name in left_out and name not in idle})
+    if reasons:
+        remedy = f"pass `include={reasons}` to adapt them all the same"
+        return f"{start} only {' and '.join(reasons)} in {type(model).__name__}; {remedy}."
+    if matched:
+        name = min(matched)
+        return f"{start} only modules like `{name}`, where {idle[name]}; select others."
+    return f"{start} none in {type(model).__name__}; it has no linear modules."
+
+
+def _selected_by_peft(
+    config: Any, model: nn.Module, candidates: Mapping[str, _Candidate], idle: Mapping[str, str]
+) -> set[str]:
+    """What PEFT adapts under a LoraConfig and an allocation can give ranks to."""
+    from rankscope.adapters import adapted_modules
+
+    segments = set(_INNER.values())
+    adapted = [
+        ".".join(part for part in name.split(".") if part not in segments)
+        for name in adapted_modules(config, _base_model(model))
+    ]
+    kept = {name for name in adapted if name in candidates and not candidates[name].saved}
+    if not kept:
+        what = f"PEFT adapts only {_brief(adapted)}" if adapted else "PEFT adapts none"
+        raise TargetError(
+            f"`selection` must select linear modules, convolutions or embeddings of {type(model).__name__}, but {what}; "
+            "check `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."
+        )
+    for name in adapted:
+        if name not in kept:
+            logger.warning("PEFT adapts `%s` under this config, but ranks cannot be given to it", name)
+        elif name in idle:
+            logger.warning("PEFT adapts `%s` under this config, but %s", name, idle[name])
+    return kept
+
+
+def _match(selection: str | tuple[str, ...], candidates: Mapping[str, _Candidate]) -> set[str]:
     if selection == ALL_LINEAR:
-        return {name for name, (_, kind) in candidates.items() if kind in ("linear", "conv1d")}
-    matched = _match_quietly(selection, candidates)
-    missing = (
-        [selection]
-        if isinstance(selection, str) and not matched
-        else [entry for entry in selection if not _match_quietly((entry,), candidates)]
-        if not isinstance(selection, str)
-        else []
-    )
+        return {name for name, candidate in candidates.items() if candidate.kind in ("linear", "conv1d")}
+    if isinstance(selection, str):
+        matched = _match_regex(selection, candidates)
+        missing = [] if matched else [selection]
+    else:
+        by_entry = _match_names(selection, candidates)
+        matched = set().union(*by_entry.values())
+        missing = [entry for entry in selection if entry not in by_entry]
     if missing:
-        if isinstance(selection, str) and _match_quietly((selection,), candidates):
+        if isinstance(selection, str) and _match_names((selection,), candidates):
             remedy = f"a string is a regex for the whole name, so pass [{selection!r}]"
         else:
             remedy = _near_misses(missing[0], candidates)
@@ -197,56 +351,124 @@ def _match(selection: str | tuple[str, ...], candidates: Mapping[str, tuple[nn.M
     return matched
 
 
-def _match_quietly(selection: str | Collection[str], candidates: Iterable[str]) -> set[str]:
-    """PEFT's matching rule: a string is a regex for the whole name; names match whole or by their last parts."""
-    if isinstance(selection, str):
-        try:
-            pattern = re.compile(selection)
-        except re.error as error:
-            raise TargetError(f"`selection` must be a valid regex, but {selection!r} is not: {error}.") from None
-        return {name for name in candidates if pattern.fullmatch(name)}
-    return {name for name in candidates if any(name == s or name.endswith(f".{s}") for s in selection)}
+def _match_names(entries: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
+    """PEFT's rule for lists: an entry matches a name as a whole or by its last parts. Entries without a match are absent."""
+    wanted = set(entries)
+    matched: dict[str, set[str]] = {}
+    for name in names:
+        tail = name
+        while True:
+            if tail in wanted:
+                matched.setdefault(tail, set()).add(name)
+            _, dot, tail = tail.partition(".")
+            if not dot:
+                break
+    return matched
+
+
+def _match_regex(pattern: str, names: Iterable[str]) -> set[str]:
+    """PEFT's rule for strings: a regex for the whole name. A pattern that backtracks without end is stopped."""
+    import regex  # type: ignore[import-untyped]  # unlike `re`, it can be given a time limit
+
+    try:
+        re.compile(pattern)  # PEFT's engine
+        compiled = regex.compile(pattern)
+        return {name for name in names if compiled.fullmatch(name, timeout=REGEX_SECONDS)}
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise TargetError(f"`selection` must be a valid regex, but {pattern!r} is not: {error}.") from None
+    except TimeoutError:
+        raise TargetError(
+            f"`selection` must be a regex that matches quickly, but {pattern!r} takes over {REGEX_SECONDS} s for one name; "
+            "avoid nested repeats such as `(a+)+`."
+        ) from None
 
 
 def _near_misses(entry: str, candidates: Iterable[str]) -> str:
     names = list(candidates)
     tails = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()))
     wanted = entry.rsplit(".", 1)[-1] if "." in entry and entry.replace(".", "").isidentifier() else entry
-    close = difflib.get_close_matches(wanted, tails, n=3, cutoff=0.5) or tails[:6]
+    close = difflib.get_close_matches(wanted, tails[:1000], n=3, cutoff=0.5) or tails[:6]
     return f"did you mean {', '.join(repr(name) for name in close)}" if close else "the model has no such modules"
 
 
-def _left_out(model: nn.Module, candidates: Mapping[str, tuple[nn.Module, Kind]]) -> dict[str, LeftOut]:
+def _brief(value: Any) -> str:
+    """A repr of one short line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+# --- what is left out ---------------------------------------------------------------------------------------------
+
+
+def _left_out(model: nn.Module, candidates: Mapping[str, _Candidate]) -> dict[str, LeftOut]:
     """Which modules are left out by default, and why."""
-    owners = Counter(
-        id(module.weight) for module, _ in candidates.values() if getattr(module, "weight", None) is not None
-    )
-    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-    get_output = getattr(base, "get_output_embeddings", None)
+    weights = {name: candidate.module._parameters.get("weight") for name, candidate in candidates.items()}
+    owners = Counter(id(weight) for weight in weights.values() if weight is not None)
+    get_output = getattr(_base_model(model), "get_output_embeddings", None)
     output = get_output() if get_output else None
+    if output is not None:
+        output = base_layer(output)
     reasons: dict[str, LeftOut] = {}
-    for name, (module, kind) in candidates.items():
-        if kind == "embedding":
+    for name, candidate in candidates.items():
+        if candidate.kind == "embedding":
             reasons[name] = "embeddings"
-        elif module is output or _HEAD.match(name):
+        elif candidate.module is output or is_head(name):
             reasons[name] = "heads"
-        elif owners[id(getattr(module, "weight", None))] > 1:
+        elif owners[id(weights[name])] > 1:
             reasons[name] = "tied"
     return reasons
 
 
-# Output heads stand at the top of transformers' models, under one of few names.
-_HEAD = re.compile(
-    r"(lm_head|embed_out|score|classifier|cls_classifier|distillation_classifier|pre_classifier|qa_outputs|head|"
-    r"class_labels_classifier|bbox_predictor|cls|vocab_projector|vocab_transform|generator_lm_head)(\.|$)"
+# Modules whose weight another module reads without calling them, so that an adapter on them does nothing: the class of the
+# parent, and the names of its children. Fused kernels count, though they run only on a GPU or outside training.
+_READ_BY_WEIGHT: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
+    (re.compile(parent), re.compile(children))
+    for parent, children in (
+        (r"MultiheadAttention", r".*"),
+        (r"(Falcon)?MambaMixer", r"x_proj|dt_proj|out_proj"),
+        (r"JambaMambaMixer", r"dt_proj"),
+        (r"(Mamba2|Bamba|FalconH1|NemotronHMamba2|Zamba2Mamba)Mixer|GraniteMoeHybridMambaLayer", r"out_proj"),
+        (r"WavLMAttention", r"[qkv]_proj|out_proj"),
+        (r"\w*TDNNLayer", r"kernel"),
+        (r"\w*MHAttentionMap", r"k_proj|k_linear"),
+        (r"MobileBertLMPredictionHead", r"dense"),
+    )
 )
 
 
-# --- what they are called ----------------------------------------------------------------------------------------
+def _idle(model: nn.Module, candidates: Mapping[str, _Candidate]) -> dict[str, str]:
+    """Where an adapter does nothing or cannot be, and why."""
+    reasons: dict[str, str] = {}
+    base = _base_model(model)
+    if hasattr(getattr(base, "config", None), "model_type"):
+        from rankscope.adapters import refused_by_peft
+
+        reasons |= {name: f"PEFT refuses it ({message})" for name, message in refused_by_peft(base, candidates).items()}
+    for name, candidate in candidates.items():
+        if candidate.saved:
+            reasons[name] = "PEFT trains the module itself (`modules_to_save`)"
+        elif not all(_shape(candidate.module, candidate.kind)):
+            reasons[name] = "the module has no weights (a width of 0)"
+        elif candidate.parent is not None and _reads_weight(candidate.parent, name.rsplit(".", 1)[-1]):
+            reasons[name] = f"{type(candidate.parent).__name__} reads its weight without calling it"
+    return reasons
 
 
-def _describe(name: str, module: nn.Module, kind: Kind, *, tower: str) -> TargetModule:
-    in_features, out_features = _shape(module, kind)
+def _reads_weight(parent: nn.Module, child: str) -> bool:
+    if child in ("linear1", "linear2") and "activation_relu_or_gelu" in vars(parent):
+        layer = cast(Any, parent)  # nn.TransformerEncoderLayer, whose fast path serves every evaluation
+        return bool(layer.activation_relu_or_gelu and layer.self_attn.batch_first)
+    kinds = [base.__name__ for base in type(parent).__mro__]
+    return any(
+        children.fullmatch(child) and any(readers.fullmatch(kind) for kind in kinds)
+        for readers, children in _READ_BY_WEIGHT
+    )
+
+
+# --- what they are -----------------------------------------------------------------------------------------------
+
+
+def _describe(name: str, candidate: _Candidate, *, tower: str) -> TargetModule:
+    in_features, out_features = _shape(candidate.module, candidate.kind)
     return TargetModule(
         name=name,
         in_features=in_features,
@@ -254,7 +476,7 @@ def _describe(name: str, module: nn.Module, kind: Kind, *, tower: str) -> Target
         tower=tower,
         block=name_block(name),
         role=name_role(name),
-        kind=kind,
+        kind=candidate.kind,
     )
 
 
@@ -262,79 +484,8 @@ def _shape(module: Any, kind: Kind) -> tuple[int, int]:
     if kind == "linear":
         return module.in_features, module.out_features
     if kind == "conv1d":
-        return module.weight.shape[0], module.nf
+        return module.nx, module.nf
     if kind == "embedding":
         return module.num_embeddings, module.embedding_dim
     height, width = module.kernel_size
     return module.in_channels * height * width, module.out_channels
-
-
-_TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "projector",
-        re.compile(r"(^|\.)(\w*projector|mm_projection|connector|merger|\w*aligner|(visual|text)_projection)(\.|$)"),
-    ),
-    ("vision", re.compile(r"(^|\.)(vision\w*|visual\w*|image_encoder|img_encoder)(\.|$)")),
-)
-_STACK = re.compile(r"(^|\.)(encoder|decoder)\.")
-
-
-def name_towers(names: Sequence[str]) -> dict[str, str]:
-    """The tower of each module, judged over all of them: a name has a tower only beside another.
-
-    >>> name_towers(["vision_tower.layers.0.fc1", "model.layers.0.mlp.fc1"])
-    {'vision_tower.layers.0.fc1': 'vision', 'model.layers.0.mlp.fc1': 'language'}
-    >>> name_towers(["vit.layers.0.fc1"])
-    {'vit.layers.0.fc1': 'model'}
-    """
-    towers = {n: next((tower for tower, pattern in _TOWERS if pattern.search(n)), "language") for n in names}
-    if set(towers.values()) != {"language"} and len(set(towers.values())) > 1:
-        return towers
-    stacks = {n: found.group(2) if (found := _STACK.search(n)) else "model" for n in names}
-    if {"encoder", "decoder"} <= set(stacks.values()):
-        return stacks
-    return dict.fromkeys(names, "model")
-
-
-def name_block(name: str) -> int | None:
-    """The index of the transformer block a module sits in: the first number in its name that has parts below it.
-
-    >>> name_block("bert.encoder.layer.11.output.dense"), name_block("mm_projector.0")
-    (11, None)
-    """
-    parts = name.split(".")[:-1]
-    return next((int(part) for part in parts if part.isdigit()), None)
-
-
-# The first pattern found in the name gives its role; a name that fits none keeps its last part.
-_ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (role, re.compile(rf"(^|\.)({pattern})$"))
-    for role, pattern in (
-        ("qkv_proj", r"qkv|qkv_proj|Wqkv|c_attn|query_key_value|in_proj"),
-        ("q_proj", r"q_proj|query|q_lin|q|wq|q_attn"),
-        ("k_proj", r"k_proj|key|k_lin|k|wk"),
-        ("v_proj", r"v_proj|value|v_lin|v|wv"),
-        (
-            "o_proj",
-            r"o_proj|out_proj|out_lin|o|attn\.c_proj|attention\.output\.dense|(self_attention|attn|attention)\.(dense|proj)",
-        ),
-        ("gate_up_proj", r"gate_up_proj"),
-        ("gate_proj", r"gate_proj|wi_0|w1|w_gate"),
-        ("up_proj", r"up_proj|wi_1|w3"),
-        ("down_proj", r"down_proj|w2"),
-        ("fc1", r"fc1|c_fc|wi|lin1|fc_in|intermediate\.dense|dense_h_to_4h|ffn\.0"),
-        ("fc2", r"fc2|mlp\.c_proj|wo|lin2|fc_out|output\.dense|dense_4h_to_h|ffn\.2"),
-        ("pooler", r"pooler\.dense"),
-    )
-)
-_CROSS = re.compile(r"(^|\.)(cross\w*|encoder_attn|EncDecAttention)\.")
-
-
-def name_role(name: str) -> str:
-    """The projection a module is, in one vocabulary for all architectures; `cross_` before those of cross-attention.
-
-    >>> [name_role(n) for n in ("h.0.attn.c_proj", "h.0.mlp.c_proj", "encoder.layer.0.attention.self.query")]
-    ['o_proj', 'fc2', 'q_proj']
-    """
-    role = next((role for role, pattern in _ROLES if pattern.search(name)), name.rsplit(".", 1)[-1])
-    return f"cross_{role}" if _CROSS.search(name) else role

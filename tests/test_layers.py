@@ -14,7 +14,7 @@ PACKAGE = Path(rankscope.__file__).parent
 # One list a layer, its rows in order.
 LAYERS = [
     ["exceptions", "files", "user_code", "devices"],
-    ["targets", "allocation", "budget", "space"],
+    ["naming", "targets", "allocation", "budget", "space"],
     ["profiling", "adapters"],
     ["performance"],
     ["strategies", "tasks", "control", "training", "searching"],
@@ -23,8 +23,8 @@ LAYERS = [
 ]
 ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}
 
-# Methods that the public contract puts on RankAllocation; their work is done in adapters, imported when they are called.
-FACADES = {("allocation", "adapters")}
+# What the public contract puts on RankAllocation and find_targets but PEFT decides: done in adapters, imported when called.
+FACADES = {("allocation", "adapters"), ("targets", "adapters")}
 
 
 # The lazy facade and `python -m rankscope` stand outside the layers.

@@ -14,11 +14,13 @@ from rankscope.adapters.lora import (
 from rankscope.adapters.masks import RankMasks, masks_on
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
+from rankscope.adapters.selection import adapted_modules, refused_by_peft
 from rankscope.adapters.sidecar import restore_ranks, restore_ranks_on_load, save_ranks
 
 __all__ = [
     "RankMasks",
     "Resize",
+    "adapted_modules",
     "apply_allocation",
     "count_adapter_parameters",
     "from_lora_config",
@@ -26,6 +28,7 @@ __all__ = [
     "load_adapter",
     "masks_on",
     "ranks_of_adalora",
+    "refused_by_peft",
     "resize_adapters",
     "restore_ranks",
     "restore_ranks_on_load",

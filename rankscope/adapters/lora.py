@@ -13,7 +13,6 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
@@ -22,6 +21,7 @@ from rankscope.adapters.dormant import is_dormant
 from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
+from rankscope.adapters.selection import adapted_targets
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import replacing
@@ -101,11 +101,9 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> Ran
 
     Raises:
         AllocationError: The config adapts none of them.
+        TargetError: PEFT cannot apply the config, or needs the model to know its target modules.
     """
-    if config.target_modules == "all-linear":
-        matched = {t.name for t in targets if t.kind in ("linear", "conv1d")}
-    else:
-        matched = {t.name for t in targets if _truly_matches(config, t.name)}
+    matched = adapted_targets(config, targets)
     if not matched:
         raise AllocationError(
             f"`config` must adapt at least one of the {len(targets)} target modules, but adapts none."
@@ -201,9 +199,3 @@ def count_adapter_parameters(model: nn.Module) -> int:
 
 
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
-
-
-def _truly_matches(config: LoraConfig, name: str) -> bool:
-    """PEFT's check answers an excluded module with an object that is merely falsy by type."""
-    match = check_target_module_exists(config, name)
-    return bool(match) and type(match).__name__ != "_ExcludedModule"

@@ -25,14 +25,14 @@ from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
-from rankscope.profiling.layers import SUPPORTED, unwrapped
+from rankscope.profiling.layers import SUPPORTED
 from rankscope.profiling.observer import Observer, module_device
 from rankscope.profiling.processes import gathered, several, sum_over_processes
 from rankscope.profiling.restoring import frozen
 from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.profiling.table import tabulate
-from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts
+from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)

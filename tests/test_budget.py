@@ -1,7 +1,10 @@
 """Both projections onto a budget: feasible, tight, independent of order, and against independent references."""
 
 import itertools
+import logging
 import re
+from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -222,6 +225,16 @@ FIRST = VIT[0].name
         ({"min_rank": 5, "max_rank": 4, "budget": 10**6}, f"`min_rank` must not exceed `max_rank` or the full rank of `{FIRST}` (4), but got 5."),
         ({"min_rank": -1}, "`min_rank` must not be negative, but got -1."),
         ({"max_rank": {"nowhere": 1}}, "`max_rank` must name target modules only, but names 'nowhere'."),
+        ({"min_rank": 1.5}, "`min_rank` must be a whole number, but got 1.5."),
+        ({"max_rank": True}, "`max_rank` must be a whole number, but got True."),
+        ({"max_rank": float("nan")}, "`max_rank` must be a whole number, but got nan."),
+        ({"max_rank": {FIRST: "x"}}, f"`max_rank` of `{FIRST}` must be a whole number, but got 'x'."),
+        ({"min_rank": {FIRST: [1]}}, f"`min_rank` of `{FIRST}` must be a whole number, but got [1]."),
+        ({"min_rank": {3: 1}}, "`min_rank` must name target modules only, but names 3."),
+        ({"min_rank": -(10**400)}, "`min_rank` must not be negative, but got an integer of 401 digits."),
+        ({"scores": {**ONES, FIRST: "x"}}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
+        ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: [[1.0]]}}, f"`gains` of `{FIRST}` must be a list of finite numbers that are not negative."),
+        ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: ["x"]}}, f"`gains` of `{FIRST}` must be a list of finite numbers that are not negative."),
         ({"targets": ()}, "`targets` must hold at least one target module, but is empty."),
         ({"scores": {}}, f"`scores` must cover every target module, but `{FIRST}` is missing."),
         ({"scores": dict.fromkeys(ONES, 0.0)}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
@@ -254,7 +267,154 @@ def test_a_whole_budget_becomes_an_int(limit: float) -> None:
     assert repr(rs.ParameterBudget(limit)) == "ParameterBudget(limit=5)"
 
 
+@pytest.mark.parametrize("bound", [64, 64.0, np.int64(64), 10**30, 10**400])
+def test_bounds_may_be_any_whole_number(bound: float) -> None:
+    full = rs.ParameterBudget.uniform(VIT, 64)
+    assert set(rs.allocate("uniform", targets=VIT, budget=full, max_rank=bound).vector) == {64}
+
+
 def test_uniform_budget() -> None:
     assert rs.ParameterBudget.uniform(VIT, 2) == rs.ParameterBudget(2 * 6_912)
-    with pytest.raises(BudgetError, match=r"^`rank` must be at least 1, but got 0\.$"):
-        rs.ParameterBudget.uniform(VIT, 0)
+    assert rs.ParameterBudget.uniform(VIT, np.int64(2)) == rs.ParameterBudget.uniform(VIT, 2.0)
+    with pytest.raises(BudgetError, match=r"^`targets` must hold at least one target module, but is empty\.$"):
+        rs.ParameterBudget.uniform((), 2)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True, float("nan"), "8", None])
+def test_a_uniform_rank_is_a_positive_whole_number(rank: object) -> None:
+    message = f"`rank` must be a whole number of at least 1, but got {rank!r}."
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        rs.ParameterBudget.uniform(VIT, rank)
+
+
+def test_ranks_above_full_rank_count_as_full_rank_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    targets = (
+        rs.TargetModule(name="q", in_features=64, out_features=64),
+        rs.TargetModule(name="router", in_features=64, out_features=3),
+    )
+    with caplog.at_level(logging.WARNING):
+        budget = rs.ParameterBudget.uniform(targets, 32)
+    assert budget.limit == 32 * 128 + 3 * 67
+    assert caplog.messages == [
+        "rank 32 is above the full rank of 1 of 2 target modules, as of `router` (3); "
+        "the budget counts their full rank: 4,297 parameters."
+    ]
+    assert rs.allocate("uniform", targets=targets, budget=budget).vector == (32, 3)
+
+
+@pytest.mark.parametrize("limit", [10**7, 1e30, 10**400])
+def test_a_budget_above_full_rank_is_said(limit: float, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = rs.allocate("uniform", targets=VIT, budget=rs.ParameterBudget(limit))
+    assert set(found.vector) == {64}
+    [message] = caplog.messages
+    assert re.fullmatch(
+        r"`budget` is .{1,30} parameters, but 36 target modules hold 442,368 at full rank; the rest stays unused: "
+        r"lower it, or add targets\.",
+        message,
+    )
+
+
+# --- ties --------------------------------------------------------------------------------------------------------
+
+
+def grid(n_blocks: int, n_roles: int, *, experts: int = 1, cost: int = 12) -> tuple[rs.TargetModule, ...]:
+    return tuple(
+        rs.TargetModule(
+            name=f"layers.{b}.{r}.{e}", in_features=cost // 2, out_features=cost // 2, block=b, role=f"role{r}"
+        )
+        for b in range(n_blocks)
+        for r in range(n_roles)
+        for e in range(experts)
+    )
+
+
+def differ_by_at_most_one(counts: list[int]) -> bool:
+    return max(counts) - min(counts) <= 1
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.data())
+def test_what_uniform_leaves_over_is_spread_over_blocks_and_roles(
+    n_blocks: int, n_roles: int, data: st.DataObject
+) -> None:
+    targets = grid(n_blocks, n_roles)
+    units = data.draw(st.integers(1, 3 * len(targets)))
+    ranks = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget(12 * units)).vector
+    assert sum(ranks) == units
+    assert differ_by_at_most_one(ranks)
+    for key in ("block", "role"):
+        counts = Counter({getattr(t, key): 0 for t in targets})
+        for target, rank in zip(targets, ranks, strict=True):
+            counts[getattr(target, key)] += rank
+        assert differ_by_at_most_one(list(counts.values()))
+
+
+@given(st.integers(2, 12), st.integers(1, 6), st.integers(1, 9), st.randoms(use_true_random=False), st.data())
+def test_names_do_not_decide(n_blocks: int, n_roles: int, units: int, random: object, data: st.DataObject) -> None:
+    """Modules under other names, in another order: the same blocks and roles get the ranks, with gains as with scores."""
+    targets = grid(n_blocks, n_roles)
+    budget = rs.ParameterBudget(12 * units)
+    names = [f"m{i}" for i in range(len(targets))]
+    random.shuffle(names)
+    renamed = [replace(t, name=name) for t, name in zip(targets, names, strict=True)]
+    random.shuffle(renamed)
+    for project, flat in ((allocate_proportional, 1.0), (allocate_marginal, [3.0, 2.0, 1.0])):
+        found = project(targets, {t.name: flat for t in targets}, budget)
+        again = project(renamed, {t.name: flat for t in renamed}, budget)
+        place = {(t.block, t.role): rank for t, rank in zip(again.targets, again.vector, strict=True)}
+        assert [place[t.block, t.role] for t in found.targets] == list(found.vector)
+
+
+def test_a_quarter_of_a_rank_reaches_all_depths_roles_and_towers() -> None:
+    vision = [replace(t, name=f"v.{t.name}", tower="vision") for t in grid(8, 4)]
+    language = [replace(t, name=f"l.{t.name}", tower="language") for t in grid(24, 7)]
+    projector = [rs.TargetModule(name=f"p.{i}", in_features=6, out_features=6, tower="projector") for i in range(4)]
+    targets = (*vision, *language, *projector)
+    found = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget(12 * len(targets) // 4))
+    taken = [t for t, rank in zip(targets, found.vector, strict=True) if rank]
+    assert Counter(t.tower for t in taken) == {"vision": 8, "language": 42, "projector": 1}
+    for tower, n_blocks in (("vision", 8), ("language", 24)):
+        assert {t.block for t in taken if t.tower == tower} == set(range(n_blocks))
+    for role in {t.role for t in language}:  # six of 24 blocks each, and no gap of half the depth
+        blocks = sorted(t.block for t in taken if t.tower == "language" and t.role == role)
+        assert len(blocks) == 6
+        assert max(np.diff([-1, *blocks, 24])) <= 9
+
+
+@pytest.mark.parametrize("n_blocks", [12, 16, 24, 28, 30, 32, 36, 40, 48, 80])
+def test_the_first_few_ranks_are_spread_over_depth(n_blocks: int) -> None:
+    """The first n ranks of a column of blocks leave no gap wider than three times the even one."""
+    for n_roles in (1, 4, 6, 7):
+        targets = grid(n_blocks, n_roles)
+        for units in range(2, n_blocks + 1):
+            found = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget(12 * units))
+            blocks = sorted(t.block for t, rank in zip(targets, found.vector, strict=True) if rank)
+            assert max(np.diff([*blocks, blocks[0] + n_blocks])) <= max(3 * n_blocks / units, 2)
+
+
+def test_experts_share_what_is_left() -> None:
+    """Of 4 attention roles and 3 x 8 experts a block, a quarter: one attention role and 6 experts, not the same ones everywhere."""
+    targets = (*grid(6, 4), *(replace(t, name=f"e.{t.name}", role=f"expert{t.role}") for t in grid(6, 3, experts=8)))
+    found = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget(12 * len(targets) // 4))
+    taken = [t for t, rank in zip(targets, found.vector, strict=True) if rank]
+    assert Counter(t.block for t in taken) == dict.fromkeys(range(6), 7)
+    assert {t.role for t in taken} == {t.role for t in targets}
+    experts = Counter(t.name.rsplit(".", 1)[-1] for t in taken if t.role.startswith("expert"))
+    assert max(experts.values()) < 2 * 36 / 8
+
+
+@given(inventories(), st.data())
+def test_integer_uniform_ranks_are_whole(targets: tuple, data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, 20))
+    found = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, rank))
+    assert found.vector == tuple(min(rank, t.full_rank) for t in targets)
+
+
+def test_gains_up_to_full_rank_are_read_as_far_as_they_matter() -> None:
+    """The one module that takes 900 ranks gets them, whatever the mean; what no rank reaches is not looked at."""
+    targets = grid(40, 5, cost=2048)
+    steep = {t.name: 1e-3 / np.arange(1.0, 1025.0) for t in targets}
+    steep[targets[7].name] = 2.0 - np.arange(1024) / 1024
+    found = allocate_marginal(targets, steep, rs.ParameterBudget(2048 * 1000))
+    assert found.vector[7] == 1000
+    assert sum(found.vector) == 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,12 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, spearmanr
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.ensemble import ExtraTreesRegressor
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
-from sklearn.neural_network import MLPRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import PowerTransformer, StandardScaler
+from sklearn.preprocessing import PowerTransformer
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from rankscope.exceptions import PerformanceModelError
@@ -26,23 +21,9 @@ from rankscope.performance.regression import HierarchicalRegressor
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-HIERARCHICAL = "hierarchical"
 PROFILE_MEAN = 0.15  # standard deviations of the metric that one of a profile term's is expected to bring
 PROFILE_SHARE = 10.0  # how much more than of another level the prior expects of the profile's terms
 GROWTH = 1.2  # transform and variances are estimated again once there are so many times the observations
-
-ALTERNATIVES: Mapping[str, Callable[[int], Any]] = {
-    "gp": lambda seed: make_pipeline(
-        StandardScaler(),
-        GaussianProcessRegressor(
-            ConstantKernel() * Matern(10.0, (1.0, 1e3), nu=2.5) + WhiteKernel(0.5), normalize_y=True, random_state=seed
-        ),
-    ),
-    "extra-trees": lambda seed: ExtraTreesRegressor(300, min_samples_leaf=2, random_state=seed),
-    "mlp": lambda seed: make_pipeline(
-        StandardScaler(), MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=1000, random_state=seed)
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,29 +47,20 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Regression from ranks to the metric.
 
     The metric is made normal first (Yeo and Johnson 2000): a few allocations that starve a module would otherwise count
-    for more than all differences among good ones. The default regressor is linear in concave gains of the ranks
-    (`features.py`), with a hierarchical prior (`regression.py`), so that the allocation with the highest value is found
-    exactly by water-filling on `utilities()`.
+    for more than all differences among good ones. The regression is linear in concave gains of the ranks (`features.py`),
+    with a hierarchical prior (`regression.py`), so that the allocation with the highest value is found exactly by
+    water-filling on `utilities()`.
 
     Args:
         features: Of the target modules and the budget.
-        regressor: `"hierarchical"`, `"gp"`, `"extra-trees"` or `"mlp"`.
-        random_state: Seed of the alternatives.
 
     Attributes:
-        regressor_: The fitted scikit-learn regressor.
+        regressor_: The fitted `HierarchicalRegressor`.
         conditions_: The conditions seen, in order.
     """
 
-    def __init__(
-        self,
-        features: RankFeatures,
-        regressor: str = HIERARCHICAL,
-        random_state: int = 0,
-    ) -> None:
+    def __init__(self, features: RankFeatures) -> None:
         self.features = features
-        self.regressor = regressor
-        self.random_state = random_state
 
     def fit(
         self,
@@ -106,7 +78,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             conditions: What else differs between observations, as their learning rates; each gets an offset. (n,).
 
         Raises:
-            PerformanceModelError: Fewer than two observations, values that are not finite, or an unknown regressor.
+            PerformanceModelError: Fewer than two observations, or values that are not finite.
         """
         self._data = self._checked(ranks, y, sample_weight, conditions)
         self._estimated_at = 0  # observations when the variances were last estimated
@@ -144,7 +116,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """Central interval of the metric, (n,) and (n,): of its expectation, or of a measurement over so many repeats."""
         mean, deviation = self._predict_normal(ranks)
         if repeats is not None:
-            deviation = np.sqrt(deviation**2 + self._hierarchical().variances_["noise"] / repeats)
+            deviation = np.sqrt(deviation**2 + self._fitted().variances_["noise"] / repeats)
         half = norm.ppf(0.5 + confidence / 2.0) * deviation
         return self._back(mean - half), self._back(mean + half)
 
@@ -154,7 +126,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         In units of the transformed metric, whose standard deviation over the observations is 1.
         """
         rows = self._rows(ranks) - self._rows(reference)
-        found: tuple[Floats, Floats] = self._hierarchical().predict(rows, return_std=True)
+        found: tuple[Floats, Floats] = self._fitted().predict(rows, return_std=True)
         return found
 
     def score(self, ranks: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
@@ -172,7 +144,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             y: Their mean metrics, (n,).
             repeats: Measurements behind each mean.
         """
-        regressor = self._hierarchical()
+        regressor = self._fitted()
         mean, covariance = regressor.predict(self._rows(ranks), return_cov=True)
         if self._scaler is None:
             return self._back(mean)
@@ -187,7 +159,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def effects(self) -> list[Effect]:
         """The coefficients of the features, in their order, with what is not known of them."""
-        regressor = self._hierarchical()
+        regressor = self._fitted()
         n = len(self.features.names)
         mean, deviation = regressor.predict(np.eye(regressor.n_features_in_)[:n], return_std=True)
         return [
@@ -197,7 +169,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def utilities(self) -> dict[str, Floats]:
         """The posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
-        return self._read(self._hierarchical().coef_)[0]
+        return self._read(self._fitted().coef_)[0]
 
     def sample_utilities(self, rng: np.random.Generator) -> dict[str, Floats]:
         """The same, of one draw from the posterior."""
@@ -205,7 +177,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def sample(self, rng: np.random.Generator) -> tuple[dict[str, Floats], Any]:
         """One draw from the posterior: the marginal gains, and the condition that is best in it."""
-        return self._read(self._hierarchical().sample(rng))
+        return self._read(self._fitted().sample(rng))
 
     @property
     def constant(self) -> bool:
@@ -215,7 +187,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     @property
     def best_condition(self) -> Any:
         """The condition with the highest offset in the posterior mean."""
-        return self._read(self._hierarchical().coef_)[1]
+        return self._read(self._fitted().coef_)[1]
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -251,27 +223,17 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             self._scaler = PowerTransformer().fit(y[:, None]) if np.ptp(y) > 1e-12 * np.abs(y).max() else None
         target = y * 0.0 if self._scaler is None else self._scaler.transform(y[:, None]).ravel()
         rows = self.features.transform(ranks)
-        if self.regressor != HIERARCHICAL:
-            self._refit_alternative(rows, target)
-            return self
         columns = np.array([[c == condition for condition in self.conditions_] for c in conditions], dtype=np.float64)
         offsets = 1 + len(self.conditions_)
         self.regressor_ = HierarchicalRegressor(
             levels=[*self.features.levels, "intercept", *["condition"] * len(self.conditions_)],
             means=np.append(self._expectations(rows), np.zeros(offsets)),
             shares={"profile": PROFILE_SHARE},
-            variances=None if due else self._hierarchical().variances_,
+            variances=None if due else self._fitted().variances_,
         ).fit(np.hstack([rows, np.ones((len(rows), 1)), columns]), target, weight)
         if due and not self.constant:
             self._estimated_at = len(y)
         return self
-
-    def _refit_alternative(self, rows: Floats, target: Floats) -> None:
-        if self.regressor not in ALTERNATIVES:
-            raise PerformanceModelError(
-                f"`regressor` must be one of {HIERARCHICAL}, {', '.join(ALTERNATIVES)}, but got {self.regressor!r}."
-            )
-        self.regressor_ = ALTERNATIVES[self.regressor](self.random_state).fit(rows, target)
 
     def _expectations(self, rows: Floats) -> Floats:
         """Prior mean of each coefficient: the profile's terms are expected to help, of everything else nothing is."""
@@ -282,30 +244,18 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return means
 
     def _predict_normal(self, ranks: ArrayLike) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the transformed metric.
-
-        Raises:
-            PerformanceModelError: The regressor gives no standard deviation.
-        """
-        check_is_fitted(self, "regressor_")
-        if self.regressor not in (HIERARCHICAL, "gp"):
-            raise PerformanceModelError(
-                f"`regressor` must be {HIERARCHICAL!r} or 'gp' for a standard deviation, but is {self.regressor!r}."
-            )
-        found: tuple[Floats, Floats] = self.regressor_.predict(self._rows(ranks), return_std=True)
+        """Mean and standard deviation of the transformed metric."""
+        found: tuple[Floats, Floats] = self._fitted().predict(self._rows(ranks), return_std=True)
         return found
 
     def _predictions(self, ranks: ArrayLike) -> Floats:
         """Mean of the transformed metric."""
-        check_is_fitted(self, "regressor_")
-        found: Floats = self.regressor_.predict(self._rows(ranks))
+        found: Floats = self._fitted().predict(self._rows(ranks))
         return found
 
     def _rows(self, ranks: ArrayLike) -> Floats:
         """The regressor's columns; conditions count evenly."""
         rows = self.features.transform(ranks)
-        if self.regressor != HIERARCHICAL:
-            return rows
         n = len(self.conditions_)
         return np.hstack([rows, np.ones((len(rows), 1)), np.full((len(rows), n), 1.0 / n)])
 
@@ -318,10 +268,6 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             found: Floats = self._scaler.inverse_transform(values[:, None]).ravel()
         return np.where(np.isfinite(found), found, np.where(values > 0, y.max(), y.min()))
 
-    def _hierarchical(self) -> HierarchicalRegressor:
+    def _fitted(self) -> HierarchicalRegressor:
         check_is_fitted(self, "regressor_")
-        if not isinstance(self.regressor_, HierarchicalRegressor):
-            raise PerformanceModelError(
-                f"`regressor` must be {HIERARCHICAL!r} for utilities and draws, but is {self.regressor!r}."
-            )
         return self.regressor_

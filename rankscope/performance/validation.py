@@ -13,7 +13,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import PowerTransformer
 
-from rankscope.performance.model import HIERARCHICAL, PerformanceModel
+from rankscope.performance.model import PerformanceModel
 
 Floats = NDArray[np.float64]
 
@@ -34,8 +34,8 @@ class Validation:
         top_regret: How far the best of the five predicted best falls short of the best, over how far the mean does.
         profile_top_regret: The same of the profile alone; None without a profile.
         ceiling: What Spearman's correlation could reach at most, because the metric itself is noisy; None if unknown.
-        coverage: Share of measurements inside the model's 80 % intervals; None for models without, and under several conditions,
-            over which intervals are averaged.
+        coverage: Share of measurements inside the model's 80 % intervals; None under several conditions, over which intervals
+            are averaged.
     """
 
     allocations: int
@@ -112,9 +112,8 @@ def validate(
         predicted[test] = fitted.predict(table[test])
         if alone is not None:
             by_profile[test] = clone(alone, safe=False).fit(*known).predict(table[test])
-        if model.regressor == HIERARCHICAL:
-            low, high = fitted.interval(table[test], 0.8, repeats=float(weight[test].mean()))
-            inside[test] = (low <= metric[test]) & (metric[test] <= high)
+        low, high = fitted.interval(table[test], 0.8, repeats=float(weight[test].mean()))
+        inside[test] = (low <= metric[test]) & (metric[test] <= high)
     even = _at_one_condition(metric, labels)
     rows: Floats = model.features.transform(table)
     column = [i for i, name in enumerate(model.features.names) if name == "profile/norm"]
@@ -128,7 +127,7 @@ def validate(
         top_regret=top_regret(predicted, even),
         profile_top_regret=top_regret(rows[:, column[0]], even) if column else None,
         ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / even.var()))),
-        coverage=float(inside.mean()) if model.regressor == HIERARCHICAL and len(set(labels)) == 1 else None,
+        coverage=float(inside.mean()) if len(set(labels)) == 1 else None,
     )
 
 

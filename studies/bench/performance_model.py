@@ -22,7 +22,14 @@ from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
+from sklearn.base import RegressorMixin
+from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.linear_model import BayesianRidge
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PowerTransformer, StandardScaler
 
 from rankscope.benchmark import RankBench
 from rankscope.performance import PerformanceModel, RankFeatures, rank_features
@@ -31,7 +38,6 @@ TABLES = {"digits-shift, rank 1": ("digits-shift", 1, 84), "digits-shift, rank 2
           "digits-shift, rank 4": ("digits-shift", 4, 84)}  # fmt: skip
 SIZES = (25, 50, 100)
 Floats = NDArray[np.float64]
-MODELS = ("hierarchical", "gp", "extra-trees", "mlp")
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
@@ -83,19 +89,33 @@ def judge(name: str, draw: int, quick: bool) -> dict[tuple[Any, ...], float]:
 
         sets = {"": features} if quick else {"": features, **subsets(features)}
         for label, columns in sets.items():
-            for regressor in ("hierarchical",) if quick or label else MODELS:
-                model = PerformanceModel(columns, regressor=regressor).fit(table.ranks[train], measured[train])
-                scores[name, regressor + label, n, "kendall"] = tau(model.predict(table.ranks[test]))
-                if regressor == "hierarchical" and not label:
-                    low, high = model.interval(table.ranks[test], 0.8, repeats=1)
-                    inside = (low <= measured[test]) & (measured[test] <= high)
-                    scores[name, regressor, n, "coverage"] = float(inside.mean())
+            model = PerformanceModel(columns).fit(table.ranks[train], measured[train])
+            scores[name, "hierarchical" + label, n, "kendall"] = tau(model.predict(table.ranks[test]))
+            if not label:
+                low, high = model.interval(table.ranks[test], 0.8, repeats=1)
+                inside = (low <= measured[test]) & (measured[test] <= high)
+                scores[name, "hierarchical", n, "coverage"] = float(inside.mean())
+        rows = features.transform(table.ranks)
+        normal = PowerTransformer().fit_transform(measured[train, None]).ravel()
+        for label, regressor in {} if quick else alternatives().items():
+            scores[name, label, n, "kendall"] = tau(regressor.fit(rows[train], normal).predict(rows[test]))
         ridge = BayesianRidge().fit(table.ranks[train], measured[train])
         scores[name, "BayesianRidge, raw ranks", n, "kendall"] = tau(ridge.predict(table.ranks[test]))
         profile = features.transform(table.ranks[test])[:, features.names.index("profile/norm")]
         scores[name, "profile alone", n, "kendall"] = tau(profile)
         scores[name, "one measurement of the same allocations", n, "kendall"] = tau(measured[test])
     return scores
+
+
+def alternatives() -> dict[str, RegressorMixin]:
+    """Other regressors on the same features, of the metric made normal."""
+    kernel = ConstantKernel() * Matern(10.0, (1.0, 1e3), nu=2.5) + WhiteKernel(0.5)
+    network = MLPRegressor(hidden_layer_sizes=(64, 64), max_iter=1000, random_state=0)
+    return {
+        "gp": make_pipeline(StandardScaler(), GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)),
+        "extra-trees": ExtraTreesRegressor(300, min_samples_leaf=2, random_state=0),
+        "mlp": make_pipeline(StandardScaler(), network),
+    }
 
 
 def shares(features: RankFeatures) -> Floats:

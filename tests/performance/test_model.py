@@ -133,14 +133,6 @@ def test_conditions_get_offsets(features: RankFeatures, ranks: np.ndarray) -> No
     assert model.score(ranks[::2], y[::2]) > 0.95
 
 
-@pytest.mark.parametrize("regressor", ["gp", "extra-trees", "mlp"])
-def test_alternatives_predict_but_have_no_utilities(features: RankFeatures, ranks: np.ndarray, regressor: str) -> None:
-    model = PerformanceModel(features, regressor=regressor).fit(ranks[:80], worth(ranks[:80]))
-    assert model.score(ranks[80:], worth(ranks[80:])) > {"mlp": 0.0}.get(regressor, 0.4)
-    with pytest.raises(PerformanceModelError, match="`regressor` must be 'hierarchical'"):
-        model.utilities()
-
-
 def test_validation_tells_a_good_model_from_noise(features: RankFeatures, ranks: np.ndarray) -> None:
     good = validate(PerformanceModel(features), ranks, worth(ranks), noise_variance=0.0)
     assert good is not None
@@ -200,8 +192,6 @@ def test_bad_input(features: RankFeatures, ranks: np.ndarray) -> None:
         PerformanceModel(features).fit(ranks[:3], [0.5, np.nan, 0.4])
     with pytest.raises(PerformanceModelError, match="a column for each of 12 modules"):
         PerformanceModel(features).fit(ranks[:3, :5], [0.5, 0.6, 0.4])
-    with pytest.raises(PerformanceModelError, match="`regressor` must be one of hierarchical, gp"):
-        PerformanceModel(features, regressor="svr").fit(ranks[:3], [0.5, 0.6, 0.4])
     constant = PerformanceModel(features).fit(ranks[:9], np.full(9, 0.7))
     np.testing.assert_allclose(constant.predict(ranks[:3]), 0.7)
 

@@ -179,10 +179,8 @@ def activation(request: Request) -> RankAllocation:
     The gain of rank r is the share of the r-th principal component in the variance of the module's inputs.
     """
     profile = request.profiled()
-    variance = profile.column("activation_variance")
-    return request.marginal(
-        {name: values / max(variance[name], _TINY) for name, values in profile.lists("activation_values").items()}
-    )
+    variance, values = profile.column("activation_variance"), profile.input_variances()
+    return request.marginal({t.name: values[t.name] / max(variance[t.name], _TINY) for t in request.targets})
 
 
 def one_shot(request: Request) -> RankAllocation:
@@ -228,7 +226,7 @@ def blend(request: Request) -> RankAllocation:
 
 def _signal_norms(profile: Profile) -> dict[str, float]:
     """The gradient's norm without the batches' noise."""
-    shares = profile.column("signal_share")
+    shares = profile.signal_shares()
     return {name: norm * math.sqrt(shares[name]) for name, norm in profile.column("gradient_norm").items()}
 
 

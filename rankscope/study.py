@@ -16,7 +16,6 @@ from rankscope.comparison.comparing import DEFAULT_METHODS
 from rankscope.control import ControllerConfig, Policy
 from rankscope.exceptions import StudyError
 from rankscope.performance import PerformanceModel
-from rankscope.profiling.sketch import SKETCH_SIZE
 from rankscope.searching.confirmation import CONFIRM_FRACTION
 from rankscope.targets import TargetModule
 from rankscope.training import TrainingConfig
@@ -53,7 +52,7 @@ class ProfileSection(_Section):
 
     batches: int | None = Field(None, ge=2)
     head_steps: int = Field(100, ge=0)
-    sketch_size: int = Field(SKETCH_SIZE, ge=2)
+    sketch_size: int | None = Field(None, ge=2)
     tolerance: float | None = Field(None, ge=0)
     keep_directions: int = Field(0, ge=0)
 

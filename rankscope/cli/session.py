@@ -104,6 +104,7 @@ class Session:
                 targets=self.targets,
                 n_batches=section.batches,
                 head_steps=section.head_steps,
+                budget=self.budget,
                 sketch_size=section.sketch_size,
                 tolerance=section.tolerance,
                 keep_directions=section.keep_directions,

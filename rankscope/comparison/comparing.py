@@ -130,7 +130,7 @@ def compare(
     names = list(dict.fromkeys([REFERENCE, *methods]))
     _check(seeds, tuning_seeds)
     if profile is None and need_profile(names):
-        profile = profile_task(task, targets=targets)
+        profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
     terms = Terms(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ROWS = 256  # of a weight at a time, to save memory
+_ROUNDING = 1e-7  # of float32 sums: less than this share of the energy is not an estimate
 POOLED_BATCHES = 8  # the share of all modules together counts as much as this many batches of one's own
 
 
@@ -69,6 +72,51 @@ def signal_shares(signal: NDArray[np.float64], energy: NDArray[np.float64], n_ba
     weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
     shares = weight * np.clip(own, 0.0, 1.0) + (1.0 - weight) * np.clip(pooled, 0.0, 1.0)
     return np.asarray(shares, dtype=np.float64)
+
+
+def energy_tail(
+    energies: NDArray[np.float64], total: float, size: int, length: int | None = None
+) -> NDArray[np.float64]:
+    """Estimates the spectrum beyond its leading k energies from what they leave of the total: a decreasing power law.
+
+    The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 is the one
+    at which indices k + 1 to `size` sum to what is left, so the tail does not increase, starts at or below e_k, and has the
+    right total. Where even a flat tail at e_k holds less than is left (a sketch underrates its last values), it is flat.
+
+    Args:
+        energies: (k,) leading squared singular values, or eigenvalues of a covariance; not increasing.
+        total: Of the whole spectrum. What is left must exceed float32's rounding of it, or the tail is zero.
+        size: How many the whole spectrum has.
+        length: Up to which index to go; default: `size`.
+
+    Returns:
+        The energies of indices k + 1 to `length`; empty where k is as large.
+
+    >>> energies = 1.0 / np.arange(1, 101) ** 1.5
+    >>> energy_tail(energies[:40], energies.sum(), 100)[[0, 9, 59]].round(5), energies[[40, 49, 99]].round(5)
+    (array([0.00381, 0.00283, 0.001  ]), array([0.00381, 0.00283, 0.001  ]))
+    """
+    k, last = len(energies), float(energies[-1]) if len(energies) else 0.0
+    tail = np.zeros(max(min(size, length if length is not None else size) - k, 0))
+    left = total - float(np.sum(energies))
+    if not (tail.size and last > 0 and left > _ROUNDING * total):
+        return tail
+    share = left / last / k  # what the integral of x^-a has to be, x in units of k
+    edges = np.log((np.arange(k, k + tail.size + 1) + 0.5) / k)
+    start, end = float(edges[0]), math.log((size + 0.5) / k)
+    if share >= _power_integral(0.0, start, end):
+        return np.full_like(tail, last)
+    low, high = 0.0, 1e3 * k  # at the highest exponent nothing is left
+    for _ in range(80):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if _power_integral(middle, start, end) > share else (low, middle)
+    return np.asarray(last * k * _power_integral(high, edges[:-1], edges[1:]), dtype=np.float64)
+
+
+def _power_integral(exponent: float, start: Any, end: Any) -> Any:
+    """The integral of x^-exponent from e^start to e^end, elementwise."""
+    b = (1.0 - exponent) or 1e-12  # as good as the logarithm
+    return np.exp(b * start) * np.expm1(b * (end - start)) / b
 
 
 def effective_rank(values: Tensor) -> float:

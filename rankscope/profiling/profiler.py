@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import rankscope
+from rankscope.budget import ParameterBudget
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
@@ -29,7 +30,7 @@ from rankscope.profiling.layers import SUPPORTED
 from rankscope.profiling.observer import Observer, module_device
 from rankscope.profiling.processes import gathered, several, sum_over_processes
 from rankscope.profiling.restoring import frozen
-from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, is_finite
+from rankscope.profiling.sketch import RandomMatrices, choose_sketch_size, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.profiling.table import tabulate
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
@@ -48,7 +49,8 @@ def profile(
     head: Sequence[str] = (),
     head_steps: int = 100,
     head_batches: Iterable[Any] | None = None,
-    sketch_size: int = SKETCH_SIZE,
+    budget: ParameterBudget | None = None,
+    sketch_size: int | None = None,
     tolerance: float | None = None,
     keep_directions: int = 0,
     max_skipped: float = 0.1,
@@ -76,7 +78,11 @@ def profile(
         head_steps: AdamW steps on each head.
         head_batches: Batches to train the head on; default: each half of `batches` is profiled behind a head that was
             trained on the other half, since a head that has fitted a batch leaves only noise in its gradient.
-        sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are found.
+        budget: That allocations will have: the sketches grow with it.
+        sketch_size: Columns k of the narrow sketch; the wide one has 4 k rows. So many singular values are measured; those
+            beyond are estimated (see `Profile.spectra`). Default: twice the mean rank of `budget`, and 56 at least, if all
+            sketches together take no more than a quarter of the memory of the model's weights, or 1 GiB; else the largest
+            size that does, which a warning says.
         tolerance: Stop once the leading 8 singular values move by no more than this share between looks; default: never.
         keep_directions: Keep so many leading left and right singular vectors of each module, to initialise adapters from.
         max_skipped: The largest share of batches that may be skipped because their loss is NaN or infinite.
@@ -100,7 +106,8 @@ def profile(
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
     targets, skipped = _profiled(model, targets)
     modules = _modules(model, targets)
-    matrices = RandomMatrices(k=sketch_size, seed=seed)
+    wanted, size = (sketch_size, sketch_size) if sketch_size else _sketch_size(model, targets, budget)
+    matrices = RandomMatrices(k=size, seed=seed)
     observer = Observer(targets, modules, matrices)
     tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
     with ExitStack() as stack:
@@ -137,7 +144,8 @@ def profile(
         "loss": tally.loss,
         "seed": seed,
         "head_steps": head_steps if head else 0,
-        "sketch_size": sketch_size,
+        "sketch_size": size,
+        "sketch_wanted": wanted,
         "versions": {"rankscope": rankscope.__version__, **{name: version(name) for name in ("torch", "transformers")}},
     }
     return Profile(frame, metadata)
@@ -228,6 +236,20 @@ def _check_taken(observer: Observer) -> list[str]:
             f"the gradient at `{broken[0]}` must be finite, but is not; check the loss, or use float32 or bfloat16."
         )
     return silent
+
+
+def _sketch_size(model: nn.Module, targets: Sequence[TargetModule], budget: ParameterBudget | None) -> tuple[int, int]:
+    """The sketch size that a budget asks for, and what of it the memory bound leaves."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    wanted, size = choose_sketch_size(targets, budget.limit if budget else None, weights)
+    if size < wanted:
+        logger.warning(
+            "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
+            "model's weights; singular values beyond are estimated",
+            size,
+            wanted,
+        )
+    return wanted, size
 
 
 # --- the model ---------------------------------------------------------------------------------------------------

@@ -13,14 +13,23 @@ over the deltas and no memory, and on real gradients reconstructs as well as a G
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-SKETCH_SIZE = 56  # k, by default
+from rankscope.targets import TargetModule
+
+SKETCH_SIZE = 56  # k, at least, if memory allows
+LEAST_SIZE = 8  # whatever memory allows
+SKETCH_SHARE = 0.25  # of the bytes that the model's weights take
+SKETCH_BYTES = 2**30  # that sketches may take in any case
 Increment = tuple[Tensor, ...]
 
 
@@ -222,6 +231,32 @@ class SketchedGradient:
             torch.mul(part, signs, out=padded[:, :long])
             pieces.append(padded.view(len(part), -1, l).sum(dim=1))
         return torch.cat(pieces)
+
+
+def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weight_bytes: int) -> tuple[int, int]:
+    """The size k that a budget asks for, and the largest of it that fits the memory bound.
+
+    Asked for are twice the mean rank of a budget, and 56 at least. All sketches together may take a quarter of the memory of
+    the model's weights, or 1 GiB where that is more; below a size of 8 they do not shrink.
+
+    Args:
+        targets: The target modules.
+        limit: The budget, in adapter parameters; None: 56 will do.
+        weight_bytes: Of the model's weights.
+    """
+    mean_rank = 0.0 if limit is None else limit / max(sum(target.rank_cost for target in targets), 1)
+    wanted = max(SKETCH_SIZE, min(math.ceil(2 * mean_rank), max(target.full_rank for target in targets)))
+    sides = np.array([sorted((t.in_features, t.out_features)) for t in targets], dtype=np.float64)
+    bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES)
+    larger = range(LEAST_SIZE + 1, wanted + 1)
+    return wanted, LEAST_SIZE + bisect.bisect_right(larger, bound, key=lambda size: _sketch_bytes(sides, size))
+
+
+def _sketch_bytes(sides: NDArray[np.float64], size: int) -> float:
+    """Memory of all gradient stores of one size; `sides` are (n, 2), the shorter first."""
+    whole = sides.prod(axis=1)
+    sketch = size * sides[:, 1] + 4 * size * sides[:, 0]
+    return 4.0 * float(np.where(2 * sketch > whole, whole, sketch).sum())
 
 
 def new_gradient_store(

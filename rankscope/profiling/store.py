@@ -30,12 +30,15 @@ Columns, one row a target module, in the model's order:
 
 Key-value metadata, under `rankscope`: a JSON object with `schema`, `model` (fingerprint of the target modules),
 `weights` and `data` (fingerprints), `targets`, `skipped` (modules and reasons), `without_gradient` (modules), `batches`,
-`skipped_batches`, `interrupted`, `tokens`, `loss`, `seed`, `head_steps`, `sketch_size`, `versions`.
+`skipped_batches`, `interrupted`, `tokens`, `loss`, `seed`, `head_steps`, `sketch_size`, `sketch_wanted`
+(larger where memory did not allow it), `versions`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +53,10 @@ from numpy.typing import NDArray
 
 from rankscope.exceptions import FileFormatError, ProfileError
 from rankscope.files import replacing
+from rankscope.profiling.features import energy_tail
 from rankscope.targets import TargetModule, fingerprint_targets
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 4
 _KEY = b"rankscope"
@@ -120,13 +126,59 @@ class Profile:
         """One feature by module name."""
         return {module: float(value) for module, value in zip(self.table["module"], self.table[name], strict=True)}
 
-    def spectra(self, *, signal: bool = True) -> dict[str, NDArray[np.float64]]:
-        """Leading singular values by module name, descending.
+    def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, NDArray[np.float64]]:
+        """Singular values of each module's gradient by name, descending, up to full rank.
+
+        The leading ones were measured. Beyond them (`sketch_size` of the metadata, in large modules) stands an estimate from
+        the energy that they leave of `gradient_norm` squared; see `rankscope.profiling.features.energy_tail`.
 
         Args:
-            signal: The part that the batches agree on; False: raw, inflated by noise.
+            signal: The part that the batches agree on; False: raw, inflated by noise. Where the batches agree on nothing in any
+                module, a warning is logged and the raw values stand in.
+            length: At most so many values of each module; default: all.
         """
-        return self.lists("signal_values" if signal else "singular_values")
+        shares = self.signal_shares() if signal else dict.fromkeys(self.table["module"], 1.0)
+        measured = self.lists("signal_values" if signal and self.has_signal else "singular_values")
+        columns = ("module", "singular_values", "gradient_norm", "in_features", "out_features")
+        spectra = {}
+        for name, raw, norm, *sides in zip(*(self.table[column] for column in columns), strict=True):
+            relative = np.asarray(raw, dtype=np.float64) / (norm or 1.0)
+            tail = norm * np.sqrt(energy_tail(relative**2, 1.0, min(sides), length)) * math.sqrt(shares[name])
+            spectra[name] = np.concatenate([measured[name][:length], np.minimum(tail, measured[name][-1:])])
+        return spectra
+
+    def input_variances(self, *, length: int | None = None) -> dict[str, NDArray[np.float64]]:
+        """Eigenvalues of the covariance of each module's inputs by name, descending, up to full rank.
+
+        The leading half of `sketch_size` was measured; those beyond are estimated from what they leave of the trace, as in
+        `spectra`.
+
+        Args:
+            length: At most so many values of each module; default: all.
+        """
+        columns = ("module", "activation_values", "activation_variance", "in_features", "out_features")
+        found = {}
+        for name, values, trace, inputs, outputs in zip(*(self.table[column] for column in columns), strict=True):
+            leading = np.asarray(values, dtype=np.float64)
+            last = min(outputs, inputs, inputs if length is None else length)
+            found[name] = np.concatenate([leading[:last], energy_tail(leading, trace, inputs, last)])
+        return found
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the batches agree on any part of the gradient in any module; few or noisy ones may not."""
+        return bool((self.table["signal_share"] * self.table["gradient_norm"] > 0).any())
+
+    def signal_shares(self) -> dict[str, float]:
+        """The share of signal in each module's gradient energy by name; 1, with a warning, where no module has any."""
+        if self.has_signal:
+            return self.column("signal_share")
+        logger.warning(
+            "the %s batches of the profile agree on nothing: the estimated signal is 0 in every module, and the raw gradient "
+            "stands in for it; profile more batches",
+            self.metadata.get("batches", ""),
+        )
+        return dict.fromkeys(self.table["module"], 1.0)
 
     def directions(self, module: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Leading left (r, out) and right (r, in) singular vectors of one module's gradient.

@@ -61,7 +61,3 @@ class DashboardError(RankscopeError, RuntimeError):
 
 class FileFormatError(RankscopeError, ValueError):
     """A file that is missing, truncated, or written by another schema."""
-
-
-class BenchmarkError(RankscopeError, ValueError):
-    """A benchmark that was asked for what its tables do not hold."""

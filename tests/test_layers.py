@@ -18,7 +18,7 @@ LAYERS = [
     ["profiling", "adapters"],
     ["performance"],
     ["strategies", "tasks", "control", "training", "searching"],
-    ["comparison", "study", "benchmark", "plotting", "dashboard", "export", "report"],
+    ["comparison", "study", "plotting", "dashboard", "export", "report"],
     ["cli"],
 ]
 ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from rankscope import __version__
-from rankscope.cli.bench import bench_app
 from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, Storage, StudyPath, UniformRank, reports_errors
 
 app = typer.Typer(
@@ -19,7 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

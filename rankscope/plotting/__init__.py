@@ -3,7 +3,6 @@
 from rankscope.plotting.comparison import plot_budgets, plot_forest
 from rankscope.plotting.heatmap import module_grids, plot_energy, plot_ranks
 from rankscope.plotting.model import plot_belief, plot_levels, plot_predictions
-from rankscope.plotting.regret import plot_regret
 from rankscope.plotting.save import save_figure
 from rankscope.plotting.spectra import plot_spectra
 from rankscope.plotting.trajectory import plot_flow, plot_trajectories
@@ -18,7 +17,6 @@ __all__ = [
     "plot_levels",
     "plot_predictions",
     "plot_ranks",
-    "plot_regret",
     "plot_spectra",
     "plot_trajectories",
     "save_figure",

@@ -22,6 +22,7 @@ from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
+from searches import RankBench
 from sklearn.base import RegressorMixin
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -31,7 +32,6 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PowerTransformer, StandardScaler
 
-from rankscope.benchmark import RankBench
 from rankscope.performance import PerformanceModel, RankFeatures, rank_features
 
 TABLES = {"digits-shift, rank 1": ("digits-shift", 1, 84), "digits-shift, rank 2": ("digits-shift", 2, 84),

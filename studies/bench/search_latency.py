@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import optuna
 from _harness import Claim, run_benchmark
+from searches import Synthetic
 
 import rankscope as rs
-from rankscope.benchmark import Synthetic
 from rankscope.budget import allocate_marginal
 
 

@@ -3,8 +3,8 @@
     python studies/bench/search_regret.py --out studies/results/search_regret.json
 
 Every method gets the same one-shot gains and the same start, uniform and one-shot, and spends the last quarter of its trials on
-confirming five finalists (`rankscope.benchmark.regret`); regret is 1 for uniform and 0 for the optimum. 20 seeds, medians.
-`rankscope bench search` shows the same in small. Two processes, one thread each; about 20 minutes. Searches that are done are
+confirming five finalists (`searches/regret.py`); regret is 1 for uniform and 0 for the optimum. 20 seeds, medians.
+CMA-ES needs `pip install cmaes`. Two processes, one thread each; about 20 minutes. Searches that are done are
 kept in `.cache/search_regret.jsonl`, by the sources that they measure, so an interrupted run goes on. It also draws
 `search_regret.png` beside the result. `--quick`: ours, TPE and random on the tilts, one synthetic landscape, 5 seeds.
 """
@@ -21,13 +21,19 @@ from typing import Any
 import pandas as pd
 from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
+from searches import BUDGETS, METHODS, OURS, plot_regret, run_search, tabulate
 
-from rankscope.benchmark import BUDGETS, METHODS, OURS, run_search, tabulate
-from rankscope.plotting import plot_regret, save_figure
+from rankscope.plotting import save_figure
 
 LOG = Path(__file__).parents[2] / ".cache" / "search_regret.jsonl"
-SHARED = ("benchmark", "space.py", "budget.py", "searching/confirmation.py", "searching/finalists.py")
-MINE = ("searching", "performance")  # what only our own search runs on
+SHARED = (
+    "studies/bench/searches",
+    "rankscope/space.py",
+    "rankscope/budget.py",
+    "rankscope/searching/confirmation.py",
+    "rankscope/searching/finalists.py",
+)
+MINE = ("rankscope/searching", "rankscope/performance")  # what only our own search runs on
 JUDGED = ("digits-shift/1", "synthetic/72", "synthetic/72-useless-profile", "synthetic/24", "synthetic/210")
 LEFT_OUT = {  # what takes as long as all others together
     *(("gp", name) for name in JUDGED if name != "digits-shift/1"),
@@ -104,7 +110,7 @@ def run_all(cells: list[Cell], budgets: Sequence[int]) -> dict[Cell, dict[int, f
 
 def version(parts: Sequence[str]) -> list[str]:
     """Git's hashes of sources, as committed."""
-    names = [f"HEAD:rankscope/{part}" for part in parts]
+    names = [f"HEAD:{part}" for part in parts]
     return subprocess.run(["git", "rev-parse", *names], capture_output=True, text=True, check=True).stdout.split()
 
 

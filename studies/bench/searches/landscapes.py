@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, allocate_marginal
-from rankscope.exceptions import BenchmarkError
 from rankscope.profiling import read_profile
 from rankscope.space import HierarchicalSpace, group_by_depth
 from rankscope.targets import TargetModule
@@ -59,7 +58,7 @@ class RankBench:
         truth: What regret is of, (n,).
 
     Raises:
-        BenchmarkError: The table holds no such runs.
+        ValueError: The table holds no such runs.
     """
 
     def __init__(self, task: str, rank: int, steps: int) -> None:
@@ -67,7 +66,7 @@ class RankBench:
         frame = pd.read_parquet(folder / f"{task}.parquet")
         frame = frame[(frame["rank"] == rank) & (frame["steps"] == steps)]
         if frame.empty:
-            raise BenchmarkError(
+            raise ValueError(
                 f"RankBench must hold runs of {task} at rank {rank} and {steps} steps, but has none; "
                 "see data/rankbench/README.md."
             )

@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 import optuna
 
-from rankscope.benchmark.landscapes import Ints, Landscape
 from rankscope.budget import allocate_proportional
 from rankscope.searching import PerformanceModelSampler, suggest_allocation
 from rankscope.searching.trials import RANKS_KEY
 from rankscope.space import HierarchicalSpace
+from searches.landscapes import Ints, Landscape
 
 OURS = "performance-model"
 POPULATION, TOURNAMENT = 20, 5

@@ -3,10 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from searches import LANDSCAPES, RankBench, Synthetic
+from searches.methods import repaired
 
-from rankscope.benchmark import LANDSCAPES, RankBench, Synthetic
-from rankscope.benchmark.methods import repaired
-from rankscope.exceptions import BenchmarkError
 from rankscope.tasks.folders import data_folder
 
 
@@ -47,7 +46,7 @@ def test_missing_runs_are_one_line(task: str, rank: int, steps: int) -> None:
         f"RankBench must hold runs of {task} at rank {rank} and {steps} steps, but has none; "
         "see data/rankbench/README.md."
     )
-    with pytest.raises(BenchmarkError) as caught:
+    with pytest.raises(ValueError) as caught:
         RankBench(task, rank, steps)
     assert str(caught.value) == message
 

@@ -17,13 +17,12 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from rankscope.allocation import RankAllocation
-from rankscope.benchmark.landscapes import LANDSCAPES, Ints, Landscape
-from rankscope.benchmark.methods import METHODS, Method
-from rankscope.exceptions import BenchmarkError
 from rankscope.searching import PerformanceModelSampler
 from rankscope.searching.confirmation import CONFIRM_FRACTION, split_budget
 from rankscope.searching.finalists import choose_finalists, judge, recommend, smoothing
 from rankscope.searching.trials import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
+from searches.landscapes import LANDSCAPES, Ints, Landscape
+from searches.methods import METHODS, Method
 
 BUDGETS = (30, 33, 60, 100, 150)
 
@@ -51,11 +50,11 @@ def regret_curves(
         Columns `landscape`, `method`, `seed`, `trials` and `regret`.
 
     Raises:
-        BenchmarkError: An unknown landscape or method, or too few trials.
+        ValueError: An unknown landscape or method, or too few trials.
     """
     for kind, names, known in (("landscapes", landscapes, LANDSCAPES), ("methods", methods, METHODS)):
         if unknown := [name for name in names if name not in known]:
-            raise BenchmarkError(f"`{kind}` must be among {'; '.join(known)}, but got {unknown[0]!r}.")
+            raise ValueError(f"`{kind}` must be among {'; '.join(known)}, but got {unknown[0]!r}.")
     cells = [(name, method, seed) for seed in seeds for name in landscapes for method in methods]
     curves = {}
     jobs = (delayed(run_search)(*cell, budgets) for cell in cells)
@@ -94,11 +93,11 @@ def regret_curve(landscape: Landscape, method: Method, budgets: Sequence[int] = 
     """The regret of the recommendation by number of trials, of one search.
 
     Raises:
-        BenchmarkError: A budget has no room to confirm.
+        ValueError: A budget has no room to confirm.
     """
     splits = {split_budget(trials, CONFIRM_FRACTION): trials for trials in budgets}
     if tight := [trials for (_, confirming), trials in splits.items() if not confirming]:
-        raise BenchmarkError(f"`budgets` must leave trials to confirm, but {tight[0]} are too few; take more.")
+        raise ValueError(f"`budgets` must leave trials to confirm, but {tight[0]} are too few; take more.")
     search = _Search(landscape, method)
     curve = {}
     for (exploring, confirming), trials in sorted(splits.items()):

@@ -11,7 +11,7 @@ PANEL = (3.4, 2.6)  # inches
 
 
 def plot_regret(regrets: pd.DataFrame, columns: int = 3) -> Figure:
-    """Draws what `rankscope.benchmark.regret_curves` found.
+    """Draws what `regret_curves` found.
 
     Args:
         regrets: Columns `landscape`, `method`, `seed`, `trials` and `regret`.

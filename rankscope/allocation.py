@@ -56,7 +56,7 @@ class RankAllocation:
         for target, rank in zip(self.targets, ranks, strict=True):
             if not isinstance(rank, Integral):
                 raise AllocationError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
-            if not 0 <= int(rank) <= target.full_rank:
+            if not 0 <= int(rank) <= max(target.full_rank, target.existing_rank or 0):
                 raise AllocationError(
                     f"the rank of `{target.name}` must lie between 0 and {target.full_rank} "
                     f"(its smaller side), but got {rank}."
@@ -124,7 +124,7 @@ class RankAllocation:
             "parameters": self.parameters,
             "ranks": dict(self.ranks),
             "model": fingerprint_targets(self.targets),
-            "targets": [asdict(target) for target in self.targets],
+            "targets": [_plain(target) for target in self.targets],
         }
 
     @classmethod
@@ -198,3 +198,10 @@ class RankAllocation:
         from rankscope.adapters import from_peft_model
 
         return from_peft_model(model, targets, adapter_name=adapter_name)
+
+
+def _plain(target: TargetModule) -> dict[str, Any]:
+    values = asdict(target)
+    if target.existing_rank is None:
+        del values["existing_rank"]
+    return values

@@ -12,7 +12,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rankscope.exceptions import TargetError
@@ -44,6 +44,7 @@ class TargetModule:
         block: Index of the transformer block inside its tower; None outside blocks.
         role: The projection, normalised over architectures: `q_proj`, `o_proj`, `fc1`, …
         kind: `linear`, `conv1d` (transformers' transposed linear), `conv2d` or `embedding`.
+        existing_rank: The rank of an adapter that the module carries already, where that is above the full rank; else None.
 
     >>> TargetModule(name="h.0.fc", in_features=64, out_features=256).rank_cost
     320
@@ -56,6 +57,7 @@ class TargetModule:
     block: int | None = None
     role: str = ""
     kind: Kind = "linear"
+    existing_rank: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def rank_cost(self) -> int:

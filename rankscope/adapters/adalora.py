@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel
 from torch import nn
 
-from rankscope.adapters.patterns import target_pattern
+from rankscope.adapters.lora import wrap
+from rankscope.adapters.patterns import name_fields
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AdapterError
 from rankscope.targets import TargetModule
@@ -55,14 +56,14 @@ def wrap_with_adalora(
         init_r=initial_rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_pattern({target.name: rank for target in targets}),
+        **name_fields([target.name for target in targets]),
         modules_to_save=list(modules_to_save) or None,
         total_step=steps,
         tinit=round(SHARE_BEFORE * steps),
         tfinal=steps - round(settled * steps),
         deltaT=max(1, steps // 100),
     )
-    wrapped = get_peft_model(model, config)
+    wrapped = wrap(model, config, {target.name: initial_rank for target in targets})
     wrapped.base_model.rankallocator.target_bgt = round(share * rank * len(targets))
     return wrapped
 

@@ -37,7 +37,7 @@ class DormantAdapter(nn.Module):
 
 def is_dormant(layer: LoraLayer, adapter: str) -> bool:
     """Whether the layer's adapter is at rank 0."""
-    return adapter in getattr(layer, _CONTAINER, ())
+    return adapter in getattr(layer, _CONTAINER, ()) and adapter not in layer.r  # in both: deleted and added again
 
 
 def put_to_sleep(layer: LoraLayer, adapter: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from torch import nn
 
-from rankscope.adapters.patterns import alpha_for, target_pattern
+from rankscope.adapters.lora import wrap
+from rankscope.adapters.patterns import alpha_for, name_fields
 from rankscope.targets import TargetModule
 
 
@@ -39,12 +40,12 @@ def wrap_with_eva(
         r=rank,
         lora_alpha=alpha_for(rank, scaling, rslora=False),
         lora_dropout=dropout,
-        target_modules=target_pattern(target.name for target in targets),
+        **name_fields([target.name for target in targets]),
         modules_to_save=list(modules_to_save) or None,
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=rho),
     )
-    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+    wrapped = wrap(model, config, {target.name: rank for target in targets}, low_cpu_mem_usage=True)
     options: dict[str, Any] = {}
     if "input_ids" not in batches[0]:  # PEFT's default takes the attention mask, which only language models have
         options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rankscope.adapters.dormant import entry_of, is_dormant
+from rankscope.adapters.patterns import alpha_for, most_common, name_fields, value_patterns
 from rankscope.adapters.requests import Room
 from rankscope.exceptions import AdapterError
 
@@ -70,7 +73,7 @@ def room_of(layer: LoraLayer, adapter: str) -> Room:
     """The layer's rank, and the largest that its update can have."""
     a, b = factors(layer, adapter)
     inputs = a.shape[1:].numel()
-    return Room(rank=len(a), largest=min(inputs, len(b)), inputs=inputs)
+    return Room(rank=len(a), largest=max(min(inputs, len(b)), len(a)), inputs=inputs)
 
 
 def unwrap_peft_model(model: nn.Module) -> PeftModel:
@@ -111,20 +114,121 @@ def choose_adapter(model: PeftModel, adapter_name: str | None) -> str:
 def adapter_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     """The LoRA layers that carry the adapter, dormant ones included, by their names in the base model.
 
+    Adapters on parameters (`target_parameters`: fused experts) are not among them; their ranks stay.
+
     Raises:
         AdapterError: There is none.
     """
-    layers = {
-        name: layer
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter))
-    }
-    if not layers:
+    if not (layers := lora_layers(model, adapter)):
         raise AdapterError(f"`model` must carry LoRA layers of adapter {adapter!r}, but has none.")
     return layers
 
 
-def check_changeable(layers: Mapping[str, LoraLayer], adapter: str) -> None:
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """As `adapter_layers`; empty where there is none."""
+    return {n: layer for n, layer in _all_layers(model, adapter).items() if not isinstance(layer, ParamWrapper)}
+
+
+def adapted_parameters(model: PeftModel, adapter: str) -> dict[str, ParamWrapper]:
+    """The adapters on parameters, by the parameters' names in the base model."""
+    return {
+        f"{name.replace('.base_layer', '')}.{layer.parameter_name}": layer
+        for name, layer in _all_layers(model, adapter).items()
+        if isinstance(layer, ParamWrapper)
+    }
+
+
+def _all_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    return {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter))
+    }
+
+
+def config_of(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:
+    """A copy of the adapter's config that names exactly these modules, ranks and present scalings; ranks of 0 are left out.
+
+    A copy, since the object may be another adapter's, too: trainers add a reference adapter with the config of the first.
+    """
+    config = copy.deepcopy(model.peft_config[adapter])
+    layers = adapter_layers(model, adapter)
+    adapted = {name: rank for name, rank in ranks.items() if rank > 0}
+    alphas = {
+        name: alpha_for(rank, entry_of(layers[name], "scaling", adapter), rslora=config.use_rslora)
+        for name, rank in adapted.items()
+    }
+    fixed = adapted_parameters(model, adapter)
+    config.r, config.lora_alpha = most_common(adapted), most_common(alphas)
+    config.rank_pattern = value_patterns(adapted | {name: layer.r[adapter] for name, layer in fixed.items()}, config.r)
+    config.alpha_pattern = value_patterns(
+        alphas | {name: layer.lora_alpha[adapter] for name, layer in fixed.items()}, config.lora_alpha
+    )
+    for field, value in name_fields(adapted).items():
+        setattr(config, field, value)
+    config.layers_to_transform = config.layers_pattern = None
+    if config.init_lora_weights == "orthogonal":  # which takes even ranks only; weights are loaded over it
+        config.init_lora_weights = True
+    return config
+
+
+# What makes these adapters takes a part off the base weight that depends on the rank, and does so again on loading.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_config(config: LoraConfig) -> None:
+    """Refuses configs of adapters whose ranks cannot change.
+
+    Raises:
+        AdapterError: An initialisation or variant that changes the base weights, adapters that are tied, or a variant of LoRA.
+    """
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+        raise AdapterError(
+            f"`init_lora_weights` must leave the base weights as they are where ranks change, but {init!r} takes a part of the "
+            "initial rank off them, and PEFT takes off another when it loads the adapter; use True, 'gaussian' or 'eva'."
+        )
+    for variant in _VARIANTS:
+        if getattr(config, variant, None):
+            raise AdapterError(
+                f"the adapter must be plain LoRA or DoRA for its ranks to change, but has `{variant}`; leave it out."
+            )
+    if init == "mica":
+        raise AdapterError(
+            "the adapter must be plain LoRA or DoRA for its ranks to change, but is MiCA; use another init."
+        )
+    if getattr(config, "target_modules_to_tie", None):
+        raise AdapterError(
+            f"adapters must have factors of their own for their ranks to change, but `ensure_weight_tying` ties those of "
+            f"{sorted(config.target_modules_to_tie)}; adapt other modules only."
+        )
+
+
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+def check_may_sleep(config: LoraConfig) -> None:
+    """Refuses rank 0 where biases are trained: PEFT does not load the bias of a module that has no adapter.
+
+    Raises:
+        AdapterError: `bias` is not `"none"`.
+    """
+    if config.bias != "none":
+        raise AdapterError(
+            f'`bias` must be "none" for modules to have rank 0 while they train, but is {config.bias!r}, and PEFT would lose '
+            "their trained biases; keep rank 1 at least."
+        )
+
+
+def check_changeable(model: PeftModel, layers: Mapping[str, LoraLayer], adapter: str) -> None:
     """Refuses adapters whose ranks cannot change at all.
 
     Raises:
@@ -143,6 +247,7 @@ def check_changeable(layers: Mapping[str, LoraLayer], adapter: str) -> None:
                     "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps "
                     "its own flat copies; use DDP or FSDP2 with masked ranks (RankMasks), or one process."
                 )
+    check_config(model.peft_config[adapter])
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if (other := owners.setdefault(id(factors(layer, adapter)[0]), name)) != name:
@@ -183,6 +288,6 @@ def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
         return f"is of variant {type(variant).__name__}"
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
         return "is on a convolution with groups"
-    if type(layer).__name__ in ("ParamWrapper", "MultiheadAttention"):
-        return f"is a {type(layer).__name__}"
+    if type(layer).__name__ == "MultiheadAttention":
+        return "is a MultiheadAttention"
     return None

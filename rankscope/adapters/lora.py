@@ -7,21 +7,22 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
 
 from rankscope.adapters.dormant import is_dormant
-from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
+from rankscope.adapters.live import adapted_parameters, check_config, check_may_sleep, lora_layers
+from rankscope.adapters.patterns import alpha_for, most_common, name_fields, value_patterns
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
-from rankscope.adapters.selection import adapted_targets
+from rankscope.adapters.selection import adapted_targets, taken_for_experts
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import replacing
@@ -44,8 +45,9 @@ _OURS = (
 def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
     """A plain `peft.LoraConfig` with exactly an allocation's ranks.
 
-    Modules are matched by one anchored, escaped regex, so that no other module of the model is adapted by accident;
-    those of rank 0 are left out. By default every module keeps the same scaling, whatever its rank: alpha is
+    Modules are selected by the last parts of their names, and an anchored, escaped regex excludes all others, so that no
+    other module is adapted by accident; those of rank 0 are left out. By default every module keeps the same scaling,
+    whatever its rank: alpha is
     `scaling * r` (with `use_rslora=True`: `scaling * sqrt(r)`). Passing `lora_alpha` instead gives PEFT's own
     behaviour, one alpha for all: scaling `alpha / r`, or `alpha / sqrt(r)` with `use_rslora=True`
     (rank-stabilised LoRA, Kalajdzievski, arXiv 2312.03732).
@@ -79,13 +81,9 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
         rslora = bool(peft_kwargs.get("use_rslora"))
         alphas = {name: alpha_for(rank, factor, rslora=rslora) for name, rank in adapted.items()}
         peft_kwargs["lora_alpha"] = most_common(alphas)
-        peft_kwargs["alpha_pattern"] = exceptions(alphas)
-    return LoraConfig(
-        r=most_common(adapted),
-        target_modules=target_pattern(adapted),
-        rank_pattern=exceptions(adapted),
-        **peft_kwargs,
-    )
+        peft_kwargs["alpha_pattern"] = value_patterns(alphas, peft_kwargs["lora_alpha"])
+    rank = most_common(adapted)
+    return LoraConfig(r=rank, rank_pattern=value_patterns(adapted, rank), **name_fields(adapted), **peft_kwargs)
 
 
 def save_lora_config(config: LoraConfig, path: str | os.PathLike[str]) -> Path:
@@ -108,9 +106,32 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> Ran
         raise AllocationError(
             f"`config` must adapt at least one of the {len(targets)} target modules, but adapts none."
         )
-    patterns = config.rank_pattern or {}
-    ranks = {name: patterns.get(get_pattern_key(list(patterns), name), config.r) for name in matched}
-    return RankAllocation.from_ranks(targets, ranks, strategy="lora-config")
+    return _allocation(targets, _pattern_ranks(config, matched), "lora-config")
+
+
+def _pattern_ranks(config: LoraConfig, names: Iterable[str]) -> dict[str, int]:
+    """The rank of each module by `rank_pattern`, whose first match wins: pattern by pattern, so that each is compiled once."""
+    ranks = dict.fromkeys(names, config.r)
+    left = set(ranks)
+    for pattern, rank in (config.rank_pattern or {}).items():
+        try:
+            found = {name for name in left if get_pattern_key([pattern], name) == pattern}
+        except re.error as error:
+            raise AllocationError(f"`rank_pattern` must hold regexes, but {pattern!r} is none: {error}.") from None
+        ranks.update(dict.fromkeys(found, rank))
+        left -= found
+    return ranks
+
+
+def _allocation(targets: Sequence[TargetModule], ranks: Mapping[str, int], strategy: str) -> RankAllocation:
+    """Of adapters that exist, whose ranks may be above the full one."""
+    known = tuple(
+        replace(
+            t, existing_rank=ranks[t.name] if type(ranks.get(t.name)) is int and ranks[t.name] > t.full_rank else None
+        )
+        for t in targets
+    )
+    return RankAllocation.from_ranks(known, ranks, strategy=strategy)
 
 
 def from_peft_model(
@@ -120,29 +141,32 @@ def from_peft_model(
 
     Args:
         model: A `peft.PeftModel` with a LoRA adapter.
-        targets: The target modules to report; modules without an adapter get rank 0. Default: the adapted modules.
+        targets: The target modules to report; modules without an adapter get rank 0. Default: the adapted modules. Adapters on
+            parameters (fused experts, PEFT's `target_parameters`) have no place in an allocation and are left out.
         adapter_name: Which adapter; default: the active one.
 
     Raises:
-        AllocationError: The model has no such LoRA adapter.
+        AllocationError: The model has no such LoRA adapter, or several active ones and none is named.
     """
     if not isinstance(model, PeftModel):
         raise AllocationError(
             f"`model` must be a peft.PeftModel, but is a {type(model).__name__}; wrap it with get_peft_model."
         )
-    adapter = adapter_name or model.active_adapter
+    active = [adapter_name] if adapter_name else model.active_adapters
+    if len(active) > 1:
+        raise AllocationError(f"`adapter_name` must say which of the active adapters {active} is meant, but is None.")
+    adapter = next(iter(active), "default")
     ranks = {
         name: 0 if is_dormant(layer, adapter) else layer.r[adapter]
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter))
+        for name, layer in lora_layers(model, adapter).items()
     }
     if not ranks:
+        fused = sorted(adapted_parameters(model, adapter))
+        only = f" on modules, only on parameters such as `{fused[0]}`" if fused else ""
         raise AllocationError(
-            f"`model` must carry a LoRA adapter {adapter!r}, but has none; it has {sorted(model.peft_config)}."
+            f"`model` must carry a LoRA adapter {adapter!r}, but has none{only}; it has {sorted(model.peft_config)}."
         )
-    if targets is None:
-        targets = find_targets(model, list(ranks))
-    return RankAllocation.from_ranks(targets, ranks, strategy="peft-model")
+    return _allocation(find_targets(model, list(ranks)) if targets is None else targets, ranks, "peft-model")
 
 
 def apply_allocation(
@@ -161,6 +185,9 @@ def apply_allocation(
     """
     if dormant and "lora_alpha" in peft_kwargs:
         raise AllocationError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
+    model = getattr(
+        model, "_orig_mod", model
+    )  # PEFT takes the name of torch.compile's wrapper for a part of every module's
     present = {name for name, _ in model.named_modules()}
     if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
         raise AllocationError(
@@ -170,11 +197,35 @@ def apply_allocation(
     asleep = [Resize(name=name, rank=0) for name, rank in allocation.ranks.items() if rank == 0 and dormant]
     wrapped = dict(allocation.ranks) | {resize.name: 1 for resize in asleep}
     config = to_lora_config(RankAllocation.from_ranks(allocation.targets, wrapped), **peft_kwargs)
-    peft_model = get_peft_model(model, config)
+    if dormant:
+        check_config(config)
+    if asleep:
+        check_may_sleep(config)
+    peft_model = wrap(model, config, wrapped)
     resize_adapters(peft_model, None, asleep)
-    if from_peft_model(peft_model, allocation.targets) != allocation:
+    return peft_model
+
+
+def wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **options: Any) -> PeftModel:
+    """`get_peft_model`, and the proof that PEFT adapts exactly these modules at these ranks.
+
+    Raises:
+        AllocationError: It would not, or did not; the model is as it was, but for weights that an initialisation changes.
+    """
+    names = [name for name, rank in ranks.items() if rank]
+    if config.peft_type == PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
         raise AllocationError(
-            "`allocation` must become exactly its ranks in PEFT, but PEFT built others; please report this."
+            f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
+            f"{type(model).__name__}; give it rank 0."
+        )
+    peft_model = get_peft_model(model, config, **options)
+    built = {name: layer.r["default"] for name, layer in lora_layers(peft_model, "default").items()}
+    built |= {name: layer.r["default"] for name, layer in adapted_parameters(peft_model, "default").items()}
+    if odd := sorted(name for name in {*built, *names} if built.get(name, 0) != ranks.get(name, 0)):
+        peft_model.unload()
+        raise AllocationError(
+            f"PEFT must build exactly the ranks asked for, but `{odd[0]}` got {built.get(odd[0], 0)} instead of "
+            f"{ranks.get(odd[0], 0)} ({len(odd)} such); leave it out of the target modules."
         )
     return peft_model
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -25,15 +24,17 @@ from rankscope.adapters.live import (
     MAGNITUDE,
     adapter_layers,
     check_changeable,
+    check_may_sleep,
     check_whole,
     choose_adapter,
+    config_of,
     factor_parts,
     factors,
     unwrap_peft_model,
 )
 from rankscope.adapters.optimizer_state import Replacement, carry_state, replace_parameters, unwrap_optimizer
 from rankscope.adapters.requests import Resize, Room, check_resizes
-from rankscope.adapters.resize import config_fields, replace_factors
+from rankscope.adapters.resize import replace_factors
 from rankscope.exceptions import AdapterError
 
 _BUFFER = "rank_mask"
@@ -81,7 +82,7 @@ class RankMasks:
                 "(masks_on), or `compress` them."
             )
         layers = adapter_layers(self._model, self._adapter)
-        check_changeable(layers, self._adapter)
+        check_changeable(self._model, layers, self._adapter)
         self._layers = {name: layer for name, layer in layers.items() if not is_dormant(layer, self._adapter)}
         for name, layer in self._layers.items():
             if factor_parts(layer, self._adapter) != FACTORS:
@@ -175,7 +176,7 @@ class RankMasks:
             AdapterError: No module has an active rank, or parameters are sharded.
             OptimizerError: An optimizer that does not own the parameters, or whose state cannot be carried.
         """
-        check_changeable(self._layers, self._adapter)
+        check_changeable(self._model, self._layers, self._adapter)
         check_whole(self._layers, self._adapter)
         resized = {}
         for name, active in self.active.items():
@@ -202,18 +203,14 @@ class RankMasks:
         Raises:
             AdapterError: No module has an active rank.
         """
-        config = copy(self._model.peft_config[self._adapter])
-        scalings = {name: layer.scaling[self._adapter] for name, layer in self._layers.items()}
         if not any(self.ranks.values()):
             raise AdapterError(
                 "at least one module must have a rank above 0 to be saved; PEFT has no adapter without modules."
             )
-        for field, value in config_fields(self.ranks, scalings, rslora=config.use_rslora).items():
-            setattr(config, field, value)
         state = self._true_state_dict(self._model.state_dict() if state_dict is None else state_dict)
         options.setdefault("is_main_process", n_processes() == 1 or torch.distributed.get_rank() == 0)
         masked = self._model.peft_config[self._adapter]
-        self._model.peft_config[self._adapter] = config
+        self._model.peft_config[self._adapter] = config_of(self._model, self._adapter, self.ranks)
         try:
             type(self._model).save_pretrained(self._model, str(folder), state_dict=state, **options)
         finally:
@@ -241,6 +238,8 @@ class RankMasks:
         check_resizes(resizes, rooms)
         for resize in resizes:
             layer = self._layers[resize.name]
+            if resize.rank == 0:
+                check_may_sleep(self._model.peft_config[self._adapter])
             if resize.rank == 0 and any(part.of(layer, self._adapter) is not None for part in (BIAS, MAGNITUDE)):
                 raise AdapterError(
                     f"the masked rank of `{resize.name}` must be at least 1, for its bias or DoRA magnitude stays, but got 0."

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -30,9 +30,11 @@ from rankscope.adapters.live import (
     Part,
     adapter_layers,
     check_changeable,
+    check_may_sleep,
     check_single_process,
     check_whole,
     choose_adapter,
+    config_of,
     factor_parts,
     factors,
     rank_of,
@@ -45,7 +47,7 @@ from rankscope.adapters.optimizer_state import (
     replace_parameters,
     unwrap_optimizer,
 )
-from rankscope.adapters.patterns import alpha_for, exceptions, most_common, target_pattern
+from rankscope.adapters.patterns import alpha_for
 from rankscope.adapters.requests import Resize, check_resizes
 from rankscope.exceptions import AdapterError
 
@@ -106,7 +108,9 @@ def resize_adapters(
     layers = adapter_layers(model, adapter)
     check_resizes(resizes, {name: room_of(layer, adapter) for name, layer in layers.items()})
     resized_layers = {resize.name: layers[resize.name] for resize in resizes}
-    check_changeable(resized_layers, adapter)
+    check_changeable(model, resized_layers, adapter)
+    if any(resize.rank == 0 for resize in resizes):
+        check_may_sleep(model.peft_config[adapter])
     check_whole(resized_layers, adapter)
     if optimizer is not None:
         check_single_process()
@@ -150,7 +154,7 @@ def replace_factors(
         _install(layers[name], adapter, plan, ranks[name])
     if optimizer is not None:
         replace_parameters(optimizer, replacements, states)
-    _update_config(model.peft_config[adapter], layers, adapter)
+    model.peft_config[adapter] = config_of(model, adapter, ranks)
     logger.debug("resized %s", ", ".join(f"{name} to {ranks[name]}" for name in plans))
 
 
@@ -237,30 +241,3 @@ def _install(layer: LoraLayer, adapter: str, plan: _Plan, rank: int) -> None:
     layer.lora_alpha[adapter] = alpha_for(rank, layer.scaling[adapter], rslora=layer.use_rslora.get(adapter, False))
     if rank == 0:
         put_to_sleep(layer, adapter)
-
-
-def _update_config(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter: str) -> None:
-    """Makes the config say what the layers are."""
-    fields = config_fields(
-        {name: rank_of(layer, adapter) for name, layer in layers.items()},
-        {name: entry_of(layer, "scaling", adapter) for name, layer in layers.items()},
-        rslora=config.use_rslora,
-    )
-    for name, value in fields.items():
-        setattr(config, name, value)
-
-
-def config_fields(ranks: Mapping[str, int], scalings: Mapping[str, float], *, rslora: bool) -> dict[str, Any]:
-    """The fields of a LoRA config that name exactly these modules, ranks and scalings; ranks of 0 are left out."""
-    adapted = {name: rank for name, rank in ranks.items() if rank > 0}
-    alphas = {name: alpha_for(rank, scalings[name], rslora=rslora) for name, rank in adapted.items()}
-    return {
-        "r": most_common(adapted),
-        "lora_alpha": most_common(alphas),
-        "target_modules": target_pattern(adapted),
-        "rank_pattern": exceptions(adapted),
-        "alpha_pattern": exceptions(alphas),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }

@@ -15,6 +15,11 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:  # transformers before 5 has a linear module for each expert, and PEFT converts nothing
+    convert_peft_config_for_transformers = None
+
 from rankscope.exceptions import TargetError
 from rankscope.naming import is_output_embedding
 from rankscope.targets import TargetModule
@@ -66,15 +71,40 @@ def adapted_targets(config: LoraConfig, targets: Sequence[TargetModule]) -> set[
 
 
 def refused_by_peft(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Which of these modules PEFT raises an error for, and its message."""
+    """Which of these modules PEFT cannot adapt by name, and why."""
+    names = list(names)
     config = LoraConfig(target_modules=["unused"])
-    matching, refused = _Matching(model, config), {}
+    matching = _Matching(model, config)
+    refused = dict.fromkeys(taken_for_experts(model, names), "it takes the name for the model's fused experts")
     for name in names:
         try:
             matching._check_target_module_compatiblity(config, model, name.rsplit(".", 1)[-1])
         except ValueError as error:
             refused[name] = str(error)
     return refused
+
+
+def taken_for_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Which of these modules cannot be adapted by name, since PEFT turns the name into the model's fused experts.
+
+    transformers 5 fused the experts of Mixtral, Qwen, DeepSeek and others; PEFT converts what used to be their names
+    (`gate_proj`, `down_proj`), though dense layers and shared experts are still called so.
+    """
+    if convert_peft_config_for_transformers is None:
+        return set()
+    last_parts: dict[str, set[str]] = {}
+    for name in names:
+        last_parts.setdefault(name.rsplit(".", 1)[-1], set()).add(name)
+    return set().union(*(found for part, found in last_parts.items() if not _survives(part, model)))
+
+
+def _survives(last_part: str, model: nn.Module) -> bool:
+    config = LoraConfig(target_modules=[last_part])
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError:  # one half of a fused pair
+        return False
+    return last_part in config.target_modules
 
 
 class _MatchingDone(Exception):  # noqa: N818

@@ -314,6 +314,7 @@ class RankController:
             signal_share=measured.signal_share,
             cooling=[name for name, step in self._moved_at.items() if step > cooled],
             capacity=self._ranks.capacity,
+            lowest=self._ranks.lowest,
         )
         ranks |= found.allocation.ranks
         allocation = RankAllocation.from_ranks(

@@ -128,6 +128,7 @@ def propose(
     signal_share: float = 1.0,
     cooling: Collection[str] = (),
     capacity: Mapping[str, int] | None = None,
+    lowest: int = 0,
 ) -> Proposal:
     """What the policy would move now: all modules together (coarse), or one rank to one module (fine).
 
@@ -139,6 +140,7 @@ def propose(
         signal_share: Of the gradient energy, what is signal: the noisier, the more a transfer must gain.
         cooling: Modules that keep their rank this time.
         capacity: The largest rank of each module, where its adapter has one.
+        lowest: The rank below which no module falls.
 
     >>> fc = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
     >>> signals = [ModuleSignals(target=fc[0], values=(9.0, 1.0), gains=(0.5,)),
@@ -149,7 +151,7 @@ def propose(
     highest = {s.target.name: _highest(s, policy, capacity) for s in signals}
     held = {s.target.name for s in signals if s.target.name in cooling}
     move = _refill if coarse else _best_transfer
-    ranks = move(signals, budget, policy.margin / max(signal_share, 1e-3), highest, held)
+    ranks = move(signals, budget, policy.margin / max(signal_share, 1e-3), highest, held, lowest)
     total = sum(sum(s.values) + sum(s.gains) for s in signals) or 1.0
     allocation = RankAllocation(
         tuple(s.target for s in signals), tuple(ranks), strategy="controller", budget=budget.limit
@@ -171,14 +173,16 @@ def _refill(
     margin: float,
     highest: Mapping[str, int],
     held: Collection[str],
+    floor: int,
 ) -> list[int]:
     """Water-filling on ranks in place, worth `1 + margin` times what they are, and further ones together."""
     gains = {s.target.name: _merged(s, margin) for s in signals}
     nothing_fits = budget.limit < min(s.target.rank_cost for s in signals)
     if nothing_fits or not any(values.any() for values in gains.values()):
         return [s.rank for s in signals]
-    lowest = {s.target.name: s.rank if s.target.name in held else 0 for s in signals}
-    most = {s.target.name: s.rank if s.target.name in held else highest[s.target.name] for s in signals}
+    present = {s.target.name: min(s.rank, s.target.full_rank) for s in signals}
+    lowest = {name: rank if name in held else min(rank, floor) for name, rank in present.items()}
+    most = {name: rank if name in held else highest[name] for name, rank in present.items()}
     targets = tuple(s.target for s in signals)
     return list(allocate_marginal(targets, gains, budget, min_rank=lowest, max_rank=most).vector)
 
@@ -189,13 +193,18 @@ def _best_transfer(
     margin: float,
     highest: Mapping[str, int],
     held: Collection[str],
+    floor: int,
 ) -> list[int]:
     """One rank more for the module at which it brings most, net of the cheapest ranks elsewhere that make room for it."""
     ranks = [s.rank for s in signals]
     left = budget.limit - sum(s.target.rank_cost * s.rank for s in signals)
     movable = [i for i, s in enumerate(signals) if s.target.name not in held]
     donors = sorted(  # stable: in each module the last rank goes first
-        ((value / signals[i].target.rank_cost, i, value) for i in movable for value in reversed(signals[i].values)),
+        (
+            (value / signals[i].target.rank_cost, i, value)
+            for i in movable
+            for value in reversed(signals[i].values[floor:])
+        ),
         key=lambda donor: donor[0],
     )
     best, best_net = ranks, 0.0

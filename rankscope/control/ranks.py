@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from rankscope.budget import ParameterBudget
 from rankscope.exceptions import ControlError
 from rankscope.profiling import Profile
 from rankscope.strategies import allocate
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["resize", "mask", "auto"]
 
@@ -64,7 +67,7 @@ class LiveRanks:
             mode = "mask" if self.masks or n_processes() > 1 or hasattr(model, "_orig_mod") else "resize"
         self._optimizer = optimizer
         layers = adapter_layers(self.model, self.adapter)
-        check_changeable(layers, self.adapter)
+        check_changeable(self.model, layers, self.adapter)
         if mode == "resize":
             check_whole(layers, self.adapter)
         check_known(optimizer)
@@ -73,9 +76,19 @@ class LiveRanks:
         self._masked = mode == "mask"
 
     def begin(self) -> None:
-        """Puts the masks on, if there are to be any; until then nothing is changed."""
-        if self._masked and self.masks is None:
-            self.masks = RankMasks(self.model, adapter_name=self.adapter)
+        """Puts the masks on, if there are to be any; else cuts ranks above the full one. Until then nothing is changed."""
+        if self._masked:
+            self.masks = self.masks or RankMasks(self.model, adapter_name=self.adapter)
+            return
+        above = [Resize(name=t.name, rank=t.full_rank) for t in self._full.targets if t.existing_rank is not None]
+        if above:
+            resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, shrink="svd")
+            logger.warning(
+                "%d modules had ranks above their smaller side (`%s`: %d above %d), which no update needs: they now have that "
+                "rank and compute the same, and the budget of what was cut is free for others",
+                *(len(above), above[0].name, self._full.ranks[above[0].name], above[0].rank),
+            )
+        self._full = from_peft_model(self.model, adapter_name=self.adapter)
 
     @property
     def allocation(self) -> RankAllocation:
@@ -88,6 +101,12 @@ class LiveRanks:
     def capacity(self) -> Mapping[str, int] | None:
         """The most ranks of each module; None: its full rank."""
         return self._full.ranks if self._masked else None
+
+    @property
+    def lowest(self) -> int:
+        """The rank below which no module may fall: 1 where its trained bias, or its DoRA magnitude under masks, must stay."""
+        config = self.model.peft_config[self.adapter]
+        return int(config.bias != "none" or (self._masked and (config.use_dora or config.lora_bias)))
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A, (r, in), and B, (out, r), of the active ranks of each module."""
@@ -135,6 +154,9 @@ def first_ranks(
         ControlError: They cost more than the budget, or are for other modules.
     """
     present = ranks.allocation
+    if ranks.capacity is None:  # `begin` cuts what is above the full rank
+        cut = {t.name: min(rank, t.full_rank) for t, rank in zip(present.targets, present.vector, strict=True)}
+        present = RankAllocation.from_ranks(present.targets, cut, strategy=present.strategy)
     if isinstance(start, str):
         start = allocate(start, targets=present.targets, budget=budget, profile=profile, max_rank=ranks.capacity)
     begin = present

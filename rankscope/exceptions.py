@@ -6,6 +6,11 @@ from __future__ import annotations
 class RankscopeError(Exception):
     """The root of every error that rankscope raises on purpose."""
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            " ".join(message.splitlines())
+        )  # a name or a value may hold line breaks; the message is one line
+
 
 class TargetError(RankscopeError, ValueError):
     """A selection of target modules that matches nothing, or a module that cannot carry an adapter."""
@@ -61,3 +66,9 @@ class DashboardError(RankscopeError, RuntimeError):
 
 class FileFormatError(RankscopeError, ValueError):
     """A file that is missing, truncated, or written by another schema."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What another library's error says, as a part of one line; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + " …"

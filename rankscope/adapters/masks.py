@@ -184,6 +184,10 @@ class RankMasks:
             selection = Selection(kept=active)
             resized[name] = Resized(a=selection.carry(a, 0), b=selection.carry(b, 1), a_map=selection, b_map=selection)
         replace_factors(self._model, optimizer, resized, adapter=self._adapter)
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the masks off; the adapters keep their capacity, and components that were off get gradients again."""
         for name, hook in zip(self._layers, self._hooks, strict=True):
             hook.remove()
             delattr(self._inner(name), _BUFFER)

@@ -23,6 +23,7 @@ from rankscope.files import read_json, write_json
 
 RANKS_FILE = "ranks.json"
 SCHEMA = 1
+_LOADED = "adapters_loaded_from"
 _FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
 _MASKED_FACTORS = (".lora_A.weight", ".lora_B.weight")  # rank first and second
 _PREFIX = "base_model.model."
@@ -119,6 +120,12 @@ def restore_ranks_on_load(model: PeftModel) -> None:
     model.load_adapter = types.MethodType(load_adapter, model)
 
 
+def loaded_from(model: PeftModel, adapter_name: str) -> Path | None:
+    """The folder that an adapter was last loaded from, since `restore_ranks_on_load`."""
+    folders: Mapping[str, Path] = getattr(unwrap_peft_model(model), _LOADED, {})
+    return folders.get(adapter_name)
+
+
 def load_adapter(
     self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -129,6 +136,7 @@ def load_adapter(
     """
     if adapter_name not in self.peft_config:
         return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    setattr(self, _LOADED, {**getattr(self, _LOADED, {}), adapter_name: Path(model_id)})
     if not (Path(model_id) / RANKS_FILE).exists():
         _check_present(self, Path(model_id), adapter_name)
         return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import os
+import logging
+import math
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
 from rankscope.adapters import restore_ranks_on_load, save_ranks
 from rankscope.adapters.live import choose_adapter, unwrap_peft_model
+from rankscope.adapters.sidecar import loaded_from
 from rankscope.budget import ParameterBudget
 from rankscope.control.controller import RankController
 from rankscope.exceptions import ControlError
 from rankscope.files import replacing
 
 STATE_FILE = "rank_controller.pt"
+logger = logging.getLogger(__name__)
 
 
 class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     """Runs a `RankController` over a Trainer's run; `total_steps` comes from the Trainer.
 
-    Each checkpoint gets the ranks (`ranks.json`) and, last of all its files, the controller's state beside the weights.
+    The effect of moves is measured on the loss that the Trainer minimises (`Trainer.training_step`), whatever the model itself
+    returns. Each checkpoint gets the ranks (`ranks.json`) and, last of all its files, the controller's state beside the weights.
     `resume_from_checkpoint` and `load_best_model_at_end` give the model the checkpoint's ranks before its weights. Scalars of
     each decision go to the log history and to all that the Trainer reports to (TensorBoard, W&B).
 
@@ -52,36 +56,50 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         if clash := {"total_steps", "model", "optimizer"} & set(settings):
             raise ControlError(f"`{min(clash)}` comes from the Trainer and cannot be passed; leave it out.")
         self._settings = {"budget": budget, "every": every, **settings}
-        self._prepared: Any = None
-        self._loaded_from: Path | None = None
+        self._trainer: Trainer | None = None
+        self._losses: _StepLosses | None = None
         self.controller: RankController | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """From now on, loading a checkpoint restores its ranks first."""
+        """Make later loads of a checkpoint restore its ranks first."""
         self._prepare(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
-        """Optimizer and number of steps are known."""
-        self._prepare(model)
+        """Start the controller: the optimizer and the number of steps are known."""
+        self._stop()  # what a run that raised left behind
+        adapter = self._prepare(model)
         settings, saved = dict(self._settings), None
         if args.torch_compile and settings.get("mode", "auto") == "auto":
             settings["mode"] = "mask"
         if state.global_step > 0:
-            saved, settings["start"] = self._saved_state(state.global_step), None
-        self.controller = RankController(model, optimizer, total_steps=state.max_steps, **settings)
-        if saved is not None:
-            self.controller.load_state_dict(saved)
+            saved, settings["start"] = _saved_state(loaded_from(model, adapter), state.global_step), None
+        controller = RankController(model, optimizer, total_steps=state.max_steps, **settings)
+        try:
+            if saved is not None:
+                controller.load_state_dict(saved)
+        except BaseException:
+            controller.close()
+            raise
+        self.controller, self._trainer = controller, _calling_trainer()
+        if self._trainer is None:
+            logger.warning(
+                "no Trainer calls the callback, so no training loss is recorded and no move's effect measured"
+            )
+        else:
+            self._losses = _StepLosses(self._trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped and gradients are zero."""
         controller = self._running()
         decided = controller.n_decisions
-        controller.step()
-        if controller.n_decisions > decided:
-            _log(controller.scalars(), args, state, control)
+        controller.step(math.nan if self._losses is None else self._losses.take())
+        if controller.n_decisions > decided and self._trainer is not None:
+            should_log = control.should_log
+            Trainer.log(self._trainer, controller.scalars())  # TRL's own `log` would empty the metrics that it averages
+            control.should_log = should_log  # which logging takes back
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Ranks and state go beside the weights."""
+        """Write ranks and state beside the weights."""
         controller = self._running()
         values = controller.state_dict()  # on every process: it asks them all
         if not state.is_world_process_zero:
@@ -94,49 +112,88 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             torch.save(values, temporary)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing of the controller stays on the model, but masks where ranks are masked."""
-        self._running().close()
+        """Leave nothing of the controller on the model but masks where ranks are masked."""
+        self._running()
+        self._stop()
 
-    def _prepare(self, model: Any) -> None:
-        """Once for each model: a Trainer with `model_init` makes another when it trains."""
-        if self._prepared is model:
-            return
-        self._prepared = model
-        controlled = choose_adapter(unwrap_peft_model(model), self._settings.get("adapter_name"))
+    def _prepare(self, model: Any) -> str:
+        """The adapter to control. Repeated when training begins, since `model_init` makes another model then."""
+        adapter = choose_adapter(unwrap_peft_model(model), self._settings.get("adapter_name"))
         restore_ranks_on_load(model)
-        load = model.load_adapter
-
-        def load_adapter(model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-            if adapter_name == controlled:
-                self._loaded_from = Path(model_id)
-            return load(model_id, adapter_name, *args, **kwargs)
-
-        model.load_adapter = load_adapter
+        return adapter
 
     def _running(self) -> RankController:
         if self.controller is None:
             raise ControlError("the controller must be started by `on_train_begin`; pass the callback to a Trainer.")
         return self.controller
 
-    def _saved_state(self, step: int) -> Any:
-        if self._loaded_from is None or not (path := self._loaded_from / STATE_FILE).exists():
-            raise ControlError(
-                f"the checkpoint of step {step} must hold {STATE_FILE} to be resumed with a controller, but does not; it was "
-                "trained without one, or not finished: resume from another."
-            )
-        return torch.load(path, map_location="cpu", weights_only=True)
+    def _stop(self) -> None:
+        if self.controller is not None:
+            self.controller.close()
+        if self._losses is not None:
+            self._losses.close()
+        self._trainer = self._losses = None
 
 
-def _log(scalars: dict[str, float], args: Any, state: Any, control: Any) -> None:
-    """As `Trainer.log`, to the history and to every callback that reports.
+class _StepLosses:
+    """The loss that a Trainer minimises: what its `training_step` returns, which it sums up for its own log, too.
 
-    The Trainer hands callbacks neither itself nor their list, so the list is taken from the stack, where it is what called.
-    It gets a copy of `control`, on which `on_log` takes back the Trainer's own intention to log at this step.
+    That is the loss after label smoothing, `compute_loss_func`, or a preference loss as DPO's, and already divided by the
+    number of micro-batches of a step. The model's own `loss` is often another.
+
+    Args:
+        trainer: Whose `training_step` is wrapped until `close`.
     """
-    logs = scalars if state.epoch is None else {**scalars, "epoch": state.epoch}
-    state.log_history.append({**logs, "step": state.global_step})
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._wrapped = trainer, trainer.training_step
+        self._overridden = "training_step" in vars(trainer)
+        self._seen: list[Tensor] = []
+        trainer.training_step = self._training_step
+
+    def take(self) -> Tensor | float:
+        """The sum over micro-batches since the last call, left on the device; NaN where there was none."""
+        seen, self._seen = self._seen, []
+        return torch.stack(seen).sum() if seen else math.nan
+
+    def close(self) -> None:
+        """Give the Trainer its own `training_step` back, unless another has wrapped this one."""
+        if vars(self._trainer).get("training_step") != self._training_step:
+            return
+        if self._overridden:
+            self._trainer.training_step = self._wrapped
+        else:
+            del self._trainer.training_step
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = self._wrapped(*args, **kwargs)
+        self._seen.append(loss.detach().float())
+        return loss
+
+
+def _calling_trainer() -> Trainer | None:
+    """The Trainer that is calling. It hands callbacks neither itself nor its losses, so it is looked up on the stack."""
     frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
-    if frame is not None:
-        frame.f_locals["self"].on_log(args, state, copy.copy(control), logs=dict(logs))
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _saved_state(folder: Path | None, step: int) -> Any:
+    """The controller's state in a checkpoint.
+
+    Raises:
+        ControlError: There is none, or it cannot be read.
+    """
+    if folder is None or not (path := folder / STATE_FILE).exists():
+        raise ControlError(
+            f"the checkpoint of step {step} must hold {STATE_FILE} to be resumed with a controller, but does not; it was "
+            "trained without one, or not finished: resume from another."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:  # truncated, or not torch's
+        raise ControlError(
+            f"`{path}` must be a controller's state, but cannot be read ({type(error).__name__}); it is cut short or of "
+            "another program: resume from another checkpoint."
+        ) from error

@@ -28,7 +28,7 @@ from rankscope.control.reminders import StepReminder, warn_if_blind
 from rankscope.control.schedule import Schedule
 from rankscope.control.screen import screen
 from rankscope.control.signals import GradientWindow, Measured
-from rankscope.exceptions import ControlError
+from rankscope.exceptions import AllocationError, ControlError
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import Profile
 from rankscope.profiling.processes import gathered, is_first
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average
 SCHEMA = 1
+_STATE_KEYS = {"targets", "step", "ranks", "sketch", "active", "moved_at", "decisions", "window", "losses", "effects"}
 
 
 class RankController:
@@ -50,8 +51,9 @@ class RankController:
     After the freeze nothing is left on the model but its new ranks.
 
     Args:
-        model: A PEFT model with LoRA, not merged. Give sleeping adapters to modules that start at rank 0
-            (`rankscope.adapters.apply_allocation(..., dormant=True)`), or pass `start`: only adapted modules can get ranks.
+        model: A PEFT model with LoRA, not merged; also in DistributedDataParallel or compiled, whole or by blocks. Only adapted
+            modules can get ranks: give sleeping adapters to those that start at rank 0
+            (`rankscope.adapters.apply_allocation(..., dormant=True)`), or pass `start`.
         optimizer: The one that trains the adapter, also as accelerate wraps it.
         budget: The most adapter parameters at any time.
         every: Optimizer steps between decisions.
@@ -61,7 +63,7 @@ class RankController:
         profile: For strategies that need one.
         performance_model: A study's; it refuses moves that it believes to be harmful.
         mode: `"resize"`, `"mask"` (fixed capacity: the model's ranks when it is passed), or `"auto"`: masks under several
-            processes and `torch.compile`, and where the model carries some already.
+            processes, DistributedDataParallel and `torch.compile`, and where the model carries some already.
         policy: How bold.
         samples: Steps before each decision whose gradients are seen.
         sketch_size: Columns of the gradient sketches; default: twice the largest rank, between 16 and 56.
@@ -125,18 +127,19 @@ class RankController:
             raise ControlError(
                 "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
             )
-        self._sketch_size = sketch_size or min(max(16, 2 * max(begin.vector)), SKETCH_SIZE)
-        self._window = self._new_window()
-        self._losses = LossHistory(self._ranks.model)
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
+        if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
+            raise ControlError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
+        self._sketch_size = sketch_size or min(max(16, 2 * max(begin.vector)), SKETCH_SIZE)
+        self._window = self._new_window(self._sketch_size, seed)
         self._out = None if out is None else Path(out) / "decisions.parquet"
         self._decisions: list[Decision] = []
         self._moved_at: dict[str, int] = {}
         self._step, self._closed = 0, False
+        self._ranks.begin(begin, generator=self._generator())
+        # Nothing may fail from here on, where hooks are put on.
+        self._losses = LossHistory(self._ranks.model)
         self._reminder = StepReminder(unwrap_optimizer(optimizer), after=every)
-        self._ranks.begin()
-        if begin != self._ranks.allocation:
-            self._change(begin, {})
         self._watch()
 
     @property
@@ -177,7 +180,8 @@ class RankController:
         """The optimizer has made a step.
 
         Args:
-            loss: Of the step, for the effect of moves; None: what the model returned under `loss`.
+            loss: The one that is minimised, by which the effect of moves is measured. None: what the model returned as `loss`,
+                averaged over the step's forward passes; where that is not what is minimised, pass the loss.
         """
         self._step += 1
         self._reminder.stop()
@@ -221,13 +225,61 @@ class RankController:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where another controller was. The model gets its ranks, so that its weights, and the optimizer's state, fit.
+        """Resume where another controller was. The model gets its ranks, so that its weights, and the optimizer's state, fit.
 
         Raises:
-            ControlError: The state is of another version, of other modules, or of the other mode.
+            ControlError: The state is damaged, of another version, of other modules, or of the other mode; nothing is changed.
         """
+        self._check_state(state)
+        effects = EffectModel(rank_features(self.allocation.targets, self._budget))
+        try:
+            ranks = RankAllocation.from_ranks(self.allocation.targets, state["ranks"])
+            active = {name: [int(index) for index in indices] for name, indices in (state["active"] or {}).items()}
+            step, moved_at = int(state["step"]), dict(state["moved_at"])
+            decisions = [Decision(**decision) for decision in state["decisions"]]
+            sketch_size, seed = (int(value) for value in state["sketch"])
+            losses = [float(loss) for loss in state["losses"]]
+            window = self._new_window(sketch_size, seed)
+            window.load_state_dict(state["window"])
+            effects.load_state_dict(state["effects"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AllocationError) as error:
+            raise ControlError(
+                f"the controller's state must be what `state_dict` returned, but cannot be read ({type(error).__name__}); it was "
+                "edited or cut short: resume from another checkpoint."
+            ) from error
+        if self._ranks.masks is not None:
+            self._ranks.masks.restore(active)
+        elif ranks != self.allocation:
+            self._change(ranks, {})
+        self._window.close()
+        self._step, self._moved_at, self._decisions = step, moved_at, decisions
+        self._sketch_size, self._seed, self._window, self._effects = sketch_size, seed, window, effects
+        self._losses.restore(losses)
+        if self._step >= self._schedule.last_look:
+            self.close()
+        else:
+            self._watch()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise unless the state is of this version, these modules and this mode."""
+        if not isinstance(state, Mapping):
+            raise ControlError(f"the controller's state must be a dict, but is a {type(state).__name__}.")
         if state.get("schema") != SCHEMA:
             raise ControlError(f"the controller's state must have schema {SCHEMA}, but has {state.get('schema')!r}.")
+        if missing := sorted(_STATE_KEYS - set(state)):
+            raise ControlError(
+                f"the controller's state must hold `{missing[0]}`, but does not ({len(missing)} such); it was edited: resume "
+                "from another checkpoint."
+            )
+        if not isinstance(state["ranks"], Mapping):
+            raise ControlError(f"the ranks in the controller's state must be a dict, but are {state['ranks']!r}.")
+        if odd := sorted(set(state["ranks"]) ^ set(self.allocation.ranks)):
+            where = "state" if odd[0] in state["ranks"] else "model"
+            raise ControlError(
+                f"the controller's state must be of this model's adapted modules, but `{odd[0]}` is in the {where} only "
+                f"({len(odd)} such); wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of "
+                "rank 0 out."
+            )
         if state["targets"] != fingerprint_targets(self.allocation.targets):
             raise ControlError("the controller's state must be of this model's adapted modules, but is of others.")
         if (state["active"] is None) != (self._ranks.masks is None):
@@ -236,34 +288,20 @@ class RankController:
             raise ControlError(
                 f"the controller's state must be of mode {ours!r}, but is of mode {theirs!r}; pass mode={theirs!r}{processes}."
             )
-        ranks = RankAllocation.from_ranks(self.allocation.targets, state["ranks"])
-        if self._ranks.masks is not None:
-            self._ranks.masks.restore(state["active"])
-        elif ranks != self.allocation:
-            self._change(ranks, {})
-        self._step, self._moved_at = state["step"], dict(state["moved_at"])
-        self._decisions = [Decision(**decision) for decision in state["decisions"]]
-        if state["sketch"] != [self._sketch_size, self._seed]:
-            self._sketch_size, self._seed = state["sketch"]
-            self._window.close()
-            self._window = self._new_window()
-        self._window.load_state_dict(state["window"])
-        self._losses.restore(state["losses"])
-        self._effects.load_state_dict(state["effects"])
-        if self._step >= self._schedule.last_look:
-            self.close()
-        else:
-            self._watch()
 
-    def _new_window(self) -> GradientWindow:
-        targets = self.allocation.targets
+    def _new_window(self, sketch_size: int, seed: int) -> GradientWindow:
         return GradientWindow(
             self._ranks.model,
-            targets,
-            sketch_size=self._sketch_size,
-            seed=self._seed,
-            compiled=self._ranks.capacity is not None,  # masks are what compiled models get
+            self.allocation.targets,
+            sketch_size=sketch_size,
+            seed=seed,
+            compiled=self._ranks.compiled
+            or self._ranks.capacity is not None,  # the Trainer compiles later, and masks then
         )
+
+    def _generator(self) -> torch.Generator:
+        """For rows of A that are drawn at this step."""
+        return torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
 
     # --- a decision --------------------------------------------------------------------------------------------------
 
@@ -273,6 +311,8 @@ class RankController:
         coarse = self._schedule.is_coarse(self._step, self._policy.coarse_fraction)
         measured = self._window.measure(self._ranks.factors())
         proposal = None if measured is None else self._propose(measured, coarse)
+        if measured is not None:
+            self._losses.say_which()
         self._window.clear()
         verdict = from_first_process(screen(proposal, before, self._offline, self._effects))
         after = before
@@ -331,8 +371,8 @@ class RankController:
             for name, more in changed.items()
             if more > 0 and len(directions.get(name, ())) >= more
         }
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
-        self._ranks.change({name: before[name] + more for name, more in changed.items()}, rows, generator=generator)
+        ranks = {name: before[name] + more for name, more in changed.items()}
+        self._ranks.change(ranks, rows, generator=self._generator())
 
     def _settle(self) -> None:
         """Measures what the decision before did, now that as many steps lie after it as before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from rankscope.allocation import RankAllocation
 from rankscope.performance.features import RankFeatures
 from rankscope.performance.regression import HierarchicalRegressor
+from rankscope.profiling.observer import LocalHook
 from rankscope.profiling.processes import gathered
+
+logger = logging.getLogger(__name__)
 
 
 class Effect(NamedTuple):
@@ -25,24 +29,39 @@ class Effect(NamedTuple):
 
 
 class LossHistory:
-    """The training loss of each step, as the model returns it under `loss` or as it is passed in.
+    """The training loss of each step: the one that is passed, or else what the model returns as `loss`.
 
-    Nothing is copied from the device until `values` asks for it.
+    Nothing is copied from the device until `values` asks for it. What the model returns is not always what is minimised, so the
+    model is not watched once a loss was passed, and which of the two is used is logged once.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._handle = model.register_forward_hook(self._see)
-        self._open = True
+        self._handle = model.register_forward_hook(LocalHook(self._see))
+        self._open, self._said = True, False
         self._present: list[Tensor] = []
         self._unread: list[Tensor | None] = []
         self._read: list[float] = []
 
     def end_step(self, loss: Tensor | float | None) -> None:
-        """The optimizer has stepped; a loss that is given counts instead of what was seen."""
+        """Take the loss of an optimizer step."""
         seen, self._present = self._present, []
         if loss is not None:
+            self.close()
             seen = [torch.as_tensor(loss).detach().float()]
         self._unread.append(torch.stack(seen).mean() if seen else None)
+
+    def say_which(self) -> None:
+        """Log, once, which loss is used where none was passed. Every process must call it."""
+        if self._said or not self._open:
+            return
+        self._said = True
+        if not np.isnan(self.values()).all():
+            logger.info("no loss was passed to `step`; moves are judged by what the model returns as `loss`")
+        else:
+            logger.warning(
+                "no loss was passed to `step` and the model returned none, so the effect of moves is not measured; pass the loss "
+                "that is minimised"
+            )
 
     def values(self) -> list[float]:
         """One loss a step since the beginning, the mean over processes; NaN where there was none."""

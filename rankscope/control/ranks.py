@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rankscope.adapters import RankMasks, Resize, from_peft_model, masks_on, resize_adapters
 from rankscope.adapters.agreement import n_processes
@@ -26,6 +27,7 @@ from rankscope.budget import ParameterBudget
 from rankscope.exceptions import ControlError
 from rankscope.profiling import Profile
 from rankscope.strategies import allocate
+from rankscope.targets import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +38,16 @@ class LiveRanks:
     """Reads and changes ranks.
 
     Args:
-        model: A PEFT model, as `torch.compile` wraps it or not.
+        model: A PEFT model, also in DistributedDataParallel or compiled.
         optimizer: That trains the adapter.
-        mode: `"resize"`, `"mask"`, or `"auto"`: masks under several processes and `torch.compile`, and where the model carries
-            some already.
+        mode: `"resize"`, `"mask"`, or `"auto"`: masks under several processes, DistributedDataParallel and `torch.compile`, and
+            where the model carries some already.
         adapter_name: Which adapter; may be left out where there is only one.
 
     Attributes:
         model: The PEFT model, unwrapped.
         masks: In mask mode: those that the model carries, or new ones from `begin` on.
+        compiled: Whether `torch.compile` has compiled the model, or a part of it.
 
     Raises:
         AdapterError: The model cannot have its ranks changed.
@@ -55,7 +58,12 @@ class LiveRanks:
     def __init__(self, model: Any, optimizer: Any, *, mode: Mode, adapter_name: str | None) -> None:
         if mode not in ("resize", "mask", "auto"):
             raise ControlError(f"`mode` must be 'resize', 'mask' or 'auto', but got {mode!r}.")
-        self.model = unwrap_peft_model(model)
+        if mode == "resize" and _is_ddp(model):
+            raise ControlError(
+                "`mode` must be 'mask' for a model in DistributedDataParallel, which keeps the parameters that it wrapped, but "
+                "is 'resize'; pass mode='mask', or control the model before it is wrapped."
+            )
+        self.model = unwrap_peft_model(unwrapped(model))
         self.adapter = choose_adapter(self.model, adapter_name)
         self.masks = masks_on(self.model)
         if self.masks is not None and (mode == "resize" or self.masks.adapter != self.adapter):
@@ -63,23 +71,38 @@ class LiveRanks:
                 f"`model` must not carry rank masks to be controlled in mode {mode!r}, but carries those of adapter "
                 f"{self.masks.adapter!r}; `compress` them, or go on in mode 'mask'."
             )
+        self.compiled = _is_compiled(model)
         if mode == "auto":
-            mode = "mask" if self.masks or n_processes() > 1 or hasattr(model, "_orig_mod") else "resize"
+            fixed = self.masks is not None or n_processes() > 1 or self.compiled or _is_ddp(model)
+            mode = "mask" if fixed else "resize"
         self._optimizer = optimizer
         layers = adapter_layers(self.model, self.adapter)
         check_changeable(self.model, layers, self.adapter)
         if mode == "resize":
             check_whole(layers, self.adapter)
         check_known(optimizer)
-        self._check_owned([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
+        self._check_trained([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
         self._full = from_peft_model(self.model, adapter_name=self.adapter)
         self._masked = mode == "mask"
 
-    def begin(self) -> None:
-        """Puts the masks on, if there are to be any; else cuts ranks above the full one. Until then nothing is changed."""
-        if self._masked:
-            self.masks = self.masks or RankMasks(self.model, adapter_name=self.adapter)
-            return
+    def begin(self, ranks: RankAllocation, *, generator: torch.Generator) -> None:
+        """Put the masks on, or else cut what is above full rank, and give the adapter its first ranks; all of it or nothing."""
+        new = self._masked and self.masks is None
+        if new:
+            self.masks = RankMasks(self.model, adapter_name=self.adapter)
+        elif not self._masked:
+            self._cut()
+        changed = ranks.difference(self.allocation)
+        try:
+            if changed:
+                self.change({name: ranks.ranks[name] for name in changed}, {}, generator=generator)
+        except BaseException:
+            if new and self.masks is not None:
+                self.masks.remove()
+            raise
+
+    def _cut(self) -> None:
+        """Bring ranks above full rank down to it, which leaves the function as it is."""
         above = [Resize(name=t.name, rank=t.full_rank) for t in self._full.targets if t.existing_rank is not None]
         if above:
             resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, shrink="svd")
@@ -135,7 +158,12 @@ class LiveRanks:
         else:
             resize_adapters(self.model, self._optimizer, resizes, adapter_name=self.adapter, generator=generator)
 
-    def _check_owned(self, parameters: Sequence[Tensor]) -> None:
+    def _check_trained(self, parameters: Sequence[Tensor]) -> None:
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise ControlError(
+                f"adapter {self.adapter!r} must be trained, but its parameters are frozen; load it with is_trainable=True, or "
+                "make it the active one (`set_adapter`)."
+            )
         groups = unwrap_optimizer(self._optimizer).param_groups
         owned = {id(parameter) for group in groups for parameter in group["params"]}
         if missing := sum(id(parameter) not in owned for parameter in parameters):
@@ -153,6 +181,10 @@ def first_ranks(
     Raises:
         ControlError: They cost more than the budget, or are for other modules.
     """
+    if not isinstance(budget, ParameterBudget):
+        raise ControlError(f"`budget` must be a ParameterBudget, but is {budget!r}; pass ParameterBudget({budget!r}).")
+    if start is not None and not isinstance(start, str | RankAllocation):
+        raise ControlError(f"`start` must be a RankAllocation or a strategy's name, but is a {type(start).__name__}.")
     present = ranks.allocation
     if ranks.capacity is None:  # `begin` cuts what is above the full rank
         cut = {t.name: min(rank, t.full_rank) for t, rank in zip(present.targets, present.vector, strict=True)}
@@ -168,6 +200,8 @@ def first_ranks(
                 "is wrapped."
             )
         begin = RankAllocation.from_ranks(present.targets, given)
+    if not begin.parameters:
+        raise ControlError("`start` must give at least one module a rank, but gives none; PEFT has no empty adapter.")
     if begin.parameters > budget.limit:
         raise ControlError(
             f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
@@ -179,6 +213,15 @@ def first_ranks(
             "wrap the model at a larger rank, and pass `start`."
         )
     return begin
+
+
+def _is_ddp(model: nn.Module) -> bool:
+    return any(isinstance(each, DistributedDataParallel) for each in (model, getattr(model, "_orig_mod", model)))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` wraps the model or a block of it, or `Module.compile` compiled one in place."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
 
 
 def _whole(factor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from rankscope.control.policy import ModuleSignals
 from rankscope.control.subspace import residual_directions
 from rankscope.profiling.features import POOLED_BATCHES
 from rankscope.profiling.layers import SUPPORTED
-from rankscope.profiling.observer import Observer, module_device
+from rankscope.profiling.observer import LocalHook, Observer, module_device
 from rankscope.profiling.processes import gathered, is_first, sum_over_processes
 from rankscope.profiling.sketch import Decomposition, GradientStore, RandomMatrices, new_gradient_store
 from rankscope.targets import TargetModule, base_modules
@@ -74,8 +74,7 @@ class GradientWindow:
         seed: Of the sketches.
         compiled: Whether `torch.compile` may have compiled the model.
 
-    Attributes:
-        broken: Sampled steps so far whose gradients were not finite; they are left out.
+    Nothing is copied from the device before `measure`.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class GradientWindow:
         seed: int,
         compiled: bool = False,
     ) -> None:
-        self.broken = 0
+        self._broken = 0
         self._compiled = compiled
         self._model = model
         self._targets = tuple(target for target in targets if target.kind in SUPPORTED)
@@ -96,8 +95,15 @@ class GradientWindow:
         self._matrices = RandomMatrices(k=sketch_size, seed=seed)
         self._sums = {target.name: self._zeros(target) for target in self._targets}
         self._weights: list[float] = []
+        self._unread: list[tuple[Tensor, list[float]]] = []
         self._step: _Step | None = None
         self._end: weakref.finalize[..., Any] | None = None
+
+    @property
+    def broken(self) -> int:
+        """Sampled steps so far whose gradients were not finite; they are left out."""
+        self._read()
+        return self._broken
 
     def watch(self, weight: float = 1.0) -> None:
         """Sees what comes until `end_step`.
@@ -119,13 +125,11 @@ class GradientWindow:
         if step is None or not step.passes:
             return
         observed = step.observer.observed
-        if not bool(torch.isfinite(_total([seen.squares for seen in observed.values()]))):
-            self.broken += 1
-            return
+        finite = torch.isfinite(_total([seen.squares for seen in observed.values()]))
         for name, seen in observed.items():
-            self._sums[name].store.add(seen.store.tensors())
-            self._sums[name].squares += seen.squares
-        self._weights += [step.weight] * step.passes
+            for kept, new in zip(self._sums[name].tensors(), seen.tensors(), strict=True):
+                kept += torch.where(finite.to(new.device), new, torch.zeros_like(new))
+        self._unread.append((finite, [step.weight] * step.passes))
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -138,6 +142,7 @@ class GradientWindow:
         for sums in self._sums.values():
             for tensor in sums.tensors():
                 tensor.zero_()
+        self._read()
         self._weights.clear()
 
     def measure(self, factors: Factors) -> Measured | None:
@@ -149,6 +154,7 @@ class GradientWindow:
             factors: A of shape (r, in) and B of shape (out, r) of each module, by name.
         """
         sum_over_processes(tensor for sums in self._sums.values() for tensor in sums.tensors())
+        self._read()
         self._weights = [w for each in gathered(self._weights) for w in each]
         measured = self._measure(factors, np.array(self._weights)) if self._weights else None
         if not is_first():
@@ -176,19 +182,30 @@ class GradientWindow:
         """What all processes saw, as tensors and numbers; every process must call it."""
         sums = {name: [tensor.clone() for tensor in sums.tensors()] for name, sums in self._sums.items()}
         sum_over_processes(tensor for tensors in sums.values() for tensor in tensors)
+        broken = sum(gathered(self.broken))
         weights = [weight for each in gathered(self._weights) for weight in each]
-        return {"sums": sums, "weights": weights, "broken": sum(gathered(self.broken))}
+        return {"sums": sums, "weights": weights, "broken": broken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`: the first process takes what all saw, however many they were."""
         self.clear()
-        self.broken = 0
+        self._broken = 0
         if not is_first():
             return
         for name, sums in self._sums.items():
             for tensor, value in zip(sums.tensors(), state["sums"][name], strict=True):
                 tensor.copy_(value)
-        self._weights, self.broken = list(state["weights"]), state["broken"]
+        self._weights, self._broken = [float(weight) for weight in state["weights"]], int(state["broken"])
+
+    def _read(self) -> None:
+        """Learn which steps were finite, in one copy from the device."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        device = unread[0][0].device
+        finite = torch.stack([flag.to(device) for flag, _ in unread]).tolist()
+        self._broken += finite.count(False)
+        self._weights += [w for fine, (_, weights) in zip(finite, unread, strict=True) if fine for w in weights]
 
     def _energies(self, found: Mapping[str, Decomposition], weights: Floats) -> tuple[Floats, Floats]:
         """The energy of each module's mean gradient, and what of it is noise; (n,) each."""
@@ -213,7 +230,7 @@ class _Step:
         if compiled:
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._stack.enter_context(observer.hooked())
-        self._stack.callback(model.register_forward_pre_hook(self._begin_pass).remove)
+        self._stack.callback(model.register_forward_pre_hook(LocalHook(self._begin_pass)).remove)
 
     def close(self) -> None:
         self.observer.end_batch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,23 @@ class Observed:
         return [*self.store.tensors(), self.squares]
 
 
+class LocalHook:
+    """A forward hook that stays behind where its module is copied or pickled; a hook that does nothing takes its place.
+
+    Without it, a copy that is made while a step is sampled would feed the sketches of the original, or fail to be made.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        """Pass a module's call on."""
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes anything, returns None, and loads without rankscope
+
+
 class Observer:
     """Hooks on modules, and what they have seen.
 
@@ -85,7 +102,8 @@ class Observer:
     def hooked(self) -> Iterator[None]:
         """With hooks on the modules."""
         handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._modules.items()
+            module.register_forward_hook(LocalHook(self._hook(name)), with_kwargs=True)
+            for name, module in self._modules.items()
         ]
         try:
             yield

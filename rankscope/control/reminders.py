@@ -31,7 +31,7 @@ class StepReminder:
 
     def _count(self, *_: Any) -> None:
         self._left -= 1
-        if self._left <= 0:
+        if self._left < 0:
             self.stop()
             logger.warning(
                 "the optimizer has stepped, but `RankController.step` was never called, so no rank can move; call it after each "

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from torch import Tensor, nn
+
+from rankscope.devices import mixed_precision, placed
 from rankscope.profiling import Profile, profile
 from rankscope.targets import TargetModule
-from rankscope.tasks.protocol import Task
+from rankscope.tasks.protocol import Batch, Task
 
 
 def profile_task(
@@ -21,7 +24,7 @@ def profile_task(
     on_start: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Profile:
-    """Profiles a task's model on an epoch of its training batches, or its first.
+    """Profiles a task's model on an epoch of its training batches, or its first, on the device and in the precision of training.
 
     Args:
         task: Where model, batches and loss come from.
@@ -43,11 +46,16 @@ def profile_task(
     rest = list(islice(epoch, head_steps if head else 0))
     if on_start:
         on_start(len(batches))
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with mixed_precision(model):
+            return task.loss(model, batch)
+
     return profile(
-        task.build_model(),
+        placed(task.build_model()),
         batches,
         targets=targets,
-        loss_fn=task.loss,
+        loss_fn=loss,
         head=head,
         head_steps=head_steps,
         head_batches=rest or None,

@@ -59,11 +59,12 @@ def run_benchmark(measure: Callable[[bool], tuple[list[dict[str, Any]], Sequence
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}: {claim.name}: {claim.value:.4g} ({claim.bound})")
     if arguments.out:
-        write_json(arguments.out, {**_circumstances(), "rows": rows, "claims": [asdict(claim) for claim in claims]})
+        write_json(arguments.out, {**circumstances(), "rows": rows, "claims": [asdict(claim) for claim in claims]})
     sys.exit(0 if all(claim.holds for claim in claims) else 1)
 
 
-def _circumstances() -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
+    """Command, revision, machine and versions of this run."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "command": "python " + " ".join(sys.argv),

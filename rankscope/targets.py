@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rankscope.exceptions import TargetError
-from rankscope.naming import is_head, name_block, name_role, name_towers
+from rankscope.naming import describe_modules, find_heads
+from rankscope.naming import name_block as name_block
+from rankscope.naming import name_role as name_role
+from rankscope.naming import name_towers as name_towers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +43,8 @@ class TargetModule:
         in_features: Input features; for a convolution, input channels times the kernel's area; for an
             embedding, the number of rows.
         out_features: Output features (channels of a convolution, width of an embedding).
-        tower: `vision`, `projector` or `language`; `encoder` or `decoder`; `model` where there is one tower only.
-        block: Index of the transformer block inside its tower; None outside blocks.
+        tower: `vision`, `audio`, `projector` or `language`; `encoder` or `decoder`; `model` where there is one tower only.
+        block: Index of the transformer block, unique inside its tower; None outside blocks.
         role: The projection, normalised over architectures: `q_proj`, `o_proj`, `fc1`, …
         kind: `linear`, `conv1d` (transformers' transposed linear), `conv2d` or `embedding`.
         existing_rank: The rank of an adapter that the module carries already, where that is above the full rank; else None.
@@ -107,8 +110,8 @@ def find_targets(
         kept = _selected_by_peft(selection, model, candidates, idle)
     else:
         kept = _selected(_checked(selection), model, candidates, idle, include)
-    towers = name_towers(list(candidates))
-    return tuple(_describe(name, candidates[name], tower=towers[name]) for name in candidates if name in kept)
+    described = describe_modules(list(candidates))
+    return tuple(_target(name, candidates[name], *described[name]) for name in candidates if name in kept)
 
 
 def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
@@ -409,11 +412,12 @@ def _left_out(model: nn.Module, candidates: Mapping[str, _Candidate]) -> dict[st
     output = get_output() if get_output else None
     if output is not None:
         output = base_layer(output)
+    heads = find_heads(candidates)
     reasons: dict[str, LeftOut] = {}
     for name, candidate in candidates.items():
         if candidate.kind == "embedding":
             reasons[name] = "embeddings"
-        elif candidate.module is output or is_head(name):
+        elif candidate.module is output or name in heads:
             reasons[name] = "heads"
         elif owners[id(weights[name])] > 1:
             reasons[name] = "tied"
@@ -433,6 +437,7 @@ _READ_BY_WEIGHT: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
         (r"\w*TDNNLayer", r"kernel"),
         (r"\w*MHAttentionMap", r"k_proj|k_linear"),
         (r"MobileBertLMPredictionHead", r"dense"),
+        (r"\w+Encoder", r"rel_pos(_[xy])?_bias"),
     )
 )
 
@@ -469,15 +474,15 @@ def _reads_weight(parent: nn.Module, child: str) -> bool:
 # --- what they are -----------------------------------------------------------------------------------------------
 
 
-def _describe(name: str, candidate: _Candidate, *, tower: str) -> TargetModule:
+def _target(name: str, candidate: _Candidate, tower: str, block: int | None, role: str) -> TargetModule:
     in_features, out_features = _shape(candidate.module, candidate.kind)
     return TargetModule(
         name=name,
         in_features=in_features,
         out_features=out_features,
         tower=tower,
-        block=name_block(name),
-        role=name_role(name),
+        block=block,
+        role=role,
         kind=candidate.kind,
     )
 

@@ -219,14 +219,14 @@ _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("fc1", rf"{_MLP}\.(key|Wi|intermediate|linear_1|linear_in|layer_1)"),
         ("fc2", rf"{_MLP}\.(value|Wo|output|linear_2|linear_out|layer_2)"),
         ("out_proj", r"(mixer|mamba|ssm|conv)\.out_proj"),
-        ("qkv_proj", rf"qkv|qkv_proj|w_?qkv|Wqkv|c_attn|query_key_value|queries_keys_values|{_ATTENTION}\.in_proj"),
-        ("kv_proj", r"kv|kv_proj|keys_values|key_value"),
-        ("q_proj", r"q_proj|query|q_lin|q|wq|Wq|q_attn|query_proj|q_head|queries|linear_q|projection_query"),
-        ("k_proj", r"k_proj|key|k_lin|k|wk|Wk|key_proj|k_head|keys|linear_k|projection_key"),
-        ("v_proj", r"v_proj|value|v_lin|v|wv|Wv|value_proj|v_head|values|linear_v|projection_value"),
+        ("qkv_proj", rf"qkv|qkv_proj|[wW]qkv|c_attn|query_key_value|queries_keys_values|{_ATTENTION}\.in_proj"),
+        ("kv_proj", r"kv|kv_proj|to_kv|keys_values|key_value"),
+        ("q_proj", r"q_proj|query|q_lin|q|wq|Wq|q_attn|query_proj|q_head|queries|linear_q|to_q|projection_query"),
+        ("k_proj", r"k_proj|key|k_lin|k|wk|Wk|key_proj|k_head|keys|linear_k|to_k|projection_key"),
+        ("v_proj", r"v_proj|value|v_lin|v|wv|Wv|value_proj|v_head|values|linear_v|to_v|projection_value"),
         (
             "o_proj",
-            rf"o_proj|out_proj|out_lin|o|{_ATTENTION}\.(c_proj|output\.dense|dense|proj|wo|Wo|output|projection|"
+            rf"o_proj|out_proj|out_lin|to_out|o|{_ATTENTION}\.(c_proj|output\.dense|dense|proj|wo|Wo|output|projection|"
             r"projection_layer|post_proj|linear_out)",
         ),
         ("gate_up_proj", r"gate_up_proj"),
@@ -275,6 +275,8 @@ def _qualified(names: Sequence[str], blocks: Mapping[str, int | None], roles: Ma
         return {}
     distinct = set(paths.values())
     start = min(_shared(distinct), *(len(path) - 1 for path in distinct))
+    while start and any(path[start].isdecimal() for path in distinct):  # a number needs the word before it
+        start -= 1
     ends = _shared([path[start:-1][::-1] for path in distinct])
     longer = {path: "_".join(path[start : len(path) - 1 - ends]) for path in distinct}
     if len({(longer[path], roles[name]) for name, path in paths.items()}) < len(distinct):

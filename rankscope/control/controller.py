@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankscope.adapters import RankMasks
 from rankscope.adapters.agreement import check_same, from_first_process
@@ -32,12 +32,13 @@ from rankscope.exceptions import AllocationError, ControlError
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import Profile
 from rankscope.profiling.processes import gathered, is_first
-from rankscope.profiling.sketch import SKETCH_SIZE
+from rankscope.profiling.sketch import largest_sketch_size
 from rankscope.targets import fingerprint_targets
 
 logger = logging.getLogger(__name__)
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average
+LEAST_SKETCH = 16  # columns
 SCHEMA = 1
 _STATE_KEYS = {"targets", "step", "ranks", "sketch", "active", "moved_at", "decisions", "window", "losses", "effects"}
 
@@ -66,7 +67,9 @@ class RankController:
             processes, DistributedDataParallel and `torch.compile`, and where the model carries some already.
         policy: How bold.
         samples: Steps before each decision whose gradients are seen.
-        sketch_size: Columns of the gradient sketches; default: twice the largest rank, between 16 and 56.
+        sketch_size: Columns of the gradient sketches, which find as many singular values; what lies beyond is estimated from the
+            energy that they leave. Default: twice the largest rank, but 16 at least, and no more than fit a quarter of the
+            memory of the model's weights, or 1 GiB where that is more.
         adapter_name: Which adapter; may be left out where there is only one.
         scaler: The `torch.amp.GradScaler` that scales the loss; accelerate's is found by itself.
         out: Folder for `decisions.parquet`, written after each decision.
@@ -130,7 +133,7 @@ class RankController:
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
             raise ControlError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
-        self._sketch_size = sketch_size or min(max(16, 2 * max(begin.vector)), SKETCH_SIZE)
+        self._sketch_size = sketch_size or _sketch_size(self._ranks.model, begin)
         self._window = self._new_window(self._sketch_size, seed)
         self._out = None if out is None else Path(out) / "decisions.parquet"
         self._decisions: list[Decision] = []
@@ -352,6 +355,7 @@ class RankController:
             self._policy,
             coarse=coarse,
             signal_share=measured.signal_share,
+            energy=measured.energy,
             cooling=[name for name, step in self._moved_at.items() if step > cooled],
             capacity=self._ranks.capacity,
             lowest=self._ranks.lowest,
@@ -401,3 +405,17 @@ class RankController:
     def _write(self) -> None:
         if self._out is not None and is_first():
             write_decisions(self.decisions, self._out)
+
+
+def _sketch_size(model: nn.Module, ranks: RankAllocation) -> int:
+    """Twice the largest rank and 16 at least, as far as the memory bound allows; one more copy is kept at sampled steps."""
+    wanted = max(LEAST_SKETCH, min(2 * max(ranks.vector), max(target.full_rank for target in ranks.targets)))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    size = largest_sketch_size(ranks.targets, wanted, weights, copies=2)
+    if size < wanted:
+        logger.warning(
+            "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
+            "model's weights; singular values beyond are estimated",
+            *(size, wanted),
+        )
+    return size

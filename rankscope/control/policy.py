@@ -85,7 +85,7 @@ class Transfer:
         module: Its name.
         before: Its rank.
         after: Its rank afterwards.
-        worth: What it gains (above 0) or gives up (below), as a share of what all signals sum to.
+        worth: What it gains (above 0) or gives up (below), as a share of the gradient energy.
     """
 
     module: str
@@ -108,7 +108,7 @@ class Proposal:
 
     @property
     def predicted(self) -> float:
-        """The gradient energy gained over what is given up, as a share of what all signals sum to."""
+        """The gradient energy gained over what is given up, as a share of the whole."""
         return sum(transfer.worth for transfer in self.transfers)
 
     @property
@@ -126,6 +126,7 @@ def propose(
     *,
     coarse: bool,
     signal_share: float = 1.0,
+    energy: float | None = None,
     cooling: Collection[str] = (),
     capacity: Mapping[str, int] | None = None,
     lowest: int = 0,
@@ -138,6 +139,7 @@ def propose(
         policy: How bold.
         coarse: Which of the two.
         signal_share: Of the gradient energy, what is signal: the noisier, the more a transfer must gain.
+        energy: What worth is a share of; None: what all signals sum to.
         cooling: Modules that keep their rank this time.
         capacity: The largest rank of each module, where its adapter has one.
         lowest: The rank below which no module falls.
@@ -152,7 +154,7 @@ def propose(
     held = {s.target.name for s in signals if s.target.name in cooling}
     move = _refill if coarse else _best_transfer
     ranks = move(signals, budget, policy.margin / max(signal_share, 1e-3), highest, held, lowest)
-    total = sum(sum(s.values) + sum(s.gains) for s in signals) or 1.0
+    total = (sum(sum(s.values) + sum(s.gains) for s in signals) if energy is None else energy) or 1.0
     allocation = RankAllocation(
         tuple(s.target for s in signals), tuple(ranks), strategy="controller", budget=budget.limit
     )

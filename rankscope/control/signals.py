@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rankscope.control.policy import ModuleSignals
 from rankscope.control.subspace import residual_directions
-from rankscope.profiling.features import POOLED_BATCHES
+from rankscope.profiling.features import POOLED_BATCHES, energy_tail
 from rankscope.profiling.layers import SUPPORTED
 from rankscope.profiling.observer import LocalHook, Observer, module_device
 from rankscope.profiling.processes import gathered, is_first, sum_over_processes
@@ -56,12 +56,15 @@ class Measured:
         directions: Right singular vectors, (n, in), of what each module's adapter does not reach, by name.
         batches: Seen, on all processes.
         signal_share: The share of the gradient energy of all modules that the batches agree on.
+        energy: Of all modules, within the reach of ranks: of twice as many leading values as the largest rank, or all that
+            were sketched.
     """
 
     signals: tuple[ModuleSignals, ...]
     directions: Mapping[str, Tensor] = field(repr=False)
     batches: int
     signal_share: float
+    energy: float
 
 
 class GradientWindow:
@@ -70,7 +73,7 @@ class GradientWindow:
     Args:
         model: The PEFT model; its own forward passes are what counts.
         targets: The modules to watch.
-        sketch_size: Columns of the narrow sketch: how many singular values can be found.
+        sketch_size: Columns of the narrow sketch: how many singular values are found; those beyond are estimated.
         seed: Of the sketches.
         compiled: Whether `torch.compile` may have compiled the model.
 
@@ -168,15 +171,19 @@ class GradientWindow:
             return None
         pooled = float(np.clip(1.0 - noise.sum() / energy.sum(), 0.0, 1.0))
         shares = cautious_shares(energy - noise, energy, pooled, len(weights))
-        signals, directions = [], {}
+        reach = 2 * max(len(factors[target.name][0]) for target in self._targets)
+        signals, directions, within = [], {}, 0.0
         for target, share in zip(self._targets, shares, strict=True):
             a, b = factors[target.name]
-            spectrum = (found[target.name].values / float(weights.sum())).square() * float(share)
-            values, gains = spectrum[: len(a)].tolist(), spectrum[len(a) :].tolist()
-            values += [0.0] * (len(a) - len(values))  # beyond the sketch
+            spectrum = full_spectrum(found[target.name], float(weights.sum()), float(share), target.full_rank)
+            values, gains = spectrum[: len(a)], spectrum[len(a) :]
+            within += sum(values) + sum(gains[: max(reach, len(found[target.name].values)) - len(a)])
+            values += [0.0] * (len(a) - len(values))  # beyond full rank
             signals.append(ModuleSignals(target=target, values=tuple(values), gains=tuple(gains)))
             directions[target.name] = residual_directions(found[target.name], a, b)
-        return Measured(signals=tuple(signals), directions=directions, batches=len(weights), signal_share=pooled)
+        return Measured(
+            signals=tuple(signals), directions=directions, batches=len(weights), signal_share=pooled, energy=within
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What all processes saw, as tensors and numbers; every process must call it."""
@@ -242,6 +249,20 @@ class _Step:
         if model.training and torch.is_grad_enabled():
             self.passes += 1
             self.observer.begin_batch(self.weight)
+
+
+def full_spectrum(found: Decomposition, weight: float, share: float, size: int) -> list[float]:
+    """The energies of a mean gradient's signal, descending, up to full rank; beyond the sketch as `energy_tail` estimates them.
+
+    Args:
+        found: Of the summed gradient.
+        weight: What to divide the sum by.
+        share: Of the energy, what is signal.
+        size: The full rank.
+    """
+    leading: list[float] = ((found.values / weight).square() * share).tolist()
+    tail = energy_tail(np.asarray(leading), max(found.energy, 0.0) / weight**2 * share, size)
+    return [*leading, *np.minimum(tail, leading[-1]).tolist()]
 
 
 def noise_of_mean(energy: Floats, squares: Floats, concentration: float) -> Floats:

@@ -246,10 +246,15 @@ def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weigh
     """
     mean_rank = 0.0 if limit is None else limit / max(sum(target.rank_cost for target in targets), 1)
     wanted = max(SKETCH_SIZE, min(math.ceil(2 * mean_rank), max(target.full_rank for target in targets)))
+    return wanted, largest_sketch_size(targets, wanted, weight_bytes)
+
+
+def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_bytes: int, *, copies: int = 1) -> int:
+    """The largest size up to the one that is wanted at which all sketches, in so many copies, fit the memory bound."""
     sides = np.array([sorted((t.in_features, t.out_features)) for t in targets], dtype=np.float64)
-    bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES)
+    bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES) / copies
     larger = range(LEAST_SIZE + 1, wanted + 1)
-    return wanted, LEAST_SIZE + bisect.bisect_right(larger, bound, key=lambda size: _sketch_bytes(sides, size))
+    return LEAST_SIZE + bisect.bisect_right(larger, bound, key=lambda size: _sketch_bytes(sides, size))
 
 
 def _sketch_bytes(sides: NDArray[np.float64], size: int) -> float:

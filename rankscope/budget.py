@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
-from rankscope.exceptions import BudgetError
+from rankscope.exceptions import BudgetError, shown
 from rankscope.targets import TargetModule
 
 Bound = int | Mapping[str, int] | None
@@ -44,7 +44,7 @@ class ParameterBudget:
         limit = _whole(self.limit)
         if limit is None or limit <= 0:
             raise BudgetError(
-                f"`limit` must be a positive whole number of adapter parameters, but got {_short(self.limit)}."
+                f"`limit` must be a positive whole number of adapter parameters, but got {shown(self.limit)}."
             )
         object.__setattr__(self, "limit", limit)
 
@@ -62,12 +62,12 @@ class ParameterBudget:
         """
         whole = _whole(rank)
         if whole is None or whole < 1:
-            raise BudgetError(f"`rank` must be a whole number of at least 1, but got {_short(rank)}.")
+            raise BudgetError(f"`rank` must be a whole number of at least 1, but got {shown(rank)}.")
         _require(targets)
         limit = sum(target.rank_cost * min(whole, target.full_rank) for target in targets)
         if low := [target for target in targets if target.full_rank < whole]:
             _warn_once(
-                f"rank {_short(whole)} is above the full rank of {len(low)} of {len(targets)} target modules, as of "
+                f"rank {shown(whole)} is above the full rank of {len(low)} of {len(targets)} target modules, as of "
                 f"`{low[0].name}` ({low[0].full_rank}); the budget counts their full rank: {limit:,} parameters."
             )
         return cls(limit)
@@ -226,7 +226,7 @@ def _check(targets: Sequence[TargetModule], budget: ParameterBudget, min_rank: B
         )
     if budget.limit > (most := int(costs @ full)):
         _warn_once(
-            f"`budget` is {_short(budget.limit)} parameters, but {len(targets)} target modules hold {most:,} at full "
+            f"`budget` is {shown(budget.limit)} parameters, but {len(targets)} target modules hold {most:,} at full "
             "rank; the rest stays unused: lower it, or add targets."
         )
     limit = min(budget.limit, most)
@@ -251,28 +251,20 @@ def _bound(bound: Bound, names: Sequence[str], *, default: Ints, label: str) -> 
         whole = _whole(by_name[name])
         if whole is None:
             of = f" of `{name}`" if isinstance(bound, Mapping) else ""
-            raise BudgetError(f"`{label}`{of} must be a whole number, but got {_short(by_name[name])}.")
+            raise BudgetError(f"`{label}`{of} must be a whole number, but got {shown(by_name[name])}.")
         if whole < 0:
-            raise BudgetError(f"`{label}` must not be negative, but got {_short(whole)}.")
+            raise BudgetError(f"`{label}` must not be negative, but got {shown(whole)}.")
         values[index] = min(whole, _LARGEST)
     return values
 
 
 def _whole(value: Any) -> int | None:
     """A whole number as an int; None for anything else, truth values and strings included."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+    if isinstance(value, bool):
         return None
     if isinstance(value, Integral):
         return int(value)
-    return int(float(value)) if float(value).is_integer() else None
-
-
-def _short(value: Any) -> str:
-    """A value for a message: Python itself refuses to print integers of thousands of digits."""
-    if isinstance(value, int) and abs(value) >= 10**18:
-        return f"an integer of {int(value.bit_length() * math.log10(2)) + 1} digits"
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
-    return text if len(text) <= 80 else text[:80] + "…"
+    return int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else None
 
 
 @lru_cache(maxsize=256)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class RankscopeError(Exception):
     """The root of every error that rankscope raises on purpose."""
@@ -72,3 +74,11 @@ def one_line(error: BaseException, most: int = 300) -> str:
     """What another library's error says, as a part of one line; its type where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[:most] + " …"
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value for a message, shortened; Python itself refuses to print integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return f"an integer of about {round(value.bit_length() * math.log10(2))} digits"
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+    return text if len(text) <= most else text[:most] + "…"

@@ -11,14 +11,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rankscope.exceptions import FileFormatError, one_line
+from rankscope.exceptions import FileFormatError, one_line, shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -167,7 +167,7 @@ def parse_json(text: str | bytes, *, where: str, what: str) -> Any:
 def read_yaml(path: str | os.PathLike[str], *, what: str) -> Any:
     """Reads a YAML file of plain values: UTF-8, or UTF-16 with its mark.
 
-    Beyond YAML 1.1, floats may come without a dot (`1e-3`), and no key may stand twice.
+    Beyond YAML 1.1, floats may come without a dot (`1e-3`), keys are texts, and none may stand twice.
 
     Raises:
         FileFormatError: The file is missing, cannot be read, is not YAML, holds a value that is not what its tag says, is
@@ -178,7 +178,10 @@ def read_yaml(path: str | os.PathLike[str], *, what: str) -> Any:
         return yaml.load(data, Loader=_YamlLoader)
     except RecursionError:
         reason = "it is nested too deeply"
-    except (yaml.YAMLError, UnicodeError) as error:
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        reason = where + (error.problem or one_line(error))
+    except yaml.YAMLError as error:
         reason = one_line(error)
     raise FileFormatError(f"`{path}` must hold {what} as YAML, but it cannot be parsed ({reason}); mend it there.")
 
@@ -299,7 +302,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
     return value
 
 
@@ -324,12 +327,16 @@ class _YamlLoader(yaml.SafeLoader):
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            key = self.construct_object(key_node, deep=True) if key_node.tag != _MERGE else object()
-            if isinstance(key, Hashable) and key in seen:
-                raise _complaint(f"the key {key!r} stands twice", key_node)
-            seen |= {key} if isinstance(key, Hashable) else set()
+            if key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _complaint(f"the key {shown(key)} is no text: put it in quotes", key_node)
+            if key in seen:
+                raise _complaint(f"the key {shown(key)} stands twice", key_node)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
     def refuse(self, node: Any) -> Any:

@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 from rankscope.budget import ParameterBudget
 from rankscope.comparison.comparing import DEFAULT_METHODS
 from rankscope.control import ControllerConfig, Policy
-from rankscope.exceptions import StudyError
+from rankscope.exceptions import FileFormatError, StudyError, shown
+from rankscope.files import read_yaml
 from rankscope.performance import PerformanceModel
 from rankscope.searching.confirmation import CONFIRM_FRACTION
 from rankscope.targets import TargetModule
 from rankscope.training import TrainingConfig
 
 DEFAULTS = ControllerConfig()
+MOST = 10**9  # of anything that is counted
+
+Count = Annotated[int, Field(gt=0, le=MOST)]
+Rank = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Keys with values: numbers are finite, and neither texts nor truth values. A section that is empty has its defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_has_defaults(cls, values: Any) -> Any:
+        return {} if values is None else values
 
 
 class BudgetSection(_Section):
     """Either adapter parameters, or what uniform LoRA of a rank would use."""
 
-    parameters: int | None = Field(None, gt=0)
-    uniform_rank: int | None = Field(None, gt=0)
+    parameters: Annotated[int, Field(gt=0, lt=2**63)] | None = None
+    uniform_rank: Rank | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> BudgetSection:
@@ -50,11 +71,11 @@ class BudgetSection(_Section):
 class ProfileSection(_Section):
     """How the profile is taken; see `rankscope.profile`."""
 
-    batches: int | None = Field(None, ge=2)
-    head_steps: int = Field(100, ge=0)
-    sketch_size: int | None = Field(None, ge=2)
+    batches: int | None = Field(None, ge=2, le=MOST)
+    head_steps: int = Field(100, ge=0, le=MOST)
+    sketch_size: int | None = Field(None, ge=2, le=MOST)
     tolerance: float | None = Field(None, ge=0)
-    keep_directions: int = Field(0, ge=0)
+    keep_directions: int = Field(0, ge=0, le=MOST)
 
 
 class AllocationSection(_Section):
@@ -62,8 +83,8 @@ class AllocationSection(_Section):
 
     strategy: str = "one-shot"
     options: dict[str, Any] = {}
-    min_rank: int = Field(0, ge=0)
-    max_rank: int | None = Field(None, ge=1)
+    min_rank: int = Field(0, ge=0, le=MOST)
+    max_rank: Rank | None = None
 
 
 def _as_list(value: Any) -> Any:
@@ -73,7 +94,7 @@ def _as_list(value: Any) -> Any:
 class TrainingSection(_Section):
     """The schedule; see `rankscope.TrainingConfig`. `learning_rate` may be a list: search tunes it for every allocation."""
 
-    steps: int = Field(100, gt=0)
+    steps: Count = 100
     learning_rate: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_as_list), Field(min_length=1)] = [
         1e-3
     ]
@@ -81,10 +102,10 @@ class TrainingSection(_Section):
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
-    gradient_accumulation: int = Field(1, gt=0)
+    gradient_accumulation: Count = 1
     scaling: float = Field(2.0, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    evaluate_every: int | None = Field(None, gt=0)
+    evaluate_every: Count | None = None
 
     def resolve(self) -> TrainingConfig:
         """The schedule at the first learning rate."""
@@ -95,13 +116,13 @@ class TrainingSection(_Section):
 class SearchSection(_Section):
     """The search; see `rankscope.search`. `storage` None: `search.db` (SQLite) in the output folder."""
 
-    trials: int = Field(60, gt=0)
-    seeds: int = Field(1, gt=0)
+    trials: Count = 60
+    seeds: Count = 1
     confirm_fraction: float = Field(CONFIRM_FRACTION, ge=0, lt=1)
     fidelity: float = Field(1.0, gt=0, le=1)
     sampler: Literal["performance-model", "tpe", "random"] = "performance-model"
     grouping: Literal["depth", "gradient"] = "depth"
-    groups: int = Field(3, gt=0)
+    groups: Count = 3
     storage: str | None = None
     pruner: Literal["none", "median", "hyperband"] = "none"
 
@@ -118,14 +139,14 @@ class ControllerSection(_Section):
     """
 
     mode: Annotated[Literal["off", "on", "auto"], BeforeValidator(_on_off)] = "off"
-    every: int | None = Field(None, gt=0)
+    every: Count | None = None
     freeze_fraction: float = Field(DEFAULTS.freeze_fraction, gt=0, le=1)
-    samples: int = Field(DEFAULTS.samples, gt=0)
+    samples: Count = DEFAULTS.samples
     margin: float = Field(DEFAULTS.policy.margin, ge=0)
     min_gain: float = Field(DEFAULTS.policy.min_gain, ge=0)
-    cooldown: int = Field(DEFAULTS.policy.cooldown, ge=0)
+    cooldown: int = Field(DEFAULTS.policy.cooldown, ge=0, le=MOST)
     coarse_fraction: float = Field(DEFAULTS.policy.coarse_fraction, ge=0, le=1)
-    max_rank: int | None = Field(None, gt=0)
+    max_rank: Rank | None = None
 
     def resolve(self, performance_model: PerformanceModel | None = None) -> ControllerConfig:
         """The controller's settings."""
@@ -152,10 +173,23 @@ class CompareSection(_Section):
     """
 
     methods: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = list(DEFAULT_METHODS)
-    seeds: int = Field(8, gt=0)
-    tuning_seeds: int = Field(2, gt=0)
+    seeds: Count = 8
+    tuning_seeds: Count = 2
     budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list), Field(min_length=1)] = [1.0]
     uniform_budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list)] = []
+
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def _folder_name(name: str) -> str:
+    """A name that is one folder's on every system, and no way out of the output folder."""
+    if not re.fullmatch(r"\w[\w .,+=@()-]{0,99}(?<![ .])", name) or _RESERVED.fullmatch(name):
+        raise ValueError(
+            "must be fit to name a folder: at most 100 letters, digits, spaces or marks among .,+=@()-_, "
+            "a letter or digit first"
+        )
+    return name
 
 
 class Study(_Section):
@@ -170,11 +204,11 @@ class Study(_Section):
         base_dir: The folder that relative paths in the file start from.
     """
 
-    name: str
+    name: Annotated[str, AfterValidator(_folder_name)]
     task: str | dict[str, Any]
     targets: str | list[str] = "all-linear"
     budget: BudgetSection
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)  # scikit-learn takes no larger ones, and runs count on from it
     profile: ProfileSection = ProfileSection()
     allocation: AllocationSection = AllocationSection()
     training: TrainingSection = TrainingSection()
@@ -197,52 +231,87 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StudyError(f"`{path}` must be a study file, but there is no such file; check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise StudyError(
-            f"`{path}` must be a study file in YAML, but cannot be parsed: {' '.join(str(error).split())}"
-        ) from None
+        values = read_yaml(path, what="a study")
+    except FileFormatError as error:
+        raise StudyError(str(error)) from None
     if not isinstance(values, dict):
-        raise StudyError(f"`{path}` must be a study file with keys and values, but holds {type(values).__name__}.")
+        held = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise StudyError(f"`{path}` must hold a study, as keys and values, but {held}.")
+    search = values.get("search")
+    if isinstance(search, dict) and isinstance(search.get("storage"), str):
+        search["storage"] = _from_folder(search["storage"], path.parent)
     for dotted, value in (overrides or {}).items():
         if value is not None:
-            _set(values, dotted.split("."), value)
+            _set(values, dotted, value, where=f"`{path}`")
+    if "base_dir" in values:
+        raise StudyError(f"`{path}`: unknown key `base_dir`; {_hint(['base_dir'])}")
     try:
-        return Study(**{"name": path.stem, **values, "base_dir": path.parent})
+        return Study.model_validate({"name": path.stem, **values, "base_dir": path.parent})
     except ValidationError as error:
-        raise StudyError(f"`{path}`: {_one_line(error)}") from None
+        raise StudyError(f"`{path}`: {_first_problem(error)}") from None
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-    values[keys[-1]] = value
+def _from_folder(storage: str, folder: Path) -> str:
+    """The storage; a file of SQLite that is given by a relative path starts from the study file's folder."""
+    scheme, found, file = storage.partition(":///")
+    if not found or not re.fullmatch(r"sqlite(\+\w+)?", scheme) or not file or file.startswith((":", "file:")):
+        return storage
+    return f"{scheme}:///{folder.absolute() / file}"
 
 
-def _one_line(error: ValidationError) -> str:
+def _set(values: dict[Any, Any], dotted: str, value: Any, *, where: str) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise StudyError(f"{where}: `{section}` must be a section of keys and values, but is {shown(values)}.")
+    values[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
     """The first problem, by its dotted key; pydantic's own message is a page."""
     first = error.errors()[0]
-    parts = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[", "dict["))]
+    parts = [str(part) for part in first["loc"] if not _is_type(part)]
     key = ".".join(parts) or "study"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(parts[:-1])
-        close = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.4)
-        hint = (
-            f"did you mean `{'.'.join([*parts[:-1], close[0]])}`?" if close else f"known keys are {', '.join(known)}."
-        )
-        return f"unknown key `{key}`; {hint}"
+        return f"unknown key `{key}`; {_hint(parts)}"
     if first["type"] == "missing":
         return f"the key `{key}` is missing; add it."
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    shown = "" if isinstance(first["input"], dict | Study | BudgetSection) else f", but got {first['input']!r}"
-    return f"`{key}`: {message}{shown}."
+    if first["type"] == "model_type":
+        message = "must be a section of keys and values"
+    if first["type"] == "too_short":
+        message = "must hold at least one value"
+    whole = isinstance(first["input"], dict | BaseModel) or (first["input"], first["type"]) == (None, "value_error")
+    given = "" if whole else f", but got {shown(first['input'])}"
+    return f"`{key}`: {message}{given}."
 
 
-def _known_keys(path: list[str]) -> list[str]:
+def _is_type(part: object) -> bool:
+    """Whether a part of pydantic's location is no key, but which of a union's types was tried."""
+    return part == "str" or str(part).startswith(("function-", "list[", "dict["))
+
+
+def _hint(parts: list[str]) -> str:
+    """What an unknown key may have been meant for: one that is alike here, or the same in another section."""
     section: Any = Study
-    for part in path:
+    for part in parts[:-1]:
         section = section.model_fields[part].annotation
-    return [name for name in section.model_fields if name != "base_dir"]
+    known = [name for name in section.model_fields if name != "base_dir"]
+    here = [".".join([*parts[:-1], name]) for name in difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.55)]
+    elsewhere = [name for name in _dotted_keys() if name.rpartition(".")[2] == parts[-1]]
+    alike = bool(here) and difflib.SequenceMatcher(None, here[0].rpartition(".")[2], parts[-1]).ratio() > 0.75
+    meant = here if alike or not elsewhere else elsewhere
+    return f"did you mean `{'` or `'.join(meant)}`?" if meant else f"known keys are {', '.join(known)}."
+
+
+def _dotted_keys() -> Iterator[str]:
+    for name, field in Study.model_fields.items():
+        section: Any = field.annotation
+        inner = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        yield from (f"{name}.{key}" for key in inner)
+        if name != "base_dir":
+            yield name

@@ -231,7 +231,7 @@ FIRST = VIT[0].name
         ({"max_rank": {FIRST: "x"}}, f"`max_rank` of `{FIRST}` must be a whole number, but got 'x'."),
         ({"min_rank": {FIRST: [1]}}, f"`min_rank` of `{FIRST}` must be a whole number, but got [1]."),
         ({"min_rank": {3: 1}}, "`min_rank` must name target modules only, but names 3."),
-        ({"min_rank": -(10**400)}, "`min_rank` must not be negative, but got an integer of 401 digits."),
+        ({"min_rank": -(10**400)}, "`min_rank` must not be negative, but got an integer of about 400 digits."),
         ({"scores": {**ONES, FIRST: "x"}}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
         ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: [[1.0]]}}, f"`gains` of `{FIRST}` must be a list of finite numbers that are not negative."),
         ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: ["x"]}}, f"`gains` of `{FIRST}` must be a list of finite numbers that are not negative."),

@@ -125,7 +125,7 @@ def effective_rank(values: Tensor) -> float:
     >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
     2.0
     """
-    energies = values.double().square()
+    energies = values.cpu().double().square()
     return float(energies.sum() ** 2 / energies.square().sum()) if energies.any() else 0.0
 
 

@@ -32,7 +32,7 @@ def head_warmed(
         model: The frozen model.
         head: Full names of the modules to train.
         batches: Gone through again and again.
-        loss_fn: `loss_fn(model, batch)`, a scalar.
+        loss_fn: `loss_fn(model, batch)`, a scalar; it places the batch.
         steps: AdamW steps at a learning rate of 0.01.
 
     Raises:
@@ -42,8 +42,10 @@ def head_warmed(
     if missing := [name for name in head if name not in present]:
         raise ProfileError(f"`head` must name modules of this model, but it has no `{missing[0]}`; check the name.")
     parameters = [parameter for name in head for parameter in present[name].parameters()]
+    if any(parameter.is_meta for parameter in parameters):
+        raise ProfileError(f"`head` must name modules in memory, but `{head[0]}` is offloaded; keep it on a device.")
     with values_restored(parameters):
-        _train(model, parameters, islice(_endless(batches), steps), loss_fn, parameters[0].device)
+        _train(model, parameters, islice(_endless(batches), steps), loss_fn)
         yield
 
 
@@ -52,15 +54,12 @@ def _train(
     parameters: Sequence[nn.Parameter],
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
-    device: torch.device,
 ) -> None:
-    from accelerate.utils import send_to_device
-
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     for batch in batches:
-        loss = loss_fn(model, send_to_device(batch, device))
+        loss = loss_fn(model, batch)
         optimizer.zero_grad()
         loss.backward()
         _average_gradients(parameters)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+
+from rankscope.targets import base_layer
 
 SUPPORTED = ("linear", "conv1d", "conv2d")
 
 
-def as_rows(module: nn.Module, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, in) and (n, out) with the weight gradient sum_n deltas_n inputs_n^T; positions and patches are rows.
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Runs what torch.compile made of any part of the model as it was before, since compiled code passes over new hooks."""
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
-    Half precision becomes single, since sums of float16 overflow; bfloat16 stays.
-    """
-    module = getattr(module, "base_layer", module)
+
+def solvable(tensor: Tensor) -> Tensor:
+    """The tensor where torch.linalg's solvers run: on its device, but for MPS, which lacks them."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def as_rows(module: nn.Module, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, in) and (n, out) with the weight gradient sum_n deltas_n inputs_n^T; positions and patches are rows."""
+    module = base_layer(module)
     if isinstance(module, nn.Conv2d):
+        if inputs.ndim == 3:
+            inputs, deltas = inputs[None], deltas[None]
         inputs, deltas = _patches(module, inputs), deltas.flatten(2).transpose(1, 2)
-    inputs, deltas = inputs.reshape(-1, inputs.shape[-1]), deltas.reshape(-1, deltas.shape[-1])
-    dtype = torch.float32 if deltas.dtype == torch.float16 else deltas.dtype
-    return inputs.to(dtype), deltas.to(dtype)
+    return inputs.reshape(-1, inputs.shape[-1]), deltas.reshape(-1, deltas.shape[-1])
 
 
 def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -31,8 +48,8 @@ def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
 
 
 def dense_weight(module: nn.Module) -> Tensor | None:
-    """The weight as (out, in), dequantised where bitsandbytes holds it; None where it cannot be read."""
-    module = getattr(module, "base_layer", module)
+    """The weight as (out, in), dequantised where bitsandbytes holds it; None where it cannot be read, as on the meta device."""
+    module = base_layer(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
@@ -41,7 +58,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
         weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach()
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.is_meta:
         return None
     if type(module).__name__ == "Conv1D":
         return weight.T

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankscope.exceptions import ProfileError
 from rankscope.profiling.activations import ActivationSketch
 from rankscope.profiling.layers import as_rows
+from rankscope.profiling.processes import gathered, sum_over_processes
 from rankscope.profiling.sketch import GradientStore, Increment, RandomMatrices, new_gradient_store
 from rankscope.targets import TargetModule
 
@@ -91,18 +94,20 @@ class Observer:
         self.mask: Tensor | None = None
         self.observed: dict[str, Observed] = {}
         self._modules, self._matrices, self._inputs = modules, matrices, inputs
+        self._in_features = {target.name: target.in_features for target in targets}
         self._last: tuple[Tensor, ActivationSketch] | None = None
         self._active = False
         for target in targets:
             device = module_device(modules[target.name])
-            store = new_gradient_store(target.in_features, target.out_features, matrices, device)
-            self.observed[target.name] = Observed(store, torch.zeros((), device=device))
+            dtype = torch.float64 if _is_double(modules[target.name]) else torch.float32
+            store = new_gradient_store(target.in_features, target.out_features, matrices, device, dtype)
+            self.observed[target.name] = Observed(store, torch.zeros((), device=device, dtype=dtype))
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """With hooks on the modules."""
         handles = [
-            module.register_forward_hook(LocalHook(self._hook(name)), with_kwargs=True)
+            module.register_forward_hook(LocalHook(partial(self._called, name)), with_kwargs=True)
             for name, module in self._modules.items()
         ]
         try:
@@ -112,56 +117,88 @@ class Observer:
                 handle.remove()
 
     def begin_batch(self, weight: float, mask: Tensor | None = None) -> None:
-        """From now on the hooks see; the batch's gradients come multiplied by its weight."""
+        """Starts recording. Gradients are assumed to be multiplied by `weight`."""
         self.weight, self.mask, self._active = weight, mask, True
 
     def end_batch(self) -> None:
-        """Takes what modules that were called several times have pending."""
+        """Stops recording, and adds up what modules that were called several times have pending."""
         for seen in self.observed.values():
             if seen.pending is not None:
                 seen.take(seen.pending, self.weight)
         self.drop_batch()
 
     def drop_batch(self) -> None:
-        """Forgets a batch of which nothing was added."""
+        """Stops recording a batch of which nothing was added."""
         self._last, self.mask, self._active = None, None, False
         for seen in self.observed.values():
             seen.calls, seen.pending = 0, None
 
-    def activations(self) -> list[ActivationSketch]:
-        """Every activation sketch once."""
-        kept = (seen.activations for seen in self.observed.values() if seen.activations is not None)
-        return list({id(sketch): sketch for sketch in kept}.values())
+    def reset(self) -> None:
+        """Forgets all that was seen."""
+        for seen in self.observed.values():
+            for tensor in seen.tensors():
+                tensor.zero_()
+            seen.activations, seen.batches = None, 0
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        """A forward hook that waits for the gradient of the module's output, at every call of the module."""
+    def peak(self) -> float:
+        """The largest absolute entry of all gradient stores."""
+        return max(float(tensor.abs().max()) for seen in self.observed.values() for tensor in seen.store.tensors())
+
+    def sum_over_processes(self) -> None:
+        """Makes all that was seen what all processes have seen, whichever modules the batches of each one reached."""
+        sum_over_processes(tensor for seen in self.observed.values() for tensor in seen.tensors())
+        batches = gathered([seen.batches for seen in self.observed.values()])
+        for seen, counts in zip(self.observed.values(), zip(*batches, strict=True), strict=True):
+            seen.batches = sum(counts)
+        for name, seen in self.observed.items() if self._inputs else ():
+            mine = seen.activations or self._new_activations(self._in_features[name], seen.squares.device)
+            mine = mine.copy()  # which modules share one may differ between processes
+            mine.sum_over_processes()
+            seen.activations = mine if mine.count else None
+
+    def _new_activations(self, in_features: int, device: torch.device) -> ActivationSketch:
+        return ActivationSketch.zeros(self._matrices.omega(in_features, device)[:, : self._matrices.k // 2])
+
+    def _called(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Waits for the gradient of an output; returns what stands in for the output, or None if it may stay."""
+        if not self._active:
+            return None
         seen = self.observed[name]
+        seen.calls += 1  # also without gradients: a reentrant checkpoint runs such a segment again
+        first: Tensor = output if isinstance(output, Tensor) else output[0]
+        if not (torch.is_grad_enabled() and first.is_floating_point()):
+            return None
+        replaced = not first.requires_grad
+        if replaced:  # nothing before the first modules needs a gradient; a clone, since a leaf may not change in place
+            first = first.detach().requires_grad_().clone()
+        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        version = None if inputs.is_inference() else inputs._version
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if not self._active:
-                return
-            seen.calls += 1  # also without gradients: a reentrant checkpoint runs such a segment again
-            if not torch.is_grad_enabled():
-                return
-            if not output.requires_grad:  # the first modules: nothing before them needs a gradient
-                output.requires_grad_()
-            inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        def receive(gradient: Tensor) -> None:
+            if version is not None and inputs._version != version:
+                raise ProfileError(
+                    f"the input of `{name}` must stay as it was until the backward pass, but was changed in place; change "
+                    "it out of place."
+                )
+            self._receive(seen, module, inputs, gradient.detach())
 
-            def receive(gradient: Tensor) -> None:
-                rows, deltas = as_rows(module, inputs.detach(), gradient.detach())
-                if self._inputs:
-                    self._see_inputs(seen, inputs, rows)
-                increment = seen.store.increment(rows, deltas)
-                if seen.calls == 1:
-                    seen.take(increment, self.weight)
-                elif seen.pending is None:
-                    seen.pending = increment
-                else:
-                    seen.pending = tuple(a + b for a, b in zip(seen.pending, increment, strict=True))
+        first.register_hook(receive)
+        if not replaced:
+            return None
+        return first if isinstance(output, Tensor) else type(output)((first, *output[1:]))
 
-            output.register_hook(receive)
-
-        return hook
+    def _receive(self, seen: Observed, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
+        rows, deltas = as_rows(module, inputs.detach(), gradient)
+        if self._inputs:
+            self._see_inputs(seen, inputs, rows)
+        dtype = torch.float32 if deltas.dtype == torch.float16 else deltas.dtype  # sums of float16 overflow
+        increment = seen.store.increment(rows.to(dtype), deltas.to(dtype))
+        if seen.calls == 1:
+            seen.take(increment, self.weight)
+        elif seen.pending is None:
+            seen.pending = increment
+        else:
+            seen.pending = tuple(a + b for a, b in zip(seen.pending, increment, strict=True))
 
     def _see_inputs(self, seen: Observed, inputs: Tensor, rows: Tensor) -> None:
         shared = self._last[1] if self._last is not None and self._last[0] is inputs else None
@@ -169,13 +206,20 @@ class Observer:
             seen.activations = shared
             return
         if seen.activations is None:
-            omega = self._matrices.omega(rows.shape[1], rows.device)
-            seen.activations = ActivationSketch.zeros(omega[:, : self._matrices.k // 2])
+            seen.activations = self._new_activations(rows.shape[1], rows.device)
         masked = self.mask is not None and inputs.ndim == 3 and inputs.shape[:2] == self.mask.shape
-        seen.activations.add(rows, self.mask.flatten() if masked and self.mask is not None else None)
+        seen.activations.add(rows, self.mask.flatten().to(rows.device) if masked and self.mask is not None else None)
         self._last = (inputs, seen.activations)
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Where a module's first parameter lies."""
+    """Where a module computes: an offloaded one where accelerate's hook loads it to, others where their first parameter is."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (device := getattr(each, "execution_device", None)) is not None:
+            return torch.device(device)
     return next(module.parameters()).device
+
+
+def _is_double(module: nn.Module) -> bool:
+    return any(parameter.dtype == torch.float64 for parameter in module.parameters())

@@ -12,8 +12,10 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,15 +28,27 @@ from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
-from rankscope.profiling.layers import SUPPORTED
+from rankscope.profiling.layers import SUPPORTED, eager
 from rankscope.profiling.observer import Observer, module_device
-from rankscope.profiling.processes import gathered, several, sum_over_processes
+from rankscope.profiling.processes import gathered, several
 from rankscope.profiling.restoring import frozen
 from rankscope.profiling.sketch import RandomMatrices, choose_sketch_size, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.profiling.table import tabulate
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
 
+_OPTIONS: Mapping[str, tuple[Any, float, float]] = {  # type, lowest, highest
+    "n_batches": (Integral, 2, math.inf),
+    "head_steps": (Integral, 0, math.inf),
+    "sketch_size": (Integral, 2, math.inf),
+    "tolerance": (Real, 0, math.inf),
+    "keep_directions": (Integral, 0, math.inf),
+    "max_skipped": (Real, 0, 1),
+    "seed": (Integral, 0, 2**32 - 1),
+}
+_SAFE_EXPONENT = (
+    30  # of two: the square of a gradient beyond, or of a thousandth of one below, may leave float32's range
+)
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -99,33 +113,35 @@ def profile(
     >>> {name: len(values) for name, values in taken.spectra().items()}
     {'0': 3, '2': 1}
     """
+    _check_options(
+        n_batches=n_batches, head_steps=head_steps, sketch_size=sketch_size, tolerance=tolerance,
+        keep_directions=keep_directions, max_skipped=max_skipped, seed=seed,
+    )  # fmt: skip
     model = unwrapped(model)
-    targets = tuple(targets) if targets is not None else find_targets(model)
-    loss_fn = loss_fn or _model_loss
-    if tolerance is not None and several():
-        raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
-    targets, skipped = _profiled(model, targets)
+    targets, skipped = _profiled(model, tuple(targets) if targets is not None else find_targets(model))
     modules = _modules(model, targets)
     wanted, size = (sketch_size, sketch_size) if sketch_size else _sketch_size(model, targets, budget)
-    matrices = RandomMatrices(k=size, seed=seed)
-    observer = Observer(targets, modules, matrices)
-    tally, convergence = Tally(), Convergence(tolerance) if tolerance is not None else None
+    observer = Observer(targets, modules, RandomMatrices(k=size, seed=seed))
+    convergence = Convergence(tolerance) if tolerance is not None else None
+    run = _Run(
+        model=model, loss_fn=loss_fn or _model_loss, observer=observer, device=module_device(model), tally=Tally()
+    )
     with ExitStack() as stack:
+        stack.enter_context(eager(model))
         stack.enter_context(frozen(model))
         stream: Iterator[Any] = islice(batches, n_batches)
         if head and head_steps:
-            stream = _behind_heads(model, stream, head, head_batches, loss_fn, head_steps)
+            stream = _behind_heads(model, stream, head, head_batches, run.loss, head_steps)
             stack.enter_context(closing(stream))
         stack.enter_context(observer.hooked())
         stop = stack.enter_context(stop_on_interrupt(enabled=keep_partial))
-        device = module_device(model)
         for index, batch in enumerate(stream):
-            _see(model, batch, loss_fn, observer, tally, device)
-            if on_batch and tally.losses:
-                on_batch(index, tally.losses[-1])
-            if stop.requested or (convergence and _converged(convergence, observer, tally)):
+            run.see(batch)
+            if on_batch and run.tally.losses:
+                on_batch(index, run.tally.losses[-1])
+            if stop.requested or (convergence and _converged(convergence, observer, run.tally)):
                 break
-    tally = _sum_up(observer, tally)
+    tally = _sum_up(observer, run.tally)
     tally.check(max_skipped)
     silent = _check_taken(observer)
     frame = tabulate(targets, modules, observer.observed, tally, keep_directions)
@@ -151,27 +167,74 @@ def profile(
     return Profile(frame, metadata)
 
 
-def _see(
-    model: nn.Module,
-    batch: Any,
-    loss_fn: LossFunction,
-    observer: Observer,
-    tally: Tally,
-    device: torch.device,
-) -> None:
-    """Forward and backward of one batch; one without a finite loss is passed over."""
-    from accelerate.utils import send_to_device
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """The passes over the batches."""
 
-    weight, batch = tally.weigh(batch), send_to_device(batch, device)
-    observer.begin_batch(weight, attention_mask(batch))
-    loss = loss_fn(model, batch)
-    if not math.isfinite(value := check_loss(loss)):
-        tally.skipped += 1
-        observer.drop_batch()
-        return
-    (loss * observer.weight).backward()
-    observer.end_batch()
-    tally.count(batch, value)
+    model: nn.Module
+    loss_fn: LossFunction
+    observer: Observer
+    device: torch.device
+    tally: Tally
+
+    def see(self, batch: Any) -> None:
+        """Forward and backward of one batch; an empty one, or one without a finite loss, is passed over."""
+        weight = self.tally.weigh(batch)
+        if not weight:
+            return
+        loss = self._backward(batch, weight)
+        if loss is None:
+            self.tally.skipped += 1
+            return
+        if not self.tally.losses and (scale := _in_range(self.observer.peak())) != 1.0:
+            self.tally.scale = scale
+            self.observer.reset()
+            self._backward(batch, weight)
+        self.tally.count(batch, loss)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of a batch that may lie on another device, checked.
+
+        Raises:
+            ProfileError: It is no scalar tensor.
+        """
+        from accelerate.utils import send_to_device
+
+        return check_loss(self.loss_fn(model, send_to_device(batch, self.device)))
+
+    def _backward(self, batch: Any, weight: float) -> float | None:
+        """The loss, of which the observer has seen the backward pass; None where it is not finite."""
+        mask = attention_mask(batch)
+        self.observer.begin_batch(weight, None if mask is None else mask.to(self.device))
+        loss = self.loss(self.model, batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self.observer.drop_batch()
+            return None
+        (loss * (weight * self.tally.scale)).backward()
+        self.observer.end_batch()
+        return value
+
+
+def _check_options(**options: Any) -> None:
+    for name, value in options.items():
+        kind, low, high = _OPTIONS[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high):
+            number = "a whole number" if kind is Integral else "a number"
+            bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+            raise ProfileError(f"`{name}` must be {number} {bounds}, but got {value!r}.")
+    if options["tolerance"] is not None and several():
+        raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
+
+
+def _in_range(peak: float) -> float:
+    """The factor on the loss at which float32 sums of squared gradients neither overflow nor vanish: a power of two, mostly 1.
+
+    Args:
+        peak: The largest entry of the first batch's gradients.
+    """
+    exponent = math.frexp(peak)[1] if 0.0 < peak < math.inf else 0
+    return 1.0 if abs(exponent) <= _SAFE_EXPONENT else 2.0**-exponent
 
 
 def _behind_heads(
@@ -205,18 +268,18 @@ def _converged(convergence: Convergence, observer: Observer, tally: Tally) -> bo
 
 
 def _sum_up(observer: Observer, tally: Tally) -> Tally:
-    """The sums of all processes, in units of the first one's first batch."""
+    """Sums over all processes, in units of the first that has a batch: of its first batch's size, and of its scale."""
     tallies: list[Tally] = gathered(tally)
-    scale = tally.first_size / tallies[0].first_size if tallies[0].first_size else 1.0
-    sums = [tensor for seen in observer.observed.values() for tensor in seen.tensors()]
-    for tensor in sums if several() else ():
-        tensor.mul_(scale)
-    sum_over_processes(sums)
-    sum_over_processes(tensor for sketch in observer.activations() for tensor in sketch.tensors())
-    counts = gathered([seen.batches for seen in observer.observed.values()])
-    for seen, each in zip(observer.observed.values(), zip(*counts, strict=True), strict=True):
-        seen.batches = sum(each)
-    return Tally.together(tallies)
+    together = Tally.together(tallies)
+    if several() and tally.losses:
+        unit, scale = tally.first_size / together.first_size, together.scale / tally.scale
+        for seen in observer.observed.values():
+            for tensor in seen.store.tensors():
+                tensor.mul_(unit * scale)
+            seen.squares.mul_(unit * scale**2)
+    if several():
+        observer.sum_over_processes()
+    return together
 
 
 def _check_taken(observer: Observer) -> list[str]:
@@ -231,9 +294,14 @@ def _check_taken(observer: Observer) -> list[str]:
         logger.warning(
             "%d of %d modules got no gradient and count as zero, as `%s`", len(silent), len(observed), silent[0]
         )
-    if broken := [name for name, seen in observed.items() if not is_finite(seen.store.tensors())]:
+    if broken := [name for name, seen in observed.items() if not is_finite(seen.tensors())]:
         raise ProfileError(
             f"the gradient at `{broken[0]}` must be finite, but is not; check the loss, or use float32 or bfloat16."
+        )
+    inputs = [name for name, seen in observed.items() if seen.activations and not is_finite([seen.activations.squares])]
+    if inputs:
+        raise ProfileError(
+            f"the inputs of `{inputs[0]}` must be finite and below 1e18, but are not; check the data and the weights."
         )
     return silent
 
@@ -258,6 +326,7 @@ def _sketch_size(model: nn.Module, targets: Sequence[TargetModule], budget: Para
 def _profiled(model: nn.Module, targets: Sequence[TargetModule]) -> tuple[tuple[TargetModule, ...], dict[str, str]]:
     """The targets that can be profiled, and why the others, and the model's fused experts, cannot."""
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
+    skipped |= {t.name: "modules without inputs or outputs have no rank" for t in targets if not t.full_rank}
     if len(skipped) == len(targets):
         raise ProfileError(f"`targets` must hold a module of kind {', '.join(SUPPORTED)}, but hold none; find others.")
     skipped |= dict.fromkeys(fused_experts(model), "experts fused into one 3-D weight cannot be profiled")
@@ -276,13 +345,28 @@ def _modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.
     return {target.name: present[target.name] for target in targets}
 
 
-def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    return model(**batch).loss  # type: ignore[no-any-return]
+def _model_loss(model: nn.Module, batch: Any) -> Any:
+    if not isinstance(batch, Mapping):
+        raise ProfileError(
+            f"batches must be mappings of the model's inputs, but got a {type(batch).__name__}; pass `loss_fn`."
+        )
+    outputs = model(**batch)
+    if not hasattr(outputs, "loss"):
+        raise ProfileError(
+            f"the model must return an output with `loss`, but returned a {type(outputs).__name__}; pass `loss_fn`."
+        )
+    return outputs.loss
 
 
 def _fingerprint_weights(model: nn.Module) -> str:
+    from accelerate.utils import align_module_device
+
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        corner = parameter.detach().flatten()[:16].tolist()
-        digest.update(repr((name, tuple(parameter.shape), corner)).encode())
+    for name, _ in model.named_parameters():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):
+            parameter = getattr(module, attribute)
+            corner = parameter.detach().flatten()[:16].tolist()
+            digest.update(repr((name, tuple(parameter.shape), corner)).encode())
     return digest.hexdigest()[:16]

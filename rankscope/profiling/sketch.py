@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankscope.profiling.layers import solvable
 from rankscope.targets import TargetModule
 
 SKETCH_SIZE = 56  # k, at least, if memory allows
@@ -115,13 +116,15 @@ class ExactGradient:
     gradient: Tensor
 
     @classmethod
-    def zeros(cls, in_features: int, out_features: int, device: torch.device) -> ExactGradient:
+    def zeros(
+        cls, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> ExactGradient:
         """A store of the zero gradient."""
-        return cls(torch.zeros(out_features, in_features, device=device))
+        return cls(torch.zeros(out_features, in_features, device=device, dtype=dtype))
 
     def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
         """See `GradientStore`."""
-        return ((deltas.T @ inputs).float(),)
+        return ((deltas.T @ inputs).to(self.gradient.dtype),)
 
     def add(self, increment: Increment) -> None:
         """See `GradientStore`."""
@@ -137,7 +140,7 @@ class ExactGradient:
 
     def decompose(self) -> Decomposition:
         """See `GradientStore`."""
-        left, values, right = torch.linalg.svd(self.gradient, full_matrices=False)
+        left, values, right = torch.linalg.svd(solvable(self.gradient), full_matrices=False)
         return Decomposition(left, values, right, float(self.gradient.square().sum()), 0.0)
 
 
@@ -164,13 +167,18 @@ class SketchedGradient:
 
     @classmethod
     def zeros(
-        cls, in_features: int, out_features: int, matrices: RandomMatrices, device: torch.device
+        cls,
+        in_features: int,
+        out_features: int,
+        matrices: RandomMatrices,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> SketchedGradient:
         """A sketch of the zero gradient."""
         short, long = sorted((in_features, out_features))
         return cls(
-            narrow=torch.zeros(long, matrices.k, device=device),
-            wide=torch.zeros(matrices.l, short, device=device),
+            narrow=torch.zeros(long, matrices.k, device=device, dtype=dtype),
+            wide=torch.zeros(matrices.l, short, device=device, dtype=dtype),
             omega=matrices.omega(short, device),
             signs=matrices.signs(long, device),
             transposed=in_features > out_features,
@@ -180,7 +188,7 @@ class SketchedGradient:
         """See `GradientStore`."""
         rows, columns = (inputs, deltas) if self.transposed else (deltas, inputs)  # G = rows^T columns
         narrow = rows.T @ (columns @ self.omega.to(columns.dtype))
-        return narrow.float(), (self.compress(rows).T @ columns).float()
+        return narrow.to(self.narrow.dtype), (self.compress(rows).T @ columns).to(self.wide.dtype)
 
     def add(self, increment: Increment) -> None:
         """See `GradientStore`."""
@@ -204,15 +212,16 @@ class SketchedGradient:
         A leading direction v loses about ||R||^2 / k to R, of which the fit scatters a k-th of that excess onto its own left
         vector: hence the error of a singular value, to first order (tests/profiling/test_real_gradients.py has MiniLM's).
         """
-        basis = torch.linalg.qr(self.narrow).Q
-        projected = self.compress(basis.T).T
+        wide = solvable(self.wide)
+        basis = torch.linalg.qr(solvable(self.narrow)).Q
+        projected = solvable(self.compress(basis.T.to(self.signs.device)).T)
         inverse = torch.linalg.pinv(projected)
-        core = inverse @ self.wide
+        core = inverse @ wide
         (n, k), l = basis.shape, len(projected)
         sizes = torch.bincount(torch.arange(n, device=basis.device) % l, minlength=l).to(basis.dtype)
         excess = (float((inverse.square() @ sizes).sum()) - k) / (n - k)
         seen = float(((1.0 - (projected * inverse.T).sum(dim=1)) * sizes).sum()) / (n - k)
-        missed = float((self.wide - projected @ core).square().sum()) / seen
+        missed = float((wide - projected @ core).square().sum()) / seen
         energy = float(core.square().sum()) + (1.0 - excess) * missed
         left, values, right = torch.linalg.svd(core, full_matrices=False)
         left = basis @ left
@@ -265,15 +274,19 @@ def _sketch_bytes(sides: NDArray[np.float64], size: int) -> float:
 
 
 def new_gradient_store(
-    in_features: int, out_features: int, matrices: RandomMatrices, device: torch.device
+    in_features: int,
+    out_features: int,
+    matrices: RandomMatrices,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> GradientStore:
     """A sketch of the zero gradient, or the gradient itself where a sketch would save less than half of it."""
     short, long = sorted((in_features, out_features))
     if 2 * (matrices.k * long + matrices.l * short) > in_features * out_features:
-        return ExactGradient.zeros(in_features, out_features, device)
-    return SketchedGradient.zeros(in_features, out_features, matrices, device)
+        return ExactGradient.zeros(in_features, out_features, device, dtype)
+    return SketchedGradient.zeros(in_features, out_features, matrices, device, dtype)
 
 
-def is_finite(tensors: Increment) -> bool:
+def is_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no number is NaN or infinite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

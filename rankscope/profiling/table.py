@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
@@ -21,8 +22,8 @@ from rankscope.profiling.features import (
 )
 from rankscope.profiling.layers import dense_weight
 from rankscope.profiling.observer import Observed
-from rankscope.profiling.sketch import ExactGradient
-from rankscope.targets import TargetModule
+from rankscope.profiling.sketch import Decomposition, ExactGradient
+from rankscope.targets import TargetModule, base_layer
 
 
 def tabulate(
@@ -51,6 +52,24 @@ def tabulate(
         for share, values in zip(shares, frame["singular_values"], strict=True)
     ]
     frame["block"] = frame["block"].astype("Int64")
+    return frame if tally.scale == 1.0 else _unscaled(frame, tally.scale)
+
+
+def _unscaled(frame: pd.DataFrame, scale: float) -> pd.DataFrame:
+    """The table of gradients that were multiplied by `scale`, in the loss's own units."""
+    unit = np.float64(1.0 / scale)
+    for column in ("gradient_norm", "singular_error", "sensitivity"):
+        frame[column] = frame[column].astype(np.float64) * unit
+    for column in ("singular_values", "signal_values"):
+        frame[column] = [(np.array(values) * unit).tolist() for values in frame[column]]
+    for column in ("signal_energy", "noise_energy", "fisher_trace"):
+        with np.errstate(over="ignore"):
+            frame[column] *= unit**2
+    if not np.isfinite(frame["fisher_trace"]).all():
+        raise ProfileError(
+            f"squared gradients must be below 1e308, but the gradient is about {frame['gradient_norm'].max():.0e}; scale "
+            "the loss down."
+        )
     return frame
 
 
@@ -60,8 +79,7 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
     energy = max(found.energy, 0.0) / total**2
     measured = float(seen.store.measure(seen.store.tensors())) / total**2
     split = split_energy(energy, float(seen.squares) * tally.first_size, tally.sizes, measured=measured)
-    weight, activations = dense_weight(module), seen.activations
-    kept = slice(0, keep_directions)
+    activations, kept = seen.activations, slice(0, keep_directions)
     return {
         "module": target.name,
         "tower": target.tower,
@@ -79,11 +97,7 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
         "singular_values": (found.values / total).tolist(),
         "singular_error": found.error / total,
         "exact": isinstance(seen.store, ExactGradient),
-        "sensitivity": None
-        if weight is None
-        else sensitivity(weight, found.left, found.values[:, None] * found.right) / total,
-        "weight_norm": None if weight is None else frobenius_norm(weight),
-        "weight_rank": None if weight is None else stable_rank(weight),
+        **_weight_features(module, found, total),
         "activation_moment": activations.second_moment() if activations else 0.0,
         "activation_rank": activations.effective_rank() if activations else 0.0,
         "activation_variance": activations.variance() if activations else 0.0,
@@ -91,3 +105,19 @@ def _row(target: TargetModule, module: nn.Module, seen: Observed, tally: Tally, 
         "left_directions": found.left[:, kept].T.flatten().tolist() if keep_directions else None,
         "right_directions": found.right[kept].flatten().tolist() if keep_directions else None,
     }
+
+
+def _weight_features(module: nn.Module, found: Decomposition, total: float) -> dict[str, float | None]:
+    """Features of the frozen weight, which is loaded for them where it is offloaded; None where it cannot be read."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(base_layer(module)):
+        weight = dense_weight(module)
+        if weight is None:
+            return dict.fromkeys(("sensitivity", "weight_norm", "weight_rank"))
+        left, core = found.left.to(weight.device), (found.values[:, None] * found.right).to(weight.device)
+        return {
+            "sensitivity": sensitivity(weight, left, core) / total,
+            "weight_norm": frobenius_norm(weight),
+            "weight_rank": stable_rank(weight),
+        }

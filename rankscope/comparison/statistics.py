@@ -10,41 +10,30 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rankscope.searching.noise import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
+
 Floats = NDArray[np.float64]
-CONFIDENCE = 0.95
-FEWEST_PAIRS = 3
 
 
-class Interval(NamedTuple):
-    """A mean with its bootstrap confidence interval."""
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
+    """Mean of the differences seed by seed, with Student's paired t interval.
 
-    mean: float
-    low: float
-    high: float
+    Simulated coverage at 5, 8 and 16 pairs is 95 % for normal differences and for differences of accuracies, also near 100 %
+    accuracy; it falls to 92 % where differences are strongly skewed (skewness 1.4). See `t_interval` for where there is none.
 
-
-def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
-) -> Interval:
-    """Mean of the differences seed by seed, with a BCa bootstrap interval (Efron 1987, by scipy).
-
-    Needs at least 3 pairs; with fewer, or where all differences are equal, the interval is the mean alone.
-
-    >>> paired_difference([0.8, 0.9, 0.85], [0.7, 0.8, 0.75]).mean.__round__(3)
-    0.1
+    >>> paired_difference([0.8, 0.91, 0.84], [0.7, 0.8, 0.75]).text()
+    '+0.100 [+0.075, +0.125]'
     """
-    from scipy.stats import bootstrap
-
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    mean = fmean(differences)
-    if len(differences) < FEWEST_PAIRS or np.ptp(differences) < 1e-12:
-        return Interval(mean, mean, mean)
-    found = bootstrap((differences,), np.mean, confidence_level=confidence, rng=np.random.default_rng(seed))
-    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    n = len(differences)
+    variance = float(np.var(differences, ddof=1)) if n > 1 else 0.0
+    return t_interval(fmean(differences), variance, n, freedom=n - 1, confidence=confidence)
 
 
 def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> float:
     """Two-sided p-value of a sign-flip permutation test of the mean difference; exact up to 13 pairs (by scipy).
+
+    NaN for fewer than 3 pairs, with which no difference can be told.
 
     >>> paired_p_value([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     0.25
@@ -54,6 +43,8 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int 
     def mean_difference(x: Floats, y: Floats, axis: int) -> Floats:
         return np.asarray(np.mean(x - y, axis=axis))
 
+    if len(ours) < FEWEST_PAIRS:
+        return math.nan
     samples = (np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float))
     if np.allclose(*samples):
         return 1.0

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from scipy import stats
 
 from rankscope.performance import PerformanceModel
-from rankscope.searching.noise import residual_variance
+from rankscope.searching.noise import CONFIDENCE, residual_variance, t_interval
 from rankscope.searching.trials import ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Trial
 
 N_SAMPLED = 3  # finalists beside uniform and one-shot
-CONFIDENCE = 0.95
 _SIMPLICITY = {UNIFORM: 0, ONE_SHOT: 1}
 
 
@@ -26,7 +25,8 @@ class Finalist:
         trial: The trial that made it a finalist.
         metrics_by_seed: Validation metric of each fresh seed.
         difference: Mean paired difference to the finalist `uniform` on these seeds; None for uniform itself.
-        interval: Of the difference, at 95 %, over all finalists at once; None for uniform, and with a single seed.
+        interval: Of the difference, at 95 %, over all finalists at once; None for uniform, with fewer than 3 seeds, and where all
+            differences are equal.
     """
 
     trial: Trial
@@ -87,15 +87,24 @@ def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tu
         metrics: The validation metric of each by seed; all of the same seeds.
     """
     uniform = next((m for t, m in zip(trials, metrics, strict=True) if t.origin == UNIFORM), None)
-    half = _half_width(np.array([list(m.values()) for m in metrics]))
-    found = []
+    table = np.array([list(m.values()) for m in metrics])
+    others, n_seeds = len(table) - 1, table.shape[1]
+    variance = 2.0 * residual_variance(table)
+    finalists = []
     for trial, mine in zip(trials, metrics, strict=True):
         difference = interval = None
         if uniform is not None and trial.origin != UNIFORM:
             difference = fmean(mine[seed] - uniform[seed] for seed in mine)
-            interval = None if half is None else (difference - half, difference + half)
-        found.append(Finalist(trial=trial, metrics_by_seed=mine, difference=difference, interval=interval))
-    return tuple(found)
+            found = t_interval(
+                difference,
+                variance,
+                n_seeds,
+                freedom=others * (n_seeds - 1),
+                confidence=1.0 - (1.0 - CONFIDENCE) / others,
+            )
+            interval = None if math.isnan(found.low) else (found.low, found.high)
+        finalists.append(Finalist(trial=trial, metrics_by_seed=mine, difference=difference, interval=interval))
+    return tuple(finalists)
 
 
 def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = None) -> Finalist:
@@ -126,12 +135,3 @@ def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = N
 def _standard_error(metrics: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> float:
     """Of the mean paired difference of two rows of (n_finalists, n_seeds)."""
     return float(np.sqrt(2.0 * residual_variance(metrics) / metrics.shape[1]))
-
-
-def _half_width(metrics: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> float | None:
-    """Half of the interval that `judge` describes; None where nothing is known of the noise."""
-    if min(metrics.shape) < 2:
-        return None
-    others, freedom = len(metrics) - 1, (len(metrics) - 1) * (metrics.shape[1] - 1)
-    quantile = float(stats.t.ppf(1.0 - (1.0 - CONFIDENCE) / (2 * others), freedom))
-    return quantile * _standard_error(metrics)

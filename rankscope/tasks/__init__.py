@@ -2,6 +2,6 @@
 
 from rankscope.tasks.loading import load_task
 from rankscope.tasks.profiled import profile_task
-from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate
+from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task
 
-__all__ = ["Batch", "Split", "Task", "check_task", "evaluate", "load_task", "profile_task"]
+__all__ = ["Batch", "Split", "Task", "check_task", "evaluate", "fingerprint_task", "load_task", "profile_task"]

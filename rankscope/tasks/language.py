@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
+from rankscope.files import digest
 from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_model
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import read_table, split_rows
-from rankscope.tasks.tokens import TokenRows, check_positions, tokenize
+from rankscope.tasks.tokens import TokenRows, check_positions, tokenize, tokenizer_files
 
 IGNORED = -100  # the label that cross-entropy passes over
 
@@ -89,6 +90,10 @@ class CausalLM:
                 "check texts and `max_length`."
             )
         return rows
+
+    def fingerprint_data(self) -> str:
+        """A hash of all texts, by split, and of what tokenises them."""
+        return digest([self._texts, tokenizer_files(self.model)])
 
     def build_model(self) -> nn.Module:
         """The language model, the same at every call."""

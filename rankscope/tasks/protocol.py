@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from rankscope.devices import mixed_precision
 from rankscope.exceptions import TaskError
+from rankscope.files import digest, digest_source
 
 Batch = Mapping[str, Tensor]
 Split = Literal["train", "validation", "test"]
+N_BATCHES = 8  # whose content tells a task's data
 
 
 @runtime_checkable
@@ -20,8 +23,9 @@ class Task(Protocol):
     """A model, its data, its loss and its metric.
 
     A task may also have `head_modules`: full names of freshly initialised modules (a new classifier), which are trained
-    beside the adapters; and its `evaluate` may take `split`: search and controllers see `"validation"` only,
-    comparisons report `"test"`.
+    beside the adapters; its `evaluate` may take `split`: search and controllers see `"validation"` only, comparisons report
+    `"test"`; and `fingerprint_data()` may give a hash of all its data, so that a result is not reused after the data changed
+    (default: of the first batches).
 
     Attributes:
         name: Of the task.
@@ -94,3 +98,28 @@ def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[
     if missing := [key for key in (task.metric, "loss") if key not in metrics]:
         raise TaskError(f"task `{task.name}` must evaluate {missing[0]!r}, but gave {', '.join(metrics) or 'nothing'}.")
     return metrics
+
+
+def fingerprint_task(task: Task, model: nn.Module | None = None) -> dict[str, Any]:
+    """What every result of a task depends on, as plain values: its options, and hashes of its code, data and weights.
+
+    The options are the arguments of its constructor that it keeps as attributes of the same name. The code is the source file
+    of a task of the user's own.
+
+    Args:
+        task: The task.
+        model: What `build_model` gives, where it is at hand.
+    """
+    model = task.build_model() if model is None else model
+    kind = type(task)
+    made_by = getattr(kind.__init__, "__code__", None)
+    names = made_by.co_varnames[1 : made_by.co_argcount + made_by.co_kwonlyargcount] if made_by else ()
+    kept = {name: getattr(task, name, None) for name in names if name not in ("model", "data")}
+    options = {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
+    hash_data = getattr(task, "fingerprint_data", None)
+    return {
+        "task": {**options, "name": task.name, "metric": task.metric, "kind": kind.__qualname__},
+        "code": digest_source(task.build_model, task.train_batches, task.loss, task.evaluate),
+        "data": digest(list(islice(task.train_batches(0), N_BATCHES))) if hash_data is None else hash_data(),
+        "weights": digest(model),
+    }

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from rankscope.devices import seeded
 from rankscope.exceptions import TaskError
+from rankscope.files import digest
 from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_model
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import check_filled, read_table, split_rows
-from rankscope.tasks.tokens import TokenRows, check_positions, tokenize
+from rankscope.tasks.tokens import TokenRows, check_positions, tokenize, tokenizer_files
 
 
 class MeanPooledClassifier(nn.Module):
@@ -149,6 +150,10 @@ class TextClassification:
     @cached_property
     def _rows(self) -> dict[Split, TokenRows]:
         return tokenize(self.model, self._texts, max_length=self.max_length)
+
+    def fingerprint_data(self) -> str:
+        """A hash of all texts and labels, by split, and of what tokenises them."""
+        return digest([self._texts, self._labels, tokenizer_files(self.model)])
 
     def build_model(self) -> nn.Module:
         """The encoder with its fresh head, the same at every call."""

@@ -72,6 +72,13 @@ def tokenize(
     }
 
 
+def tokenizer_files(model: str | Path) -> dict[str, bytes]:
+    """The small files of a local model folder, those of its tokenizer among them; of a hub id, none."""
+    kinds = (".json", ".txt", ".model", ".jinja")
+    names = sorted(path.name for path in Path(model).glob("*") if path.suffix in kinds and not path.name.endswith("index.json"))
+    return {name: (Path(model) / name).read_bytes() for name in names}
+
+
 def check_positions(rows: Mapping[Split, TokenRows], config: Any) -> None:
     """Checks that every text fits the model's positions, as far as its config tells them.
 

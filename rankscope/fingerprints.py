@@ -175,4 +175,6 @@ def _settings(config: Any) -> Any:
 
 def _is_default(field: Any, value: Any) -> bool:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    return default is not MISSING and type(default) is type(value) and digest(default) == digest(value)
+    if type(default) is not type(value):
+        return False
+    return default == value if isinstance(value, str | int | float) else digest(default) == digest(value)

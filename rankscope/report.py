@@ -40,23 +40,23 @@ def write_report(
 
     Args:
         folder: Where to.
-        runs: As `Comparison.runs` has them; several tasks' runs may be put together.
+        runs: As `Comparison.runs` has them; several studies' runs may be put together.
         table: What `rankscope.comparison.summarise` makes of them.
-        targets: Of the model, for pictures of ranks; without them, and for several tasks, those are left out.
+        targets: Of the model, for pictures of ranks; without them, and for several studies, those are left out.
         decisions: Of controllers, by method.
         command: What made the runs, for the foot of the page.
     """
     figures = _figures(runs, table, targets, decisions or {})
     pictures = {name: save_figure(figure, folder / f"{name}.png") for name, (_, figure) in figures.items()}
     sections = [
-        *(_task_section(group) for _, group in table.groupby("task", sort=False)),
+        *(_study_section(group) for _, group in table.groupby("study", sort=False)),
         _ranking_section(table),
         *(_picture(title, pictures[name]) for name, (title, _) in figures.items()),
         _cost_section(table),
     ]
     revisions = ", ".join(sorted(set(runs["revision"])))
     foot = f"{len(runs)} runs, sources at {html.escape(revisions)}. {html.escape(command)}"
-    title = "Rank allocation compared: " + ", ".join(dict.fromkeys(table["task"]))
+    title = "Rank allocation compared: " + ", ".join(dict.fromkeys(table["study"]))
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{html.escape(title)}</h1>{''.join(sections)}<footer>{foot}</footer></html>"
@@ -77,7 +77,7 @@ def _figures(
     if (at_budget(table)["method"] != REFERENCE).any():
         found["forest"] = ("Differences to uniform", plot_forest(table))
     found["budgets"] = ("The metric against parameters", plot_budgets(table))
-    if not targets or table["task"].nunique() > 1:
+    if not targets or table["study"].nunique() > 1:
         return found
     shown = list(allocations(runs).items())[:SHOWN_ALLOCATIONS]
     ranks = [RankAllocation.from_ranks(targets, each, strategy=name) for name, each in shown]
@@ -88,41 +88,49 @@ def _figures(
     return found
 
 
-def _task_section(table: pd.DataFrame) -> str:
-    """The figures of one task at the study's budget, and how to read them."""
+def _study_section(table: pd.DataFrame) -> str:
+    """The figures of one study at the study's budget, and how to read them."""
     table = at_budget(table)
     growth = bool(table["equivalent"].notna().any())
     header = ["method", "parameters", "rate", "test", "± seeds", "difference", "95 % interval", "p (Holm)", "verdict"]
-    rows = [_task_row(row, growth) for _, row in table.iterrows()]
+    rows = [_study_row(row, growth) for _, row in table.iterrows()]
     noise, seeds = 100 * float(table["noise"].iloc[0]), int(table["seeds"].iloc[0])
+    plural = "s" * (seeds != 1)
     text = (
-        f"{seeds} seeds, paired; rate and variant chosen on validation, test read once. Differences in points; intervals by BCa "
-        f"bootstrap, p by sign-flip permutation with Holm's correction. Two groups of {seeds} seeds of uniform itself differ "
-        f"by up to {noise:.1f} points, 95 % of the time."
+        f"{seeds} seed{plural}, paired; rate and variant chosen on validation, test read once. Differences in points; "
+        "paired t intervals, p by sign-flip permutation with Holm's correction; a dash: fewer than 3 seeds, or differences that "
+        "are all equal."
     )
-    name = html.escape(str(table["task"].iloc[0]))
+    if seeds > 1:
+        text += f" Two groups of {seeds} seeds of uniform itself differ by up to {noise:.1f} points, 95 % of the time."
+    first = table.iloc[0]
+    name = html.escape(first["study"] + (f", task {first['task']}" if first["task"] != first["study"] else ""))
     return f"<h2>{name}</h2><p>{text}</p>{_html_table([*header, *(['uniform needs'] if growth else [])], rows)}"
 
 
-def _task_row(row: pd.Series, growth: bool) -> list[str]:
+def _study_row(row: pd.Series, growth: bool) -> list[str]:
     name = str(row["method"]) + (f" ({row['variant']})" if row["variant"] else "")
     figures = [
         name,
         f"{row['parameters']:,}",
         f"{row['learning_rate']:.3g}",
         f"{row['test']:.4f}",
-        f"{row['deviation']:.4f}",
+        _figure(row["deviation"], ".4f"),
     ]
     if row["method"] == REFERENCE:
         judged = ["", "", "", ""]
     else:
         judged = [
             f"{100 * row['difference']:+.2f}",
-            f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
-            f"{row['p_holm']:.3f}",
+            "-" if pd.isna(row["low"]) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+            _figure(row["p_holm"], ".3f"),
             str(row["verdict"]),
         ]
     return [*figures, *judged, *([_factor(float(row["equivalent"]))] if growth else [])]
+
+
+def _figure(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _factor(value: float) -> str:
@@ -132,15 +140,16 @@ def _factor(value: float) -> str:
 
 
 def _ranking_section(table: pd.DataFrame) -> str:
-    """Mean ranks over tasks, of the methods that are within the budget on all; nothing for a single task."""
+    """Mean ranks over studies, of the methods that are within the budget on all; nothing for a single study."""
     equal = at_budget(table).query("budget > 0 and not over_budget")
-    scores = equal.pivot(index="method", columns="task", values="test").dropna()
+    scores = equal.pivot(index="method", columns="study", values="test").dropna()
     if scores.shape[1] < 2 or len(scores) < 2:
         return ""
     ranking = rank_methods({str(name): row.tolist() for name, row in scores.iterrows()})
     rows = [[name, f"{rank:.2f}"] for name, rank in sorted(ranking.mean_ranks.items(), key=lambda item: item[1])]
+    p_value = _figure(ranking.p_value, ".3f")
     text = (
-        f"Mean rank over {scores.shape[1]} tasks, at equal parameters, 1 is best; Friedman's p {ranking.p_value:.3f}. Ranks "
+        f"Mean rank over {scores.shape[1]} studies, at equal parameters, 1 is best; Friedman's p {p_value}. Ranks "
         f"closer than {ranking.critical_difference:.2f} do not differ (Nemenyi, 5 %)."
     )
     return f"<h2>Over all tasks</h2><p>{text}</p>{_html_table(['method', 'mean rank'], rows)}"
@@ -149,7 +158,7 @@ def _ranking_section(table: pd.DataFrame) -> str:
 def _cost_section(table: pd.DataFrame) -> str:
     rows = [
         [
-            f"{row['task']}: {row['method']}",
+            f"{row['study']}: {row['method']}",
             f"{row['seconds']:.1f} s",
             "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
             f"{row['cost_steps']:,}" if row["cost_steps"] else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from optuna.trial import TrialState
 
 from rankscope.cli.output import print_line, print_table
 from rankscope.searching import START_TRIALS, Finalist, SearchResult, Trial
+from rankscope.searching.noise import Interval
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 
@@ -81,7 +83,7 @@ def _verdict(result: SearchResult) -> str:
     if found.difference is None:
         return "uniform did not complete: whether the recommendation is better is not known"
     if found.interval is None:
-        return "one fresh seed tells nothing of noise: there is no interval"
+        return "whether it differs from uniform is not known: an interval needs 3 fresh seeds or more, and differences that vary"
     low, high = found.interval
     if low > 0:
         return f"better than uniform: {found.difference:+.3f}, and not less than {low:+.3f}"
@@ -101,9 +103,8 @@ def _model_line(result: SearchResult) -> str:
 def _trial_row(
     trial: Trial, best: Trial, metric: float, difference: float | None, interval: tuple[float, float] | None = None
 ) -> tuple[str, ...]:
-    shown = "-" if difference is None or trial.origin == "uniform" else f"{difference:+.3f}"
-    if interval is not None:
-        shown += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+    low, high = interval or (math.nan, math.nan)
+    shown = "-" if difference is None or trial.origin == "uniform" else Interval(difference, low, high).text()
     name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
     return (
         f"{name} *" if trial.number == best.number else name,

@@ -124,8 +124,7 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
 def _row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:
     difference = "-"
     if compared and repeats is not first:
-        mean, low, high = paired_difference(repeats.test, first.test)
-        difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        difference = paired_difference(repeats.test, first.test).text()
     return (
         repeats.name,
         f"{repeats.parameters:,}",

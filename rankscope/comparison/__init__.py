@@ -5,8 +5,9 @@ from rankscope.comparison.markdown import insert_table, to_markdown
 from rankscope.comparison.methods import known_methods
 from rankscope.comparison.repeats import Repeats, repeat_all
 from rankscope.comparison.runs import Cell, Run, run_all, run_cell
-from rankscope.comparison.statistics import Interval, paired_difference, rank_methods
+from rankscope.comparison.statistics import paired_difference, rank_methods
 from rankscope.comparison.table import allocations, at_budget, summarise
+from rankscope.searching.noise import Interval
 
 __all__ = [
     "DEFAULT_METHODS",

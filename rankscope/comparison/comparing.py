@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
@@ -18,16 +21,28 @@ from rankscope.comparison.repeats import Repeats, Variants, repeat_all
 from rankscope.comparison.runs import Run
 from rankscope.control import ControllerConfig
 from rankscope.exceptions import ComparisonError, FileFormatError
-from rankscope.files import replacing
+from rankscope.files import FORMAT, replacing
 from rankscope.profiling import Profile
-from rankscope.targets import TargetModule, find_targets
-from rankscope.tasks import Task, profile_task
+from rankscope.targets import TargetModule, find_targets, fingerprint_targets
+from rankscope.tasks import Task, fingerprint_task, profile_task
 from rankscope.training import TrainingConfig
 
-SCHEMA = 1
+SCHEMA = 2
 REFERENCE = "uniform"
 DEFAULT_METHODS = ("uniform", "one-shot", "random", "controller", "adalora", "eva")
 REPORTED, TUNING = "reported", "tuning"
+_METADATA = b"rankscope"
+_TEXT = ("study", "task", "metric", "method", "variant", "role", "revision", "ranks")
+_FIGURES = (
+    "budget",
+    "factor",
+    "seed",
+    "learning_rate",
+    "parameters",
+    "validation",
+    "test",
+)  # that every reported run has
+_NUMBERS = (*_FIGURES, "steps", "n_moved", "wall_seconds", "cost_steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,27 +50,32 @@ class Comparison:
     """All runs of a comparison.
 
     Attributes:
-        runs: One row a run: `task`, `metric`, `method`, `variant`, `budget` (parameters; 0: unlimited), `factor` (of the study's
-            budget), `role` (`reported` or `tuning`), `seed`, `learning_rate`, `steps`, `parameters`, `validation`, `test`,
-            `ranks` (JSON), `n_moved`, `wall_seconds`, `peak_memory`, `revision`, `cost_steps` (of a search, in optimizer steps).
+        runs: One row a run: `study`, `task`, `metric`, `method`, `variant`, `budget` (parameters; 0: unlimited), `factor` (of the
+            study's budget), `role` (`reported` or `tuning`), `seed`, `learning_rate`, `steps`, `parameters`, `validation`,
+            `test`, `ranks` (JSON), `n_moved`, `wall_seconds`, `peak_memory`, `revision`, `cost_steps` (of a search, in
+            optimizer steps).
         decisions: Of the first reported run of each controlled method, by its name, at the study's budget.
+        made_from: What the runs depend on: fingerprints of task, data and weights, budget, schedule, seeds.
     """
 
     runs: pd.DataFrame
     decisions: Mapping[str, pd.DataFrame]
+    made_from: Mapping[str, Any] = field(default_factory=dict)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the runs, atomically; returns the path."""
+        """Writes the runs, and in the file's metadata what they depend on, atomically; returns the path."""
+        table = pa.Table.from_pandas(self.runs.assign(schema=SCHEMA), preserve_index=False)
+        metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps(dict(self.made_from)).encode()}
         with replacing(path) as temporary:
-            self.runs.assign(schema=SCHEMA).to_parquet(temporary, index=False)
+            pq.write_table(table.replace_schema_metadata(metadata), temporary)
         return Path(path)
 
 
 def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The runs of `comparison.parquet`.
+    """The runs of `comparison.parquet`; of schema 1, which names no study, the task's name is the study's.
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, or has another schema.
+        FileFormatError: The file is missing, cannot be read, has another schema, lacks columns, or lacks what a report is about.
     """
     try:
         runs = pd.read_parquet(path)
@@ -64,9 +84,47 @@ def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
         raise FileFormatError(
             f"`{path}` must hold a comparison, but cannot be read ({reason}); compare again."
         ) from None
-    if "schema" not in runs or set(runs["schema"]) != {SCHEMA}:
+    if "schema" not in runs or not set(runs["schema"]) <= {1, SCHEMA}:
         raise FileFormatError(f"`{path}` must hold a comparison of schema {SCHEMA}, but holds another; compare again.")
+    if set(runs["schema"]) == {1} and "task" in runs:
+        runs.insert(0, "study", runs["task"])
+    if problem := _problem(runs):
+        raise FileFormatError(f"`{path}` must hold a comparison, but {problem}; compare again.")
     return runs.drop(columns="schema")
+
+
+def _problem(runs: pd.DataFrame) -> str | None:
+    """What keeps runs from being compared, in words; None where nothing does."""
+    if missing := [name for name in (*_TEXT, *_NUMBERS, "peak_memory") if name not in runs]:
+        return f"lacks the column `{missing[0]}`"
+    if wrong := [name for name in _NUMBERS if not pd.api.types.is_numeric_dtype(runs[name])]:
+        return f"its column `{wrong[0]}` holds no numbers"
+    if wrong := [name for name in _TEXT if not runs[name].map(lambda value: isinstance(value, str)).all()]:
+        return f"its column `{wrong[0]}` holds no text"
+    reported = runs[runs["role"] == REPORTED]
+    if reported.empty:
+        return "holds no reported run"
+    if wrong := [name for name in _FIGURES if not np.isfinite(reported[name]).all()]:
+        return f"its reported runs lack `{wrong[0]}`"
+    if not reported["ranks"].map(_is_ranks).all():
+        return "its column `ranks` holds no JSON of ranks"
+    if reported.duplicated(["study", "factor", "method", "seed"]).any():
+        return "holds a run twice"
+    uniform = reported[(reported["method"] == REFERENCE) & (reported["factor"] == 1.0)]
+    if set(reported["study"]) != set(uniform["study"]):
+        return f"holds no run of `{REFERENCE}` at the study's budget"
+    seeds = reported.groupby(["study", "factor", "method"])["seed"].agg(frozenset)
+    if seeds.groupby(level=["study", "factor"]).nunique().max() > 1:
+        return "its methods were trained on different seeds"
+    return None
+
+
+def _is_ranks(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return found is None or (isinstance(found, dict) and all(type(rank) is int for rank in found.values()))
 
 
 def compare(
@@ -87,6 +145,7 @@ def compare(
     uniform_budgets: Sequence[float] = (),
     n_jobs: int = 1,
     kept_in: str | os.PathLike[str] | None = None,
+    study: str | None = None,
     base_dir: Path = Path(),
     on_run: Callable[[int, int], None] | None = None,
 ) -> Comparison:
@@ -107,17 +166,19 @@ def compare(
         controller: Settings of the controller's methods.
         training: The schedule.
         learning_rates: One grid for all methods (a thirtieth of it for full fine-tuning); default: the schedule's rate alone.
-        seeds: Of the runs that are reported; at least 3 for intervals.
+        seeds: Of the runs that are reported; at least 3 for intervals and tests.
         tuning_seeds: Of the runs that choose; none of `seeds`.
-        budgets: Factors of the budget at which all methods are compared.
+        budgets: Factors of the budget at which all methods are compared; 1, the budget itself, among them.
         uniform_budgets: Further factors for uniform alone: how much it must grow to match the others.
         n_jobs: Processes.
-        kept_in: Folder that keeps every run; those in it are not done again.
+        kept_in: Folder that keeps every run; those in it are not done again, unless something that they depend on changed.
+        study: The name that results show; default: the task's.
         base_dir: What relative paths of a user's own methods start from.
         on_run: Called with the number of runs done and of runs in all.
 
     Raises:
-        ComparisonError: A method that is not known, lacks a search, or ends above the budget; seeds that overlap.
+        ComparisonError: A method that is not known, lacks a search, or ends above the budget; seeds that overlap; budgets
+            without 1.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
@@ -127,8 +188,9 @@ def compare(
     {'uniform': 2, 'head': 2}
     """
     training = training or TrainingConfig()
+    rates = list(learning_rates or [training.learning_rate])
     names = list(dict.fromkeys([REFERENCE, *methods]))
-    _check(seeds, tuning_seeds)
+    check_terms(seeds, tuning_seeds, budgets)
     if profile is None and need_profile(names):
         profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:
@@ -142,7 +204,7 @@ def compare(
         task,
         [entry.variants for entry in entries],
         training,
-        learning_rates=learning_rates or [training.learning_rate],
+        learning_rates=rates,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         limits=[entry.limit for entry in entries],
@@ -152,12 +214,16 @@ def compare(
         on_run=on_run,
     )
     rows = [
-        _row(task, entry, run, role, search_steps)
+        {"study": study or task.name, **_row(task, entry, run, role, search_steps)}
         for entry, found in zip(entries, repeats, strict=True)
         for role, runs in ((TUNING, found.tuning), (REPORTED, found.runs))
         for run in runs
     ]
-    return Comparison(pd.DataFrame(rows), _first_decisions(entries, repeats))
+    made_from = {
+        "format": FORMAT, **fingerprint_task(task), "study": study or task.name, "targets": fingerprint_targets(targets),
+        "budget": budget.limit, "training": asdict(training), "learning_rates": rates, "seeds": list(seeds),
+    }  # fmt: skip
+    return Comparison(pd.DataFrame(rows), _first_decisions(entries, repeats), made_from)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +244,7 @@ def _entries(
         at = terms.scaled(factor)
         for name in names if factor in budgets else [REFERENCE]:
             unlimited = name in UNLIMITED
-            if unlimited and factor != budgets[0]:
+            if unlimited and factor != 1.0:
                 continue
             found += [
                 _Entry(name=shown, variants=variants, factor=factor, limit=None if unlimited else at.budget.limit)
@@ -187,7 +253,17 @@ def _entries(
     return found
 
 
-def _check(seeds: Sequence[int], tuning_seeds: Sequence[int]) -> None:
+def check_terms(seeds: Sequence[int], tuning_seeds: Sequence[int], budgets: Sequence[float]) -> None:
+    """Checks what a comparison is asked for, before anything is trained.
+
+    Raises:
+        ComparisonError: There are no seeds, seeds that tune are reported too, or the budget itself is not compared.
+    """
+    if 1.0 not in budgets:
+        held = ", ".join(f"{factor:g}" for factor in budgets) or "none"
+        raise ComparisonError(
+            f"`budgets` must hold the factor 1, the study's own budget, but holds {held}; add 1, or change `budget`."
+        )
     if not seeds:
         raise ComparisonError("`seeds` must hold at least one seed, but is empty.")
     if shared := set(seeds) & set(tuning_seeds):

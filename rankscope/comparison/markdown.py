@@ -16,24 +16,25 @@ def to_markdown(table: pd.DataFrame) -> str:
 
     Bold: better or worse than uniform by a permutation test with Holm's correction. In italics, and last: methods without a
     budget (full fine-tuning, the head alone). Runs that ended above the budget are not compared. The last column is the mean
-    over the tasks of the difference over uniform's metric, of methods that every task has, within the budget.
+    over the studies of the difference over uniform's metric, of methods that every study has, within the budget.
 
     Args:
-        table: What `summarise` makes of the runs, of one task or several.
+        table: What `summarise` makes of the runs, of one study or several.
     """
     table = at_budget(table)
-    tasks = list(dict.fromkeys(table["task"]))
+    studies = list(dict.fromkeys(table["study"]))
     unlimited = set(table.loc[table["budget"] == 0, "method"])
     methods = sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited)
-    cells = {(row["method"], row["task"]): _cell(row) for _, row in table.iterrows()}
-    seeds = table.groupby("task", sort=False)["seeds"].first()
-    header = ["method", *(f"{task}, {seeds[task]} seeds" for task in tasks), "mean relative gain"]
-    lines = [_line(header), _line(["---", *["---:"] * (len(tasks) + 1)])]
+    cells = {(row["method"], row["study"]): _cell(row) for _, row in table.iterrows()}
+    seeds = table.groupby("study", sort=False)["seeds"].first()
+    header = ["method", *(f"{study}, {seeds[study]} seeds" for study in studies), "mean relative gain"]
+    lines = [_line(header), _line(["---", *["---:"] * (len(studies) + 1)])]
     for method in methods:
         gains = table.loc[(table["method"] == method) & ~table["over_budget"], "relative"]
-        mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(tasks) and method != REFERENCE else ""
-        shown = f"*{method}*" if method in unlimited else method
-        lines.append(_line([shown, *(cells.get((method, task), "") for task in tasks), mean]))
+        mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(studies) and method != REFERENCE else ""
+        name = method.replace("|", r"\|")  # a user's own method is named after its file
+        shown = f"*{name}*" if method in unlimited else name
+        lines.append(_line([shown, *(cells.get((method, study), "") for study in studies), mean]))
     return "\n".join(lines)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from rankscope.allocation import RankAllocation
 from rankscope.comparison.machine import peak_memory, reset_peak_memory, source_revision
 from rankscope.control.decisions import count_moved, write_decisions
-from rankscope.files import read_json, replacing_folder, write_json
-from rankscope.tasks import Task, evaluate
+from rankscope.exceptions import FileFormatError
+from rankscope.files import FORMAT, digest, read_json, replacing_folder, require_same, write_json
+from rankscope.tasks import Task, evaluate, fingerprint_task
 from rankscope.training import Lora, Method, TrainingConfig, train
 
 
@@ -38,10 +38,12 @@ class Cell:
     with_test: bool = True
     save_to: str | os.PathLike[str] | None = None
 
-    def key(self, task: Task) -> str:
-        """Tells this run's results from all others of a folder: by task, method, schedule and seed."""
-        terms = (task.name, identity(self.method), identity(self.config), self.seed, self.with_test)
-        return hashlib.sha256(repr(terms).encode()).hexdigest()[:16]
+    def made_from(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """What the run's results depend on, given the task's fingerprints: they tell it from all others of a folder."""
+        return {
+            "format": FORMAT, **task, "method": digest(self.method), "training": asdict(self.config), "seed": self.seed,
+            "with_test": self.with_test,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,16 +123,20 @@ def run_all(
         task: Where model, data, loss and metric come from.
         cells: The runs.
         n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more.
-        kept_in: Folder with one file a run; what is in it is read instead of run, unless it is to be saved.
+        kept_in: Folder with one file a run; what is in it and depends on the same is read instead of run, unless it is to be
+            saved.
         on_done: Called with the number of runs done.
     """
     from joblib import Parallel, delayed
 
-    folder = None if kept_in is None else Path(kept_in)
-    known = [_read(folder, cell, task) for cell in cells]
-    todo = [cell for cell, run in zip(cells, known, strict=True) if run is None]
+    kept = [None] * len(cells) if kept_in is None else _kept(task, cells, Path(kept_in))
+    known = [
+        None if file is None or cell.save_to is not None else file.read()
+        for file, cell in zip(kept, cells, strict=True)
+    ]
+    todo = [(cell, file) for cell, file, run in zip(cells, kept, known, strict=True) if run is None]
     fresh: Iterator[Run] = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_run_and_keep)(task, cell, folder) for cell in todo
+        delayed(_run_and_keep)(task, *each) for each in todo
     )
     runs = []
     for run in known:
@@ -144,42 +150,47 @@ def as_method(candidate: RankAllocation | Method) -> Method:
     return Lora(candidate) if isinstance(candidate, RankAllocation) else candidate
 
 
-def identity(value: Any) -> Any:
-    """A value's class and its fields that are not at their defaults, so that a field added later changes nothing."""
-    if isinstance(value, RankAllocation):
-        return value.fingerprint, value.strategy
-    if is_dataclass(value) and not isinstance(value, type):
-        differing = [(f.name, identity(getattr(value, f.name))) for f in fields(value) if not _is_default(f, value)]
-        return type(value).__name__, differing
-    if isinstance(value, tuple | list):
-        return [identity(each) for each in value]
-    return repr(value)
+@dataclass(frozen=True, slots=True)
+class _File:
+    """Where one run is kept, under a name that stands for all that it depends on."""
 
+    stem: Path
+    made_from: Mapping[str, Any]
 
-def _is_default(field: Any, value: Any) -> bool:
-    default = field.default if field.default is not MISSING else MISSING
-    if default is MISSING and field.default_factory is not MISSING:
-        default = field.default_factory()
-    return default is not MISSING and getattr(value, field.name) == default
+    def read(self) -> Run | None:
+        """The run; None where it is not kept.
 
+        Raises:
+            FileFormatError: The file is no run, or another's.
+        """
+        path = self.stem.with_suffix(".json")
+        if not path.exists():
+            return None
+        row = read_json(path, what="a run")
+        remedy = "delete it, and it is done again."
+        require_same(row.pop("made_from", {}), self.made_from, what=f"`{path}`", remedy=remedy)
+        if set(row) != {field.name for field in fields(Run)} - {"decisions"}:
+            raise FileFormatError(f"`{path}` must hold a run, but its keys are others; {remedy}")
+        decisions = self.stem.with_suffix(".parquet")
+        return Run(**row, decisions=pd.read_parquet(decisions) if decisions.exists() else None)
 
-def _run_and_keep(task: Task, cell: Cell, folder: Path | None) -> Run:
-    run = run_cell(task, cell)
-    if folder is not None:
-        stem = folder / cell.key(task)
+    def write(self, run: Run) -> None:
+        """Keeps the run."""
         if run.decisions is not None:
-            write_decisions(run.decisions, stem.with_suffix(".parquet"))
+            write_decisions(run.decisions, self.stem.with_suffix(".parquet"))
         row = {name: value for name, value in asdict(run).items() if name != "decisions"}
-        write_json(stem.with_suffix(".json"), row)
+        write_json(self.stem.with_suffix(".json"), {**row, "made_from": self.made_from})
+
+
+def _kept(task: Task, cells: Sequence[Cell], folder: Path) -> list[_File | None]:
+    """Where each cell's run is kept."""
+    about = fingerprint_task(task)
+    terms = [cell.made_from(about) for cell in cells]
+    return [_File(folder / digest(each), each) for each in terms]
+
+
+def _run_and_keep(task: Task, cell: Cell, file: _File | None) -> Run:
+    run = run_cell(task, cell)
+    if file is not None:
+        file.write(run)
     return run
-
-
-def _read(folder: Path | None, cell: Cell, task: Task) -> Run | None:
-    if folder is None or cell.save_to is not None:
-        return None
-    stem = folder / cell.key(task)
-    if not stem.with_suffix(".json").exists():
-        return None
-    row = read_json(stem.with_suffix(".json"), what="a run")
-    decisions = stem.with_suffix(".parquet")
-    return Run(**row, decisions=pd.read_parquet(decisions) if decisions.exists() else None)

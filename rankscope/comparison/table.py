@@ -9,39 +9,53 @@ import numpy as np
 import pandas as pd
 
 from rankscope.comparison.comparing import REFERENCE, REPORTED
-from rankscope.comparison.statistics import (
-    FEWEST_PAIRS,
-    equivalent_factor,
-    holm,
-    paired_difference,
-    paired_p_value,
-    seed_noise,
-)
+from rankscope.comparison.statistics import equivalent_factor, holm, paired_difference, paired_p_value, seed_noise
+from rankscope.exceptions import ComparisonError
+from rankscope.searching.noise import FEWEST_PAIRS, Interval
 
 SIGNIFICANCE = 0.05
 NO_DIFFERENCE = "no difference"
+SAME_RUNS = "same runs as uniform"
+_BESIDE = [
+    "method",
+    "variant",
+    "budget",
+    "cost_steps",
+    "wall_seconds",
+    "peak_memory",
+    "revision",
+]  # the outcome of a run
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a task, budget factor and method, in their order in `runs`.
+    """One row a study, budget factor and method, in their order in `runs`.
 
     Args:
-        runs: As `Comparison.runs` has them.
+        runs: As `Comparison.runs` has them. Without `study`, the task's name is the study's; a study that holds several tasks
+            is several.
 
     Returns:
-        Columns `task`, `factor`, `method`, `variant`, `learning_rate`, `budget`, `parameters` (the most of a seed), `seeds`,
-        `validation`, `test` (means), `deviation` (over seeds), `difference`, `low`, `high` (to uniform at the same factor, 95 %
-        bootstrap), `p` (sign-flip permutation), `p_holm` (over the methods of a task and factor), `verdict` (`better`,
-        `worse`, `no difference`, or why there is none), `noise` (`seed_noise` of uniform), `relative` (difference over uniform),
-        `seconds` (a run), `peak_memory`, `cost_steps`, `equivalent` (the factor by which uniform must grow; NaN without further
-        budgets of uniform).
+        Columns `study`, `task`, `factor`, `method`, `variant`, `learning_rate`, `budget`, `parameters` (the most of a seed),
+        `seeds`, `validation`, `test` (means), `deviation` (over seeds), `difference`, `low`, `high` (to uniform at the same
+        factor, paired t at 95 %; NaN where there is no interval, as with fewer than 3 seeds), `p` (sign-flip permutation; NaN
+        with fewer than 3 seeds), `p_holm` (over the methods of a study and factor), `verdict` (`better`, `worse`, `no
+        difference`, `same runs as uniform`, or why there is none), `noise` (`seed_noise` of uniform), `relative` (difference
+        over uniform), `seconds` (a run), `peak_memory`, `cost_steps`, `equivalent` (the factor by which uniform must grow; NaN
+        without further budgets of uniform).
+
+    Raises:
+        ComparisonError: A study lacks reported runs of uniform at its own budget, with which all others are compared.
     """
+    runs = _labelled(runs)
     reported = runs[runs["role"] == REPORTED]
-    tables = [
-        _judged(_rows(group))
-        for _, group in reported.groupby(["task", "factor"], sort=False)
-        if REFERENCE in set(group["method"])
-    ]
+    uniform = reported[(reported["method"] == REFERENCE) & (reported["factor"] == 1.0)]
+    if lacking := [*set(runs["study"]) - set(uniform["study"])] or ["no study"] * runs.empty:
+        raise ComparisonError(
+            f"`runs` must hold reported runs of `{REFERENCE}` at the budget of each study, but `{min(lacking)}` has none; "
+            "compare again."
+        )
+    groups = [group for _, group in reported.groupby(["study", "factor"], sort=False)]
+    tables = [_judged(_rows(group)) for group in groups if REFERENCE in set(group["method"])]
     return _with_equivalents(pd.concat(tables, ignore_index=True))
 
 
@@ -54,7 +68,9 @@ def points_over_uniform(row: pd.Series) -> str:
     """A row's difference to uniform in points with its interval, as text; runs above the budget are not compared."""
     if row["over_budget"]:
         return "over the budget"
-    return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+    if row["verdict"] == SAME_RUNS:
+        return SAME_RUNS
+    return Interval(row["difference"], row["low"], row["high"]).text(scale=100, digits=1)
 
 
 def allocations(runs: pd.DataFrame, factor: float = 1.0) -> dict[str, dict[str, int]]:
@@ -64,14 +80,24 @@ def allocations(runs: pd.DataFrame, factor: float = 1.0) -> dict[str, dict[str, 
     return {name: ranks for name, ranks in found.items() if ranks is not None}
 
 
+def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, each study under a name of its own."""
+    study = runs["study"] if "study" in runs else runs["task"]
+    several = runs.groupby(study)["task"].transform("nunique") > 1
+    return runs.assign(study=study.where(~several, study + ", " + runs["task"]))
+
+
 def _rows(group: pd.DataFrame) -> pd.DataFrame:
-    """Of one task and factor: the figures of every method."""
+    """Of one study and factor: the figures of every method."""
     by_method = {str(name): rows.sort_values("seed") for name, rows in group.groupby("method", sort=False)}
     uniform = by_method[REFERENCE]
+    outcome = [name for name in group if name not in _BESIDE]
     rows = []
     for name, mine in by_method.items():
         first = mine.iloc[0]
-        row = {key: first[key] for key in ("task", "factor", "variant", "learning_rate", "budget", "cost_steps")}
+        row = {
+            key: first[key] for key in ("study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps")
+        }
         difference = paired_difference(mine["test"].tolist(), uniform["test"].tolist())
         over = bool(first["budget"]) and int(mine["parameters"].max()) > int(first["budget"])
         rows.append(
@@ -80,6 +106,7 @@ def _rows(group: pd.DataFrame) -> pd.DataFrame:
                 "method": name,
                 "parameters": int(mine["parameters"].max()),
                 "over_budget": over,
+                "same_runs": mine[outcome].to_dict("list") == uniform[outcome].to_dict("list"),
                 "seeds": len(mine),
                 "validation": mine["validation"].mean(),
                 "test": mine["test"].mean(),
@@ -99,11 +126,11 @@ def _rows(group: pd.DataFrame) -> pd.DataFrame:
 
 def _judged(table: pd.DataFrame) -> pd.DataFrame:
     """With Holm's correction over all methods but uniform, and a verdict in words."""
-    others = table["method"] != REFERENCE
+    tested = (table["method"] != REFERENCE) & table["p"].notna()
     adjusted = np.full(len(table), np.nan)
-    adjusted[others] = holm(table.loc[others, "p"].tolist())
+    adjusted[tested] = holm(table.loc[tested, "p"].tolist())
     verdicts = [_verdict(row, p) for (_, row), p in zip(table.iterrows(), adjusted, strict=True)]
-    return table.assign(p_holm=adjusted, verdict=verdicts)
+    return table.assign(p_holm=adjusted, verdict=verdicts).drop(columns="same_runs")
 
 
 def _verdict(row: pd.Series, p_holm: float) -> str:
@@ -111,6 +138,8 @@ def _verdict(row: pd.Series, p_holm: float) -> str:
         return ""
     if row["over_budget"]:
         return f"refused: {row['parameters']:,} parameters are over the budget"
+    if row["same_runs"]:
+        return SAME_RUNS
     if row["seeds"] < FEWEST_PAIRS:
         return "too few seeds"
     if p_holm >= SIGNIFICANCE:
@@ -121,7 +150,7 @@ def _verdict(row: pd.Series, p_holm: float) -> str:
 def _with_equivalents(table: pd.DataFrame) -> pd.DataFrame:
     values = []
     for _, row in table.iterrows():
-        uniform = table[(table["task"] == row["task"]) & (table["method"] == REFERENCE)].sort_values("factor")
+        uniform = table[(table["study"] == row["study"]) & (table["method"] == REFERENCE)].sort_values("factor")
         values.append(_growth(row, uniform) if len(uniform) > 1 else np.nan)
     return table.assign(equivalent=values)
 

@@ -18,7 +18,9 @@ MARKERS = "osD^vP*X<>hd"
 
 
 def plot_forest(table: pd.DataFrame) -> Figure:
-    """One row a method: the mean difference to uniform on the test split with its 95 % interval, one panel a task.
+    """One row a method: the mean difference to uniform on the test split with its 95 % interval, one panel a study.
+
+    A hollow marker has no interval: fewer than 3 seeds, or differences that are all equal.
 
     The band is what two groups of seeds of uniform itself differ by, 95 % of the time.
 
@@ -26,35 +28,43 @@ def plot_forest(table: pd.DataFrame) -> Figure:
         table: As `rankscope.comparison.summarise` gives it; rows at the study's own budget are drawn.
     """
     table = table[(table["factor"] == 1.0) & (table["method"] != REFERENCE)]
-    tasks = list(dict.fromkeys(table["task"]))
-    most = max(int((table["task"] == task).sum()) for task in tasks)
-    figure, axes = _panels(len(tasks), width=4.6, height=ROW_HEIGHT * most + 1.0)
-    for axis, task in zip(axes, tasks, strict=True):
-        _forest(axis, table[table["task"] == task].sort_values("difference"), task)
+    studies = list(dict.fromkeys(table["study"]))
+    most = max(int((table["study"] == study).sum()) for study in studies)
+    figure, axes = _panels(len(studies), width=4.6, height=ROW_HEIGHT * most + 1.0)
+    for axis, study in zip(axes, studies, strict=True):
+        _forest(axis, table[table["study"] == study].sort_values("difference"), study)
     return figure
 
 
-def _forest(axis: Axes, table: pd.DataFrame, task: str) -> None:
+def _forest(axis: Axes, table: pd.DataFrame, study: str) -> None:
     noise = 100 * float(table["noise"].iloc[0])
-    axis.axvspan(-noise, noise, color="#eeeeee", lw=0, zorder=0)
+    if not math.isnan(noise):
+        axis.axvspan(-noise, noise, color="#eeeeee", lw=0, zorder=0)
     axis.axvline(0.0, color="black", lw=0.8, zorder=1)
     for place, (_, row) in enumerate(table.iterrows()):
         colour = COLOURS.get(str(row["verdict"]), GREY)
         low, mean, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
         axis.plot([low, high], [place, place], color=colour, lw=1.6, solid_capstyle="butt")
-        axis.plot(mean, place, "o", color=colour, ms=5)
-    labels = [row["method"] + " (over budget)" * bool(row["over_budget"]) for _, row in table.iterrows()]
+        axis.plot(mean, place, "o", color=colour, mfc="white" if math.isnan(low) else colour, ms=5)
+    labels = [_label(row) for _, row in table.iterrows()]
     axis.set_yticks(range(len(table)), labels, fontsize=8)
     axis.set_ylim(-0.6, len(table) - 0.4)
     axis.tick_params(axis="y", length=0)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.set_xlabel(f"points over uniform, {table['seeds'].iloc[0]} seeds", fontsize=8)
-    axis.set_title(task, loc="left", fontsize=9)
+    n_seeds = int(table["seeds"].iloc[0])
+    axis.set_xlabel(f"points over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}", fontsize=8)
+    axis.set_title(study, loc="left", fontsize=9)
+
+
+def _label(row: pd.Series) -> str:
+    if row["over_budget"]:
+        return f"{row['method']} (over budget)"
+    return f"{row['method']} (same runs)" if str(row["verdict"]).startswith("same") else str(row["method"])
 
 
 def plot_budgets(table: pd.DataFrame) -> Figure:
-    """The test metric against adapter parameters, one panel a task: uniform's curve, and every other method's points.
+    """The test metric against adapter parameters, one panel a study: uniform's curve, and every other method's points.
 
     Methods without adapters lie at the parameters that they train, and are left out where those are none.
 
@@ -62,12 +72,12 @@ def plot_budgets(table: pd.DataFrame) -> Figure:
         table: As `rankscope.comparison.summarise` gives it.
     """
     table = table[table["parameters"] > 0]
-    tasks = list(dict.fromkeys(table["task"]))
+    studies = list(dict.fromkeys(table["study"]))
     methods = [name for name in dict.fromkeys(table["method"]) if name != REFERENCE]
-    figure, axes = _panels(len(tasks), width=4.6, height=3.6)
-    for axis, task in zip(axes, tasks, strict=True):
-        _budgets(axis, table[table["task"] == task], methods)
-        axis.set_title(task, loc="left", fontsize=9)
+    figure, axes = _panels(len(studies), width=4.6, height=3.6)
+    for axis, study in zip(axes, studies, strict=True):
+        _budgets(axis, table[table["study"] == study], methods)
+        axis.set_title(study, loc="left", fontsize=9)
         axis.set_ylabel("test metric", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)

@@ -23,10 +23,10 @@ class Interval(NamedTuple):
         """As tables show it; a dash where there is no interval.
 
         >>> Interval(0.02, 0.01, 0.03).text(scale=100, digits=1), Interval(0.02, math.nan, math.nan).text()
-        ('+2.0 [+1.0, +3.0]', '+0.020 [–]')
+        ('+2.0 [+1.0, +3.0]', '+0.020 [-]')
         """
         mean, low, high = (f"{scale * value:+.{digits}f}" for value in self)
-        return f"{mean} [–]" if math.isnan(self.low) else f"{mean} [{low}, {high}]"
+        return f"{mean} [-]" if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
 def t_interval(mean: float, variance: float, n: int, *, freedom: int, confidence: float = CONFIDENCE) -> Interval:

@@ -75,7 +75,9 @@ def tokenize(
 def tokenizer_files(model: str | Path) -> dict[str, bytes]:
     """The small files of a local model folder, those of its tokenizer among them; of a hub id, none."""
     kinds = (".json", ".txt", ".model", ".jinja")
-    names = sorted(path.name for path in Path(model).glob("*") if path.suffix in kinds and not path.name.endswith("index.json"))
+    names = sorted(
+        path.name for path in Path(model).glob("*") if path.suffix in kinds and not path.name.endswith("index.json")
+    )
     return {name: (Path(model) / name).read_bytes() for name in names}
 
 

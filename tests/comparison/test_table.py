@@ -1,12 +1,15 @@
 """The table on hand-made runs: differences, verdicts, and how much uniform must grow."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from rankscope.comparison import summarise
+from rankscope.comparison.table import points_over_uniform
+from rankscope.exceptions import ComparisonError
 
 SEEDS = 8
 
@@ -51,6 +54,51 @@ def test_verdicts() -> None:
 def test_too_few_seeds_get_no_verdict() -> None:
     runs = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.9)])
     assert summarise(runs[runs["seed"] < 2]).set_index("method").loc["good", "verdict"] == "too few seeds"
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_have_neither_interval_nor_test(seeds: int) -> None:
+    runs = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.9)])
+    found = summarise(runs[runs["seed"] < seeds]).set_index("method").loc["good"]
+    assert found[["low", "high", "p", "p_holm"]].isna().all()
+    assert points_over_uniform(found).endswith(" [-]")
+
+
+def test_the_same_runs_as_uniforms_are_said_to_be_the_same() -> None:
+    """Equal metrics of other ranks are not the same runs."""
+    uniform, still, other = (rows("uniform", 0.8) for _ in range(3))
+    runs = pd.DataFrame(
+        [
+            *uniform,
+            *({**row, "method": "controller"} for row in still),
+            *({**row, "method": "x", "ranks": "{}"} for row in other),
+        ]
+    )
+    table = summarise(runs).set_index("method")
+    assert points_over_uniform(table.loc["controller"]) == table.loc["controller", "verdict"] == "same runs as uniform"
+    assert (points_over_uniform(table.loc["x"]), table.loc["x", "verdict"]) == ("+0.0 [-]", "no difference")
+
+
+def test_studies_and_tasks_are_not_pooled() -> None:
+    runs = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.9)])
+    parts = [runs.assign(study="a"), runs.assign(study="b"), runs.assign(study="b", task="u")]
+    table = summarise(pd.concat(parts, ignore_index=True))
+    assert table["study"].unique().tolist() == ["a", "b, t", "b, u"]
+    assert (table["seeds"] == SEEDS).all()
+
+
+@pytest.mark.parametrize("keep", ["none", "no uniform", "other budget"])
+def test_without_uniform_at_the_budget_nothing_can_be_compared(keep: str) -> None:
+    runs = pd.DataFrame([*rows("uniform", 0.8, factor=0.25), *rows("good", 0.9)])
+    runs = {
+        "none": runs.iloc[:0],
+        "no uniform": runs[runs["method"] == "good"],
+        "other budget": runs[runs["factor"] < 1],
+    }[keep]
+    study = "no study" if keep == "none" else "t"
+    message = f"`runs` must hold reported runs of `uniform` at the budget of each study, but `{study}` has none; compare again."
+    with pytest.raises(ComparisonError, match=f"^{re.escape(message)}$"):
+        summarise(runs)
 
 
 def test_how_much_uniform_must_grow() -> None:

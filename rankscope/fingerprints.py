@@ -105,7 +105,7 @@ def _feed(update: Callable[[Any], None], value: Any, inside: tuple[int, ...]) ->
         text = (
             value if isinstance(value, bytes) else repr(str(value) if isinstance(value, PurePath) else value).encode()
         )
-        update(b"%d:" % len(text) + text)
+        update(f"{len(text)}{'b' if isinstance(value, bytes) else ':'}".encode() + text)
     elif id(value) in inside:
         update(b"cycle")
     elif numpy and isinstance(value, numpy.ndarray) and value.dtype != object:
@@ -115,9 +115,14 @@ def _feed(update: Callable[[Any], None], value: Any, inside: tuple[int, ...]) ->
         _feed_tensor(update, value, inside)
     else:
         parts = _parts(value, torch, pandas)
-        update(
-            f"{type(value).__qualname__ if not isinstance(value, list | tuple | Mapping) else ''}[{len(parts)}".encode()
+        kind = (
+            "list"
+            if isinstance(value, list | tuple)
+            else "dict"
+            if isinstance(value, Mapping)
+            else type(value).__qualname__
         )
+        update(f"{kind}[{len(parts)}".encode())
         for part in parts:
             _feed(update, part, (*inside, id(value)))
 

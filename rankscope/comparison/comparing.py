@@ -21,7 +21,8 @@ from rankscope.comparison.repeats import Repeats, Variants, repeat_all
 from rankscope.comparison.runs import Run
 from rankscope.control import ControllerConfig
 from rankscope.exceptions import ComparisonError, FileFormatError
-from rankscope.files import FORMAT, replacing
+from rankscope.files import parse_json, read_parquet, replacing
+from rankscope.fingerprints import FORMAT
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, profile_task
@@ -32,17 +33,22 @@ REFERENCE = "uniform"
 DEFAULT_METHODS = ("uniform", "one-shot", "random", "controller", "adalora", "eva")
 REPORTED, TUNING = "reported", "tuning"
 _METADATA = b"rankscope"
-_TEXT = ("study", "task", "metric", "method", "variant", "role", "revision", "ranks")
-_FIGURES = (
-    "budget",
-    "factor",
-    "seed",
-    "learning_rate",
-    "parameters",
-    "validation",
-    "test",
-)  # that every reported run has
-_NUMBERS = (*_FIGURES, "steps", "n_moved", "wall_seconds", "cost_steps")
+_COLUMNS = pa.schema(
+    [
+        *(
+            pa.field(name, pa.string(), False)
+            for name in ("task", "metric", "method", "variant", "role", "revision", "ranks")
+        ),
+        *(
+            pa.field(name, pa.int64(), False)
+            for name in ("budget", "seed", "steps", "parameters", "n_moved", "cost_steps")
+        ),
+        *(pa.field(name, pa.float64(), False) for name in ("factor", "learning_rate", "validation", "wall_seconds")),
+        pa.field("test", pa.float64()),
+        pa.field("peak_memory", pa.int64()),
+        pa.field("schema", pa.int64(), False),
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,37 +81,29 @@ def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
     """The runs of `comparison.parquet`; of schema 1, which names no study, the task's name is the study's.
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, has another schema, lacks columns, or lacks what a report is about.
+        FileFormatError: The file is missing, cannot be read, has another schema, lacks columns, or cannot be reported.
     """
-    try:
-        runs = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise FileFormatError(
-            f"`{path}` must hold a comparison, but cannot be read ({reason}); compare again."
-        ) from None
-    if "schema" not in runs or not set(runs["schema"]) <= {1, SCHEMA}:
+    table = read_parquet(path, what="a comparison", schema=_COLUMNS)
+    schemas = set(table.column("schema").to_pylist())
+    if not schemas <= {1, SCHEMA}:
         raise FileFormatError(f"`{path}` must hold a comparison of schema {SCHEMA}, but holds another; compare again.")
-    if set(runs["schema"]) == {1} and "task" in runs:
+    runs: pd.DataFrame = table.to_pandas().drop(columns="schema")
+    if "study" not in runs:
         runs.insert(0, "study", runs["task"])
     if problem := _problem(runs):
         raise FileFormatError(f"`{path}` must hold a comparison, but {problem}; compare again.")
-    return runs.drop(columns="schema")
+    return runs
 
 
 def _problem(runs: pd.DataFrame) -> str | None:
-    """What keeps runs from being compared, in words; None where nothing does."""
-    if missing := [name for name in (*_TEXT, *_NUMBERS, "peak_memory") if name not in runs]:
-        return f"lacks the column `{missing[0]}`"
-    if wrong := [name for name in _NUMBERS if not pd.api.types.is_numeric_dtype(runs[name])]:
-        return f"its column `{wrong[0]}` holds no numbers"
-    if wrong := [name for name in _TEXT if not runs[name].map(lambda value: isinstance(value, str)).all()]:
-        return f"its column `{wrong[0]}` holds no text"
+    """What keeps runs from being reported, in words; None where nothing does."""
     reported = runs[runs["role"] == REPORTED]
     if reported.empty:
         return "holds no reported run"
-    if wrong := [name for name in _FIGURES if not np.isfinite(reported[name]).all()]:
-        return f"its reported runs lack `{wrong[0]}`"
+    if not runs["study"].map(lambda name: isinstance(name, str)).all():
+        return "its column `study` holds no text"
+    if not np.isfinite(reported[["factor", "learning_rate", "validation", "test"]].to_numpy()).all():
+        return "a reported run lacks its factor, learning rate or metric"
     if not reported["ranks"].map(_is_ranks).all():
         return "its column `ranks` holds no JSON of ranks"
     if reported.duplicated(["study", "factor", "method", "seed"]).any():
@@ -121,8 +119,8 @@ def _problem(runs: pd.DataFrame) -> str | None:
 
 def _is_ranks(text: str) -> bool:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text, where="`ranks`", what="ranks")
+    except FileFormatError:
         return False
     return found is None or (isinstance(found, dict) and all(type(rank) is int for rank in found.values()))
 

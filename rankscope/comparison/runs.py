@@ -15,7 +15,8 @@ from rankscope.allocation import RankAllocation
 from rankscope.comparison.machine import peak_memory, reset_peak_memory, source_revision
 from rankscope.control.decisions import count_moved, write_decisions
 from rankscope.exceptions import FileFormatError
-from rankscope.files import FORMAT, digest, read_json, replacing_folder, require_same, write_json
+from rankscope.files import read_json, replacing_folder, write_json
+from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.tasks import Task, evaluate, fingerprint_task
 from rankscope.training import Lora, Method, TrainingConfig, train
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.exceptions import TaskError
-from rankscope.files import digest
+from rankscope.fingerprints import digest
 from rankscope.tasks.modes import evaluating, model_loss
 from rankscope.tasks.pretrained import load_model
 from rankscope.tasks.protocol import Batch, Split, check_counts

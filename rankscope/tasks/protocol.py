@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankscope.devices import mixed_precision
 from rankscope.exceptions import TaskError
-from rankscope.files import digest, digest_source
+from rankscope.fingerprints import digest, digest_source
 
 Batch = Mapping[str, Tensor]
 Split = Literal["train", "validation", "test"]

@@ -94,7 +94,7 @@ def test_what_is_kept_is_not_run_again_and_a_rerun_gives_the_same(
     path = found.to_parquet(tmp_path / "comparison.parquet")
     pd.testing.assert_frame_equal(read_comparison(path), found.runs)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FileFormatError, match="must hold a comparison, but cannot be read"):
+    with pytest.raises(FileFormatError, match="must hold a comparison as Parquet, but it cannot be parsed"):
         read_comparison(path)
 
 
@@ -132,6 +132,8 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
         (["one_shot"], {}, "`methods` must be known or `path/to/file.py:function`, but 'one_shot' is not; did you mean 'one-shot'?"),
         (["searched"], {}, "`searched` needs a search at this budget, but there is none; run `rankscope search`."),
         (["head"], {"seeds": [3, 10_000]}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
+        (["head"], {"budgets": [0.25]}, "`budgets` must hold the factor 1, the study's own budget, but holds 0.25; add 1, or change "
+         "`budget`."),
         (["head"], {"seeds": []}, "`seeds` must hold at least one seed, but is empty."),
         (["mine.py:broken"], {}, "`mine.py:broken` must give an allocation or a method, but raised TypeError: string indices must be "
          "integers, not 'str'; --debug shows where."),
@@ -171,3 +173,37 @@ def test_every_known_method_can_be_made(digits_profile: rs.Profile, digits_budge
                     assert method.allocation.parameters <= digits_budget.limit
                 elif isinstance(method, AdaLora):
                     assert method.rank == 1
+
+
+COMMITTED = Path("studies/results/glosses/comparison.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        *((lambda runs, name=name: runs.drop(columns=name), f"but has no columns `{name}`; write it again.")
+          for name in ("role", "variant", "test", "seed", "schema")),
+        (lambda runs: runs.assign(seed=1.5), "with int64 in column `seed`, but it holds double; write it again."),
+        (lambda runs: runs.assign(schema=9), "of schema 2, but holds another; compare again."),
+        (lambda runs: runs[runs["method"] != "uniform"], "but holds no run of `uniform` at the study's budget; compare again."),
+        (lambda runs: runs.assign(factor=0.5), "but holds no run of `uniform` at the study's budget; compare again."),
+        (lambda runs: runs.iloc[:0], "but holds no reported run; compare again."),
+        (lambda runs: runs[runs["role"] != "reported"], "but holds no reported run; compare again."),
+        (lambda runs: pd.concat([runs, runs]), "but holds a run twice; compare again."),
+        (lambda runs: runs[(runs["method"] != "eva") | (runs["seed"] != 1000)],
+         "but its methods were trained on different seeds; compare again."),
+        (lambda runs: runs.assign(test=float("nan")), "but a reported run lacks its factor, learning rate or metric; compare again."),
+        (lambda runs: runs.assign(ranks="{"), "but its column `ranks` holds no JSON of ranks; compare again."),
+    ],
+)  # fmt: skip
+def test_a_broken_comparison_is_one_line_when_it_is_read(change: Any, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "comparison.parquet"
+    change(pd.read_parquet(COMMITTED)).to_parquet(path)
+    with pytest.raises(
+        FileFormatError, match=f"^{re.escape(f'`{path}` must hold a comparison')},? {re.escape(problem)}$"
+    ):
+        read_comparison(path)
+
+
+def test_a_comparison_of_the_first_schema_is_named_after_its_task() -> None:
+    assert set(read_comparison(COMMITTED)["study"]) == {"glosses"}

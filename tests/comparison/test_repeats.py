@@ -7,8 +7,9 @@ import pytest
 import rankscope as rs
 from rankscope.comparison import Cell, repeat_all, run_all
 from rankscope.control import Policy
+from rankscope.exceptions import FileFormatError
 from rankscope.tasks import Task
-from rankscope.training import AdaLora, Lora
+from rankscope.training import AdaLora, HeadOnly, Lora
 
 
 def test_rates_are_tuned_on_validation_and_seeds_are_shared(
@@ -68,3 +69,24 @@ def test_kept_runs_are_read(
     assert again.decisions is not None
     assert both[1].decisions is not None
     assert again.decisions["step"].tolist() == both[1].decisions["step"].tolist()
+
+
+def test_a_run_is_kept_under_all_that_it_depends_on(tmp_path: Path) -> None:
+    """Batch size, data, weights and code; a broken file is one line."""
+    config = rs.TrainingConfig(steps=1, learning_rate=0.01)
+    cell = Cell(method=HeadOnly(), config=config, seed=0)
+    small, large = (rs.load_task({"name": "digits-shift", "batch_size": size}) for size in (4, 100))
+    first = run_all(small, [cell], kept_in=tmp_path)
+    assert run_all(large, [cell], kept_in=tmp_path)[0].test == run_all(large, [cell])[0].test
+    assert run_all(rs.load_task({"name": "digits-shift", "batch_size": 4}), [cell], kept_in=tmp_path) == first
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+    changed = rs.load_task({"name": "digits-shift", "batch_size": 4})
+    changed._splits["train"][0].neg_()
+    run_all(changed, [cell], kept_in=tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 3
+    for path in tmp_path.glob("*.json"):
+        path.write_text("{}")
+    message = r"^`.*\.json` must say what it was made from, but does not: an older rankscope wrote it; delete it, and it is done again\.$"
+    with pytest.raises(FileFormatError, match=message):
+        run_all(small, [cell], kept_in=tmp_path)

@@ -1,0 +1,114 @@
+"""Fingerprints: equal content, equal hash, in any process; whatever differs is named."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import rankscope as rs
+from rankscope.exceptions import FileFormatError
+from rankscope.fingerprints import digest, require_same
+from rankscope.tasks import fingerprint_task
+
+
+@dataclass
+class Two:
+    a: int
+    b: tuple[int, ...] = ()
+
+
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value, self.me = value, self
+
+
+LAYER = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+VALUES = [
+    None, True, 1, 1.0, "1", b"1", "a", Path("a/b"), [], [1], [[1]], {}, {"a": 1}, {"a": 2}, {1, 2}, Two(1), Two(2), Two(1, (1,)),
+    np.zeros(2), np.zeros((2, 1)), np.zeros(2, dtype=np.float32), np.zeros(0), np.array(["a", None], dtype=object),
+    torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, 1), torch.tensor(0.0), torch.zeros(2, device="meta"),
+    LAYER, torch.nn.Linear(2, 2, bias=False), pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [1]}), Holder(1), Holder(2), Holder.__init__,
+]  # fmt: skip
+
+
+def test_different_content_has_different_hashes() -> None:
+    assert len({digest(value) for value in VALUES}) == len(VALUES)
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [([1, 2], (1, 2)), ({"a": 1, "b": 2}, {"b": 2, "a": 1}), ({"x", "y", "z"}, {"z", "y", "x"}), (np.float64(1), 1.0),
+     (np.arange(6).reshape(2, 3).T, np.arange(6).reshape(2, 3).T.copy()), (Two(1), Two(1, ())), (Holder(1), Holder(1)),
+     (torch.arange(4)[::2], torch.tensor([0, 2]))],
+)  # fmt: skip
+def test_equal_content_has_equal_hashes(one: Any, same: Any) -> None:
+    assert digest(one) == digest(same)
+
+
+def test_every_weight_counts() -> None:
+    layer = torch.nn.Linear(64, 64)
+    before = digest(layer)
+    with torch.no_grad():
+        layer.weight[40, 20] += 1e-3
+    assert digest(layer) != before
+
+
+def test_other_processes_find_the_same() -> None:
+    code = "from rankscope.fingerprints import digest; print(digest({'a': {'x', 'y'}, 'b': [1, 2.5]}))"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert {run.stdout.strip() for run in runs} == {digest({"a": {"x", "y"}, "b": [1, 2.5]})}
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"format": 1, "task": {"batch_size": 4, "name": "a"}, "data": "0" * 16},
+         "`f` must be about task.batch_size 8, but is about 4; make it again."),
+        ({"format": 1, "task": {"batch_size": 8}, "data": "0" * 16}, "`f` must be about task.name 'a', but is about None; make it again."),
+        ({"format": 1, "task": {"batch_size": 8, "name": "a", "old": 1}, "data": "0" * 16},
+         "`f` must be about task.old None, but is about 1; make it again."),
+        ({"format": 1, "task": {"batch_size": 8, "name": "a"}, "data": "1" * 16},
+         "`f` must be about the present data (0000000000000000), but is about another (1111111111111111); make it again."),
+        ({}, "`f` must say what it was made from, but does not: an older rankscope wrote it; make it again."),
+    ],
+)  # fmt: skip
+def test_the_first_difference_is_named(kept: dict[str, Any], message: str) -> None:
+    wanted = {"format": 1, "task": {"batch_size": 8, "name": "a"}, "data": "0" * 16}
+    require_same(wanted, wanted, what="`f`", remedy="make it again.")
+    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        require_same(kept, wanted, what="`f`", remedy="make it again.")
+
+
+USERS = """
+from rankscope.tasks.digits import DigitsShift
+
+FACTOR = 1.0
+
+class Scaled(DigitsShift):
+    def loss(self, model, batch):
+        return FACTOR * super().loss(model, batch)
+
+def make():
+    return Scaled(batch_size=50)
+"""
+
+
+def test_a_users_task_is_told_by_its_source_weights_and_batches(tmp_path: Path) -> None:
+    file = tmp_path / "task.py"
+    file.write_text(USERS)
+    found = [fingerprint_task(rs.load_task("task.py:make", base_dir=tmp_path)) for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0]["task"] == {"batch_size": 50, "name": "digits-shift", "metric": "accuracy", "kind": "Scaled"}
+    file.write_text(USERS.replace("1.0", "2.0"))
+    changed = fingerprint_task(rs.load_task("task.py:make", base_dir=tmp_path))
+    assert [key for key in changed if changed[key] != found[0][key]] == ["code"]
+    file.write_text(USERS.replace("50", "40"))
+    changed = fingerprint_task(rs.load_task("task.py:make", base_dir=tmp_path))
+    assert {key for key in changed if changed[key] != found[0][key]} == {"task", "code", "data"}

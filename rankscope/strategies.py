@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, allocate_marginal, allocate_proportional
-from rankscope.exceptions import BudgetError, ProfileError
+from rankscope.exceptions import BudgetError, ProfileError, shown
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
 
@@ -54,6 +55,20 @@ class Request:
     def per_parameter(self, scores: Mapping[str, float]) -> RankAllocation:
         """Parameters in proportion to scores, so ranks to the score per parameter."""
         return self.proportional({t.name: scores[t.name] / t.rank_cost for t in self.targets})
+
+    def number(self, option: str, default: float) -> float:
+        """An option that is a number above 0 and finite."""
+        value = self.options.get(option, default)
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise BudgetError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
+        return float(value)
+
+    def flag(self, option: str, default: bool) -> bool:
+        """An option that is on or off."""
+        value = self.options.get(option, default)
+        if not isinstance(value, bool):
+            raise BudgetError(f"`{option}` must be true or false, but got {shown(value)}.")
+        return value
 
     def profiled(self) -> Profile:
         """The profile.
@@ -105,10 +120,11 @@ def allocate(
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
     {'fc1': 4, 'fc2': 4}
     """
-    if strategy not in STRATEGIES:
-        close = difflib.get_close_matches(strategy, STRATEGIES, n=1)
+    name: Any = strategy  # a study file may hold anything
+    if not isinstance(name, str) or name not in STRATEGIES:
+        close = difflib.get_close_matches(str(name), STRATEGIES, n=1)
         raise BudgetError(
-            f"`strategy` must be one of {', '.join(STRATEGIES)}, but got {strategy!r}"
+            f"`strategy` must be one of {', '.join(STRATEGIES)}, but got {shown(name)}"
             + (f"; did you mean {close[0]!r}?" if close else ".")
         )
     taken = OPTIONS.get(strategy, ())
@@ -137,10 +153,11 @@ def random(request: Request) -> RankAllocation:
     Option `concentration` (default 1): small values give most parameters to few modules, large ones approach equal
     shares.
     """
-    concentration = float(request.options.get("concentration", 1.0))
-    if not 0 < concentration < math.inf:
-        raise BudgetError(f"`concentration` must be above 0 and finite, but got {concentration}.")
-    rng = np.random.default_rng(request.seed)
+    concentration = request.number("concentration", 1.0)
+    seed: Any = request.seed
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
+        raise BudgetError(f"`seed` must be a whole number of 0 or more, but got {shown(seed)}.")
+    rng = np.random.default_rng(int(seed))
     names = sorted(target.name for target in request.targets)  # the draw must not depend on the targets' order
     shares = dict(zip(names, rng.gamma(concentration, size=len(names)), strict=True))
     floor = np.finfo(np.float64).tiny
@@ -152,8 +169,7 @@ def gradient_norm(request: Request) -> RankAllocation:
 
     Option `signal` (default False): the norm without the batches' noise.
     """
-    profile = request.profiled()
-    signal = request.options.get("signal", False)
+    profile, signal = request.profiled(), request.flag("signal", False)
     return request.per_parameter(_signal_norms(profile) if signal else profile.column("gradient_norm"))
 
 
@@ -193,11 +209,10 @@ def one_shot(request: Request) -> RankAllocation:
     Options: `power` of the singular values (default 2), and `signal` (default True): only what the profile's batches agree
     on.
     """
-    power = float(request.options.get("power", 2.0))
-    if not 0 < power < math.inf:
-        raise BudgetError(f"`power` must be above 0 and finite, but got {power}.")
-    spectra = request.profiled().spectra(signal=bool(request.options.get("signal", True)))
-    return request.marginal({t.name: spectra[t.name] ** power for t in request.targets})
+    power = request.number("power", 2.0)
+    spectra = request.profiled().spectra(signal=request.flag("signal", True))
+    top = max((float(np.max(spectra[t.name], initial=0.0)) for t in request.targets), default=0.0) or 1.0
+    return request.marginal({t.name: (spectra[t.name] / top) ** power for t in request.targets})  # only ratios count
 
 
 def blend(request: Request) -> RankAllocation:
@@ -206,11 +221,10 @@ def blend(request: Request) -> RankAllocation:
     Option `weights` (default `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`): exponents of the signal's norm, of
     the root Fisher trace and of the sensitivity, each first divided by its mean over modules.
     """
-    weights = {**dict.fromkeys(_BLEND, 0.0), **request.options.get("weights", _BLEND)}
-    if (unknown := set(weights) - set(_BLEND)) or not all(0 <= value < math.inf for value in weights.values()):
-        raise BudgetError(
-            f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {sorted(unknown) or weights}."
-        )
+    given = request.options.get("weights", _BLEND)
+    weights = {**dict.fromkeys(_BLEND, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
+    if set(weights) != set(_BLEND) or not all(_is_number(w) and 0 <= w < math.inf for w in weights.values()):
+        raise BudgetError(f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {shown(given)}.")
     profile = request.profiled()
     views = {
         "gradient": _signal_norms(profile),
@@ -222,6 +236,10 @@ def blend(request: Request) -> RankAllocation:
         mean = max(float(np.mean([values[name] for name in scores])), _TINY)
         scores = {name: score * (values[name] / mean) ** weights[view] for name, score in scores.items()}
     return request.per_parameter(scores)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _signal_norms(profile: Profile) -> dict[str, float]:

@@ -123,6 +123,16 @@ def test_one_shot_options_by_hand() -> None:
     assert found(80, signal=True, power=0.1) == (2, 1)  # 1/20, then 3 ** 0.1 / 40 once; the rest takes what fits
 
 
+@pytest.mark.parametrize("scale", [1e-150, 1e-20, 1.0, 1e20, 1e150])
+def test_one_shot_looks_at_ratios_only(scale: float) -> None:
+    """Squares and higher powers of very large or very small gradients stay numbers."""
+    profile = make_profile(TWO, {name: [scale * value for value in values] for name, values in SPECTRA.items()})
+    for power in (2, 1e4):
+        for limit, ranks in ((40, (0, 1)), (80, (2, 1))):
+            budget = rs.ParameterBudget(limit)
+            assert rs.allocate("one-shot", targets=TWO, budget=budget, profile=profile, power=power).vector == ranks
+
+
 def test_gradient_norm_by_hand() -> None:
     """Norms 3 and 4 a parameter share: of 280 parameters 120 go to the narrow module and 160 to the wide one."""
     profile = make_profile(TWO, {"narrow": [3.0], "wide": [4.0]})
@@ -164,11 +174,21 @@ def test_mistakes_are_named() -> None:
         (BudgetError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'one-shoot'; did you mean 'one-shot'?"),
         (BudgetError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
         (BudgetError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
-        (BudgetError, "random", {"concentration": 0}, "`concentration` must be above 0 and finite, but got 0.0."),
-        (BudgetError, "random", {"concentration": float("inf")}, "`concentration` must be above 0 and finite, but got inf."),
-        (BudgetError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be above 0 and finite, but got -1.0."),
+        (BudgetError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
+        (BudgetError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
+        (BudgetError, "random", {"seed": -1}, "`seed` must be a whole number of 0 or more, but got -1."),
+        (BudgetError, "random", {"seed": True}, "`seed` must be a whole number of 0 or more, but got True."),
+        (BudgetError, [], {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got []."),
+        (BudgetError, "one-shot", {"power": "abc", "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got 'abc'."),
+        (BudgetError, "one-shot", {"power": None, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got None."),
+        (BudgetError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
+        (BudgetError, "gradient-norm", {"signal": 1, "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 1."),
+        (BudgetError, "blend", {"weights": 3, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got 3."),
+        (BudgetError, "blend", {"weights": {"gradient": "x"}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'gradient': 'x'}."),
+        (BudgetError, "random", {"concentration": float("inf")}, "`concentration` must be a number above 0 and finite, but got inf."),
+        (BudgetError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got -1."),
         (BudgetError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'bayes'."),
-        (BudgetError, "blend", {"weights": {"fish": 1}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got ['fish']."),
+        (BudgetError, "blend", {"weights": {"fish": 1}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'fish': 1}."),
         (ProfileError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ProfileError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
     ]  # fmt: skip

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 
 from rankscope.budget import ParameterBudget, allocate_proportional
+from rankscope.exceptions import PerformanceModelError
 from rankscope.targets import TargetModule
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-MAX_RANK = 512  # ranks above count as this one
+CURVE_CELLS = 4_000_000  # of a table of gains, which is 32 MB: in larger models, ranks above
+MIN_REACH = 512  # this one and that many cells count as the highest there
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,10 +45,34 @@ class RankFeatures:
     levels: tuple[str, ...]
     reference: Ints
 
+    def __repr__(self) -> str:
+        return f"<RankFeatures of {len(self.targets)} modules: {len(self.names)}>"
+
     def transform(self, ranks: ArrayLike) -> Floats:
-        """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform."""
-        found = np.atleast_2d(np.asarray(ranks, dtype=np.int64))
-        return self._sums(found) - self._sums(self.reference[None, :])
+        """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform.
+
+        Raises:
+            PerformanceModelError: Not one column a module, or ranks that are no whole numbers from 0 on.
+        """
+        return self._sums(self.checked(ranks)) - self._sums(self.reference[None, :])
+
+    def checked(self, ranks: ArrayLike) -> Ints:
+        """The ranks as (n, n_modules) integers.
+
+        Raises:
+            PerformanceModelError: As `transform` does.
+        """
+        table = np.atleast_2d(as_numbers(ranks, "ranks"))
+        if table.ndim != 2 or table.shape[1] != len(self.targets):
+            raise PerformanceModelError(
+                f"`ranks` must have a column for each of {len(self.targets)} modules, but has shape {table.shape}."
+            )
+        if len(odd := table[~((table >= 0) & (table == np.floor(table)) & np.isfinite(table))]):
+            raise PerformanceModelError(
+                f"`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {odd[0]:g}; correct them."
+            )
+        whole: Ints = table.astype(np.int64)
+        return whole
 
     def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:
         """What a linear model says each rank of each module adds, by module name, made non-negative and non-increasing."""
@@ -89,6 +116,23 @@ class RankFeatures:
         return np.hstack(parts)
 
 
+def as_numbers(values: ArrayLike, name: str) -> Floats:
+    """An array of numbers from what a user gave.
+
+    Raises:
+        PerformanceModelError: It is not one.
+    """
+    try:
+        if issparse(values):
+            raise TypeError("a sparse matrix")
+        found = np.asarray(values)
+        if np.iscomplexobj(found):
+            raise TypeError("Complex data not supported")
+        return found.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise PerformanceModelError(f"`{name}` must be a dense array of real numbers, but: {error}.") from None
+
+
 def rank_features(
     targets: Sequence[TargetModule],
     budget: ParameterBudget,
@@ -110,7 +154,8 @@ def rank_features(
     """
     targets = tuple(targets)
     costs = np.array([target.rank_cost for target in targets], dtype=np.float64)
-    highest = int(min(MAX_RANK, max(min(t.full_rank, budget.limit // t.rank_cost) for t in targets)))
+    reach = max(MIN_REACH, CURVE_CELLS // len(targets))
+    highest = int(min(reach, max(min(t.full_rank, budget.limit // t.rank_cost) for t in targets)))
     curves = {"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0)}
     keys = {
         "model": ["all"] * len(targets),

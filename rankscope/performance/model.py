@@ -15,8 +15,8 @@ from sklearn.preprocessing import PowerTransformer
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from rankscope.exceptions import PerformanceModelError
-from rankscope.performance.features import RankFeatures
-from rankscope.performance.regression import HierarchicalRegressor
+from rankscope.performance.features import RankFeatures, as_numbers
+from rankscope.performance.regression import HierarchicalRegressor, checked_weights
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -56,6 +56,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         regressor_: The fitted `HierarchicalRegressor`.
+        n_features_in_: How many modules there are.
         conditions_: The conditions seen, in order.
     """
 
@@ -78,9 +79,11 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             conditions: What else differs between observations, as their learning rates; each gets an offset. (n,).
 
         Raises:
-            PerformanceModelError: Fewer than two observations, or values that are not finite.
+            PerformanceModelError: Fewer than two observations, metrics that are not finite, ranks that are no whole numbers from
+                0 on, negative weights, or arguments of different lengths.
         """
         self._data = self._checked(ranks, y, sample_weight, conditions)
+        self.n_features_in_ = len(self.features.targets)
         self._estimated_at = 0  # observations when the variances were last estimated
         return self._refit()
 
@@ -199,24 +202,30 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def _checked(
         self, ranks: ArrayLike, y: ArrayLike, weight: ArrayLike | None, conditions: Sequence[Any] | None
     ) -> tuple[Ints, Floats, Floats, list[Any]]:
-        table: Ints = np.atleast_2d(np.asarray(ranks, dtype=np.int64))
-        metric: Floats = column_or_1d(np.asarray(y, dtype=np.float64))
-        if table.shape != (len(metric), len(self.features.targets)):
+        if y is None:
             raise PerformanceModelError(
-                f"`ranks` must have a row for each of {len(metric)} metrics and a column for each of "
-                f"{len(self.features.targets)} modules, but has shape {table.shape}."
+                "PerformanceModel requires y to be passed, but the target y is None; pass the metric of each allocation."
             )
-        if not np.isfinite(metric).all():
+        table, metric = self.features.checked(ranks), column_or_1d(as_numbers(y, "y"), warn=True)
+        if len(table) != len(metric):
             raise PerformanceModelError(
-                f"`y` must be finite, but {int((~np.isfinite(metric)).sum())} of {len(metric)} metrics are not; drop them."
+                f"`ranks` must have a row for each of {len(metric)} metrics, but has {len(table)}."
             )
-        weights = np.ones(len(metric)) if weight is None else np.asarray(weight, dtype=np.float64)
-        return table, metric, weights, list(conditions) if conditions is not None else [None] * len(metric)
+        if odd := int((~np.isfinite(metric)).sum()):
+            raise PerformanceModelError(f"`y` must be finite, but {odd} of {len(metric)} metrics are not; drop them.")
+        if conditions is not None and len(conditions) != len(metric):
+            raise PerformanceModelError(
+                f"`conditions` must hold one for each of {len(metric)} metrics, but hold {len(conditions)}."
+            )
+        labels = list(conditions) if conditions is not None else [None] * len(metric)
+        return table, metric, checked_weights(weight, len(metric)), labels
 
     def _refit(self) -> Self:
         ranks, y, weight, conditions = self._data
         if len(y) < 2:
-            raise PerformanceModelError(f"`y` must hold at least 2 metrics, but holds {len(y)}; run more trials.")
+            raise PerformanceModelError(
+                f"`y` must hold at least 2 metrics, but holds {len(y)} sample; run more trials."
+            )
         self.conditions_ = list(dict.fromkeys(conditions))
         due = self._estimated_at == 0 or len(y) >= GROWTH * self._estimated_at
         if due:

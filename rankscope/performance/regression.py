@@ -16,7 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from rankscope.exceptions import PerformanceModelError
+from rankscope.performance.features import as_numbers
 
 Floats = NDArray[np.float64]
 
@@ -61,12 +64,15 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         Args:
             X: (n, n_features).
             y: (n,).
-            sample_weight: Number of repeats behind each observation: its noise variance is s^2 / weight. (n,).
+            sample_weight: Number of repeats behind each observation: its noise variance is s^2 / weight. (n,), or one for all.
+
+        Raises:
+            PerformanceModelError: Weights that are negative, not finite, all zero, or not one an observation.
         """
         table: Floats
         observed: Floats
         table, observed = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
-        weights: Floats = _check_sample_weight(sample_weight, table, dtype=np.float64)
+        weights = checked_weights(sample_weight, len(table))
         table, observed, roots = table[weights > 0], observed[weights > 0], np.sqrt(weights[weights > 0])
         levels = np.asarray(self.levels if self.levels is not None else ["all"] * table.shape[1])
         means = np.zeros(table.shape[1]) if self.means is None else np.asarray(self.means, dtype=np.float64)
@@ -110,6 +116,26 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         correction = self._rows.T @ cho_solve(self._factor, self._target - seen)
         result: Floats = self._means + drawn + self._prior * correction
         return result
+
+
+def checked_weights(weights: ArrayLike | None, n: int) -> Floats:
+    """Sample weights of n observations, (n,); None and one number stand for equal ones.
+
+    Raises:
+        PerformanceModelError: They are negative, not finite, all zero, or not so many.
+    """
+    found = as_numbers(1.0 if weights is None else weights, "sample_weight")
+    if found.ndim == 0:
+        found = np.full(n, float(found))
+    if found.shape != (n,):
+        raise PerformanceModelError(
+            f"`sample_weight` must hold one weight for each of {n} observations, but has shape {found.shape}."
+        )
+    if len(odd := found[~(np.isfinite(found) & (found >= 0))]):
+        raise PerformanceModelError(f"`sample_weight` must be finite and not negative, but holds {odd[0]:g}.")
+    if not found.any():
+        raise PerformanceModelError("`sample_weight` must not be zero for every observation, but is; weigh some.")
+    return found
 
 
 def _compressed(rows: Floats, target: Floats) -> tuple[Floats, Floats, float]:

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import kendalltau
 
 from rankscope.searching.finalists import Finalist
-from rankscope.searching.trials import LEARNING_RATE, TRIAL_KEY, Trial
+from rankscope.searching.trials import Trial, learning_rate_of, seeds_of
 
 MIN_PAIRS = 5  # with fewer, a rank correlation says nothing
 
@@ -67,11 +67,11 @@ def agreement_when_confirmed(finalists: Sequence[Finalist], steps: int, of_steps
 
 
 def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: bool) -> tuple[float, float] | None:
-    """A trial as an observation of the final metric, and its weight beside a complete trial's 1; None if it is not one.
+    """A trial as an observation of the final metric, and how many training runs it counts as; None if it is not one.
 
     A pruned trial was seen up to some step (or over some of its seeds). Trials that completed at its learning rate gained, from
     there to their end, a mean gain; it is expected to gain as much: its difference to the others, uniform among them, is
-    taken at equal steps. It weighs the share of the steps that it was given.
+    taken at equal steps. It counts as the share of the run that it was given, or as its seeds.
 
     Args:
         trial: Complete or pruned.
@@ -79,20 +79,19 @@ def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: boo
         by_seed: Whether intermediate values are those of seeds, and not on the way.
     """
     if trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
-        return trial.value, 1.0
+        return trial.value, float(seeds_of(trial))
     if trial.state != TrialState.PRUNED or not trial.intermediate_values:
         return None
     seen = sorted(trial.intermediate_values)
     steps = seen if by_seed else seen[-1:]
-    rate = trial.params.get(LEARNING_RATE)
-    like = [t for t in complete if t.params.get(LEARNING_RATE) == rate and set(steps) <= set(t.intermediate_values)]
+    rate = learning_rate_of(trial)
+    like = [t for t in complete if learning_rate_of(t) == rate and set(steps) <= set(t.intermediate_values)]
     if not like:
         return None
     gain = fmean(float(t.value or 0.0) - _mean_at(t, steps) for t in like)
     value = _mean_at(trial, steps) + gain
-    share = seen[-1] / max(like[0].intermediate_values)
-    weight = share if by_seed else share / max(1, len(like[0].user_attrs.get(TRIAL_KEY, {}).get("metrics_by_seed", {})))
-    return (value, weight) if math.isfinite(value) and weight > 0 else None
+    runs = len(seen) if by_seed else seen[-1] / max(like[0].intermediate_values)
+    return (value, float(runs)) if math.isfinite(value) and runs > 0 else None
 
 
 def _mean_at(trial: FrozenTrial, steps: Sequence[int]) -> float:

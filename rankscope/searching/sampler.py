@@ -1,15 +1,17 @@
 """`PerformanceModelSampler`: an Optuna sampler that proposes allocations by Thompson sampling from the performance model.
 
 After a few start trials on the tilts, each proposal draws a value for every rank of every module from the model's posterior
-and solves it exactly, by water-filling (Thompson 1933; design.md 5.4). The proposal is an allocation in the full space;
-its parameters in the study are the tilts that sum it up, and the realised ranks are a trial attribute.
+and solves it exactly, by water-filling (Thompson 1933). The proposal is an allocation in the full space: its ranks are a trial
+attribute, and its parameters in the study are the tilts that sum it up.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Mapping
+from threading import RLock
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,24 +22,28 @@ from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
-from rankscope.exceptions import StudyError
+from rankscope.exceptions import BudgetError, PerformanceModelError, StudyError
 from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.fidelity import observe
 from rankscope.searching.noise import residual_variance
 from rankscope.searching.pruners import judges_seeds
-from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
+from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY, learning_rate_of, seeds_of
 from rankscope.space import HierarchicalSpace
 
 SamplerName = Literal["performance-model", "tpe", "random"]
 START_TRIALS = 8
 DRAWS = 10  # until one is an allocation that was not tried yet
+PROPOSAL_KEY = "rankscope:proposal"  # of a trial's system attributes: ranks and learning rate of a draw
 
 
 class PerformanceModelSampler(BaseSampler):
     """Proposes allocations; works in any study whose objective calls `suggest_allocation`.
 
-    Parallel workers differ by nature: each draws from the posterior. A pruned trial counts by its last intermediate value, with
-    less weight (`searching/fidelity.py`); failed trials are passed over.
+    Threads may share it (`study.optimize(n_jobs=...)`), and parallel workers differ by nature: each draws from the posterior.
+    A pruned trial counts by its last intermediate value, with less weight (`searching/fidelity.py`); failed trials, and
+    trials whose ranks are not of these modules, are passed over. Where some tilts are fixed from outside, as by Optuna's
+    `PartialFixedSampler`, it proposes the other tilts, and the allocation is that of the tilts. It copies and pickles without
+    what it has learned, which it learns again from the study.
 
     Args:
         space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
@@ -73,15 +79,29 @@ class PerformanceModelSampler(BaseSampler):
         self._independent = RandomSampler(seed)
         self._model = PerformanceModel(features)
         self._one_shot = space.allocation(space.point(tau=1.0))
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        learned = ("_lock", "_learned_from", "_seen")
+        kept = {name: value for name, value in self.__dict__.items() if name not in learned}
+        return kept | {"_model": clone(self._model, safe=False)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = RLock()
         self._seen: dict[int, tuple[int, ...]] = {}
-        self._proposals: dict[int, tuple[RankAllocation, Any]] = {}
+        self._learned_from: tuple[weakref.ref[Any], int] | None = None  # storage and study
 
     # --- Optuna's side ---------------------------------------------------------------------------------------------
 
     def reseed_rng(self) -> None:
         """See `optuna.samplers.BaseSampler`."""
-        self._rng = np.random.default_rng()
-        self._independent.reseed_rng()
+        with self._lock:
+            self._rng = np.random.default_rng()
+            self._independent.reseed_rng()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The tilts."""
@@ -90,59 +110,86 @@ class PerformanceModelSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A point around one-shot, or the tilts that sum up a draw from the posterior."""
-        if RANKS_KEY in trial.user_attrs or set(search_space) & set(trial.system_attrs.get("fixed_params", {})):
+        """A point around one-shot, or the tilts that sum up a draw from the posterior.
+
+        Raises:
+            ValueError: The study has several objectives.
+        """
+        self._raise_error_if_multi_objective(study)
+        ours = self.infer_relative_search_space(study, trial)
+        if RANKS_KEY in trial.user_attrs or set(ours) & set(trial.system_attrs.get("fixed_params", {})):
             return {}
-        self._learn(study)
-        if len(self._seen) < self.n_startup_trials or self._model.constant:
-            return self._explore()
-        allocation, condition = self._draw()
-        self._proposals[trial.number] = allocation, condition
-        return self.describe(allocation)
+        mine = {name for name, distribution in search_space.items() if ours.get(name) == distribution}
+        if not mine:
+            point = {}
+        elif mine == set(ours):
+            point = self._propose(study, trial)
+        else:  # ranks of the full space would not keep to what is fixed
+            point = self._proposal(study)[0]
+        return {
+            name: point[name]
+            if name in mine
+            else self._independent.sample_independent(study, trial, name, distribution)
+            for name, distribution in search_space.items()
+        }
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """The learning rate that is best in the posterior draw; anything else at random."""
-        choices = getattr(param_distribution, "choices", ())
-        if param_name == LEARNING_RATE and trial.number in self._proposals:
-            condition = self._proposals[trial.number][1]
-            if condition in choices:
-                return condition
+        """The learning rate that is best in the posterior draw; anything else at random.
+
+        Raises:
+            ValueError: The study has several objectives.
+        """
+        self._raise_error_if_multi_objective(study)
+        if param_name == LEARNING_RATE:
+            rate = trial.system_attrs.get(PROPOSAL_KEY, {}).get("learning_rate")
+            if rate is not None and rate in getattr(param_distribution, "choices", ()):
+                return rate
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     # --- rankscope's side ------------------------------------------------------------------------------------------
 
-    def take(self, number: int) -> RankAllocation | None:
-        """The allocation proposed for a trial, by its number, once; None where the tilts are the proposal."""
-        return self._proposals.pop(number, (None, None))[0]
-
     def best(self, study: optuna.Study) -> tuple[RankAllocation, Any]:
-        """The allocation that the posterior mean values most, and the learning rate; of the profile alone, if it is believed."""
-        self._learn(study)
-        return self._solve((self.believed(study) or self._model).utilities()), self._model.best_condition
+        """The allocation that the posterior mean values most, and the learning rate; of the profile alone, if it is believed.
+
+        Raises:
+            PerformanceModelError: The study holds fewer than two trials with a metric.
+        """
+        with self._lock:
+            model = self.believed(study) or self._model
+            if not self._seen:
+                raise PerformanceModelError(
+                    f"study `{study.study_name}` must hold at least 2 trials with ranks of these modules and a metric, but "
+                    "holds fewer; run more trials."
+                )
+            return self._solve(model.utilities()), self._model.best_condition
 
     def believed(self, study: optuna.Study) -> PerformanceModel | None:
         """The model, or the profile alone, fitted to the same trials, whichever predicts left-out trials; None: neither does."""
-        return None if self.model(study) is None else believable(self._model, self.validate(study))
+        with self._lock:
+            return None if self.model(study) is None else believable(self._model, self.validate(study))
 
     def model(self, study: optuna.Study) -> PerformanceModel | None:
         """The performance model on the study's trials; None with fewer than it starts with, or where all are equal.
 
         It is fitted anew: one that learned trial by trial depends on when it was interrupted.
         """
-        self._seen, self._model = {}, clone(self._model, safe=False)
-        self._learn(study)
-        return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
+        with self._lock:
+            self._learned_from = None
+            self._learn(study)
+            return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
 
     def validate(self, study: optuna.Study) -> Validation | None:
         """The model's scores on left-out allocations; None with too few."""
+        self._raise_error_if_multi_objective(study)
         trials = [trial for trial in study.get_trials(deepcopy=False) if self._counts(trial)]
         return validate(
             self._model,
             [trial.user_attrs[RANKS_KEY] for trial in trials],
             [_sign(study) * float(trial.value or 0.0) for trial in trials],
-            conditions=[trial.params.get(LEARNING_RATE) for trial in trials],
+            sample_weight=[float(seeds_of(trial)) for trial in trials],
+            conditions=[learning_rate_of(trial) for trial in trials],
             noise_variance=_noise(trials),
         )
 
@@ -168,7 +215,13 @@ class PerformanceModelSampler(BaseSampler):
         return spent
 
     def _learn(self, study: optuna.Study) -> None:
-        """Shows the model what has completed or was pruned since it last looked."""
+        """Shows the model what has completed or was pruned since it last looked; another study is learned from scratch."""
+        self._raise_error_if_multi_objective(study)
+        source = study._storage, study._study_id
+        known = self._learned_from
+        if known is None or (known[0](), known[1]) != source:
+            self._seen, self._model = {}, clone(self._model, safe=False)
+            self._learned_from = weakref.ref(source[0]), source[1]
         trials = study.get_trials(deepcopy=False)
         complete = [trial for trial in trials if self._counts(trial)]
         by_seed = judges_seeds(study.pruner)
@@ -180,8 +233,8 @@ class PerformanceModelSampler(BaseSampler):
         self._model.update(
             [trial.user_attrs[RANKS_KEY] for trial, _ in seen],
             [_sign(study) * value for _, (value, _) in seen],
-            [weight for _, (_, weight) in seen],
-            conditions=[trial.params.get(LEARNING_RATE) for trial, _ in seen],
+            [runs for _, (_, runs) in seen],
+            conditions=[learning_rate_of(trial) for trial, _ in seen],
         )
 
     def _counts(self, trial: FrozenTrial) -> bool:
@@ -196,7 +249,32 @@ class PerformanceModelSampler(BaseSampler):
 
     def _fits(self, trial: FrozenTrial) -> bool:
         """Whether a trial's ranks are of these modules."""
-        return len(trial.user_attrs.get(RANKS_KEY, ())) == len(self.space.targets)
+        ranks = trial.user_attrs.get(RANKS_KEY)
+        return (
+            isinstance(ranks, list | tuple)
+            and len(ranks) == len(self.space.targets)
+            and all(
+                isinstance(rank, int) and 0 <= rank <= target.full_rank
+                for rank, target in zip(ranks, self.space.targets, strict=True)
+            )
+        )
+
+    def _propose(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, float]:
+        """The tilts of a proposal; its ranks and learning rate are stored with the trial, for `suggest_allocation`."""
+        point, allocation, rate = self._proposal(study)
+        if allocation is not None:
+            proposal = {"ranks": list(allocation.vector), "learning_rate": rate}
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, proposal)
+        return point
+
+    def _proposal(self, study: optuna.Study) -> tuple[dict[str, float], RankAllocation | None, Any]:
+        """Tilts, and the allocation and learning rate that they sum up; None where the tilts are the proposal."""
+        with self._lock:
+            self._learn(study)
+            if len(self._seen) < self.n_startup_trials or self._model.constant:
+                return self._explore(), None, None
+            allocation, rate = self._draw()
+        return self.describe(allocation), allocation, rate
 
     def _explore(self) -> dict[str, float]:
         """Between uniform and beyond one-shot, with small or large offsets."""
@@ -239,23 +317,41 @@ def make_sampler(sampler: SamplerName | BaseSampler, space: HierarchicalSpace, s
     )
 
 
-def suggest_allocation(trial: optuna.Trial, space: HierarchicalSpace) -> RankAllocation:
+def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) -> RankAllocation:
     """The allocation of a trial under any sampler; it stores the realised ranks as the trial's attribute `ranks`.
 
     Args:
-        trial: In an objective, or from `study.ask()`.
+        trial: In an objective, or from `study.ask()`. A finished trial gives its own allocation again.
         space: The same that the sampler was made with.
+
+    Raises:
+        BudgetError: The trial was queued with ranks above the budget.
+        StudyError: It was queued with something else than ranks.
+        AllocationError: It was queued with ranks of other modules.
     """
-    queued = trial.user_attrs.get(RANKS_KEY)
     point = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in space.tilts}
-    sampler = trial.study.sampler
-    allocation = sampler.take(trial.number) if isinstance(sampler, PerformanceModelSampler) else None
-    if queued is not None:
-        allocation = RankAllocation(space.targets, tuple(queued), budget=space.budget.limit)
-    if allocation is None:
+    ranks = trial.user_attrs.get(RANKS_KEY, _proposed_ranks(trial))
+    if ranks is None:
         allocation = space.allocation(point)
+    elif isinstance(ranks, list | tuple):
+        allocation = RankAllocation(space.targets, tuple(ranks), budget=space.budget.limit)
+    else:
+        raise StudyError(f"the trial's attribute `{RANKS_KEY}` must list a rank for each module, but is {ranks!r}.")
+    if allocation.parameters > space.budget.limit:
+        raise BudgetError(
+            f"the trial's ranks must keep within the budget of {space.budget.limit:,} parameters, but take "
+            f"{allocation.parameters:,}; queue lower ones."
+        )
     trial.set_user_attr(RANKS_KEY, list(allocation.vector))
     return allocation
+
+
+def _proposed_ranks(trial: optuna.trial.BaseTrial) -> list[int] | None:
+    """The ranks that the sampler drew for a running trial; None where its tilts are the proposal."""
+    if not isinstance(trial, optuna.Trial):
+        return None
+    proposal = trial.storage.get_trial_system_attrs(trial._trial_id).get(PROPOSAL_KEY)
+    return None if proposal is None else list(proposal["ranks"])
 
 
 def _sign(study: optuna.Study) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
@@ -55,6 +56,17 @@ class Trial:
     def proposed(self) -> bool:
         """Whether the search came up with it, and did not start from it."""
         return self.origin not in (UNIFORM, ONE_SHOT)
+
+
+def seeds_of(trial: FrozenTrial) -> int:
+    """How many training runs a complete trial's value is the mean of; 1 in studies that do not say."""
+    return max(1, len(trial.user_attrs.get(TRIAL_KEY, {}).get("metrics_by_seed", {})))
+
+
+def learning_rate_of(trial: FrozenTrial) -> Any:
+    """The learning rate where it is a choice of a few; None where there is none, or where it is a number of its own."""
+    choice = isinstance(trial.distributions.get(LEARNING_RATE), CategoricalDistribution)
+    return trial.params[LEARNING_RATE] if choice else None
 
 
 def completed(study: optuna.Study) -> list[FrozenTrial]:

@@ -1,22 +1,10 @@
-"""The hierarchical regression against scikit-learn's conventions, the textbook posterior, and BayesianRidge."""
+"""The hierarchical regression against the textbook posterior and BayesianRidge."""
 
 import numpy as np
 import pytest
 from sklearn.linear_model import BayesianRidge
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from rankscope.performance import HierarchicalRegressor
-
-
-# Weights are repeats behind a mean, so they tell less of the noise than as many rows would.
-@parametrize_with_checks(
-    [HierarchicalRegressor()],
-    expected_failed_checks=lambda _: {
-        "check_sample_weight_equivalence_on_dense_data": "a mean of repeats is not as many observations"
-    },
-)
-def test_scikit_learn_conventions(estimator, check) -> None:
-    check(estimator)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import re
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import kendalltau
 
@@ -20,7 +20,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def frozen(
-    values: dict[int, float], rate: float = 0.01, pruned: bool = False, final: float | None = None
+    values: dict[int, float], rate: float = 0.01, pruned: bool = False, final: float | None = None, n_seeds: int = 1
 ) -> FrozenTrial:
     last = list(values.values())[-1]
     return create_trial(
@@ -29,7 +29,7 @@ def frozen(
         params={"learning_rate": rate},
         distributions={"learning_rate": CategoricalDistribution([0.01, 0.02])},
         intermediate_values=values,
-        user_attrs={TRIAL_KEY: {"metrics_by_seed": {"0": last}}},
+        user_attrs={TRIAL_KEY: {"metrics_by_seed": {str(seed): last for seed in range(n_seeds)}}},
     )
 
 
@@ -50,9 +50,25 @@ def test_its_difference_to_uniform_is_that_at_equal_steps() -> None:
 
 
 def test_seeds_are_averaged() -> None:
-    complete = [frozen({1: 0.8, 2: 0.6, 3: 0.7, 4: 0.9}, final=0.75)]
+    complete = [frozen({1: 0.8, 2: 0.6, 3: 0.7, 4: 0.9}, final=0.75, n_seeds=4)]
     value, weight = observe(frozen({1: 0.5, 2: 0.4}, pruned=True), complete, by_seed=True)
-    assert (value, weight) == pytest.approx((0.45 + 0.75 - 0.7, 0.5))
+    assert (value, weight) == pytest.approx((0.45 + 0.75 - 0.7, 2.0))
+    assert observe(complete[0], complete, by_seed=True) == (0.75, 4.0)
+
+
+def test_a_trial_stopped_on_its_way_is_less_than_one_run_however_many_seeds_others_have() -> None:
+    complete = [frozen({10: 0.5, 40: 0.8}, n_seeds=3)]
+    assert observe(frozen({10: 0.4}, pruned=True), complete, by_seed=False) == pytest.approx((0.7, 0.25))
+
+
+def test_rates_that_are_numbers_of_their_own_are_not_compared_one_by_one() -> None:
+    """`suggest_float("learning_rate")` gives each trial its own rate: no two would ever be alike."""
+    trials = [
+        create_trial(state=state, value=0.8, params={"learning_rate": rate}, intermediate_values=values,
+                     distributions={"learning_rate": FloatDistribution(0.001, 0.1)})
+        for state, rate, values in ((TrialState.COMPLETE, 0.01, {1: 0.5, 2: 0.8}), (TrialState.PRUNED, 0.02, {1: 0.4}))
+    ]  # fmt: skip
+    assert observe(trials[1], trials[:1], by_seed=False) == pytest.approx((0.7, 0.5))
 
 
 @pytest.mark.parametrize("trial", [

@@ -1,13 +1,18 @@
 """The sampler in plain Optuna studies: it finds what is worth most, and lives with failures, queues and other processes."""
 
+import copy
 import math
+import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
 
 import rankscope as rs
-from rankscope.exceptions import StudyError
+from rankscope.exceptions import AllocationError, BudgetError, PerformanceModelError, StudyError
 from rankscope.searching.sampler import make_sampler
 from rankscope.space import HierarchicalSpace, group_by_depth
 from rankscope.targets import TargetModule
@@ -159,3 +164,186 @@ def test_pruned_trials_teach_the_model() -> None:
     taught, untaught = (rs.PerformanceModelSampler(SPACE).model(s) for s in (study, complete))
     assert taught.score(ranks, values) > untaught.score(ranks, values)
     assert taught.predict(ranks).mean() == pytest.approx(untaught.predict(ranks).mean(), abs=1.0)
+
+
+# --- one sampler, many users ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database", [False, True], ids=["in memory", "sqlite"])
+def test_threads_share_a_sampler(database: bool, tmp_path: Path) -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    storage = f"sqlite:///{tmp_path}/study.db" if database else None
+    study = optuna.create_study(direction="maximize", storage=storage, sampler=sampler)
+    study.optimize(objective, n_trials=40, n_jobs=4)
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    allocations = [rs.RankAllocation(TARGETS, tuple(trial.user_attrs["ranks"])) for trial in study.trials]
+    assert all(BUDGET.limit - 32 < allocation.parameters <= BUDGET.limit for allocation in allocations)
+    assert worth(sampler.best(study)[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
+
+
+def test_copies_draw_alike_and_learn_again_from_the_study() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(objective, n_trials=12)
+    copies = [copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))]
+    proposals = []
+    for each in copies:
+        study.sampler = each
+        proposals.append(rs.suggest_allocation(study.ask(), SPACE).vector)
+    assert proposals[0] == proposals[1]
+    assert len(pickle.dumps(sampler)) < 2 * len(pickle.dumps(rs.PerformanceModelSampler(SPACE, seed=0)))
+    assert copies[0].best(study)[0] == sampler.best(study)[0]
+
+
+def test_a_sampler_learns_each_study_from_scratch() -> None:
+    """In both, trial 0 and so on exist: what the first one's were must not count in the second."""
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    found = []
+    for weights in (WORTH, WORTH[::-1]):
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        study.optimize(lambda trial, w=weights: np.log1p(rs.suggest_allocation(trial, SPACE).vector) @ w, n_trials=30)
+        found.append(sampler.best(study)[0])
+        assert found[-1] == rs.PerformanceModelSampler(SPACE).best(study)[0]
+    assert worth(found[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0))) > worth(found[1])
+
+
+def test_reseeding_changes_the_draws() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(objective, n_trials=10)
+    other = copy.deepcopy(sampler)
+    other.reseed_rng()
+    drawn = []
+    for study.sampler in (sampler, other):
+        drawn.append([rs.suggest_allocation(study.ask(), SPACE).vector for _ in range(4)])
+    assert drawn[0] != drawn[1]
+
+
+# --- studies that are not only ours -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_tilts_that_are_fixed_from_outside_hold_for_the_allocation() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    fixed = {"tau": 0.5, "role/fc1": 1.5}
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.PartialFixedSampler(fixed, sampler))
+    study.optimize(objective, n_trials=15)
+    for trial in study.trials:
+        assert fixed.items() <= trial.params.items()
+        assert trial.user_attrs["ranks"] == list(SPACE.allocation(trial.params).vector)
+
+
+def test_only_the_given_search_space_is_sampled_and_within_its_bounds() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(objective, n_trials=10)
+    trial = study.ask()
+    frozen = study.get_trials(deepcopy=False)[trial.number]
+    space = {
+        "group/model/0": FloatDistribution(-2.0, 2.0),
+        "tau": FloatDistribution(0.0, 0.1),
+        "x": IntDistribution(1, 3),
+    }
+    for _ in range(5):
+        found = sampler.sample_relative(study, frozen, space)
+        assert set(found) == set(space)
+        assert 0.0 <= found["tau"] <= 0.1
+        assert found["x"] in (1, 2, 3)
+    assert sampler.sample_relative(study, frozen, {}) == {}
+
+
+def test_other_parameters_and_rates_that_are_numbers_stand_beside_the_tilts() -> None:
+    """`suggest_float` gives every trial a rate of its own: as a condition each it would explain everything away."""
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def conditional(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+        if trial.suggest_categorical("dropout", [True, False]):
+            trial.suggest_float("p", 0.0, 0.5)
+        return value
+
+    study.optimize(conditional, n_trials=40)
+    model = sampler.model(study)
+    assert model is not None
+    assert model.conditions_ == [None]
+    assert worth(sampler.best(study)[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
+    assert sampler.best(study)[1] is None
+
+
+def test_a_rate_of_a_few_goes_with_the_draw() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def tuned(trial: optuna.Trial) -> float:
+        return objective(trial) + 10.0 * trial.suggest_categorical("learning_rate", [0.1, 0.9])
+
+    study.optimize(tuned, n_trials=30)
+    assert sampler.best(study)[1] == 0.9
+    assert [trial.params["learning_rate"] for trial in study.trials[-10:]].count(0.9) >= 8  # a draw may differ
+
+
+@pytest.mark.parametrize("ranks", [5, "ranks", [1] * 5, [1.5] * 12, [99] * 12, [-1] * 12, None])
+def test_trials_of_another_space_are_passed_over(ranks: object) -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.add_trials([optuna.trial.create_trial(value=9.0 + i, user_attrs={"ranks": ranks}) for i in range(12)])
+    study.optimize(objective, n_trials=9)
+    assert sampler.model(study) is not None
+    assert len({tuple(trial.user_attrs["ranks"]) for trial in study.trials[12:]}) == 9
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_values_without_bound_teach_nothing(value: float) -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(lambda trial: value if trial.number % 3 else objective(trial), n_trials=30)
+    assert sampler.model(study) is not None
+
+
+def test_several_objectives_are_refused_as_optunas_samplers_refuse_them() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    message = "If the study is being used for multi-objective optimization, PerformanceModelSampler cannot be used."
+    for call in (sampler.best, sampler.model, sampler.believed, sampler.validate):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            call(study)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        study.optimize(lambda trial: (objective(trial), 1.0), n_trials=1)
+
+
+def test_too_few_trials_have_no_best() -> None:
+    sampler = rs.PerformanceModelSampler(SPACE, seed=0)
+    study = optuna.create_study(study_name="new", direction="maximize", sampler=sampler)
+    message = "study `new` must hold at least 2 trials with ranks of these modules and a metric, but holds fewer; run more trials."
+    with pytest.raises(PerformanceModelError, match=f"^{message}$"):
+        sampler.best(study)
+
+
+# --- an allocation of a trial ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_or_fixed_trial_gives_its_allocation_again() -> None:
+    study = optuna.create_study(direction="maximize", sampler=rs.PerformanceModelSampler(SPACE, seed=0))
+    study.optimize(objective, n_trials=12)
+    for trial in study.trials:
+        assert list(rs.suggest_allocation(trial, SPACE).vector) == trial.user_attrs["ranks"]
+    fixed = optuna.trial.FixedTrial(SPACE.point(tau=0.0))
+    assert set(rs.suggest_allocation(fixed, SPACE).vector) == {4}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "message"),
+    [
+        ([9] * 12, BudgetError,
+         "the trial's ranks must keep within the budget of 1,536 parameters, but take 3,456; queue lower ones."),
+        (7, StudyError, "the trial's attribute `ranks` must list a rank for each module, but is 7."),
+        ([1] * 5, AllocationError, "`vector` must hold one rank for each of the 12 targets, but holds 5."),
+    ],
+)  # fmt: skip
+def test_queued_ranks_are_checked(ranks: object, error: type, message: str) -> None:
+    study = optuna.create_study(direction="maximize", sampler=rs.PerformanceModelSampler(SPACE, seed=0))
+    study.enqueue_trial({}, user_attrs={"ranks": ranks})
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        rs.suggest_allocation(study.ask(), SPACE)

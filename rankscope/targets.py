@@ -441,6 +441,9 @@ _READ_BY_WEIGHT: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
     )
 )
 
+# Subclasses of nn.Linear that return something else than the product with their weight.
+_NOT_LINEAR = re.compile(r"\w*Router|\w*GroupedLinear|IdeficsDecoupledLinear")
+
 
 def _idle(model: nn.Module, candidates: Mapping[str, _Candidate]) -> dict[str, str]:
     """Where an adapter does nothing or cannot be, and why."""
@@ -455,6 +458,8 @@ def _idle(model: nn.Module, candidates: Mapping[str, _Candidate]) -> dict[str, s
             reasons[name] = "PEFT trains the module itself (`modules_to_save`)"
         elif not all(_shape(candidate.module, candidate.kind)):
             reasons[name] = "the module has no weights (a width of 0)"
+        elif _NOT_LINEAR.fullmatch(type(candidate.module).__name__):
+            reasons[name] = f"{type(candidate.module).__name__} computes more than a linear map"
         elif candidate.parent is not None and _reads_weight(candidate.parent, name.rsplit(".", 1)[-1]):
             reasons[name] = f"{type(candidate.parent).__name__} reads its weight without calling it"
     return reasons

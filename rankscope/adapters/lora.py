@@ -25,7 +25,7 @@ from rankscope.adapters.resize import resize_adapters
 from rankscope.adapters.selection import adapted_targets, taken_for_experts
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError, FileFormatError
-from rankscope.files import replacing
+from rankscope.files import read_json, replacing
 from rankscope.targets import TargetModule, find_targets
 
 logger = logging.getLogger(__name__)
@@ -233,12 +233,17 @@ def wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **optio
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     """Wraps `model` (in place) with the adapter that `PeftModel.save_pretrained` left in a folder, trained modules included.
 
+    An adapter whose `task_type` names a class of rankscope's own, which plain PEFT refuses, is loaded into that class only.
+
     Raises:
         FileFormatError: The folder does not hold an adapter of this model.
     """
+    values = read_json(Path(folder) / "adapter_config.json", what="an adapter's config")
+    if values.get("task_type") == f"{type(model).__module__}.{type(model).__name__}":
+        values["task_type"] = None
     try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise FileFormatError(
             f"`{folder}` must hold an adapter of this model, but cannot be loaded ({str(error).splitlines()[0]}); delete it."
         ) from None

@@ -15,10 +15,10 @@ from rankscope.allocation import RankAllocation
 from rankscope.comparison.machine import peak_memory, reset_peak_memory, source_revision
 from rankscope.control.decisions import count_moved, write_decisions
 from rankscope.exceptions import FileFormatError
-from rankscope.files import read_json, replacing_folder, write_json
+from rankscope.files import read_json, write_json
 from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.tasks import Task, evaluate, fingerprint_task
-from rankscope.training import Lora, Method, TrainingConfig, train
+from rankscope.training import Lora, Method, TrainingConfig, save_adapter, train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +90,7 @@ def run_cell(task: Task, cell: Cell) -> Run:
     reset_peak_memory()
     model, result = train(task, cell.method, cell.config, seed=cell.seed)
     if cell.save_to is not None:
-        with replacing_folder(cell.save_to) as folder:
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+        save_adapter(model, task, cell.save_to)
     return Run(
         method=cell.method.name,
         variant=cell.method.variant,

@@ -44,6 +44,7 @@ class CausalLM:
 
     metric = "token_accuracy"
     head_modules = ()
+    task_type = "CAUSAL_LM"
 
     def __init__(
         self,
@@ -69,20 +70,21 @@ class CausalLM:
         return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the base model's `from_pretrained` needs to be given for a trained adapter to fit."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     @cached_property
     def _loaded(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        model = load_model(AutoModelForCausalLM.from_pretrained, self.model, fresh=r"$", **self._options)
+        model = load_model(AutoModelForCausalLM.from_pretrained, self.model, fresh=r"$", **self.model_kwargs)
         check_positions(self._rows, model.config)
         return model
 
     @cached_property
     def _rows(self) -> dict[Split, TokenRows]:
-        tokens = tokenize(self.model, self._texts, max_length=self.max_length, **self._options)
+        tokens = tokenize(self.model, self._texts, max_length=self.max_length, **self.model_kwargs)
         rows = {split: TokenRows([ids for ids in r.ids if len(ids) > 1], r.pad) for split, r in tokens.items()}
         if empty := [split for split, r in rows.items() if not r.ids]:
             raise TaskError(

@@ -54,20 +54,24 @@ def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | Non
     Args:
         load: A `from_pretrained` of a model.
         source: A local folder, or a hub id.
-        fresh: Regex for the beginning of names that may be missing; default: all outside the base model, and its pooler.
+        fresh: Regex for the beginning of names that may be missing; default: all outside the base model.
         **options: Passed on.
 
     Raises:
         TaskError: There is nothing that can be loaded, or it lacks other weights: these would be random, unnoticed.
     """
     model, report = load_pretrained(load, source, output_loading_info=True, **options)
-    allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)|.*pooler\."
+    allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
+        poolers = all("pooler." in name for name in missing)
+        hint = "set `pooling: mean`, which needs no pooler." if poolers else "is it a model of another kind?"
         raise TaskError(
             f"`{source}` must hold the weights of {type(model).__name__}, but lacks {len(missing)} of them, "
-            f"as {missing[0]!r}; is it a model of another kind?"
+            f"as {missing[0]!r}; {hint}"
         )
     assert isinstance(model, nn.Module)
+    if Path(source).is_dir():
+        model.name_or_path = str(Path(source).resolve())  # goes into saved adapters, which are loaded from anywhere
     return model
 
 

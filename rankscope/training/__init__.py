@@ -4,6 +4,7 @@ from rankscope.training.config import TrainingConfig, TrainingResult
 from rankscope.training.loop import train
 from rankscope.training.method import Lora, Method, Running
 from rankscope.training.peers import AdaLora, Eva, FullFineTuning, HeadOnly
+from rankscope.training.saving import save_adapter
 
 __all__ = [
     "AdaLora",
@@ -15,5 +16,6 @@ __all__ = [
     "Running",
     "TrainingConfig",
     "TrainingResult",
+    "save_adapter",
     "train",
 ]

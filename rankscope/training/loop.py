@@ -73,6 +73,8 @@ def train(
         model = method.adapt(placed(task.build_model()), task, config, seed)
         with _trained_in_float32(model):
             running, losses, history = _fit(task, method, model, config, seed, on_evaluation, on_step)
+    for adapter in getattr(model, "peft_config", {}).values():
+        adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter
     result = TrainingResult(
         metrics=history[config.steps],
         history=history,

@@ -65,12 +65,12 @@ def test_heads_of_several_modules(tmp_path: Path) -> None:
     config = DistilBertConfig(vocab_size=len(WORDS), dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     DistilBertModel(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    assert TextClassification(tmp_path, sentences(), pooling="model").head_modules == ("pre_classifier", "classifier")
-    assert TextClassification(tmp_path, sentences()).head_modules == ("classifier",)
+    assert TextClassification(tmp_path, sentences()).head_modules == ("pre_classifier", "classifier")
+    assert TextClassification(tmp_path, sentences(), pooling="mean").head_modules == ("classifier",)
 
 
 def test_pefts_classification_wrapper_gives_the_same_loss(bert: Path) -> None:
-    task = TextClassification(bert, sentences())
+    task = TextClassification(bert, sentences(), pooling="mean")
     batch = next(iter(task.train_batches(0)))
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["classifier"])
     wrapped = get_peft_model(task.build_model(), config).eval()  # B is zero: the function is unchanged
@@ -94,7 +94,7 @@ def test_the_head_is_the_same_for_every_task_object(bert: Path) -> None:
 def test_accuracy_and_loss_are_those_of_single_texts(bert: Path) -> None:
     table = sentences()
     table["text"] = [text + " red" * (i % 5) for i, text in enumerate(table["text"])]
-    task = TextClassification(bert, table, batch_size=2)
+    task = TextClassification(bert, table, batch_size=2, pooling="mean")
     model = task.build_model().eval()
     logits = torch.cat([model(torch.tensor([r]), torch.ones(1, len(r))).logits for r in task._rows["test"].ids])
     labels = task._labels["test"]

@@ -73,7 +73,7 @@ def test_digits_splits(digits: Task) -> None:
 
 
 def test_mean_pooling_passes_over_padding_and_names_match_bert(bert: Path) -> None:
-    task = TextClassification(bert, sentences())
+    task = TextClassification(bert, sentences(), pooling="mean")
     model = task.build_model().eval()
     short = {"input_ids": torch.tensor([[2, 5]]), "attention_mask": torch.tensor([[1, 1]])}
     padded = {"input_ids": torch.tensor([[2, 5, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 0, 0]])}

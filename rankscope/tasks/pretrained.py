@@ -71,7 +71,7 @@ def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | Non
         )
     assert isinstance(model, nn.Module)
     if Path(source).is_dir():
-        model.name_or_path = str(Path(source).resolve())  # goes into saved adapters, which are loaded from anywhere
+        model.name_or_path = str(Path(source).resolve())  # type: ignore[assignment]  # goes into saved adapters
     return model
 
 

@@ -139,8 +139,8 @@ class TextClassification:
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """What the base model's `from_pretrained` needs to be given for a trained adapter to fit."""
-        padding = {} if self._mean_pooled else {"pad_token_id": self._loaded.config.pad_token_id}
-        return {**self._labelling, **padding}
+        config: Any = self._loaded.config
+        return self._labelling | ({} if self._mean_pooled else {"pad_token_id": config.pad_token_id})
 
     @property
     def _labelling(self) -> dict[str, Any]:

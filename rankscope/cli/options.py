@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import select
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -25,15 +27,20 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def reports_errors(command: Command) -> Command:
-    """Turns errors raised on purpose into one line and an exit status: 1 where the work failed, 2 for bad input."""
+    """Turns errors raised on purpose into one line and an exit status: 1 where the work failed, 2 for bad input.
+
+    `--debug` shows the traceback before the line.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (RankscopeError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+                raise typer.Exit(141) from None
             if kwargs.get("debug"):
-                raise
+                traceback.print_exc()
             sys.stderr.write(f"rankscope: {' '.join(str(error).split())}\n")
             raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
         except KeyboardInterrupt:
@@ -41,3 +48,9 @@ def reports_errors(command: Command) -> Command:
             raise typer.Exit(130) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _stdout_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))  # with no event asked for, only errors are told: the reader has gone

@@ -253,8 +253,11 @@ def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["profile", str(tmp_path / "none.yaml"), "--debug"])
-    assert type(result.exception).__name__ == "StudyError"
+    status, _, errors = invoke("profile", tmp_path / "none.yaml", "--debug")
+    assert status == 2
+    first, *_, last = errors.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith(f"rankscope: `{tmp_path / 'none.yaml'}` must hold a study, but")
 
 
 @pytest.mark.parametrize("name", ["profile", "allocate", "search", "train", "compare", "report", "dashboard"])

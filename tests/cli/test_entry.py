@@ -1,0 +1,98 @@
+"""The command before any work: what it imports, what it says to a mistyped word, and how it leaves."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from rankscope.cli.app import app
+
+HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib scipy pyarrow numpy".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["search", "--help"], 0),
+        (["serach", "a.yaml"], 2),
+        (["search", "a.yaml", "--trails", "3"], 2),
+        (["search"], 2),
+        (["search", "a.yaml", "--trials", "many"], 2),
+    ],
+)
+def test_what_needs_no_work_imports_nothing_heavy(arguments: list[str], status: int) -> None:
+    code = f"""
+import sys
+from rankscope.cli import main
+sys.argv = ["rankscope", *{arguments!r}]
+try:
+    main()
+except SystemExit as done:
+    print()
+    print(done.code, sorted({set(HEAVY)!r} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{status} []"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["serach", "a.yaml"], "No such command 'serach'. Did you mean 'search'?"),
+        (["search", "a.yaml", "--trails", "3"], "No such option: --trails (Possible options: --trials)"),
+        (["compare", "a.yaml", "--method", "eva"], "No such option: --method (Possible options: --methods)"),
+    ],
+)
+def test_the_nearest_word_is_named(arguments: list[str], hint: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert hint in " ".join(result.stderr.split())
+
+
+TALKS = """
+from rankscope.cli import app as cli
+from rankscope.cli.options import reports_errors
+
+@cli.app.command("talk")
+@reports_errors
+def talk() -> None:
+    {work}
+
+import sys
+sys.argv = ["rankscope", "talk"]
+cli.main()
+"""
+
+
+def run(work: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", TALKS.format(work=work)], stderr=subprocess.PIPE, text=True, check=False, **options
+    )
+
+
+@pytest.mark.parametrize("work", ["print('a' * 10**6)", "print('a')"])
+def test_a_reader_that_goes_is_no_error(work: str) -> None:
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    done = run(work, stdout=reader.stdin)
+    reader.stdin.close()
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    """As a worker's that died, where the output can still be read."""
+    done = run("raise BrokenPipeError(32, 'Broken pipe')", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, "rankscope: [Errno 32] Broken pipe\n")
+
+
+def test_an_interrupt_is_one_line() -> None:
+    done = run("import signal; signal.raise_signal(signal.SIGINT)", stdout=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (130, "rankscope: interrupted; what was finished is kept.\n")
+
+
+def test_a_terminal_without_our_signs_gets_their_codes() -> None:
+    done = run(r"print('0.1 \u00b1 0.2')", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0.1 \\xb1 0.2\n", "")

@@ -185,7 +185,7 @@ def _walk(
     module = _within(module)
     parts = module._modules
     if "original_module" in parts and ("modules_to_save" in parts or "token_adapter" in parts):
-        yield from _walk(cast("nn.Module", parts["original_module"]), name, True, seen)
+        yield from _walk(cast(Any, module).original_module, name, True, seen)  # a property where tokens are trained
         return
     if module in seen:
         return

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import read_json, write_json
-from rankscope.targets import TargetModule, fingerprint_targets
+from rankscope.targets import Kind, TargetModule, fingerprint_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -54,7 +54,7 @@ class RankAllocation:
         if len({target.name for target in self.targets}) != len(self.targets):
             raise AllocationError("`targets` must not name a module twice.")
         for target, rank in zip(self.targets, ranks, strict=True):
-            if not isinstance(rank, Integral):
+            if isinstance(rank, bool) or not isinstance(rank, Integral):
                 raise AllocationError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
             if not 0 <= int(rank) <= max(target.full_rank, target.existing_rank or 0):
                 raise AllocationError(
@@ -139,8 +139,11 @@ class RankAllocation:
                 f"an allocation must have schema {SCHEMA}, but has {value.get('schema')!r}; write it again."
             )
         try:
-            targets = tuple(TargetModule(**target) for target in value["targets"])
-            allocation = cls.from_ranks(targets, value["ranks"], strategy=value["strategy"], budget=value["budget"])
+            targets = tuple(_target(target) for target in value["targets"])
+            strategy, budget = value["strategy"], value["budget"]
+            if not isinstance(strategy, str) or not _is_size(0 if budget is None else budget):
+                raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
+            allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
             stated, model = value["parameters"], value["model"]
         except (AttributeError, KeyError, TypeError) as error:
             raise FileFormatError(
@@ -198,6 +201,21 @@ class RankAllocation:
         from rankscope.adapters import from_peft_model
 
         return from_peft_model(model, targets, adapter_name=adapter_name)
+
+
+def _target(value: Any) -> TargetModule:
+    target = TargetModule(**value)
+    texts = (target.name, target.tower, target.role)
+    sizes = (target.in_features, target.out_features, target.block or 0, target.existing_rank or 0)
+    if not all(isinstance(text, str) for text in texts) or not all(_is_size(size) for size in sizes):
+        raise TypeError(f"a target of name {target.name!r}")
+    if target.kind not in get_args(Kind):
+        raise TypeError(f"a target of kind {target.kind!r}")
+    return target
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _plain(target: TargetModule) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -139,11 +139,31 @@ def adapted_parameters(model: PeftModel, adapter: str) -> dict[str, ParamWrapper
 
 
 def _all_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    return {
-        name: layer
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter))
-    }
+    found = {}
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter)):
+            check_block_names([path])
+            found[".".join(part for part in path.split(".") if part not in _INVISIBLE)] = layer
+    return found
+
+
+# Wrappers of blocks that torch leaves out of the names in a state dict; torch.compile's stays in them.
+_INVISIBLE = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def check_block_names(names: Iterable[str]) -> None:
+    """Refuses models whose blocks torch.compile wraps: their adapters would be saved under names that no other model has.
+
+    Raises:
+        AdapterError: The first such name.
+    """
+    for name in names:
+        block, wrapper, _ = name.partition("._orig_mod")
+        if wrapper:
+            raise AdapterError(
+                f"blocks must be compiled in place, but `{block}` is wrapped by `torch.compile`, whose name PEFT would save; "
+                "call its `compile()` instead."
+            )
 
 
 def config_of(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:
@@ -241,17 +261,27 @@ def check_changeable(model: PeftModel, layers: Mapping[str, LoraLayer], adapter:
             )
         if unsupported := _unsupported(layer, adapter):
             raise AdapterError(f"the adapter of `{name}` must be plain LoRA or DoRA, but it {unsupported}.")
+        if is_offloaded(layer):
+            raise AdapterError(
+                f"the weights of `{name}` must be in memory for its rank to change, but are offloaded; load the model without."
+            )
         for parameter in factors(layer, adapter):
             if hasattr(parameter, "ds_id"):
                 raise AdapterError(
                     "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps "
                     "its own flat copies; use DDP or FSDP2 with masked ranks (RankMasks), or one process."
                 )
-    check_config(model.peft_config[adapter])
+    if layers:
+        check_config(model.peft_config[adapter])
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if (other := owners.setdefault(id(factors(layer, adapter)[0]), name)) != name:
             raise AdapterError(f"adapters must have factors of their own, but `{name}` shares them with `{other}`.")
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere between calls; PEFT would make adapters without values there."""
+    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def check_whole(layers: Mapping[str, LoraLayer], adapter: str) -> None:

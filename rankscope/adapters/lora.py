@@ -18,11 +18,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rankscope.adapters.dormant import is_dormant
-from rankscope.adapters.live import adapted_parameters, check_config, check_may_sleep, lora_layers
+from rankscope.adapters.live import (
+    adapted_parameters,
+    check_block_names,
+    check_config,
+    check_may_sleep,
+    is_offloaded,
+    lora_layers,
+)
 from rankscope.adapters.patterns import alpha_for, most_common, name_fields, value_patterns
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
 from rankscope.adapters.selection import adapted_targets, taken_for_experts
+from rankscope.adapters.sidecar import check_weights_fit
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import read_json, replacing
@@ -189,6 +197,7 @@ def apply_allocation(
         model, "_orig_mod", model
     )  # PEFT takes the name of torch.compile's wrapper for a part of every module's
     present = {name for name, _ in model.named_modules()}
+    check_block_names(present)
     if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
         raise AllocationError(
             f"`allocation` must be for this model, but {type(model).__name__} has no module {missing[0]!r} "
@@ -213,6 +222,11 @@ def wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **optio
         AllocationError: It would not, or did not; the model is as it was, but for weights that an initialisation changes.
     """
     names = [name for name, rank in ranks.items() if rank]
+    if offloaded := [name for name in names if is_offloaded(model.get_submodule(name))]:
+        raise AllocationError(
+            f"the weights of `{offloaded[0]}` must be in memory to be adapted, but are offloaded ({len(offloaded)} such), "
+            "and PEFT would make an adapter without values; load the model without offloading."
+        )
     if config.peft_type == PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
         raise AllocationError(
             f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
@@ -242,11 +256,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     if values.get("task_type") == f"{type(model).__module__}.{type(model).__name__}":
         values["task_type"] = None
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        loaded = PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
+        if isinstance(loaded.peft_config["default"], LoraConfig):
+            check_weights_fit(loaded, Path(folder), "default")  # PEFT loads what it finds
+    except _PEFT_RAISES as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileFormatError(
-            f"`{folder}` must hold an adapter of this model, but cannot be loaded ({str(error).splitlines()[0]}); delete it."
+            f"`{folder}` must hold an adapter of this model, but cannot be loaded ({reason}); delete it."
         ) from None
+    return loaded
+
+
+# PEFT does not check a config's values: a wrong one raises whatever its first use raises.
+_PEFT_RAISES = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, SafetensorError)
 
 
 def count_adapter_parameters(model: nn.Module) -> int:

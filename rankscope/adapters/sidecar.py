@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from safetensors import safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from rankscope.adapters.masks import RankMasks, masks_on
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
 from rankscope.exceptions import AdapterError, FileFormatError
-from rankscope.files import read_json, write_json
+from rankscope.files import read_json, read_tensors, write_json
 
 RANKS_FILE = "ranks.json"
 SCHEMA = 1
@@ -138,7 +137,7 @@ def load_adapter(
         return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
     setattr(self, _LOADED, {**getattr(self, _LOADED, {}), adapter_name: Path(model_id)})
     if not (Path(model_id) / RANKS_FILE).exists():
-        _check_present(self, Path(model_id), adapter_name)
+        check_weights_fit(self, Path(model_id), adapter_name)
         return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
     restore_ranks(self, model_id, adapter_name=adapter_name)
     if (masks := masks_on(self)) is None:
@@ -170,7 +169,28 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileFormatError(
             f"`{path}` must hold a rank for each module, but does not; it was edited: write it again."
         )
+    if "active" in saved and not _are_masks(saved["active"], saved.get("capacity"), ranks):
+        raise FileFormatError(
+            f"`{path}` must hold the active components of each module within its capacity, but does not; it was edited: write it "
+            "again."
+        )
     return saved
+
+
+def _are_masks(active: Any, capacity: Any, ranks: Mapping[str, int]) -> bool:
+    if (
+        not isinstance(active, dict)
+        or not isinstance(capacity, dict)
+        or not active.keys() == capacity.keys() <= ranks.keys()
+    ):
+        return False
+    return all(
+        isinstance(indices, list)
+        and type(capacity[name]) is int
+        and all(type(index) is int and 0 <= index < capacity[name] for index in indices)
+        and len(set(indices)) == len(indices) == ranks[name]
+        for name, indices in active.items()
+    )
 
 
 def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
@@ -186,7 +206,7 @@ def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
             )
 
 
-def _check_present(model: PeftModel, folder: Path, adapter: str) -> None:
+def check_weights_fit(model: PeftModel, folder: Path, adapter: str) -> None:
     """Refuses weights of other ranks than the model's."""
     weights = _ranks_of_weights(folder)
     if weights is None:
@@ -201,17 +221,16 @@ def _check_present(model: PeftModel, folder: Path, adapter: str) -> None:
 
 def _ranks_of_weights(folder: Path) -> dict[str, int] | None:
     """Read from the shapes alone."""
-    if (path := folder / "adapter_model.safetensors").exists():
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    elif (path := folder / "adapter_model.bin").exists():
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-        shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
-    else:
+    paths = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    if not (present := [path for path in paths if path.exists()]):
         return None
+    shapes = {
+        key: tensor.shape
+        for key, tensor in read_tensors(present[0], what="an adapter's weights", device="meta").items()
+    }
     return {
         key.removeprefix(_PREFIX).removesuffix(suffix): shape[0]
         for key, shape in shapes.items()
         for suffix in _FACTOR_A
-        if key.endswith(suffix)
+        if key.endswith(suffix) and shape
     }

@@ -107,8 +107,8 @@ class LiveRanks:
         if above:
             resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, shrink="svd")
             logger.warning(
-                "%d modules had ranks above their smaller side (`%s`: %d above %d), which no update needs: they now have that "
-                "rank and compute the same, and the budget of what was cut is free for others",
+                "%d modules had ranks above their smaller side (`%s`: %d above %d), which no update needs: cut to it, "
+                "they compute the same, and what that saves can go to others",
                 *(len(above), above[0].name, self._full.ranks[above[0].name], above[0].rank),
             )
         self._full = from_peft_model(self.model, adapter_name=self.adapter)

@@ -125,10 +125,9 @@ def as_numbers(values: ArrayLike, name: str) -> Floats:
     try:
         if issparse(values):
             raise TypeError("a sparse matrix")
-        found = np.asarray(values)
-        if np.iscomplexobj(found):
+        if np.iscomplexobj(np.asarray(values)):
             raise TypeError("Complex data not supported")
-        return found.astype(np.float64)
+        return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise PerformanceModelError(f"`{name}` must be a dense array of real numbers, but: {error}.") from None
 

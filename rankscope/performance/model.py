@@ -117,8 +117,11 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self, ranks: ArrayLike, confidence: float = 0.8, *, repeats: float | None = None
     ) -> tuple[Floats, Floats]:
         """Central interval of the metric, (n,) and (n,): of its expectation, or of a measurement over so many repeats."""
+        if not 0.0 < confidence < 1.0:
+            raise PerformanceModelError(f"`confidence` must lie between 0 and 1, but is {confidence:g}.")
         mean, deviation = self._predict_normal(ranks)
         if repeats is not None:
+            _check_repeats(repeats)
             deviation = np.sqrt(deviation**2 + self._fitted().variances_["noise"] / repeats)
         half = norm.ppf(0.5 + confidence / 2.0) * deviation
         return self._back(mean - half), self._back(mean + half)
@@ -147,11 +150,17 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             y: Their mean metrics, (n,).
             repeats: Measurements behind each mean.
         """
+        _check_repeats(repeats)
         regressor = self._fitted()
         mean, covariance = regressor.predict(self._rows(ranks), return_cov=True)
+        measured = as_numbers(y, "y")
+        if measured.shape != mean.shape or not np.isfinite(measured).all():
+            raise PerformanceModelError(
+                f"`y` must hold {len(mean)} finite metrics, one for each allocation, but does not."
+            )
         if self._scaler is None:
             return self._back(mean)
-        surprise = self._scaler.transform(np.asarray(y, dtype=np.float64)[:, None]).ravel() - mean
+        surprise = self._scaler.transform(measured[:, None]).ravel() - mean
         noise = regressor.variances_["noise"] / repeats * np.eye(len(mean))
         return self._back(mean + covariance @ np.linalg.solve(covariance + noise, surprise - surprise.mean()))
 
@@ -224,7 +233,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         ranks, y, weight, conditions = self._data
         if len(y) < 2:
             raise PerformanceModelError(
-                f"`y` must hold at least 2 metrics, but holds {len(y)} sample; run more trials."
+                f"`y` must hold at least 2 metrics, but holds {len(y)} sample{'s' * (len(y) != 1)}; run more trials."
             )
         self.conditions_ = list(dict.fromkeys(conditions))
         due = self._estimated_at == 0 or len(y) >= GROWTH * self._estimated_at
@@ -280,3 +289,8 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def _fitted(self) -> HierarchicalRegressor:
         check_is_fitted(self, "regressor_")
         return self.regressor_
+
+
+def _check_repeats(repeats: float) -> None:
+    if not repeats > 0:
+        raise PerformanceModelError(f"`repeats` must be above 0, but is {repeats:g}.")

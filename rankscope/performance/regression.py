@@ -133,7 +133,7 @@ def checked_weights(weights: ArrayLike | None, n: int) -> Floats:
         )
     if len(odd := found[~(np.isfinite(found) & (found >= 0))]):
         raise PerformanceModelError(f"`sample_weight` must be finite and not negative, but holds {odd[0]:g}.")
-    if not found.any():
+    if n and not found.any():
         raise PerformanceModelError("`sample_weight` must not be zero for every observation, but is; weigh some.")
     return found
 

@@ -1,9 +1,13 @@
 """Features, the performance model and its validation, on landscapes whose truth is known."""
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 
 import rankscope as rs
 from rankscope.budget import allocate_marginal
@@ -185,15 +189,77 @@ def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
     np.testing.assert_allclose(much, [0.5, 0.0, 0.0, -0.5], atol=0.1)
 
 
-def test_bad_input(features: RankFeatures, ranks: np.ndarray) -> None:
-    with pytest.raises(PerformanceModelError, match="at least 2 metrics, but holds 1; run more trials"):
-        PerformanceModel(features).fit(ranks[:1], [0.5])
-    with pytest.raises(PerformanceModelError, match="`y` must be finite, but 1 of 3 metrics are not"):
-        PerformanceModel(features).fit(ranks[:3], [0.5, np.nan, 0.4])
-    with pytest.raises(PerformanceModelError, match="a column for each of 12 modules"):
-        PerformanceModel(features).fit(ranks[:3, :5], [0.5, 0.6, 0.4])
+WHOLE = "`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {}; correct them."
+WEIGHTS = "`sample_weight` must be finite and not negative, but holds {}."
+OK_RANKS, OK_Y = [[4] * 12, [5] * 12, [3] * 12], [0.5, 0.6, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranks": [[4] * 12], "y": [0.5]}, "`y` must hold at least 2 metrics, but holds 1 sample; run more trials."),
+        ({"ranks": np.zeros((0, 12)), "y": []}, "`y` must hold at least 2 metrics, but holds 0 samples; run more trials."),
+        ({"y": [0.5, np.nan, 0.4]}, "`y` must be finite, but 1 of 3 metrics are not; drop them."),
+        ({"y": [0.5, 0.4]}, "`ranks` must have a row for each of 2 metrics, but has 3."),
+        ({"y": None}, "PerformanceModel requires y to be passed, but the target y is None; pass the metric of each allocation."),
+        ({"ranks": [[4] * 5] * 3}, "`ranks` must have a column for each of 12 modules, but has shape (3, 5)."),
+        ({"ranks": [[[4] * 12]] * 3}, "`ranks` must have a column for each of 12 modules, but has shape (3, 1, 12)."),
+        ({"ranks": [[np.nan] + [4] * 11] * 3}, WHOLE.format("nan")),
+        ({"ranks": [[np.inf] + [4] * 11] * 3}, WHOLE.format("inf")),
+        ({"ranks": [[-1] + [4] * 11] * 3}, WHOLE.format("-1")),
+        ({"ranks": [[1.9] + [4] * 11] * 3}, WHOLE.format("1.9")),
+        ({"ranks": [["many"] * 12] * 3}, "`ranks` must be a dense array of real numbers, but: could not convert string to float: 'many'."),
+        ({"ranks": csr_array(OK_RANKS)}, "`ranks` must be a dense array of real numbers, but: a sparse matrix."),
+        ({"sample_weight": [1.0, 2.0]}, "`sample_weight` must hold one weight for each of 3 observations, but has shape (2,)."),
+        ({"sample_weight": [1.0, np.nan, 1.0]}, WEIGHTS.format("nan")),
+        ({"sample_weight": [1.0, -1.0, 1.0]}, WEIGHTS.format("-1")),
+        ({"sample_weight": [0, 0, 0]}, "`sample_weight` must not be zero for every observation, but is; weigh some."),
+        ({"conditions": [0.1]}, "`conditions` must hold one for each of 3 metrics, but hold 1."),
+    ],
+)  # fmt: skip
+def test_bad_observations(features: RankFeatures, change: dict, message: str) -> None:
+    arguments = {"ranks": OK_RANKS, "y": OK_Y, **change}
+    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+        PerformanceModel(features).fit(**arguments)
+    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+        PerformanceModel(features).update(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.predict([[-1] * 12]), WHOLE.format("-1")),
+        (lambda m: m.difference([[1.5] * 12], [[1] * 12]), WHOLE.format("1.5")),
+        (lambda m: m.interval(OK_RANKS, 1.0), "`confidence` must lie between 0 and 1, but is 1."),
+        (lambda m: m.interval(OK_RANKS, repeats=0), "`repeats` must be above 0, but is 0."),
+        (lambda m: m.weigh(OK_RANKS, OK_Y, -1), "`repeats` must be above 0, but is -1."),
+        (lambda m: m.weigh(OK_RANKS, [0.5, np.nan, 0.4], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
+        (lambda m: m.weigh(OK_RANKS, [0.5], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
+    ],
+)  # fmt: skip
+def test_bad_questions(model: PerformanceModel, call: Callable, message: str) -> None:
+    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+        call(model)
+
+
+def test_a_constant_metric_is_predicted(features: RankFeatures, ranks: np.ndarray) -> None:
     constant = PerformanceModel(features).fit(ranks[:9], np.full(9, 0.7))
     np.testing.assert_allclose(constant.predict(ranks[:3]), 0.7)
+
+
+@pytest.mark.parametrize("n_seeds", [2, 5])
+def test_the_mean_of_several_runs_has_less_noise_and_the_same_posterior(
+    features: RankFeatures, ranks: np.ndarray, n_seeds: int
+) -> None:
+    y = worth(ranks) + np.random.default_rng(0).normal(0.0, 1.0, len(ranks))
+    single, several = (PerformanceModel(features).fit(ranks, y, sample_weight=n) for n in (1, n_seeds))
+    noise = [model.regressor_.variances_["noise"] for model in (single, several)]
+    assert noise[1] == pytest.approx(n_seeds * noise[0], rel=1e-3)
+    np.testing.assert_allclose(several.predict(ranks), single.predict(ranks), rtol=1e-3)
+    fresh = single.predict(ranks[:4]) + np.array([3.0, 0.0, 0.0, -3.0])
+    np.testing.assert_allclose(
+        several.weigh(ranks[:4], fresh, n_seeds), single.weigh(ranks[:4], fresh, 1), rtol=1e-3
+    )  # as many fresh runs weigh as much as one trial
 
 
 def test_a_difference_is_that_of_the_posterior() -> None:

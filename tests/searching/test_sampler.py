@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 import rankscope as rs
 from rankscope.exceptions import AllocationError, BudgetError, PerformanceModelError, StudyError
 from rankscope.searching.sampler import make_sampler
+from rankscope.searching.trials import TRIAL_KEY
 from rankscope.space import HierarchicalSpace, group_by_depth
 from rankscope.targets import TargetModule
 
@@ -319,6 +320,26 @@ def test_too_few_trials_have_no_best() -> None:
     message = "study `new` must hold at least 2 trials with ranks of these modules and a metric, but holds fewer; run more trials."
     with pytest.raises(PerformanceModelError, match=f"^{message}$"):
         sampler.best(study)
+
+
+@pytest.mark.parametrize("n_seeds", [1, 8])
+def test_the_noise_of_a_mean_over_seeds_is_not_that_of_one_fresh_run(n_seeds: int) -> None:
+    """80 % intervals of a new single run hold one, however many seeds the trials had."""
+    inside = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        noise, points = 3.0, [{t.name: rng.uniform(t.low, t.high) for t in SPACE.tilts} for _ in range(80)]
+        allocations = [SPACE.allocation(point) for point in points]
+        study = optuna.create_study(direction="maximize")
+        for allocation in allocations[:40]:
+            runs = {str(i): worth(allocation) + rng.normal(0.0, noise) for i in range(n_seeds)}
+            attributes = {"ranks": list(allocation.vector), TRIAL_KEY: {"metrics_by_seed": runs}}
+            study.add_trial(optuna.trial.create_trial(value=np.mean(list(runs.values())), user_attrs=attributes))
+        model = rs.PerformanceModelSampler(SPACE).model(study)
+        low, high = model.interval([a.vector for a in allocations[40:]], 0.8, repeats=1)
+        fresh = np.array([worth(a) for a in allocations[40:]]) + rng.normal(0.0, noise, 40)
+        inside += ((low <= fresh) & (fresh <= high)).tolist()
+    assert 0.7 < np.mean(inside) < 0.9
 
 
 # --- an allocation of a trial ----------------------------------------------------------------------------------------

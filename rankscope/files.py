@@ -207,7 +207,12 @@ def read_parquet(path: str | os.PathLike[str], *, what: str, schema: pa.Schema |
     # pandas' own metadata would be believed by `to_pandas`, whatever it says.
     kept = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"pandas"}
     table = table.replace_schema_metadata(kept)
-    for field in schema or ():
+    return table if schema is None else with_checked_columns(table, schema, path, what=what)
+
+
+def with_checked_columns(table: pa.Table, schema: pa.Schema, path: str | os.PathLike[str], *, what: str) -> pa.Table:
+    """The table with the columns of a schema checked and cast, as `read_parquet` does; it raises the same."""
+    for field in schema:
         table = _with_checked_column(table, field, f"`{path}` must hold {what}")
     return table
 

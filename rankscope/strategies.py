@@ -46,11 +46,20 @@ class Request:
 
     def proportional(self, scores: Mapping[str, float]) -> RankAllocation:
         """The request's projection of scores."""
+        self._require_some(scores)
         return allocate_proportional(self.targets, scores, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
 
     def marginal(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
         """The request's projection of marginal gains."""
+        self._require_some({name: float(np.max(values, initial=0.0)) for name, values in gains.items()})
         return allocate_marginal(self.targets, gains, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
+
+    def _require_some(self, scores: Mapping[str, float]) -> None:
+        if not any(scores[target.name] > 0 for target in self.targets):
+            raise BudgetError(
+                f"`targets` must hold a module that the profile gives a score above 0, but all {len(self.targets)} have 0, as "
+                f"`{self.targets[0].name}`; choose other targets, or another strategy."
+            )
 
     def per_parameter(self, scores: Mapping[str, float]) -> RankAllocation:
         """Parameters in proportion to scores, so ranks to the score per parameter."""

@@ -198,3 +198,37 @@ def test_mistakes_are_named() -> None:
     assert set(STRATEGIES) >= NEEDS_PROFILE
     for strategy in set(STRATEGIES) - NEEDS_PROFILE:
         assert rs.allocate(strategy, targets=TWO, budget=budget).parameters <= 1_000
+
+
+def without_signal() -> rs.Profile:
+    profile = random_profile(2)
+    profile.table["signal_share"] = 0.0
+    profile.table["signal_values"] = [[0.0] * len(values) for values in profile.table["signal_values"]]
+    return rs.Profile(profile.table, {**profile.metadata, "batches": 2})
+
+
+@pytest.mark.parametrize("strategy", ["one-shot", "gradient-norm"])
+def test_without_signal_the_raw_gradient_stands_in_and_is_said(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = {"targets": VIT, "budget": rs.ParameterBudget.uniform(VIT, 2), "profile": without_signal()}
+    raw = rs.allocate(strategy, signal=False, **arguments)
+    assert not caplog.text
+    assert rs.allocate(strategy, signal=True, **arguments) == raw
+    assert "the 2 batches of the profile agree on nothing: the estimated signal is 0 in every module" in caplog.text
+
+
+def test_blend_works_without_signal() -> None:
+    found = rs.allocate("blend", targets=VIT, budget=rs.ParameterBudget.uniform(VIT, 2), profile=without_signal())
+    assert len(set(found.vector)) > 1
+
+
+def test_targets_without_any_score_are_named() -> None:
+    spectra = {t.name: [0.0, 0.0] for t in VIT[:2]} | {t.name: [1.0, 0.5] for t in VIT[2:]}
+    message = (
+        "`targets` must hold a module that the profile gives a score above 0, but all 2 have 0, as "
+        f"`{VIT[0].name}`; choose other targets, or another strategy."
+    )
+    for strategy in sorted(NEEDS_PROFILE):
+        with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+            rs.allocate(
+                strategy, targets=VIT[:2], budget=rs.ParameterBudget(10_000), profile=make_profile(VIT, spectra)
+            )

@@ -1,37 +1,7 @@
 """`Profile`: per-module features of one model on one data set, and the only place that reads or writes its Parquet.
 
-Columns, one row a target module, in the model's order:
-
-| column | type | holds |
-| --- | --- | --- |
-| module | string | full dotted name |
-| tower, role, kind | string | see `rankscope.targets.TargetModule` |
-| block | int64, may be null | block index inside the tower |
-| in_features, out_features, rank_cost | int64 | shape; parameters that one more rank adds |
-| gradient_norm | double | Frobenius norm of the mean gradient G of the loss |
-| signal_energy | double | squared norm of the expected gradient, without bias (may be slightly negative) |
-| noise_energy | double | squared norm of what the mean of this many batches still has of noise |
-| signal_share | double | share of signal in the gradient's energy, drawn towards that of all modules, in [0, 1] |
-| fisher_trace | double | trace of the empirical Fisher matrix: mean squared gradient norm of single examples |
-| gradient_rank | double | effective rank of G (participation ratio of its leading singular values) |
-| singular_values | list of double | leading singular values of G, descending |
-| singular_error | double | standard error of each leading singular value, from the sketch; 0 where exact |
-| signal_values | list of double | singular_values times the root of signal_share |
-| exact | bool | whether the gradient was kept whole (small modules) or sketched |
-| sensitivity | double, may be null | sum of abs(w * g) over the weight's elements; null where the weight cannot be read |
-| weight_norm | double, may be null | Frobenius norm of the frozen weight, dequantised |
-| weight_rank | double, may be null | stable rank of the frozen weight |
-| activation_moment | double | mean squared norm of an input row |
-| activation_variance | double | trace of the inputs' covariance |
-| activation_rank | double | effective rank of the inputs' covariance (participation ratio) |
-| activation_values | list of double | leading eigenvalues of the inputs' covariance, descending |
-| left_directions | list of float, may be null | leading left singular vectors of G, one after the other; null unless kept |
-| right_directions | list of float, may be null | leading right singular vectors of G, one after the other; null unless kept |
-
-Key-value metadata, under `rankscope`: a JSON object with `schema`, `model` (fingerprint of the target modules),
-`weights` and `data` (fingerprints), `targets`, `skipped` (modules and reasons), `without_gradient` (modules), `batches`,
-`skipped_batches`, `interrupted`, `tokens`, `loss`, `seed`, `head_steps`, `sketch_size`, `sketch_wanted`
-(larger where memory did not allow it), `versions`.
+`COLUMNS` are those of the table, `METADATA` what the file's key-value metadata hold under `rankscope`, as a JSON object. Both
+are written, documented and checked by these two alone.
 """
 
 from __future__ import annotations
@@ -51,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rankscope.exceptions import FileFormatError, ProfileError
-from rankscope.files import replacing
+from rankscope.exceptions import FileFormatError, ProfileError, shown
+from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
 from rankscope.profiling.features import energy_tail
 from rankscope.targets import TargetModule, fingerprint_targets
 
@@ -60,38 +30,60 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 4
 _KEY = b"rankscope"
-_FIELDS = pa.schema(
-    [
-        pa.field("module", pa.string(), nullable=False),
-        pa.field("tower", pa.string(), nullable=False),
-        pa.field("block", pa.int64()),
-        pa.field("role", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("in_features", pa.int64(), nullable=False),
-        pa.field("out_features", pa.int64(), nullable=False),
-        pa.field("rank_cost", pa.int64(), nullable=False),
-        *(
-            pa.field(name, pa.float64(), nullable=False)
-            for name in (
-                "gradient_norm",
-                "signal_energy",
-                "noise_energy",
-                "signal_share",
-                "fisher_trace",
-                "gradient_rank",
-            )
-        ),
-        pa.field("singular_values", pa.list_(pa.float64()), nullable=False),
-        pa.field("singular_error", pa.float64(), nullable=False),
-        pa.field("signal_values", pa.list_(pa.float64()), nullable=False),
-        pa.field("exact", pa.bool_(), nullable=False),
-        *(pa.field(name, pa.float64()) for name in ("sensitivity", "weight_norm", "weight_rank")),
-        *(pa.field(f"activation_{name}", pa.float64(), nullable=False) for name in ("moment", "variance", "rank")),
-        pa.field("activation_values", pa.list_(pa.float64()), nullable=False),
-        pa.field("left_directions", pa.list_(pa.float32())),
-        pa.field("right_directions", pa.list_(pa.float32())),
-    ]
+_TEXT, _WHOLE, _NUMBER, _NUMBERS, _VECTORS = (
+    pa.string(), pa.int64(), pa.float64(), pa.list_(pa.float64()), pa.list_(pa.float32())
+)  # fmt: skip
+# Name, type, what it holds; one row a target module, in the model's order.
+COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("module", _TEXT, "full dotted name"),
+    ("tower", _TEXT, "see `rankscope.targets.TargetModule`"),
+    ("block", _WHOLE, "block index inside the tower; null outside blocks"),
+    ("role", _TEXT, "see `rankscope.targets.TargetModule`"),
+    ("kind", _TEXT, "see `rankscope.targets.TargetModule`"),
+    ("in_features", _WHOLE, "shape"),
+    ("out_features", _WHOLE, "shape"),
+    ("rank_cost", _WHOLE, "parameters that one more rank adds"),
+    ("gradient_norm", _NUMBER, "Frobenius norm of the mean gradient G of the loss"),
+    ("signal_energy", _NUMBER, "squared norm of the expected gradient, without bias (may be slightly negative)"),
+    ("noise_energy", _NUMBER, "squared norm of what the mean of this many batches still has of noise"),
+    ("signal_share", _NUMBER, "share of signal in the gradient's energy, drawn towards that of all modules, in [0, 1]"),
+    ("fisher_trace", _NUMBER, "trace of the empirical Fisher matrix: mean squared gradient norm of single examples"),
+    ("gradient_rank", _NUMBER, "effective rank of G (participation ratio of its leading singular values)"),
+    ("singular_values", _NUMBERS, "leading singular values of G, descending; `Profile.spectra` goes on to full rank"),
+    ("singular_error", _NUMBER, "standard error of each leading singular value, from the sketch; 0 where exact"),
+    ("signal_values", _NUMBERS, "singular_values times the root of signal_share"),
+    ("exact", pa.bool_(), "whether the gradient was kept whole (small modules) or sketched"),
+    ("sensitivity", _NUMBER, "sum of abs(w * g) over the weight's elements; null where the weight cannot be read"),
+    ("weight_norm", _NUMBER, "Frobenius norm of the frozen weight, dequantised; null where it cannot be read"),
+    ("weight_rank", _NUMBER, "stable rank of the frozen weight; null where it cannot be read"),
+    ("activation_moment", _NUMBER, "mean squared norm of an input row"),
+    ("activation_variance", _NUMBER, "trace of the inputs' covariance"),
+    ("activation_rank", _NUMBER, "effective rank of the inputs' covariance (participation ratio)"),
+    ("activation_values", _NUMBERS, "leading eigenvalues of the inputs' covariance, descending"),
+    ("left_directions", _VECTORS, "leading left singular vectors of G, one after the other; null unless kept"),
+    ("right_directions", _VECTORS, "leading right singular vectors of G, one after the other; null unless kept"),
 )
+_MAY_BE_NULL = {"block", "sensitivity", "weight_norm", "weight_rank", "left_directions", "right_directions"}
+_FIELDS = pa.schema([pa.field(name, kind, nullable=name in _MAY_BE_NULL) for name, kind, _ in COLUMNS])
+METADATA: Mapping[str, tuple[type, str]] = {
+    "schema": (int, "of the columns"),
+    "model": (str, "fingerprint of the target modules"),
+    "weights": (str, "fingerprint of the model's weights"),
+    "data": (str, "fingerprint of the batches"),
+    "targets": (int, "target modules"),
+    "skipped": (dict, "modules that cannot be profiled, and why"),
+    "without_gradient": (list, "modules that the loss does not depend on"),
+    "batches": (int, "batches that count"),
+    "skipped_batches": (int, "batches whose loss was not finite"),
+    "interrupted": (bool, "whether Ctrl-C ended it"),
+    "tokens": (int, "tokens in the batches"),
+    "loss": (float, "mean over examples"),
+    "seed": (int, "of the sketches"),
+    "head_steps": (int, "steps that the head was trained for"),
+    "sketch_size": (int, "columns of the gradient sketches"),
+    "sketch_wanted": (int, "what `sketch_size` would be if memory allowed"),
+    "versions": (dict, "of packages"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +91,8 @@ class Profile:
     """The features of every target module, and how they were taken.
 
     Attributes:
-        table: One row a target module, with the columns of this file's header.
-        metadata: Where it comes from: `batches`, `loss`, `seed`, fingerprints, versions.
+        table: One row a target module, with the columns of `COLUMNS`.
+        metadata: Where it comes from: the keys of `METADATA`.
     """
 
     table: pd.DataFrame
@@ -235,27 +227,61 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     ...
     rankscope.exceptions.FileFormatError: `nowhere.parquet` must hold a profile, but there is no such file; check the path.
     """
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        raise FileFormatError(f"`{path}` must hold a profile, but there is no such file; check the path.") from None
-    except (pa.ArrowInvalid, pa.ArrowIOError, OSError) as error:
-        raise FileFormatError(
-            f"`{path}` must hold a profile as Parquet, but it cannot be read "
-            f"({str(error).splitlines()[0]}); it may be truncated: take the profile again."
-        ) from None
+    table = read_parquet(path, what="a profile")
     stored = (table.schema.metadata or {}).get(_KEY)
     if stored is None:
         raise FileFormatError(f"`{path}` must hold a profile, but is a Parquet file of something else; check the path.")
-    metadata = json.loads(stored)
-    if metadata.get("schema") != SCHEMA:
+    metadata = parse_json(stored, where=f"`{path}`", what="a profile's metadata")
+    found = metadata.get("schema") if isinstance(metadata, dict) else metadata
+    if found != SCHEMA:
         raise FileFormatError(
-            f"`{path}` must have profile schema {SCHEMA}, but has {metadata.get('schema')!r}: it is of another version of "
+            f"`{path}` must have profile schema {SCHEMA}, but has {shown(found)}: it is of another version of "
             "rankscope; take the profile again, or read its columns with pandas."
         )
-    frame = table.to_pandas()
+    frame = with_checked_columns(table, _FIELDS, path, what="a profile").select(_FIELDS.names).to_pandas()
     frame["block"] = frame["block"].astype("Int64")
+    if ill := _ill_metadata(metadata) or _ill_values(frame):
+        raise FileFormatError(f"`{path}` must hold a profile, but {ill}; take the profile again.")
     profile = Profile(frame, metadata)
     if metadata["model"] != fingerprint_targets(profile.targets):
         raise FileFormatError(f"`{path}` must match its own model fingerprint, but was edited; take the profile again.")
     return profile
+
+
+def _ill_metadata(metadata: Mapping[str, Any]) -> str | None:
+    """What is wrong with the metadata."""
+    for key, (kind, _) in METADATA.items():
+        value = metadata.get(key)
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            return f"its metadata have {shown(value)} under `{key}`"
+    return None
+
+
+def _ill_values(frame: pd.DataFrame) -> str | None:
+    """What is wrong with values of the right types."""
+    if not len(frame):
+        return "it has no modules"
+    sides = frame[["in_features", "out_features"]]
+    if (
+        frame["module"].duplicated().any()
+        or (sides < 1).any(axis=None)
+        or (frame["rank_cost"] != sides.sum(axis=1)).any()
+    ):
+        return "its modules are named twice or have wrong shapes"
+    for name, kind, _ in COLUMNS:
+        if kind == _NUMBER:
+            lowest = -math.inf if name in ("signal_energy", "noise_energy") else 0.0
+            values = frame[name].dropna().to_numpy() if name in _MAY_BE_NULL else frame[name].to_numpy()
+            if not (np.isfinite(values) & (values >= lowest)).all():
+                return f"column `{name}` has values that cannot be"
+        elif kind == _NUMBERS:
+            most = frame["in_features"] if name == "activation_values" else sides.min(axis=1)
+            for values, length in zip(frame[name], most, strict=True):
+                if len(values) > length or not (np.isfinite(values) & (values >= 0) & (values <= values[:1])).all():
+                    return f"column `{name}` has values that cannot be"
+    if (
+        any(map(len, frame["signal_values"]))
+        and (frame["singular_values"].map(len) != frame["signal_values"].map(len)).any()
+    ):
+        return "`signal_values` and `singular_values` differ in length"
+    return None

@@ -1,5 +1,6 @@
 """Profile files: they come back equal, read without rankscope, and bad ones are named."""
 
+import json
 import re
 from pathlib import Path
 
@@ -65,14 +66,54 @@ def test_polars_and_duckdb_read_it_without_rankscope(profile: rs.Profile, tmp_pa
     assert energies["2"] == pytest.approx(profile.column("gradient_norm")["2"] ** 2, rel=1e-4)
 
 
-def test_every_column_is_documented_and_present(profile: rs.Profile, tmp_path: Path) -> None:
-    documented = {
-        name.strip()
-        for line in (store.__doc__ or "").splitlines()
-        if line.startswith("| ") and "---" not in line and not line.startswith("| column")
-        for name in line.split("|")[1].split(",")
-    }
-    assert set(pq.read_table(profile.to_parquet(tmp_path / "profile.parquet")).column_names) == documented
+def test_files_have_the_columns_and_metadata_of_the_schema(profile: rs.Profile, tmp_path: Path) -> None:
+    table = pq.read_table(profile.to_parquet(tmp_path / "profile.parquet"))
+    assert table.column_names == [name for name, _, _ in store.COLUMNS]
+    assert set(profile.metadata) == set(store.METADATA)
+
+
+def with_metadata(table: pa.Table, **changes: object) -> pa.Table:
+    metadata = json.loads(table.schema.metadata[b"rankscope"]) | changes
+    kept = {key: value for key, value in metadata.items() if value != "gone"}
+    return table.replace_schema_metadata({b"rankscope": json.dumps(kept).encode()})
+
+
+def with_column(table: pa.Table, name: str, values: list, kind: pa.DataType | None = None) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, type=kind))
+
+
+BROKEN = {
+    "metadata that are no JSON": lambda t: t.replace_schema_metadata({b"rankscope": b"{"}),
+    "metadata that are a list": lambda t: t.replace_schema_metadata({b"rankscope": b"[]"}),
+    **{f"no {key} in the metadata": lambda t, key=key: with_metadata(t, **{key: "gone"}) for key in store.METADATA},
+    "skipped as a list": lambda t: with_metadata(t, skipped=[]),
+    "batches as a flag": lambda t: with_metadata(t, batches=True),
+    "a huge schema": lambda t: with_metadata(t, schema=10**300),
+    **{f"no column {name}": lambda t, name=name: t.drop_columns([name]) for name, _, _ in store.COLUMNS},
+    **{f"texts in column {name}": lambda t, name=name: with_column(t, name, ["x", "y"])
+       for name, kind, _ in store.COLUMNS if kind != pa.string()},
+    "a null among norms": lambda t: with_column(t, "gradient_norm", [1.0, None]),
+    "a null among values": lambda t: with_column(t, "singular_values", [[1.0, None], [1.0]]),
+    "an infinite norm": lambda t: with_column(t, "gradient_norm", [1.0, float("inf")]),
+    "a negative norm": lambda t: with_column(t, "gradient_norm", [1.0, -1.0]),
+    "NaN among values": lambda t: with_column(t, "singular_values", [[1.0, float("nan")], [1.0]]),
+    "more values than full rank": lambda t: with_column(t, "singular_values", [[1.0] * 7, [1.0]]),
+    "values of unequal numbers": lambda t: with_column(t, "signal_values", [[1.0], [1.0]]),
+    "a module twice": lambda t: with_column(t, "module", ["0", "0"]),
+    "a side of 0": lambda t: with_column(t, "in_features", [0, 8]),
+    "a column twice": lambda t: t.append_column("module", pa.array(["0", "2"])),
+    "no rows": lambda t: t.slice(0, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_files_are_one_line_when_they_are_read(profile: rs.Profile, tmp_path: Path, what: str) -> None:
+    path = profile.to_parquet(tmp_path / "profile.parquet")
+    pq.write_table(BROKEN[what](pq.read_table(path)), path)
+    with pytest.raises(FileFormatError) as caught:
+        rs.read_profile(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_metadata_says_where_it_comes_from(profile: rs.Profile) -> None:
@@ -91,7 +132,7 @@ def test_bad_files_are_named(profile: rs.Profile, tmp_path: Path) -> None:
         rs.read_profile(missing)
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(FileFormatError, match=r"cut\.parquet` must hold a profile as Parquet, but it cannot be read"):
+    with pytest.raises(FileFormatError, match=r"cut\.parquet` must hold a profile as Parquet, but it cannot be parsed"):
         rs.read_profile(cut)
     other = tmp_path / "other.parquet"
     pd.DataFrame({"a": [1]}).to_parquet(other)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Part(NamedTuple):
             setattr(getattr(layer, self.container)[adapter], self.attribute, parameter)
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 EMBEDDING_FACTORS = Part("lora_embedding_A", None), Part("lora_embedding_B", None)
 FACTORS = Part("lora_A", "weight"), Part("lora_B", "weight")
 BIAS = Part("lora_B", "bias")
@@ -82,7 +84,7 @@ def unwrap_peft_model(model: nn.Module) -> PeftModel:
     Raises:
         AdapterError: It is no PEFT model, or is wrapped for several processes.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = model._modules.get("_orig_mod", model)
     if isinstance(inner, PeftModel):
         return inner
     kind = type(inner).__name__
@@ -143,12 +145,8 @@ def _all_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and (adapter in layer.r or is_dormant(layer, adapter)):
             check_block_names([path])
-            found[".".join(part for part in path.split(".") if part not in _INVISIBLE)] = layer
+            found[plain_name(path)] = layer
     return found
-
-
-# Wrappers of blocks that torch leaves out of the names in a state dict; torch.compile's stays in them.
-_INVISIBLE = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def check_block_names(names: Iterable[str]) -> None:
@@ -164,6 +162,29 @@ def check_block_names(names: Iterable[str]) -> None:
                 f"blocks must be compiled in place, but `{block}` is wrapped by `torch.compile`, whose name PEFT would save; "
                 "call its `compile()` instead."
             )
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the parts that `torch.compile`, checkpointing and FSDP add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Takes `torch.compile`'s wrapper off a base model, so that PEFT saves the names of one that is not compiled."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and "_orig_mod" in child._modules
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = child._modules["_orig_mod"]
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
 
 
 def config_of(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:

@@ -30,6 +30,8 @@ from rankscope.adapters.live import (
     config_of,
     factor_parts,
     factors,
+    plain_name,
+    uncompiled,
     unwrap_peft_model,
 )
 from rankscope.adapters.optimizer_state import Replacement, carry_state, replace_parameters, unwrap_optimizer
@@ -216,7 +218,8 @@ class RankMasks:
         masked = self._model.peft_config[self._adapter]
         self._model.peft_config[self._adapter] = config_of(self._model, self._adapter, self.ranks)
         try:
-            type(self._model).save_pretrained(self._model, str(folder), state_dict=state, **options)
+            with uncompiled(self._model):
+                type(self._model).save_pretrained(self._model, str(folder), state_dict=state, **options)
         finally:
             self._model.peft_config[self._adapter] = masked
 
@@ -296,7 +299,7 @@ class RankMasks:
     def _true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's active components; what FSDP2 shards of all that is trained is gathered."""
         trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        state = {name: _whole(tensor) if name in trained else tensor for name, tensor in state.items()}
+        state = {plain_name(name): _whole(tensor) if name in trained else tensor for name, tensor in state.items()}
         for name, active in self.active.items():
             for dim, part in enumerate(FACTORS):
                 key = f"base_model.model.{name}.{part.container}.{self._adapter}.{part.attribute}"

@@ -120,6 +120,8 @@ class RankController:
         self._schedule = Schedule(
             every=every, total_steps=total_steps, freeze_fraction=freeze_fraction, samples=samples
         )
+        _check_types(budget=budget, policy=policy, profile=profile, performance_model=performance_model)
+        _check_whole(sketch_size=sketch_size, seed=seed)
         self._budget, self._policy, self._seed = budget, policy or Policy(), seed
         self._ranks = LiveRanks(model, optimizer, mode=mode, adapter_name=adapter_name)
         targets = self._ranks.allocation.targets
@@ -135,7 +137,7 @@ class RankController:
             raise ControlError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
         self._sketch_size = sketch_size or _sketch_size(self._ranks.model, begin)
         self._window = self._new_window(self._sketch_size, seed)
-        self._out = None if out is None else Path(out) / "decisions.parquet"
+        self._out = None if out is None else _decisions_file(out)
         self._decisions: list[Decision] = []
         self._moved_at: dict[str, int] = {}
         self._step, self._closed = 0, False
@@ -419,3 +421,32 @@ def _sketch_size(model: nn.Module, ranks: RankAllocation) -> int:
             *(size, wanted),
         )
     return size
+
+
+def _check_types(**settings: Any) -> None:
+    """Raise for a setting of another type than its own; all but the budget may be None."""
+    kinds: dict[str, type] = {
+        "budget": ParameterBudget,
+        "policy": Policy,
+        "profile": Profile,
+        "performance_model": PerformanceModel,
+    }
+    for name, value in settings.items():
+        if not isinstance(value, kinds[name]) and (value is not None or name == "budget"):
+            raise ControlError(f"`{name}` must be a {kinds[name].__name__}, but is {value!r:.60}.")
+
+
+def _check_whole(*, sketch_size: Any, seed: Any) -> None:
+    if sketch_size is not None and (type(sketch_size) is not int or sketch_size < 2):
+        raise ControlError(f"`sketch_size` must be a whole number above 1, but got {sketch_size!r}.")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ControlError(f"`seed` must be a whole number from 0 to {2**32 - 1:,}, but got {seed!r}.")
+
+
+def _decisions_file(folder: str | os.PathLike[str]) -> Path:
+    """The file of decisions, its folder made at once: a run should not find out after hours that it cannot write."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ControlError(f"`out` must be a folder that can be written to, but {folder} is not: {error}.") from error
+    return Path(folder) / "decisions.parquet"

@@ -181,8 +181,6 @@ def first_ranks(
     Raises:
         ControlError: They cost more than the budget, or are for other modules.
     """
-    if not isinstance(budget, ParameterBudget):
-        raise ControlError(f"`budget` must be a ParameterBudget, but is {budget!r}; pass ParameterBudget({budget!r}).")
     if start is not None and not isinstance(start, str | RankAllocation):
         raise ControlError(f"`start` must be a RankAllocation or a strategy's name, but is a {type(start).__name__}.")
     present = ranks.allocation

@@ -24,7 +24,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("every", "total_steps", "samples"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ControlError(f"`{name}` must be a whole number above 0, but got {value!r}.")
         if not 0 < self.freeze_fraction <= 1:
             raise ControlError(

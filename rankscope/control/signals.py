@@ -12,6 +12,7 @@ later, so that eager code takes its place while a step is sampled, if the model 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from rankscope.control.policy import ModuleSignals
 from rankscope.control.subspace import residual_directions
 from rankscope.profiling.features import POOLED_BATCHES, energy_tail
 from rankscope.profiling.layers import SUPPORTED
-from rankscope.profiling.observer import LocalHook, Observer, module_device
+from rankscope.profiling.observer import LocalHook, Observer, in_range, module_device
 from rankscope.profiling.processes import gathered, is_first, sum_over_processes
 from rankscope.profiling.sketch import Decomposition, GradientStore, RandomMatrices, new_gradient_store
 from rankscope.targets import TargetModule, base_modules
@@ -97,6 +98,7 @@ class GradientWindow:
         self._modules = {target.name: present[target.name] for target in self._targets}
         self._matrices = RandomMatrices(k=sketch_size, seed=seed)
         self._sums = {target.name: self._zeros(target) for target in self._targets}
+        self._factor: float | None = None
         self._weights: list[float] = []
         self._unread: list[tuple[Tensor, list[float]]] = []
         self._step: _Step | None = None
@@ -116,7 +118,8 @@ class GradientWindow:
                 batches are weighted by it.
         """
         self.close()
-        observer = Observer(self._targets, self._modules, self._matrices, inputs=False)
+        factor = self._factor or 1.0
+        observer = Observer(self._targets, self._modules, self._matrices, inputs=False, factor=factor)
         self._step = _Step(self._model, observer, weight, compiled=self._compiled)
         self._end = weakref.finalize(self, self._step.close)  # at the latest with the window: a step may raise
         self._end.atexit = False
@@ -125,7 +128,7 @@ class GradientWindow:
         """Takes the step that was watched, if one was."""
         step = self._step
         self.close()
-        if step is None or not step.passes:
+        if step is None or (self._factor is None and not self._fits(step.observer)) or not step.passes:
             return
         observed = step.observer.observed
         finite = torch.isfinite(_total([seen.squares for seen in observed.values()]))
@@ -133,6 +136,16 @@ class GradientWindow:
             for kept, new in zip(self._sums[name].tensors(), seen.tensors(), strict=True):
                 kept += torch.where(finite.to(new.device), new, torch.zeros_like(new))
         self._unread.append((finite, [step.weight] * step.passes))
+
+    def _fits(self, observer: Observer) -> bool:
+        """Whether float32 holds the squares of the gradients; where not, later steps are multiplied by a power of two.
+
+        Asked once, of the first sampled step that is finite and not zero. Every process must ask.
+        """
+        peak = max(gathered(observer.peak()))
+        if 0.0 < peak < math.inf:
+            self._factor = in_range(peak)
+        return self._factor in (None, 1.0)
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -175,7 +188,9 @@ class GradientWindow:
         signals, directions, within = [], {}, 0.0
         for target, share in zip(self._targets, shares, strict=True):
             a, b = factors[target.name]
-            spectrum = full_spectrum(found[target.name], float(weights.sum()), float(share), target.full_rank)
+            spectrum = full_spectrum(
+                found[target.name], float(weights.sum()), float(share), target.full_rank, factor=self._factor or 1.0
+            )
             values, gains = spectrum[: len(a)], spectrum[len(a) :]
             within += sum(values) + sum(gains[: max(reach, len(found[target.name].values)) - len(a)])
             values += [0.0] * (len(a) - len(values))  # beyond full rank
@@ -191,12 +206,12 @@ class GradientWindow:
         sum_over_processes(tensor for tensors in sums.values() for tensor in tensors)
         broken = sum(gathered(self.broken))
         weights = [weight for each in gathered(self._weights) for weight in each]
-        return {"sums": sums, "weights": weights, "broken": broken}
+        return {"sums": sums, "weights": weights, "broken": broken, "factor": self._factor}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`: the first process takes what all saw, however many they were."""
         self.clear()
-        self._broken = 0
+        self._broken, self._factor = 0, state.get("factor")
         if not is_first():
             return
         for name, sums in self._sums.items():
@@ -251,7 +266,7 @@ class _Step:
             self.observer.begin_batch(self.weight)
 
 
-def full_spectrum(found: Decomposition, weight: float, share: float, size: int) -> list[float]:
+def full_spectrum(found: Decomposition, weight: float, share: float, size: int, *, factor: float = 1.0) -> list[float]:
     """The energies of a mean gradient's signal, descending, up to full rank; beyond the sketch as `energy_tail` estimates them.
 
     Args:
@@ -259,10 +274,11 @@ def full_spectrum(found: Decomposition, weight: float, share: float, size: int) 
         weight: What to divide the sum by.
         share: Of the energy, what is signal.
         size: The full rank.
+        factor: The power of two that gradients were multiplied by.
     """
     leading: list[float] = ((found.values / weight).square() * share).tolist()
     tail = energy_tail(np.asarray(leading), max(found.energy, 0.0) / weight**2 * share, size)
-    return [*leading, *np.minimum(tail, leading[-1]).tolist()]
+    return [value / factor**2 for value in (*leading, *np.minimum(tail, leading[-1]).tolist())]
 
 
 def noise_of_mean(energy: Floats, squares: Floats, concentration: float) -> Floats:

@@ -23,7 +23,7 @@ class Tally:
         skipped: Batches whose loss was not finite.
         first_size: Of the first batch.
         digests: One hash a batch.
-        scale: The factor on every loss; see `profiler._in_range`.
+        scale: The factor on every loss; see `observer.in_range`.
     """
 
     losses: list[float] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from rankscope.profiling.layers import as_rows
 from rankscope.profiling.processes import gathered, sum_over_processes
 from rankscope.profiling.sketch import GradientStore, Increment, RandomMatrices, new_gradient_store
 from rankscope.targets import TargetModule
+
+# Of two: the square of a gradient beyond, or of a thousandth of one below, may leave float32's range.
+SAFE_EXPONENT = 30
 
 
 @dataclass(slots=True)
@@ -75,6 +79,7 @@ class Observer:
         modules: Each one's module, by name.
         matrices: Of the sketches.
         inputs: Whether to sketch the modules' inputs too.
+        factor: Multiplies gradients before they are kept; see `in_range`.
 
     Attributes:
         observed: By module name.
@@ -89,6 +94,7 @@ class Observer:
         matrices: RandomMatrices,
         *,
         inputs: bool = True,
+        factor: float = 1.0,
     ) -> None:
         self.weight = 1.0
         self.mask: Tensor | None = None
@@ -96,7 +102,7 @@ class Observer:
         self._modules, self._matrices, self._inputs = modules, matrices, inputs
         self._in_features = {target.name: target.in_features for target in targets}
         self._last: tuple[Tensor, ActivationSketch] | None = None
-        self._active = False
+        self._active, self._factor = False, factor
         for target in targets:
             device = module_device(modules[target.name])
             dtype = torch.float64 if _is_double(modules[target.name]) else torch.float32
@@ -192,7 +198,8 @@ class Observer:
         if self._inputs:
             self._see_inputs(seen, inputs, rows)
         dtype = torch.float32 if deltas.dtype == torch.float16 else deltas.dtype  # sums of float16 overflow
-        increment = seen.store.increment(rows.to(dtype), deltas.to(dtype))
+        deltas = deltas.to(dtype) if self._factor == 1.0 else deltas.to(dtype) * self._factor
+        increment = seen.store.increment(rows.to(dtype), deltas)
         if seen.calls == 1:
             seen.take(increment, self.weight)
         elif seen.pending is None:
@@ -223,3 +230,13 @@ def module_device(module: nn.Module) -> torch.device:
 
 def _is_double(module: nn.Module) -> bool:
     return any(parameter.dtype == torch.float64 for parameter in module.parameters())
+
+
+def in_range(peak: float) -> float:
+    """The factor on gradients, or on the loss, at which float32 sums of squared gradients fit: a power of two, mostly 1.
+
+    Args:
+        peak: The largest entry of the first batch's gradients.
+    """
+    exponent = math.frexp(peak)[1] if 0.0 < peak < math.inf else 0
+    return 1.0 if abs(exponent) <= SAFE_EXPONENT else 2.0**-exponent

@@ -29,7 +29,7 @@ from rankscope.profiling.convergence import Convergence
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
 from rankscope.profiling.layers import SUPPORTED, eager
-from rankscope.profiling.observer import Observer, module_device
+from rankscope.profiling.observer import Observer, in_range, module_device
 from rankscope.profiling.processes import gathered, several
 from rankscope.profiling.restoring import frozen
 from rankscope.profiling.sketch import RandomMatrices, choose_sketch_size, is_finite
@@ -46,9 +46,6 @@ _OPTIONS: Mapping[str, tuple[Any, float, float]] = {  # type, lowest, highest
     "max_skipped": (Real, 0, 1),
     "seed": (Integral, 0, 2**32 - 1),
 }
-_SAFE_EXPONENT = (
-    30  # of two: the square of a gradient beyond, or of a thousandth of one below, may leave float32's range
-)
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -186,7 +183,7 @@ class _Run:
         if loss is None:
             self.tally.skipped += 1
             return
-        if not self.tally.losses and (scale := _in_range(self.observer.peak())) != 1.0:
+        if not self.tally.losses and (scale := in_range(self.observer.peak())) != 1.0:
             self.tally.scale = scale
             self.observer.reset()
             self._backward(batch, weight)
@@ -225,16 +222,6 @@ def _check_options(**options: Any) -> None:
             raise ProfileError(f"`{name}` must be {number} {bounds}, but got {value!r}.")
     if options["tolerance"] is not None and several():
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
-
-
-def _in_range(peak: float) -> float:
-    """The factor on the loss at which float32 sums of squared gradients neither overflow nor vanish: a power of two, mostly 1.
-
-    Args:
-        peak: The largest entry of the first batch's gradients.
-    """
-    exponent = math.frexp(peak)[1] if 0.0 < peak < math.inf else 0
-    return 1.0 if abs(exponent) <= _SAFE_EXPONENT else 2.0**-exponent
 
 
 def _behind_heads(

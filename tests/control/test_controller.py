@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
-from rankscope.adapters import RankMasks, count_adapter_parameters
+from rankscope.adapters import RankMasks, count_adapter_parameters, masks_on
 from rankscope.control import Policy
 from rankscope.exceptions import AdapterError, ControlError, OptimizerError
 from tests.adapters.live_models import kinds_model, tokens
@@ -285,6 +285,31 @@ def test_it_starts_from_an_allocation_or_a_strategy() -> None:
         assert count_adapter_parameters(model) <= BUDGET
 
 
+@pytest.mark.parametrize("mode", ["resize", "mask"])
+def test_copies_and_pickles_at_any_step_change_nothing(mode: str) -> None:
+    """Copies train, too; they feed nothing to the controller, carry none of its hooks and, masked, have masks of their own."""
+    found = []
+    for copying in (False, True):
+        model = net(r=4)
+        optimizer = adamw(model)
+        controller = control(model, optimizer, mode=mode)
+
+        def copy_and_train(_: int, model: PeftModel = model, copying: bool = copying) -> None:
+            if not copying:
+                return
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+                twin(**batch(99)).loss.backward()
+                assert masks_on(twin) is None or masks_on(twin)._model is twin
+
+        run(model, optimizer, controller, range(20), after=copy_and_train)
+        found.append(controller)
+    pd.testing.assert_frame_equal(found[0].decisions, found[1].decisions)
+    assert "moved" in set(found[0].decisions["action"])
+
+
 def test_masks_make_the_same_decisions_as_resizing() -> None:
     found = []
     for mode, r in (("resize", 2), ("mask", 4)):
@@ -375,6 +400,21 @@ def test_plain_peft_loads_the_result(tmp_path: Path) -> None:
             "`freeze_fraction` must be above 0 and at most 1, but got 0.0; for ranks that stay, train without a controller.",
         ),
         ({"samples": 0}, "`samples` must be a whole number above 0, but got 0."),
+        ({"budget": 5000}, "`budget` must be a ParameterBudget, but is 5000."),
+        ({"policy": "bold"}, "`policy` must be a Policy, but is 'bold'."),
+        ({"scaler": True}, "`scaler` must be a torch.amp.GradScaler, but is a bool."),
+        ({"sketch_size": 0}, "`sketch_size` must be a whole number above 1, but got 0."),
+        ({"seed": -1}, "`seed` must be a whole number from 0 to 4,294,967,295, but got -1."),
+        ({"start": {"first": 2}}, "`start` must be a RankAllocation or a strategy's name, but is a dict."),
+        (
+            {"start": rs.RankAllocation(rs.find_targets(net(), LAYERS), (0,) * 4)},
+            "`start` must give at least one module a rank, but gives none; PEFT has no empty adapter.",
+        ),
+        (
+            {"out": "/dev/null/here"},
+            "`out` must be a folder that can be written to, but /dev/null/here is not: [Errno 20] Not a directory: "
+            "'/dev/null/here'.",
+        ),
         ({"mode": "masks"}, "`mode` must be 'resize', 'mask' or 'auto', but got 'masks'."),
         (
             {"start": rs.RankAllocation((rs.TargetModule(name="other", in_features=8, out_features=8),), (1,))},
@@ -384,11 +424,75 @@ def test_plain_peft_loads_the_result(tmp_path: Path) -> None:
 )
 def test_bad_settings_change_nothing(options: dict[str, Any], message: str) -> None:
     model = net()
-    before = weights(model)
+    before, optimizer = weights(model), adamw(model)
     with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
-        control(model, adamw(model), **options)
+        control(model, optimizer, **options)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
-    assert hooks(model) == 0
+    assert hooks(model) == len(optimizer._optimizer_step_post_hooks) == 0
+
+
+def test_a_start_that_fails_takes_the_masks_off_again() -> None:
+    """DoRA's magnitude cannot be masked, which is found when masks are on and ranks are set."""
+    model = net(r=4, use_dora=True)
+    optimizer = adamw(model)
+    message = "the masked rank of `first` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        start = rs.RankAllocation(rs.find_targets(model, LAYERS), (0, 1, 1, 1))
+        control(model, optimizer, mode="mask", start=start)
+    assert masks_on(model) is None
+    assert hooks(model) == len(optimizer._optimizer_step_post_hooks) == 0
+    assert not list(model.buffers())
+
+
+def test_a_frozen_adapter_is_refused(tmp_path: Path) -> None:
+    """What PeftModel.from_pretrained loads is, unless it is told otherwise."""
+    net().save_pretrained(str(tmp_path))
+    for trainable in (False, True):
+        model = PeftModel.from_pretrained(Net(), str(tmp_path), is_trainable=trainable)
+        optimizer = torch.optim.AdamW(model.parameters())
+        if trainable:
+            run(model, optimizer, control(model, optimizer), range(4))
+            continue
+        message = (
+            "adapter 'default' must be trained, but its parameters are frozen; load it with is_trainable=True, or make it the "
+            "active one (`set_adapter`)."
+        )
+        with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+            control(model, optimizer)
+
+
+@pytest.mark.parametrize("key", ["ranks", "step", "decisions", "window", "losses", "effects", "sketch", "moved_at"])
+@pytest.mark.parametrize("value", [None, 3, "x", [1], {"x": 1}], ids=repr)
+def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
+    model = net()
+    optimizer = adamw(model)
+    controller = control(model, optimizer)
+    run(model, optimizer, controller, range(6))
+    state = controller.state_dict()
+    if (key, value) in (("step", 3), ("losses", [1]), ("moved_at", {"x": 1})):
+        return  # could be another run's
+    with pytest.raises(ControlError, match=r"^the (ranks in the )?controller's state must "):
+        controller.load_state_dict(state | {key: value})
+    with pytest.raises(ControlError, match=f"^the controller's state must hold `{key}`, but does not"):
+        controller.load_state_dict({name: entry for name, entry in state.items() if name != key})
+    after = controller.state_dict()
+    assert {name: after[name] for name in ("step", "ranks", "sketch", "losses")} == {
+        name: state[name] for name in ("step", "ranks", "sketch", "losses")
+    }
+
+
+def test_a_state_says_which_modules_the_model_lacks() -> None:
+    """As where the adapter was loaded by PEFT, which knows no module of rank 0."""
+    state = control(model := net(), adamw(model)).state_dict()
+    config = LoraConfig(target_modules=LAYERS[1:], r=2)
+    other = get_peft_model(Net(), config)
+    controller = rs.RankController(other, adamw(other), budget=rs.ParameterBudget(BUDGET))
+    message = (
+        "the controller's state must be of this model's adapted modules, but `first` is in the state only (1 such); wrap the base "
+        "model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out."
+    )
+    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        controller.load_state_dict(state)
 
 
 def test_models_and_optimizers_that_cannot_be_controlled() -> None:

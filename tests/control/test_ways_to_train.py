@@ -182,6 +182,61 @@ def test_a_compiled_model_is_masked_and_seen() -> None:
     assert compiled["ranks_after"].tolist() == eager["ranks_after"].tolist()
 
 
+@pytest.mark.parametrize("how", ["blocks in place", "in place", "inside PEFT"])
+def test_compiled_in_parts_or_in_place(tmp_path: Path, how: str) -> None:
+    """Every sampled step is seen, and the adapter loads into a model that is not compiled."""
+    torch._dynamo.reset()
+    model = net(r=4)
+    base = model.get_base_model()
+    if how == "blocks in place":
+        base.second.compile(backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.base_model.model = torch.compile(base, backend="eager")
+    optimizer = adamw(model)
+    controller = control(model, optimizer)
+    run(model, optimizer, controller, range(20))
+    assert controller.masks is not None
+    assert controller.decisions["batches"].tolist() == [3] * 5
+    assert "moved" in set(controller.decisions["action"])
+    model.save_pretrained(str(tmp_path))
+    torch.manual_seed(0)
+    plain = PeftModel.from_pretrained(Net(), str(tmp_path)).eval()
+    assert count_adapter_parameters(plain) == controller.allocation.parameters
+    torch.testing.assert_close(plain(**batch(0)).logits, model.eval()(**batch(0))["logits"], rtol=1e-5, atol=1e-5)
+
+
+# --- gradients of any size -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [2.0**80, 2.0**-80])
+def test_gradients_whose_squares_leave_float32(scale: float) -> None:
+    """The same decisions; the first sampled step, which shows the size, is left out."""
+    found = []
+    for factor in (1.0, scale):
+        model = net()
+        optimizer = still(model)
+        controller = control(model, optimizer)
+        model.train()
+        for step in range(20):
+            if factor == 1.0 and step == 1:
+                controller._window.close()  # left out here as well
+            loss = model(**batch(step)).loss * factor
+            loss.backward()
+            optimizer.step()
+            controller.step(loss)
+            optimizer.zero_grad()
+        found.append(controller.decisions)
+    plain, scaled = found
+    assert scaled["broken"].tolist() == [0] * 5
+    assert "moved" in set(scaled["action"])
+    for name in ("action", "batches", "ranks_after", "predicted"):
+        assert scaled[name].tolist() == plain[name].tolist()
+    ratio = np.divide(scaled["gains"].iloc[0], plain["gains"].iloc[0])
+    np.testing.assert_array_equal(ratio, np.full(4, scale**2))
+
+
 # --- optimizers and bases ------------------------------------------------------------------------------------------
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from rankscope.exceptions import RankscopeError
 
@@ -100,3 +104,57 @@ def require_one_process(what: str) -> None:
             f"{what} must run as one process, but WORLD_SIZE is {count}; start it without torchrun or accelerate launch, "
             "and use --jobs for several runs at a time."
         )
+
+
+# --- several GPUs, several processes ------------------------------------------------------------------------------
+
+
+def visible_gpus() -> list[str]:
+    """The CUDA devices of this process, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return named[:count] or [str(index) for index in range(count)]
+
+
+@contextmanager
+def one_gpu_each(n_jobs: int) -> Iterator[None]:
+    """Inside, each worker process that joblib starts sees one GPU only, in turn; nothing where there are no two of either."""
+    gpus = visible_gpus()
+    if n_jobs < 2 or len(gpus) < 2:
+        yield
+        return
+    from joblib import parallel_config
+
+    with parallel_config(backend="loky", initializer=take_gpu, initargs=(tuple(gpus), _claims().name)):
+        yield
+
+
+@cache
+def _claims() -> tempfile.TemporaryDirectory[str]:
+    """This process's folder for the claims of its workers; the same for all, so that joblib uses workers again."""
+    return tempfile.TemporaryDirectory(prefix="rankscope-workers-")
+
+
+def take_gpu(gpus: Sequence[str], folder: str) -> None:
+    """Keeps this process to one GPU. It must not have looked for GPUs yet.
+
+    A worker holds the lock on the first file that no other holds until it ends, so that one that is started in the place of
+    another gets its GPU.
+    """
+    import fcntl
+
+    for place in count():
+        claim = Path(folder, str(place)).open("w")  # noqa: SIM115
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.close()
+        else:
+            _held.append(claim)
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+            return
+
+
+_held: list[IO[str]] = []

@@ -1,9 +1,13 @@
 """The one place that decides device and precision: what it honours, and that it leaves nothing on the model."""
 
+import os
 import re
+import time
 
 import pytest
 import torch
+from joblib import Parallel, delayed
+from joblib.parallel import get_active_backend
 from torch import nn
 
 from rankscope import devices
@@ -60,3 +64,24 @@ def test_several_copies_of_a_process_are_refused(monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(RankscopeError, match=f"^{re.escape(message)}$"):
         devices.require_one_process("a training")
+
+
+def _gpu_of_this_worker(_: int) -> str:
+    time.sleep(0.3)  # so that one worker does not do both
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_each_worker_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    for _ in range(2):
+        with devices.one_gpu_each(3):
+            seen = Parallel(n_jobs=3)(delayed(_gpu_of_this_worker)(i) for i in range(6))
+        assert set(seen) == {"3", "GPU-5"}
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-5"
+
+
+def test_one_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with devices.one_gpu_each(2):
+        assert get_active_backend()[0].backend_kwargs == {}

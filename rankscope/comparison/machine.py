@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
 import rankscope
+from rankscope.devices import best_device
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-def reset_peak_memory() -> None:
-    """Starts measuring the peak anew; nothing where the system does not offer it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread inside, or what OMP_NUM_THREADS says, so that a run's figures do not depend on the number of jobs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def reset_peak_memory() -> bool:
+    """Starts measuring the peak anew; whether the system offers it."""
+    device = best_device().type
+    if device == "cuda":
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
+        return True
+    try:
         _CLEAR.write_text("5")  # the resident set's high-water mark; see proc(5)
+    except OSError:  # not Linux, or a container that forbids it
+        return False
+    return device == "cpu"
 
 
-def peak_memory() -> int | None:
-    """Bytes at the peak since `reset_peak_memory`; None where the system does not tell."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    if not _STATUS.exists():
-        return None
+def peak_memory() -> int:
+    """Bytes at the peak since `reset_peak_memory`: of all GPUs, else of this process."""
+    if best_device().type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
     return 1024 * int(lines["VmHWM"].split()[0])
 

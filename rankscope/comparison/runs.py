@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from rankscope.allocation import RankAllocation
-from rankscope.comparison.machine import peak_memory, reset_peak_memory, source_revision
+from rankscope.comparison.machine import one_thread, peak_memory, reset_peak_memory, source_revision
 from rankscope.control.decisions import count_moved, write_decisions
+from rankscope.devices import one_gpu_each
 from rankscope.exceptions import FileFormatError
 from rankscope.files import read_json, write_json
 from rankscope.fingerprints import FORMAT, digest, require_same
@@ -86,9 +86,10 @@ class Run:
 
 def run_cell(task: Task, cell: Cell) -> Run:
     """Trains once and reads the metric on the validation and, if asked, the test split; may save the adapter."""
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    reset_peak_memory()
-    model, result = train(task, cell.method, cell.config, seed=cell.seed)
+    measured = reset_peak_memory()
+    with one_thread():
+        model, result = train(task, cell.method, cell.config, seed=cell.seed)
+        test = evaluate(task, model, "test")[task.metric] if cell.with_test else None
     if cell.save_to is not None:
         save_adapter(model, task, cell.save_to)
     return Run(
@@ -98,12 +99,12 @@ def run_cell(task: Task, cell: Cell) -> Run:
         learning_rate=cell.config.learning_rate,
         steps=cell.config.steps,
         validation=result.metrics[task.metric],
-        test=evaluate(task, model, "test")[task.metric] if cell.with_test else None,
+        test=test,
         parameters=result.parameters,
         ranks=None if result.allocation is None else dict(result.allocation.ranks),
         n_moved=0 if result.decisions is None else count_moved(result.decisions),
         wall_seconds=result.wall_seconds,
-        peak_memory=peak_memory(),
+        peak_memory=peak_memory() if measured else None,
         revision=source_revision(),
         decisions=result.decisions,
     )
@@ -122,7 +123,8 @@ def run_all(
     Args:
         task: Where model, data, loss and metric come from.
         cells: The runs.
-        n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more.
+        n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more, and where there are several GPUs, one
+            of them.
         kept_in: Folder with one file a run; what is in it and depends on the same is read instead of run, unless it is to be
             saved.
         on_done: Called with the number of runs done.
@@ -135,9 +137,10 @@ def run_all(
         for file, cell in zip(kept, cells, strict=True)
     ]
     todo = [(cell, file) for cell, file, run in zip(cells, kept, known, strict=True) if run is None]
-    fresh: Iterator[Run] = Parallel(n_jobs=n_jobs, return_as="generator")(
-        delayed(_run_and_keep)(task, *each) for each in todo
-    )
+    with one_gpu_each(n_jobs):
+        fresh: Iterator[Run] = Parallel(n_jobs=n_jobs, return_as="generator")(
+            delayed(_run_and_keep)(task, *each) for each in todo
+        )
     runs = []
     for run in known:
         runs.append(next(fresh) if run is None else run)

@@ -110,14 +110,18 @@ class Objective:
         try:
             for number, seed in enumerate(self.seeds, start=1):
                 watch = on_evaluation if number == 1 and not by_seed else None  # later seeds repeat, they do not go on
-                _, result = train(self.task, allocation, config, seed=seed, on_evaluation=watch, on_step=steps.append)
+                # No name for the model: it would live through the next seed's training.
+                result = train(self.task, allocation, config, seed=seed, on_evaluation=watch, on_step=steps.append)[1]
                 results.append(result)
                 if by_seed:
                     report(number, result.metrics[self.task.metric], len(self.seeds))
-        except TrainingError as error:
-            trial.set_user_attr("failure", str(error))
-            logger.warning("trial %d failed: %s", trial.number, error)
-            raise
+        except (TrainingError, optuna.TrialPruned) as error:
+            if isinstance(error, TrainingError):
+                trial.set_user_attr("failure", str(error))
+                logger.warning("trial %d failed: %s", trial.number, error)
+            raise error.with_traceback(
+                None
+            ) from error.__cause__  # Optuna keeps the error in a cycle, and its frames keep the model
         finally:
             trial.set_user_attr(STEPS_KEY, len(steps))
         return results

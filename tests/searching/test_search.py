@@ -1,12 +1,15 @@
 """The search on the real digits task, with trials of a few steps: pairing, reuse, resumption, and foreign studies."""
 
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from torch import nn
 
 import rankscope as rs
 from rankscope.exceptions import BudgetError, StudyError, TrainingError
@@ -292,3 +295,29 @@ def test_other_samplers_have_no_model(
     result = run(digits, digits_profile, digits_budget, None, sampler=sampler, n_trials=3)
     assert result.model is None
     assert result.validation is None
+
+
+def test_no_model_outlives_its_trial(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    """Also of a pruned trial, whose error Optuna keeps, and of a trial's earlier seeds, without the garbage collector."""
+    built: list[weakref.ref[nn.Module]] = []
+    most_alive = []
+
+    class Counted(type(digits)):
+        def build_model(self) -> nn.Module:
+            most_alive.append(sum(ref() is not None for ref in built))
+            built.append(weakref.ref(model := super().build_model()))
+            return model
+
+    pruner = optuna.pruners.ThresholdPruner(lower=1.1)  # all but the start points are pruned
+    training = rs.TrainingConfig(steps=4, learning_rate=0.01, evaluate_every=2)
+    gc.collect()
+    gc.disable()
+    try:
+        run(Counted(), digits_profile, digits_budget, None, n_trials=8, training=training, pruner=pruner, n_seeds=2)
+        assert len(built) >= 6
+        assert max(most_alive) == 0
+        assert not [ref() for ref in built if ref() is not None]
+    finally:
+        gc.enable()

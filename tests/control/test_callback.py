@@ -1,5 +1,7 @@
 """The callback in a real Trainer on the digits task: ranks move, resuming and the best model get theirs, plain PEFT loads it."""
 
+import copy
+import json
 import re
 import shutil
 import subprocess
@@ -378,6 +380,92 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
     )
     with refuses(ControlError, message):
         trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(odd))
+
+
+def test_states_that_cannot_be_read(digits: Task, tmp_path: Path, checkpoint: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    shutil.copytree(checkpoint, folder)
+    whole = (checkpoint / STATE_FILE).read_bytes()
+    for content in (b"", b"hello world" * 10, whole[:2000]):
+        (folder / STATE_FILE).write_bytes(content)
+        message = rf"^`{re.escape(str(folder / STATE_FILE))}` must be a controller's state, but cannot be read \(\w+\); it is cut "
+        with pytest.raises(ControlError, match=message):
+            trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(folder))
+    torch.save([1, 2], folder / STATE_FILE)
+    with refuses(ControlError, "the controller's state must be a dict, but is a list."):
+        trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(folder))
+
+
+def test_an_adapter_that_peft_loaded(digits: Task, tmp_path: Path, checkpoint: Path) -> None:
+    """Its modules are those that had a rank: it can be trained on, but not resumed, which is said in one line."""
+    loaded_by_peft = PeftModel.from_pretrained(digits.build_model(), str(checkpoint), is_trainable=True)
+    asleep = [name for name, rank in json.loads((checkpoint / "ranks.json").read_text())["ranks"].items() if not rank]
+    run = trainer(digits, tmp_path, model=loaded_by_peft, save_strategy="no")
+    message = (
+        f"`{checkpoint}` must hold ranks of this model's adapted modules, but `{min(asleep)}` is in the checkpoint only "
+        f"({len(asleep)} such); wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank "
+        "0 out."
+    )
+    with refuses(AdapterError, message):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    run.train()
+    assert len(controller_of(run).decisions) == 3
+
+
+class Scaled(Trainer):
+    """Minimises another loss than the model's."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return 3.0 - super().compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.3}], ids=str)
+def test_the_loss_is_the_one_that_is_minimised(digits: Task, tmp_path: Path, options: dict[str, Any]) -> None:
+    run = trainer(digits, tmp_path, kind=Scaled, save_strategy="no", logging_steps=3, **options)
+    run.train()
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    decisions = controller_of(run).decisions
+    assert decisions["loss"].tolist() == pytest.approx(logged[:3], abs=1e-3)
+    assert decisions["realised"].notna().sum() == 0  # too few steps for an effect
+    assert run.training_step.__func__ is Trainer.training_step
+
+
+def test_a_second_training_after_one_that_failed(digits: Task, tmp_path: Path) -> None:
+    """Nothing of the first run's controller stays on model, optimizer or Trainer."""
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                raise KeyError("once")
+
+    run = trainer(digits, tmp_path, callbacks=(failing := Fails(),), save_strategy="no")
+    with pytest.raises(KeyError):
+        run.train()
+    run.remove_callback(failing)
+    run.train()
+    assert controller_of(run).decisions["step"].tolist() == [3, 6, 9]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
+    assert "training_step" not in vars(run)
+
+
+def test_models_are_copied_and_saved_whole_in_a_trainer(digits: Task, tmp_path: Path) -> None:
+    """At every step, as for a moving average; the copy loads adapters into itself."""
+
+    class Copies(TrainerCallback):
+        last: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+            self.last = copy.deepcopy(model)
+            torch.save(model, tmp_path / "model.pt")
+
+    copying, plain = Copies(), trainer(digits, tmp_path / "plain", save_strategy="no")
+    run = trainer(digits, tmp_path, callbacks=(copying,), save_strategy="no")
+    for each in (run, plain):
+        each.train()
+    ends_the_same(run, plain)
+    assert copying.last.load_adapter.__self__ is copying.last
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again, digits), logits(copying.last, digits))
 
 
 def test_what_the_trainer_says_cannot_be_passed(digits_budget: rs.ParameterBudget) -> None:

@@ -89,7 +89,9 @@ def restore_ranks(
         where = "the checkpoint" if odd[0] in ranks else "the model"
         remedy = "adapt the same modules"
         if not any(ranks.get(name, 1) for name in odd):  # all are asleep
-            remedy = "wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out"
+            remedy = (
+                "wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out"
+            )
         raise AdapterError(
             f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in {where} only "
             f"({len(odd)} such); {remedy}."

@@ -275,6 +275,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "roformer": _row("RoFormerForSequenceClassification", "classes", {"model": "attention mlp"}),
     "canine": _row("CanineForSequenceClassification", "classes", {"model": "attention mlp pooler"},
         downsampling_rate=2, num_hash_functions=4, num_hash_buckets=16, local_transformer_stride=8),
+    "longformer": _row("LongformerForSequenceClassification", "classes", {"model": "attention mlp query_global key_global "
+        "value_global"}, attention_window=4),
     "layoutlm": _row("LayoutLMForSequenceClassification", "classes", {"model": "attention mlp pooler"}),
     "fnet": _row("FNetForSequenceClassification", "classes", {"model": "mlp projection pooler"}),
     "eurobert": _row("EuroBertForSequenceClassification", "classes", {"model": "attention gated"}),
@@ -354,6 +356,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "marian": _row("MarianMTModel", "sequences", {"encoder": "attention mlp", "decoder": "attention cross mlp"}),
     "m2m100": _row("M2M100ForConditionalGeneration", "sequences", {"encoder": "attention mlp", "decoder": "attention "
         "cross mlp"}),
+    "led": _row("LEDForConditionalGeneration", "sequences", {"encoder": "attention mlp query_global key_global "
+        "value_global", "decoder": "attention cross mlp"}, max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64, attention_window=4),
     "prophetnet": _row("ProphetNetForConditionalGeneration", "sequences", {"encoder": "attention mlp", "decoder":
         "attention cross mlp relative_pos_embeddings"}),
     "switch": _row("SwitchTransformersForConditionalGeneration", "sequences", {"encoder": "attention mlp",
@@ -367,6 +372,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dinov2": _row("Dinov2ForImageClassification", "image", {"model": "attention mlp"}),
     "swin": _row("SwinForImageClassification", "image", {"model": "attention mlp reduction"}, embed_dim=8,
         depths=[2, 2], num_heads=[2, 2], window_size=2, patch_size=2),
+    "swinv2": _row("Swinv2ForImageClassification", "image", {"model": "attention mlp 0 2 reduction"}, embed_dim=8,
+        depths=[1, 1], num_heads=[2, 2], window_size=2, patch_size=2, pretrained_window_sizes=[0, 0]),
     "convnext": _row("ConvNextForImageClassification", "image", {"model": "mlp"}, hidden_sizes=[8, 16], depths=[2,
         1], num_stages=2, patch_size=2),
     "resnet": _row("ResNetForImageClassification", "image", {"model": "convolution shortcut_convolution "

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -45,7 +46,8 @@ def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
             warnings.simplefilter("ignore")
             matching.inject_adapter(model, "default")
     except (_MatchingDone, NoMatchingPeftModuleError):
-        return matching.found
+        saved = tuple(matching.peft_config["default"].modules_to_save or ())
+        return [name for name in matching.found if not _is_saved(name, saved)]
     except (ValueError, OverflowError, re.error) as error:
         raise TargetError(
             f"`selection` must be a config that PEFT can apply, but {' '.join(str(error).split())}"
@@ -137,11 +139,36 @@ class _Matching(LoraModel):  # type: ignore[misc]
         current_key: str,
         **options: Any,
     ) -> None:
-        if options.get("parameter_name") is None:  # else one of `target_parameters`, which are no modules
-            self.found.append(current_key)
+        if options.get("parameter_name") is not None:  # one of `target_parameters`, which are no modules
+            return
+        ours = type(target).__module__.startswith(("torch.nn", "transformers.")) or any(target.children())
+        if ours and not isinstance(target, _ADAPTABLE):
+            raise ValueError(
+                f"LoRA does not adapt a {type(target).__name__}, which `{current_key}` is; name the modules inside it."
+            )
+        self.found.append(current_key)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         raise _MatchingDone
+
+
+# What PEFT has LoRA layers for, beside the quantised linear modules of other libraries.
+_ADAPTABLE = (
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.MultiheadAttention,
+    Conv1D,
+    BaseTunerLayer,
+)
+
+
+def _is_saved(name: str, saved: tuple[str, ...]) -> bool:
+    """Whether PEFT will train the module, or one around it, in full: it wraps what ends with a name of `modules_to_save`."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))
 
 
 def _prepared(config: LoraConfig) -> LoraConfig:

@@ -1,17 +1,26 @@
 """Discovery: which modules, and their tower, block and role, on every architecture."""
 
+import copy
 import re
+from collections.abc import Callable, Iterator
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+from accelerate import cpu_offload
+from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 
+import rankscope as rs
+from rankscope.adapters import from_lora_config
 from rankscope.exceptions import TargetError
-from rankscope.targets import TargetModule, find_targets, fingerprint_targets, name_block, name_role
-from tests.architectures import BUILDERS, build
+from rankscope.targets import TargetModule, find_targets, fingerprint_targets, fused_experts
+from tests.architectures import ARCHITECTURES, ATTENTION, BUILDERS, build
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 CLIP_ORDER = ["k_proj", "v_proj", "q_proj", "o_proj"]
 GATED = ["gate_proj", "up_proj", "down_proj"]
 
@@ -63,28 +72,73 @@ def test_shapes_are_the_modules_own_and_order_is_the_models(name: str) -> None:
     assert names == [n for n in modules if n in set(names)]
 
 
+LAYERS = [f"model.layers.{block}.{part}" for block in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")]
+OPTIONS: list[dict] = [
+    {"target_modules": "all-linear"},
+    {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
+    {"target_modules": "all-linear", "exclude_modules": ["q_proj", "query", "c_attn"]},
+    {"target_modules": r".*\.1\..*(q_proj|query|c_attn|SelfAttention\.q|wo|fc1)"},
+    {"target_modules": ["q_proj", "query", "c_attn", "q"], "layers_to_transform": [0]},
+    {
+        "target_modules": ["q_proj", "query", "c_attn", "q"],
+        "layers_to_transform": 1,
+        "layers_pattern": ["layers", "layer"],
+    },
+    {"target_modules": [*LAYERS, *(f"unused_{i}" for i in range(20))], "layers_to_transform": [1]},
+    {"target_modules": "all-linear", "modules_to_save": ["fc1", "mlp", "intermediate"]},
+    {},
+]
+
+
+def adapted_by_peft(name: str, options: dict) -> set[str] | None:
+    """What PEFT builds under the names of the base model; None where it refuses the config."""
+    base = {n for n, _ in build(name).named_modules()}
+    try:
+        wrapped = get_peft_model(build(name), LoraConfig(**copy.deepcopy(options))).get_base_model()
+    except (TypeError, ValueError):
+        return None
+    return {n for n, module in wrapped.named_modules() if isinstance(module, LoraLayer)} & base
+
+
 @pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": "all-linear"},
-        {"target_modules": r".*\.1\..*(q_proj|query|c_attn|SelfAttention\.q|wo|fc1)"},
-        {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
-    ],
-    ids=["all-linear", "regex", "excluded"],
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_lora_config_selects_what_peft_adapts(name: str, options: dict) -> None:
-    task = {"task_type": "SEQ_CLS"} if name in ("bert", "vit") else {}
-    config = LoraConfig(**options, **task)
-    wrapped = get_peft_model(build(name), config).get_base_model()
-    adapted = {n for n, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
-    if options["target_modules"] == "all-linear":
-        ours = {t.name for t in find_targets(build(name), "all-linear")}
-        adapted = {n for n in adapted if not n.startswith(("cls.", "classifier", "lm_head"))}
-        assert adapted <= ours
-        assert ours - adapted == ({n for n in ours if ".0." in n} if "exclude_modules" in options else set())
-    else:
-        assert {t.name for t in find_targets(build(name), LoraConfig(**options))} == adapted
+    options = options | ({"task_type": "SEQ_CLS"} if name == "bert" else {})
+    adapted, config = adapted_by_peft(name, options), LoraConfig(**copy.deepcopy(options))
+    if not adapted:
+        with pytest.raises(TargetError, match="^`selection` must [^\n]*$"):
+            find_targets(build(name), config)
+        return
+    targets = find_targets(build(name), config)
+    assert {t.name for t in targets} == adapted
+    assert config.to_dict() == LoraConfig(**copy.deepcopy(options)).to_dict()
+    if "target_modules" in options:
+        assert set(from_lora_config(config, targets).ranks.values()) == {8}
+
+
+def test_configs_that_peft_refuses() -> None:
+    for config, message in [
+        (LoraConfig(target_modules=["self_attn"]), "`selection` must be a config that PEFT can apply, but LoRA does not adapt a LlamaAttention, which `model.layers.0.self_attn` is; name the modules inside it."),
+        (LoraConfig(target_modules=["absent"]), "`selection` must select linear modules, convolutions or embeddings of LlamaForCausalLM, but PEFT adapts none; check `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."),
+        (LoraConfig(target_modules="x{99999999999}"), "`selection` must be a config that PEFT can apply, but the repetition number is too large"),
+        (IA3Config(target_modules=["q_proj"]), "`selection` must be a peft.LoraConfig, but is a IA3Config; name the modules."),
+    ]:  # fmt: skip
+        with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+            find_targets(build("llama"), config)
+    with pytest.raises(TargetError, match="incompatible with Mamba-based models"):
+        find_targets(ARCHITECTURES["mamba"].build(), LoraConfig(target_modules=["out_proj"]))
+
+
+def test_from_lora_config_needs_named_target_modules() -> None:
+    message = "`config` must name its `target_modules`, but leaves them to PEFT's default for the model's architecture; set them to [t.name for t in find_targets(model, config)]."
+    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+        from_lora_config(LoraConfig(task_type="CAUSAL_LM"), find_targets(build("llama")))
+
+
+def test_all_linear_leaves_the_output_embedding_out_also_without_a_model() -> None:
+    targets = find_targets(build("llama"), include=["heads"])
+    ranks = from_lora_config(LoraConfig(target_modules="all-linear", r=4), targets).ranks
+    assert (ranks["lm_head"], set(ranks.values())) == (0, {0, 4})
 
 
 def test_a_list_selects_by_last_parts_as_peft_does() -> None:
@@ -100,6 +154,147 @@ def test_a_peft_model_gives_the_targets_of_its_base(name: str) -> None:
     targets = find_targets(build(name))
     wrapped = get_peft_model(build(name), LoraConfig(target_modules=[t.name for t in targets]))
     assert find_targets(wrapped) == targets
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+    return model
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    policy = ModuleWrapPolicy({type(model.model.layers[0])})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = checkpoint_wrapper(layer)
+    return model
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+        lambda model: DistributedDataParallel(adapted(model)),
+        lambda model: adapted(torch.compile(model, backend="eager")),
+        lambda model: adapted(compiled_blocks(model)),
+        nn.DataParallel,
+        compiled_blocks,
+        sharded,
+        checkpointed,
+        cpu_offload,
+    ],
+    ids="compiled compiled-ddp ddp-peft peft-compiled peft-blocks dp blocks fsdp checkpointed offloaded".split(),  # noqa: SIM905
+)
+def test_wrappers_leave_no_trace_in_names(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrap(build("llama"))
+    targets = find_targets(model)
+    assert targets == find_targets(build("llama"))
+    assert len(find_targets(model, LoraConfig(target_modules=["q_proj"]))) == 2
+    ids = torch.randint(3, 50, (2, 7))
+    profile = rs.profile(model, [{"input_ids": ids, "labels": ids}] * 2, targets=targets)
+    assert min(profile.column("gradient_norm").values()) > 0
+
+
+def test_what_modules_to_save_trains_is_no_target() -> None:
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp", "lm_head"])
+    model = get_peft_model(build("llama"), config)
+    assert [t.role for t in find_targets(model)] == ATTENTION * 2
+    message = "`selection` must match a module that may carry an adapter, but ('up_proj',) matches only modules like `model.layers.0.mlp.up_proj`, where PEFT trains the module itself (`modules_to_save`); select others."
+    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+        find_targets(model, ["up_proj"])
+
+
+class Odd(nn.Module):
+    """Linear modules where an adapter does nothing or cannot be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.fast = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.slow = nn.TransformerEncoderLayer(8, 2, 16)
+        self.empty = nn.Linear(8, 0)
+
+
+def test_idle_modules_are_no_targets(caplog: pytest.LogCaptureFixture) -> None:
+    assert [t.name for t in find_targets(Odd())] == ["fine", "slow.linear1", "slow.linear2"]
+    assert [t.name for t in find_targets(Odd(), ["fine", "out_proj"])] == ["fine"]
+    assert "`attention.out_proj` is no target: MultiheadAttention reads its weight without calling it" in caplog.text
+    for name, reason in [
+        ("linear1", None),
+        ("attention.out_proj", "MultiheadAttention reads its weight without calling it"),
+        ("empty", "the module has no weights (a width of 0)"),
+    ]:
+        if reason is None:
+            assert [t.name for t in find_targets(Odd(), [name])] == ["slow.linear1"]
+        else:
+            with pytest.raises(
+                TargetError, match=re.escape(f"matches only modules like `{name}`, where {reason}; select others.")
+            ):
+                find_targets(Odd(), [name])
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("mamba", "x_proj dt_proj out_proj"),
+        ("mamba2", "out_proj"),
+        ("jamba", "dt_proj"),
+        ("falcon-h1", "out_proj"),
+        ("wavlm", "q_proj k_proj v_proj out_proj"),
+        ("wav2vec2-xvector", "kernel"),
+        ("llama4", "router"),
+        ("siglip", "attention.out_proj"),
+    ],
+)
+def test_modules_that_transformers_reads_by_weight(name: str, left_out: str) -> None:
+    model = ARCHITECTURES[name].build()
+    there = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = {n for n in there - {t.name for t in find_targets(model)} if "head" not in n.split(".")[0]}
+    assert set(left_out.split()) <= {".".join(n.split(".")[-len(left_out.split(".")) :]) for n in missing}
+
+
+def test_experts_are_told_from_other_weights_of_three_dimensions() -> None:
+    assert fused_experts(ARCHITECTURES["wav2vec2"].build()) == []  # a weight-normed convolution
+    assert fused_experts(nn.Sequential(nn.Bilinear(3, 4, 5), nn.Conv1d(3, 4, 5))) == []
+    mixtral = ARCHITECTURES["mixtral"].build()
+    experts = [
+        f"model.layers.{block}.mlp.experts.{part}" for block in range(2) for part in ("gate_up_proj", "down_proj")
+    ]
+    assert fused_experts(mixtral) == experts
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    assert fused_experts(get_peft_model(mixtral, config)) == experts
+
+
+def test_shapes_need_no_weights() -> None:
+    with torch.device("meta"):
+        found = [find_targets(build(name)) for name in ("gpt2", "llama")]
+    assert found == [find_targets(build(name)) for name in ("gpt2", "llama")]
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [1, None, 2.5, b"q_proj", {"q_proj": 1}, [1], [["q_proj"]], [""], "", (), nn.Identity(), [b"q"], "(.+)+q_prox"],
+)
+def test_bad_selections_are_one_line(selection: object) -> None:
+    with pytest.raises(TargetError, match=r"^`selection` must [^\n]{20,250}$"):
+        find_targets(build("llama"), selection)
 
 
 def test_heads_embeddings_and_tied_modules_only_when_asked_for() -> None:
@@ -142,24 +337,6 @@ def test_unknown_include() -> None:
         TargetError, match=re.escape("`include` must be among ('heads', 'embeddings', 'tied'), but got ['head'].")
     ):
         find_targets(build("llama"), include=["head"])
-
-
-@pytest.mark.parametrize(
-    ("name", "block", "role"),
-    [
-        ("transformer.blocks.7.attn.Wqkv", 7, "qkv_proj"),
-        ("gpt_neox.layers.3.attention.dense", 3, "o_proj"),
-        ("gpt_neox.layers.3.mlp.dense_4h_to_h", 3, "fc2"),
-        ("distilbert.transformer.layer.2.ffn.lin1", 2, "fc1"),
-        ("model.layers.4.block_sparse_moe.experts.1.w2", 4, "down_proj"),
-        ("model.mm_projector.2", None, "2"),
-        ("encoder.layer.0.attention.attention.query", 0, "q_proj"),
-        ("encoder.layer.0.attention.output.dense", 0, "o_proj"),
-        ("decoder.layers.5.encoder_attn.v_proj", 5, "cross_v_proj"),
-    ],
-)
-def test_names_of_other_architectures(name: str, block: int | None, role: str) -> None:
-    assert (name_block(name), name_role(name)) == (block, role)
 
 
 def test_fingerprint_sees_names_and_shapes_but_not_order() -> None:

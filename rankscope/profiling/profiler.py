@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 import rankscope
 from rankscope.budget import ParameterBudget
+from rankscope.devices import batch_device
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
 from rankscope.profiling.head import head_warmed
 from rankscope.profiling.interrupt import stop_on_interrupt
 from rankscope.profiling.layers import SUPPORTED, eager
-from rankscope.profiling.observer import Observer, in_range, module_device
+from rankscope.profiling.observer import Observer, in_range
 from rankscope.profiling.processes import gathered, several
 from rankscope.profiling.restoring import frozen
 from rankscope.profiling.sketch import RandomMatrices, choose_sketch_size, is_finite
@@ -121,7 +122,7 @@ def profile(
     observer = Observer(targets, modules, RandomMatrices(k=size, seed=seed))
     convergence = Convergence(tolerance) if tolerance is not None else None
     run = _Run(
-        model=model, loss_fn=loss_fn or _model_loss, observer=observer, device=module_device(model), tally=Tally()
+        model=model, loss_fn=loss_fn or _model_loss, observer=observer, device=batch_device(model), tally=Tally()
     )
     with ExitStack() as stack:
         stack.enter_context(eager(model))

@@ -12,8 +12,11 @@ those of a table that was measured once, the projection is the best of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +51,9 @@ class HierarchicalSpace:
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
         candidates: The only allocations that may be used; None: all that the budget and the bounds admit.
+
+    Raises:
+        BudgetError: No targets or candidates, or a module without group, or without gains that are finite and not negative.
     """
 
     targets: tuple[TargetModule, ...]
@@ -58,10 +64,26 @@ class HierarchicalSpace:
     max_rank: Bound = None
     candidates: tuple[RankAllocation, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise BudgetError("`targets` must hold at least one target module, but is empty; find others.")
+        if self.candidates is not None and not self.candidates:
+            raise BudgetError("`candidates` must hold an allocation, but is empty; give None to admit all.")
+        for target in self.targets:
+            if target.name not in self.groups:
+                raise BudgetError(f"`groups` must name a group for every target module, but lacks `{target.name}`.")
+            if target.name not in self.gains:
+                raise BudgetError(f"`gains` must hold every target module, but lacks `{target.name}`; profile it too.")
+            gains = np.asarray(self.gains[target.name], dtype=np.float64)
+            if not (np.isfinite(gains) & (gains >= 0)).all():
+                raise BudgetError(
+                    f"`gains` of `{target.name}` must be finite and not negative; take the profile again."
+                )
+
     @property
     def tilts(self) -> tuple[Tilt, ...]:
         """The dimensions; an offset for the only group or role there is would change nothing, and is left out."""
-        groups = sorted(set(self.groups.values()))
+        groups = sorted({self.groups[target.name] for target in self.targets})
         roles = sorted({target.role for target in self.targets})
         offsets = [f"group/{name}" for name in groups if len(groups) > 1] + [
             f"role/{name}" for name in roles if len(roles) > 1
@@ -87,10 +109,13 @@ class HierarchicalSpace:
         """The allocation at a point of the space.
 
         Raises:
-            BudgetError: The point lacks a tilt, or no allocation is feasible.
+            BudgetError: The point lacks a tilt or a finite number for it, or no allocation is feasible.
         """
-        if missing := [tilt.name for tilt in self.tilts if tilt.name not in point]:
-            raise BudgetError(f"`point` must give every tilt a value, but lacks {missing[0]!r}.")
+        for tilt in self.tilts:
+            if tilt.name not in point:
+                raise BudgetError(f"`point` must give every tilt a value, but lacks {tilt.name!r}.")
+            if not (isinstance(point[tilt.name], Real) and math.isfinite(point[tilt.name])):
+                raise BudgetError(f"`point` must hold finite numbers, but {tilt.name!r} is {point[tilt.name]!r}.")
         tau, scale = point["tau"], self._scale
         tilted = {}
         for target in self.targets:
@@ -127,8 +152,7 @@ def group_by_depth(targets: Sequence[TargetModule], n_groups: int = 3) -> dict[s
     >>> list(group_by_depth(targets).values())
     ['model/0', 'model/0', 'model/1', 'model/1', 'model/2', 'model/2']
     """
-    if n_groups < 1:
-        raise BudgetError(f"`n_groups` must be at least 1, but got {n_groups}.")
+    _check_groups(n_groups)
     blocks = {
         tower: sorted({t.block for t in targets if t.tower == tower and t.block is not None})
         for tower in {t.tower for t in targets}
@@ -153,9 +177,19 @@ def group_by_gradient(
         energies: Squared gradient norm of each module, by name.
         n_groups: How many groups in each tower, at most.
         seed: Of k-means.
+
+    Raises:
+        BudgetError: `n_groups` is no whole number from 1 on, or a module has no energy that is finite and not negative.
     """
     from sklearn.cluster import KMeans
 
+    _check_groups(n_groups)
+    for target in targets:
+        if not 0 <= energies.get(target.name, math.nan) < math.inf:
+            raise BudgetError(
+                f"`energies` must hold a finite number from 0 on for every target module, but `{target.name}` has "
+                f"{energies.get(target.name)}; take the profile again."
+            )
     groups = group_by_depth(targets, 1)
     for tower in sorted({t.tower for t in targets}):
         members = [t for t in targets if t.tower == tower and t.block is not None]
@@ -172,3 +206,8 @@ def group_by_gradient(
         for t in members:
             groups[t.name] = f"{tower}/{by_energy[labels[blocks.index(t.block or 0)]]}"
     return groups
+
+
+def _check_groups(n_groups: Any) -> None:
+    if not isinstance(n_groups, Integral) or n_groups < 1:
+        raise BudgetError(f"`n_groups` must be a whole number of at least 1, but got {n_groups!r}.")

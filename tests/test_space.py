@@ -1,5 +1,7 @@
 """The hierarchical space: its corners are one-shot and uniform, and every point of it is feasible."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -122,5 +124,58 @@ def test_groups_by_depth_within_towers_and_outside_blocks() -> None:
     assert list(group_by_depth(targets, 2).values()) == [
         "vision/0", "vision/1", "projector/-", "language/0", "language/0", "language/1", "language/1",
     ]  # fmt: skip
-    with pytest.raises(BudgetError, match=r"^`n_groups` must be at least 1, but got 0\.$"):
+    with pytest.raises(BudgetError, match=r"^`n_groups` must be a whole number of at least 1, but got 0\.$"):
         group_by_depth(targets, 0)
+
+
+GOOD = {t.name: 1.0 / np.arange(1, 9) for t in VIT}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ()}, "`targets` must hold at least one target module, but is empty; find others."),
+        ({"candidates": ()}, "`candidates` must hold an allocation, but is empty; give None to admit all."),
+        ({"groups": {}}, f"`groups` must name a group for every target module, but lacks `{VIT[0].name}`."),
+        ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`; profile it too."),
+        *(
+            ({"gains": GOOD | {VIT[1].name: np.array([1.0, wrong])}},
+             f"`gains` of `{VIT[1].name}` must be finite and not negative; take the profile again.")
+            for wrong in (np.nan, np.inf, -1.0)
+        ),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_searched_is_named(change: dict, message: str) -> None:
+    arguments = {"targets": VIT, "gains": GOOD, "budget": rs.ParameterBudget.uniform(VIT, 2),
+                 "groups": group_by_depth(VIT), **change}  # fmt: skip
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        rs.HierarchicalSpace(**arguments)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, "1"])
+def test_a_point_holds_finite_numbers(value: object) -> None:
+    space = rs.HierarchicalSpace(
+        targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=group_by_depth(VIT)
+    )
+    message = f"`point` must hold finite numbers, but 'tau' is {value!r}."
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        space.allocation(space.point(tau=1.0) | {"tau": value})
+
+
+def test_a_group_without_modules_is_no_dimension() -> None:
+    groups = {**group_by_depth(VIT), "elsewhere": "model/9"}
+    space = rs.HierarchicalSpace(targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=groups)
+    assert "group/model/9" not in {tilt.name for tilt in space.tilts}
+
+
+@pytest.mark.parametrize("energy", [np.nan, -1.0, np.inf, None])
+def test_energies_are_checked_before_they_are_grouped(energy: float | None) -> None:
+    energies = dict.fromkeys([t.name for t in VIT], 1.0) | {VIT[0].name: energy}
+    if energy is None:
+        del energies[VIT[0].name]
+    message = (
+        f"`energies` must hold a finite number from 0 on for every target module, but `{VIT[0].name}` has {energy}; "
+        "take the profile again."
+    )
+    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        group_by_gradient(VIT, energies)

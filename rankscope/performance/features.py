@@ -116,6 +116,20 @@ class RankFeatures:
         return np.hstack(parts)
 
 
+def _check(
+    targets: tuple[TargetModule, ...], gains: Mapping[str, ArrayLike] | None, groups: Mapping[str, str] | None
+) -> None:
+    if not targets:
+        raise PerformanceModelError("`targets` must hold at least one target module, but is empty; find others.")
+    for what, known in (("gains", gains), ("groups", groups)):
+        if known is not None and (lacking := [t.name for t in targets if t.name not in known]):
+            raise PerformanceModelError(f"`{what}` must hold every target module, but lacks `{lacking[0]}`.")
+    for name in [t.name for t in targets] if gains else ():
+        values = as_numbers((gains or {})[name], "gains")
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise PerformanceModelError(f"`gains` of `{name}` must be finite and not negative; take the profile again.")
+
+
 def as_numbers(values: ArrayLike, name: str) -> Floats:
     """An array of numbers from what a user gave.
 
@@ -150,8 +164,13 @@ def rank_features(
         gains: One-shot's, by module name: the gradient energy sigma^2 of each rank; they give the terms `profile/energy` and
             `profile/norm`. None: there are none.
         groups: The block group of each module by name; None: no such level.
+
+    Raises:
+        PerformanceModelError: No targets, or a module without group, or without gains that are finite and not negative.
+        BudgetError: The budget holds no rank.
     """
     targets = tuple(targets)
+    _check(targets, gains, groups)
     costs = np.array([target.rank_cost for target in targets], dtype=np.float64)
     reach = max(MIN_REACH, CURVE_CELLS // len(targets))
     highest = int(min(reach, max(min(t.full_rank, budget.limit // t.rank_cost) for t in targets)))

@@ -163,6 +163,8 @@ class PerformanceModelSampler(BaseSampler):
                     f"study `{study.study_name}` must hold at least 2 trials with ranks of these modules and a metric, but "
                     "holds fewer; run more trials."
                 )
+            if self._model.constant:  # nothing was learned: what the profile says
+                return self._one_shot, self._model.best_condition
             return self._solve(model.utilities()), self._model.best_condition
 
     def believed(self, study: optuna.Study) -> PerformanceModel | None:

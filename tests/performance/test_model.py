@@ -276,3 +276,24 @@ def test_a_difference_is_that_of_the_posterior() -> None:
     assert mean[0] == pytest.approx(np.mean(draws), abs=0.05)
     assert deviation[0] == pytest.approx(np.std(draws), rel=0.05)
     assert mean[0] > deviation[0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        ((), {}, "`targets` must hold at least one target module, but is empty; find others."),
+        (TARGETS, {"gains": {}}, "`gains` must hold every target module, but lacks `h.0.q_proj`."),
+        (TARGETS, {"groups": {"h.0.q_proj": "a"}}, "`groups` must hold every target module, but lacks `h.0.v_proj`."),
+        (TARGETS, {"gains": {t.name: [1.0, np.nan] for t in TARGETS}},
+         "`gains` of `h.0.q_proj` must be finite and not negative; take the profile again."),
+    ],
+)  # fmt: skip
+def test_features_of_bad_input(targets: tuple, options: dict, message: str) -> None:
+    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+        rank_features(targets, BUDGET, **options)
+
+
+def test_ranks_count_up_to_full_rank_in_all_but_very_large_models() -> None:
+    wide = [rs.TargetModule(name=f"h.{i}", in_features=4096, out_features=4096, block=i) for i in range(4)]
+    found = rank_features(wide, rs.ParameterBudget.uniform(wide, 1024))
+    assert found.curves["log"].shape == (4, 4097)

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.distributions import FloatDistribution, IntDistribution
+from torch import nn
 
 import rankscope as rs
 from rankscope.exceptions import AllocationError, BudgetError, PerformanceModelError, StudyError
+from rankscope.performance import rank_features
+from rankscope.searching.grouping import make_space
 from rankscope.searching.sampler import make_sampler
 from rankscope.searching.trials import TRIAL_KEY
 from rankscope.space import HierarchicalSpace, group_by_depth
@@ -340,6 +344,71 @@ def test_the_noise_of_a_mean_over_seeds_is_not_that_of_one_fresh_run(n_seeds: in
         fresh = np.array([worth(a) for a in allocations[40:]]) + rng.normal(0.0, noise, 40)
         inside += ((low <= fresh) & (fresh <= high)).tolist()
     assert 0.7 < np.mean(inside) < 0.9
+
+
+# --- spaces at the edge ----------------------------------------------------------------------------------------------
+
+
+def space_of(n: int, **options: object) -> HierarchicalSpace:
+    targets = TARGETS[:n]
+    arguments = {
+        "targets": targets, "gains": {t.name: 1.0 / np.arange(1, 17) for t in targets},
+        "budget": rs.ParameterBudget.uniform(targets, 4), "groups": group_by_depth(targets), **options,
+    }  # fmt: skip
+    return HierarchicalSpace(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (space_of(1), {(4,)}),
+        (space_of(3, budget=rs.ParameterBudget(32)), {(1, 0, 0), (0, 1, 0), (0, 0, 1)}),
+        (space_of(3, budget=rs.ParameterBudget.uniform(TARGETS[:3], 16)), {(16, 16, 16)}),
+        (space_of(3, max_rank=1), {(1, 1, 1)}),
+        (space_of(3, min_rank=4), {(4, 4, 4)}),
+        (space_of(2, gains={TARGETS[0].name: np.zeros(16), TARGETS[1].name: np.ones(16)}, max_rank=8), None),
+        (space_of(2, gains={TARGETS[0].name: np.zeros(0), TARGETS[1].name: np.full(16, 1e-300)}), None),
+    ],
+    ids=["one module", "one rank", "full rank", "bound below", "bound above", "no gain in one", "tiny gains"],
+)  # fmt: skip
+def test_spaces_with_little_room(space: HierarchicalSpace, expected: set | None) -> None:
+    sampler = rs.PerformanceModelSampler(space, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(lambda trial: float(np.log1p(rs.suggest_allocation(trial, space).vector[0])), n_trials=14)
+    seen = {tuple(trial.user_attrs["ranks"]) for trial in study.trials} | {sampler.best(study)[0].vector}
+    assert expected is None or seen <= expected
+    most = min(space.budget.limit, sum(t.rank_cost * t.full_rank for t in space.targets))
+    assert all(rs.RankAllocation(space.targets, ranks).parameters <= most for ranks in seen)
+
+
+def test_gains_that_are_all_zero_are_refused() -> None:
+    space = space_of(2, gains=dict.fromkeys([t.name for t in TARGETS[:2]], np.zeros(16)))
+    message = "`gains` must not all be zero; take the profile again on data with a loss."
+    with pytest.raises(BudgetError, match=f"^{message}$"):
+        rs.PerformanceModelSampler(space)
+
+
+def test_proposals_at_rank_64_follow_the_spectra_beyond_the_sketch() -> None:
+    """The sketch holds 16 of 160 singular values; the metric asks for ranks in the last module."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(160, 160) for _ in range(4)))
+    batches = [torch.randn(64, 160) for _ in range(6)]
+    profile = rs.profile(model, batches, loss_fn=lambda m, x: m(x).square().mean(), sketch_size=16)
+    budget = rs.ParameterBudget.uniform(profile.targets, 64)
+    space = make_space(profile, profile.targets, budget)
+    assert all(len(gains) == 160 and gains[60] > gains[150] > 0.0 for gains in space.gains.values())
+    features = rank_features(space.targets, budget, gains=space.gains)
+    assert (np.diff(features.curves["energy"]) > 0).all()  # every rank counts, up to full rank
+    sampler = rs.PerformanceModelSampler(space, seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(lambda trial: float(np.log1p(rs.suggest_allocation(trial, space).vector[3])), n_trials=20)
+    one_shot = rs.allocate("one-shot", targets=profile.targets, budget=budget, profile=profile)
+    assert space.allocation(space.point(tau=1.0)) == one_shot
+    assert len(set(one_shot.vector)) > 1
+    drawn = [trial.user_attrs["ranks"] for trial in study.trials[8:]]
+    assert sum(ranks[3] > 64 for ranks in drawn) >= 10  # a draw in which nothing helps is uniform
+    assert max(ranks[3] for ranks in drawn) > 128
+    assert sampler.best(study)[0].vector[3] == max(sampler.best(study)[0].vector)
 
 
 # --- an allocation of a trial ----------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def profile(
         keep_directions=keep_directions, max_skipped=max_skipped, seed=seed,
     )  # fmt: skip
     model = unwrapped(model)
+    _check_loaded(model)
     targets, skipped = _profiled(model, tuple(targets) if targets is not None else find_targets(model))
     modules = _modules(model, targets)
     wanted, size = (sketch_size, sketch_size) if sketch_size else _sketch_size(model, targets, budget)
@@ -331,6 +332,15 @@ def _modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.
                 f"`targets` must be modules of this model, but it has no `{target.name}`; find them again."
             )
     return {target.name: present[target.name] for target in targets}
+
+
+def _check_loaded(model: nn.Module) -> None:
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return  # accelerate loads what is offloaded
+    if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ProfileError(
+            f"the model's weights must be loaded, but `{meta[0]}` is on the meta device; load them first."
+        )
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:

@@ -45,7 +45,8 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
         name = f"uniform rank {row['rank']}, {row['sketch_size']} columns"
         claims.append(Claim.at_least(f"{name}: budget placed elsewhere than uniform", row["moved"], 0.05))
         claims.append(Claim.at_least(f"{name}: correlation with ranks from exact spectra", row["correlation"], 0.9))
-        claims.append(Claim.at_least(f"{name}: share of the exact advantage", row["share_of_advantage"], 0.25))
+        if row["rank"] <= 64:  # beyond, uniform's ranks capture all but a thousandth of the energy
+            claims.append(Claim.at_least(f"{name}: share of the exact advantage", row["share_of_advantage"], 0.4))
     return rows, claims
 
 

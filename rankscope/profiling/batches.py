@@ -108,7 +108,7 @@ def check_loss(loss: Any) -> Tensor:
         ProfileError: It is no scalar tensor, or needs no gradient.
     """
     if not isinstance(loss, Tensor) or loss.ndim:
-        raise ProfileError(f"`loss_fn` must return a scalar tensor, but returned {_describe(loss)}.")
+        raise ProfileError(f"`loss_fn` must return a scalar tensor, but returned {_describe(loss)}")
     if not loss.requires_grad and bool(loss.isfinite()):
         raise ProfileError(
             "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."
@@ -120,8 +120,8 @@ def _describe(loss: Any) -> str:
     if loss is None:
         return "None; do the batches have labels?"
     if isinstance(loss, Tensor):
-        return f"a tensor of shape {tuple(loss.shape)}; take its mean or sum"
-    return f"{type(loss).__name__}; return the loss alone"
+        return f"a tensor of shape {tuple(loss.shape)}; take its mean or sum."
+    return f"{type(loss).__name__}; return the loss alone."
 
 
 def attention_mask(batch: Any) -> Tensor | None:

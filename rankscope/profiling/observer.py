@@ -174,9 +174,12 @@ class Observer:
         first: Tensor = output if isinstance(output, Tensor) else output[0]
         if not (torch.is_grad_enabled() and first.is_floating_point()):
             return None
-        replaced = not first.requires_grad
-        if replaced:  # nothing before the first modules needs a gradient; a clone, since a leaf may not change in place
-            first = first.detach().requires_grad_().clone()
+        # Where an output changes in place later on, a hook on a view of it would be lost, and a leaf may not change.
+        replaced = first._is_view() or not first.requires_grad
+        if not first.requires_grad:  # nothing before the first modules needs a gradient
+            first = first.detach().requires_grad_()
+        if replaced:
+            first = torch.ops.aten._unsafe_view(first, first.shape)  # the same memory, which nothing else refers to
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         version = None if inputs.is_inference() else inputs._version
 
@@ -221,10 +224,11 @@ class Observer:
 
 def module_device(module: nn.Module) -> torch.device:
     """Where a module computes: an offloaded one where accelerate's hook loads it to, others where their first parameter is."""
-    hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        if (device := getattr(each, "execution_device", None)) is not None:
-            return torch.device(device)
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(device)
     return next(module.parameters()).device
 
 

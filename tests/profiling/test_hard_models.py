@@ -95,9 +95,12 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("kind", IN_PLACE)
-def test_outputs_that_change_in_place_have_their_own_gradient(kind: str) -> None:
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_outputs_that_change_in_place_have_their_own_gradient(kind: str, tokens: int) -> None:
+    """Of rows, and of sequences, whose outputs are views."""
     torch.manual_seed(0)
-    check(IN_PLACE[kind](), rows())
+    batches = rows() if not tokens else [batch.view(4, tokens, -1) for batch in rows(3, 4, 6 * tokens)]
+    check(IN_PLACE[kind](), batches)
 
 
 def test_convolutions_before_changes_in_place_and_without_a_batch() -> None:

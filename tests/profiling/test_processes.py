@@ -16,7 +16,7 @@ WORKER = """
 import sys
 import torch
 from torch import distributed
-from tests.profiling.test_processes import batches, build, take
+from tests.profiling.test_processes import batches, build, routed, take, take_routed
 
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
@@ -24,6 +24,7 @@ rank = distributed.get_rank()
 model = torch.nn.parallel.DistributedDataParallel(build())
 found = take(model, batches()[rank::2])
 found.to_parquet(f"{sys.argv[1]}/{rank}.parquet")
+take_routed(routed()[rank]).to_parquet(f"{sys.argv[1]}/routed-{rank}.parquet")
 distributed.destroy_process_group()
 """
 
@@ -42,6 +43,32 @@ def batches() -> list[torch.Tensor]:
 def take(model: nn.Module, data: list[torch.Tensor]) -> rs.Profile:
     targets = rs.find_targets(build())
     return rs.profile(model, data, targets=targets, loss_fn=lambda m, b: m(b).square().mean(), sketch_size=16)
+
+
+class Experts(nn.Module):
+    """Each batch goes to the expert that it names; q and k read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return self.experts[expert](torch.tanh(self.q(x) + self.k(x)))
+
+
+def routed() -> list[list[tuple[torch.Tensor, int]]]:
+    """Of two processes: the second has no batch for expert 0, none has one for expert 2, and the inputs' means differ."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        [(mean + torch.randn(5, 8, generator=generator), expert) for expert in experts]
+        for mean, experts in ((0.0, (0, 1, 0)), (50.0, (1, 1)))
+    ]
+
+
+def take_routed(data: list[tuple[torch.Tensor, int]]) -> rs.Profile:
+    torch.manual_seed(0)
+    return rs.profile(Experts(), data, loss_fn=lambda m, b: m(*b).square().mean() * 1e24)
 
 
 def test_two_processes_give_the_profile_of_one(tmp_path: Path) -> None:
@@ -71,3 +98,9 @@ def test_two_processes_give_the_profile_of_one(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(found.table[numbers], one.table[numbers], rtol=1e-3, check_dtype=False)
         for name, values in one.spectra(signal=False).items():
             assert found.spectra(signal=False)[name][:8] == pytest.approx(values[:8], rel=1e-3)
+    one = take_routed([batch for part in routed() for batch in part])
+    for rank in (0, 1):
+        found = rs.read_profile(tmp_path / f"routed-{rank}.parquet")
+        assert found.metadata["without_gradient"] == ["experts.2"]
+        pd.testing.assert_frame_equal(found.table[numbers], one.table[numbers], rtol=1e-3, check_dtype=False)
+        assert len(found.table["activation_values"].iloc[-1]) == 0

@@ -5,6 +5,7 @@ A reader raises `FileFormatError` for whatever is wrong with a path or a file's 
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -134,6 +135,22 @@ def read_json(path: str | os.PathLike[str], *, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileFormatError(f"`{path}` must hold {what} as a JSON object, but holds a {type(value).__name__}.")
     return value
+
+
+def read_text(path: str | os.PathLike[str], *, what: str) -> str:
+    """Reads a text of UTF-8, or of UTF-16 with its mark; line ends stay as they are.
+
+    Raises:
+        FileFormatError: The file is missing, cannot be read, or is no such text.
+    """
+    data = _read_bytes(path, what=what, most=2**34)
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise FileFormatError(
+            f"`{path}` must hold {what} as text, but cannot be read ({one_line(error)}); save it as UTF-8."
+        ) from None
 
 
 def parse_json(text: str | bytes, *, where: str, what: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeErr
     """
     file, _, name = spec.rpartition(":")
     path = base / file
-    if not path.exists():
+    if path.suffix != ".py" or not os.path.isfile(path):  # where Path.is_file would raise, this says no
         raise error(
             f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
         )
@@ -47,7 +48,10 @@ def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeErr
         yield function
     except RankscopeError:
         raise
-    except Exception as raised:  # a user's code may raise anything; its own message and place are what helps
+    except (
+        Exception,
+        SystemExit,
+    ) as raised:  # a user's code may raise anything; its own message and place are what helps
         where = f"{type(raised).__name__}: {raised}"
         raise error(f"`{spec}` must give {gives}, but raised {where}; --debug shows where.") from raised
     finally:

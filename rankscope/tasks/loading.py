@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from rankscope.exceptions import TaskError
+from rankscope.exceptions import TaskError, shown
 from rankscope.tasks.protocol import Task, check_task
 from rankscope.tasks.ready import READY
 from rankscope.user_code import user_function
@@ -34,32 +35,48 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
         if ".py:" in spec:
             return _from_file(spec, base)
         spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise TaskError(
+            f"`task` must be a name, a mapping of options, or `path/to/file.py:factory`, but got {shown(spec)}."
+        )
     options = dict(spec)
     if "type" in options:
         kind = options.pop("type")
         return _build(_generic(kind), {**options, **_resolved(options, base)}, what=f"task type {kind!r}")
     name = options.pop("name", None)
-    if name not in READY:
+    if not isinstance(name, str) or name not in READY:
         close = difflib.get_close_matches(str(name), READY, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else 'a task of your own is "path/to/file.py:factory".'
-        raise TaskError(f"`task` must be one of {', '.join(READY)}, but got {name!r}; {hint}")
+        raise TaskError(f"`task` must be one of {', '.join(READY)}, but got {shown(name)}; {hint}")
     return _build(READY[name], options, what=f"task {name!r}")
 
 
-def _generic(kind: str) -> Callable[..., Any]:
+def _generic(kind: Any) -> Callable[..., Any]:
     from rankscope.tasks.language import CausalLM
     from rankscope.tasks.text import TextClassification
 
     kinds: dict[str, Callable[..., Any]] = {"sequence-classification": TextClassification, "causal-lm": CausalLM}
-    if kind not in kinds:
-        raise TaskError(f"`task.type` must be one of {', '.join(kinds)}, but got {kind!r}.")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise TaskError(f"`task.type` must be one of {', '.join(kinds)}, but got {shown(kind)}.")
     return kinds[kind]
 
 
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
-    """Model and data as paths, where such files exist under the base folder; else as they are (hub ids)."""
+    """Model and data as paths, where such files exist under the base folder; else as they are (hub ids).
+
+    Raises:
+        TaskError: A relative path leads to something from the working directory only.
+    """
     given = {key: options[key] for key in ("model", "data") if isinstance(options.get(key), str)}
-    return {key: str(base / value) if (base / value).exists() else value for key, value in given.items()}
+    for key, value in given.items():
+        if os.path.exists(base / value):
+            given[key] = str(base / value)
+        elif os.path.exists(value):
+            raise TaskError(
+                f"`{key}` must be found from the study file's folder ({base}), but `{value}` is there from the working "
+                "directory only; correct the path."
+            )
+    return given
 
 
 def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> Task:
@@ -71,7 +88,17 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
     required = [name for name, p in inspect.signature(factory).parameters.items() if p.default is p.empty]
     if missing := [name for name in required if name not in options]:
         raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
+    made: Any = factory
+    hints = get_type_hints(made.__init__ if isinstance(factory, type) else factory)
+    for name, value in options.items():
+        kinds = get_args(hints[name]) or (hints[name],)
+        if not any(isinstance(value, kind) for kind in kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+            raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
     return check_task(factory(**options))
+
+
+_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def _from_file(spec: str, base: Path) -> Task:

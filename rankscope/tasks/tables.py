@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankscope.exceptions import TaskError
+from rankscope.exceptions import FileFormatError, TaskError, one_line, shown
+from rankscope.files import parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -31,12 +34,19 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str]) -> pd.
     table = source if isinstance(source, pd.DataFrame) else _read(source)
     if table.empty:
         raise TaskError(f"{what} must hold rows, but holds none; check the data.")
+    for column in (*columns, "split"):
+        if table.columns.tolist().count(column) > 1:
+            raise TaskError(f"{what} must have one column {column!r}, but has several; rename them.")
     for column in columns:
         if column not in table.columns:
             names = [str(name) for name in table.columns]
             close = difflib.get_close_matches(column, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}."
             raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
+        if nested := [value for value in table[column] if isinstance(value, list | dict | np.ndarray)]:
+            raise TaskError(
+                f"{what} must hold texts or numbers in column {column!r}, but holds {shown(nested[0])}; convert it."
+            )
     return table
 
 
@@ -71,6 +81,8 @@ def split_rows(
     Raises:
         TaskError: A split is empty, or the fractions do not sum to 1.
     """
+    if seed < 0:
+        raise TaskError(f"`split_seed` must be 0 or more, but got {seed}.")
     table = table.drop_duplicates(subset=key)
     if "split" in table.columns:
         parts = {split: table[table["split"] == split] for split in SPLITS}
@@ -81,7 +93,7 @@ def split_rows(
         cuts = np.round(np.cumsum(fractions)[:2] * len(table)).astype(int)
         parts = {split: table.iloc[rows] for split, rows in zip(SPLITS, np.split(order, cuts), strict=True)}
     if empty := [split for split, rows in parts.items() if rows.empty]:
-        held = ", ".join(sorted(map(str, table["split"].unique()))) if "split" in table.columns else ""
+        held = ", ".join(sorted({str(value) for value in table["split"]})) if "split" in table.columns else ""
         hint = f"its `split` column holds {held}: rename, or drop the column." if held else "add rows."
         raise TaskError(f"the data must have rows in every split, but {empty[0]!r} has none; {hint}")
     return {split: rows.reset_index(drop=True) for split, rows in parts.items()}
@@ -91,7 +103,7 @@ def _read(source: str | Path) -> pd.DataFrame:
     path = Path(source)
     if path.suffix.lower() in _READERS:
         return _read_file(path)
-    if path.exists() or path.is_absolute() or path.suffix:
+    if os.path.exists(path) or path.is_absolute() or path.suffix:
         raise TaskError(
             f"`data` must end in {', '.join(_READERS)} or be a hub id, but got `{source}`; convert the file, or check the path."
         )
@@ -99,17 +111,50 @@ def _read(source: str | Path) -> pd.DataFrame:
 
 
 def _read_file(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        raise TaskError(f"`{path}` must hold the task's data, but there is no such file; check the path.")
     try:
         table = _READERS[path.suffix.lower()](path)
-    except (ValueError, OSError) as error:  # pyarrow's and pandas' parse errors are both
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TaskError(
-            f"`{path}` must be a readable {path.suffix[1:]} file, but is not ({reason}); it may be truncated."
-        ) from None
+    except FileFormatError as error:
+        raise TaskError(str(error)) from None
     assert isinstance(table, pd.DataFrame)
     return table
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    lines = read_text(path, what=_WHAT).split("\n")
+    return _rows(
+        [
+            parse_json(line, where=f"`{path}`, line {number},", what="an example")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ],
+        path,
+    )
+
+
+def _read_json(path: Path) -> pd.DataFrame:
+    value = parse_json(read_text(path, what=_WHAT), where=f"`{path}`", what=_WHAT)
+    if isinstance(value, dict):  # columns by name, as pandas writes them
+        columns = [list(column.values()) if isinstance(column, dict) else column for column in value.values()]
+        if all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            return pd.DataFrame(dict(zip(value, columns, strict=True)))
+    return _rows(value, path)
+
+
+def _rows(value: Any, path: Path) -> pd.DataFrame:
+    rows = value if isinstance(value, list) else [value]
+    if odd := [row for row in rows if not isinstance(row, dict)]:
+        raise FileFormatError(f"`{path}` must hold objects with keys as rows, but holds {shown(odd[0])}; convert it.")
+    return pd.DataFrame(rows)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    text = read_text(path, what=_WHAT)
+    try:
+        return pd.read_csv(io.StringIO(text))
+    except ValueError as error:  # all of pandas' parsing errors are
+        raise FileFormatError(
+            f"`{path}` must hold {_WHAT} as CSV, but it cannot be parsed ({one_line(error)})."
+        ) from None
 
 
 def _read_hub(name: str) -> pd.DataFrame:
@@ -134,9 +179,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+_WHAT = "the task's data"
 _READERS: dict[str, Any] = {
-    ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
-    ".json": pd.read_json,
-    ".csv": pd.read_csv,
+    ".parquet": lambda path: read_parquet(path, what=_WHAT).to_pandas(),
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
 }

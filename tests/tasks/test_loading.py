@@ -1,6 +1,7 @@
 """Loading tasks, tables and packages: what works, and how each mistake is named."""
 
 import hashlib
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -36,6 +37,9 @@ def broken():
 
 def no_task():
     return object()
+
+def leaves():
+    raise SystemExit(3)
 """
 
 
@@ -84,6 +88,17 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
          "`{folder}/rows.parquet` must have a column 'lable', but has none; did you mean 'label'?"),
         ({"type": "sequence-classification", "model": "bert", "data": "/gone/rows.csv"},
          "`/gone/rows.csv` must hold the task's data, but there is no such file; check the path."),
+        (3, "`task` must be a name, a mapping of options, or `path/to/file.py:factory`, but got 3."),
+        ({"name": []}, "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got []; a task of your own is \"path/to/file.py:factory\"."),
+        ({"type": []}, "`task.type` must be one of sequence-classification, causal-lm, but got []."),
+        ({"type": "causal-lm", "model": "bert", "data": 1}, "`data` of task type 'causal-lm' must be a text, but got 1."),
+        ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "text_column": 2}, "`text_column` of task type 'causal-lm' must be a text, but got 2."),
+        ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "gguf_file": []}, "`gguf_file` of task type 'causal-lm' must be a text or null, but got []."),
+        ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "batch_size": True}, "`batch_size` of task type 'causal-lm' must be a whole number, but got True."),
+        ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "split_seed": -1}, "`split_seed` must be 0 or more, but got -1."),
+        ({"type": "causal-lm", "model": "bert", "data": "pyproject.toml"}, "`data` must be found from the study file's folder ({folder}), but `pyproject.toml` is there from the working directory only; correct the path."),
+        ("rows.parquet:make", "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got 'rows.parquet:make'; a task of your own is \"path/to/file.py:factory\"."),
+        ("mine.py:leaves", "`mine.py:leaves` must give a task, but raised SystemExit: 3; --debug shows where."),
         ({"type": "sequence-classification", "model": "bert", "data": "rows.parquet", "pooling": "max"},
          "`pooling` must be 'mean' or 'model', but got 'max'."),
     ],
@@ -124,16 +139,43 @@ def test_weights_of_another_kind_of_model_are_refused(folder: Path) -> None:
 def test_tables(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     with pytest.raises(
-        TaskError, match=r"cut\.parquet` must be a readable parquet file, but is not \(.*\); it may be truncated\.$"
+        TaskError,
+        match=r"cut\.parquet` must hold the task's data as Parquet, but it cannot be parsed \(.*\); it may be truncated",
     ):
         read_table(tmp_path / "cut.parquet", ())
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(TaskError, match=r"empty\.csv` must hold rows, but holds none; check the data\.$"):
         read_table(tmp_path / "empty.csv", ("text",))
+    for name, content, problem in (
+        ("a.jsonl", '{"text": "a"}\nnull\n', "must hold objects with keys as rows, but holds None; convert it."),
+        ("a.jsonl", '{"text": "a"}\n{"text": 1', ", line 2, must hold an example as JSON, but it cannot be parsed"),
+        ("a.json", '[{"text": "a"}, 2]', "must hold objects with keys as rows, but holds 2; convert it."),
+        (
+            "a.json",
+            '{"text": {"0": "a"}, "text": 3}',
+            "must hold the task's data as JSON, but it cannot be parsed (the key",
+        ),
+        ("a.jsonl", '{"text": ["a"]}', "must hold texts or numbers in column 'text', but holds ['a']; convert it."),
+        ("a.csv", 'text\n"a', "must hold the task's data as CSV, but it cannot be parsed (Error tokenizing data."),
+        ("a.csv", "text\na\xff", "must hold the task's data as text, but cannot be read ('utf-8' codec"),
+    ):
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        with pytest.raises(TaskError, match=re.escape(problem)):
+            read_table(tmp_path / name, ("text",))
     with pytest.raises(
         TaskError, match=r"^`data` must end in \.parquet, \.jsonl, \.json, \.csv or be a hub id, but got"
     ):
         read_table(tmp_path / "rows.xlsx", ())
+
+
+def test_texts_stay_as_they_are(tmp_path: Path) -> None:
+    """Not numbers or dates where they look like them; and columns by name are rows, too."""
+    rows = [{"text": "01", "label": "2024-01-01"}, {"text": "1e3", "label": "x"}]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8-sig")
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-16")
+    pd.DataFrame(rows).to_json(tmp_path / "b.json")
+    for name in ("a.jsonl", "a.json", "b.json"):
+        assert read_table(tmp_path / name, ("text", "label")).to_dict("records") == rows
 
 
 def test_splits_are_disjoint_whole_and_seeded() -> None:

@@ -196,7 +196,7 @@ def apply_allocation(
     model = getattr(
         model, "_orig_mod", model
     )  # PEFT takes the name of torch.compile's wrapper for a part of every module's
-    present = {name for name, _ in model.named_modules()}
+    present = dict(model.named_modules())
     check_block_names(present)
     if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
         raise AllocationError(
@@ -252,7 +252,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     Raises:
         FileFormatError: The folder does not hold an adapter of this model.
     """
-    values = read_json(Path(folder) / "adapter_config.json", what="an adapter's config")
+    path = Path(folder) / "adapter_config.json"
+    values = read_json(path, what="an adapter's config")
+    if "peft_type" not in values:
+        raise FileFormatError(
+            f"`{path}` must hold an adapter's config, but has no `peft_type`; save the adapter again."
+        )
     if values.get("task_type") == f"{type(model).__module__}.{type(model).__name__}":
         values["task_type"] = None
     try:

@@ -85,10 +85,14 @@ _TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             "projector",
             r"\w*projector|mm_projection|modality_projection|\w*connector|\w*merger\w*|\w*aligner|\w*resampler|\w*abstractor|"
             r"(visual|vision|image|text|audio|speech|language|video|image_to_text|image_to_mm|text_to_mm)_proj(ection)?|"
-            r"\w*q_?former|multimodal\w*|cross_modal\w*|(vision|audio|speech)_adapter|embed_(vision|audio)|vision_embed_tokens",
+            r"\w*q_?former|multimodal\w*|cross_modal\w*|(vision|audio|speech)_adapter|embed_(vision|audio)|vision_embed_tokens|"
+            r"(audio_)?enc_to_dec_proj|img_projection\w*|(up|down)_proj_for_\w+",
         ),
         ("audio", r"audio\w*|speech\w*|sound\w*"),
-        ("vision", r"vision\w*|visual\w*|image_(encoder|model|tower)|img_encoder|video\w*|vqmodel|backbone"),
+        (
+            "vision",
+            r"vision\w*|visual\w*|image_(encoder|model|tower|embed)|img_(encoder|processor)|video\w*|vqmodel|backbone",
+        ),
         ("language", r"language\w*|text\w*|llm"),
         ("encoder", r"\w+_encoder"),
         ("decoder", r"\w+_decoder"),
@@ -113,7 +117,8 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
     if len(present) > 1 and present & {"vision", "audio", "projector"}:
         rest = {stacks[n] for n in body if found[n] is None}
         if "language" in present or {"encoder", "decoder"} <= rest:  # an encoder beside a language model; a detector
-            return {n: found[n] or stacks[n].replace("model", "language") for n in names}
+            other = "language" if "language" in present else "model"
+            return {n: found[n] or stacks[n].replace("model", other) for n in names}
         return {n: found[n] or "language" for n in names}
     if halves == {"model", "decoder"}:
         return {n: "decoder" if stack == "decoder" else "encoder" for n, stack in stacks.items()}
@@ -216,18 +221,27 @@ _MLP = r"(\w*mlp|ffn\d?|ff|feed_forward\d?|DenseReluDense)"
 _ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (role, re.compile(rf"(^|\.)({pattern})(\.linear)?$"))
     for role, pattern in (
-        ("fc1", rf"{_MLP}\.(key|Wi|intermediate|linear_1|linear_in|layer_1)"),
-        ("fc2", rf"{_MLP}\.(value|Wo|output|linear_2|linear_out|layer_2)"),
+        ("fc1", rf"{_MLP}\.(in_proj|key|Wi|intermediate|linear_1|linear_in|layer_1)"),
+        ("fc2", rf"{_MLP}\.(out_proj|value|Wo|output|linear_2|linear_out|layer_2)"),
         ("out_proj", r"(mixer|mamba|ssm|conv)\.out_proj"),
-        ("qkv_proj", rf"qkv|qkv_proj|[wW]qkv|c_attn|query_key_value|queries_keys_values|{_ATTENTION}\.in_proj"),
+        (
+            "qkv_proj",
+            rf"qkv|qkv_proj|[wW]qkv|c_attn|att_proj|query_key_value|queries_keys_values|{_ATTENTION}\.in_proj",
+        ),
         ("kv_proj", r"kv|kv_proj|to_kv|keys_values|key_value"),
-        ("q_proj", r"q_proj|query|q_lin|q|wq|Wq|q_attn|query_proj|q_head|queries|linear_q|to_q|projection_query"),
-        ("k_proj", r"k_proj|key|k_lin|k|wk|Wk|key_proj|k_head|keys|linear_k|to_k|projection_key"),
-        ("v_proj", r"v_proj|value|v_lin|v|wv|Wv|value_proj|v_head|values|linear_v|to_v|projection_value"),
+        (
+            "q_proj",
+            r"q_proj|query|q_lin|q|wq|Wq|q_attn|query_proj|q_head|queries|linear_q|to_q|to_query|project_q|projection_query",
+        ),
+        ("k_proj", r"k_proj|key|k_lin|k|wk|Wk|key_proj|k_head|keys|linear_k|to_k|to_key|project_k|projection_key"),
+        (
+            "v_proj",
+            r"v_proj|value|v_lin|v|wv|Wv|value_proj|v_head|values|linear_v|to_v|to_value|project_v|projection_value",
+        ),
         (
             "o_proj",
-            rf"o_proj|out_proj|out_lin|to_out|o|{_ATTENTION}\.(c_proj|output\.dense|dense|proj|wo|Wo|output|projection|"
-            r"projection_layer|post_proj|linear_out)",
+            rf"o_proj|out_proj|out_lin|to_out|attention_out|o|{_ATTENTION}\.(c_proj|output\.dense|dense|proj|wo|Wo|output|projection|"
+            r"projection_layer|post_proj|output_proj|linear_out)",
         ),
         ("gate_up_proj", r"gate_up_proj"),
         ("gate_proj", r"gate_proj|wi_0|w1|w_gate|proj_up_gate"),

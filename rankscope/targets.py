@@ -102,8 +102,7 @@ def find_targets(
     >>> [(target.name, target.rank_cost) for target in find_targets(model)]
     [('1', 12), ('2', 10)]
     """
-    if unknown := set(include) - set(LEFT_OUT):
-        raise TargetError(f"`include` must be among {LEFT_OUT}, but got {sorted(unknown, key=str)}.")
+    _check(model, include)
     candidates = _candidates(model)
     idle = _idle(model, candidates)
     if hasattr(selection, "peft_type"):
@@ -173,7 +172,9 @@ def _within(module: nn.Module) -> nn.Module:
 def _base_model(model: nn.Module) -> nn.Module:
     model = _within(model)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = _within(cast(Any, model).get_base_model())
+        return _within(cast(Any, model).get_base_model())
+    if hasattr(model, "peft_config") and "base_model" in model._modules:  # PeftMixedModel
+        return _within(cast(Any, model).base_model.model)
     return model
 
 
@@ -251,6 +252,15 @@ def _kind(module: nn.Module) -> Kind | None:
     return None
 
 
+def _check(model: Any, include: Any) -> None:
+    if not hasattr(model, "named_modules"):
+        raise TargetError(f"`model` must be a torch module, but is {_brief(model)}; load it first.")
+    if isinstance(include, str) or not isinstance(include, Collection):
+        raise TargetError(f"`include` must be a list of {LEFT_OUT}, but is {_brief(include)}.")
+    if unknown := [entry for entry in include if entry not in LEFT_OUT]:
+        raise TargetError(f"`include` must be among {LEFT_OUT}, but got {_brief(unknown)}.")
+
+
 def _checked(selection: Any) -> str | tuple[str, ...]:
     """A selection by regex or by names.
 
@@ -287,7 +297,7 @@ def _selected(
         name for name in matched if name not in idle and (name in in_full or left_out.get(name) in {None, *include})
     }
     if not kept:
-        raise TargetError(_nothing_left(selection, model, matched, idle, left_out))
+        raise TargetError(_nothing_left(selection, model, candidates, matched, idle, left_out))
     if selection != ALL_LINEAR and (ignored := [name for name in candidates if name in matched and name in idle]):
         logger.warning("`%s` is no target: %s (%d such modules)", ignored[0], idle[ignored[0]], len(ignored))
     return kept
@@ -296,10 +306,16 @@ def _selected(
 def _nothing_left(
     selection: str | tuple[str, ...],
     model: nn.Module,
+    candidates: Mapping[str, _Candidate],
     matched: Collection[str],
     idle: Mapping[str, str],
     left_out: Mapping[str, LeftOut],
 ) -> str:
+    if selection == ALL_LINEAR and any(candidate.kind == "conv2d" for candidate in candidates.values()):
+        return (
+            f"`selection` must name the convolutions of {type(model).__name__}, which has no linear modules outside its head, "
+            f'but is "{ALL_LINEAR}"; pass a regex or a list.'
+        )
     start = f"`selection` must match a module that may carry an adapter, but {_brief(selection)} matches"
     reasons = sorted({left_out[name] for name in matched if name in left_out and name not in idle})
     if reasons:
@@ -308,7 +324,7 @@ def _nothing_left(
     if matched:
         name = min(matched)
         return f"{start} only modules like `{name}`, where {idle[name]}; select others."
-    return f"{start} none in {type(model).__name__}; it has no linear modules."
+    return f"{start} none in {type(model).__name__}, which has no linear modules; name others."
 
 
 def _selected_by_peft(
@@ -330,9 +346,9 @@ def _selected_by_peft(
             "check `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."
         )
     for name in adapted:
-        if name not in kept:
+        if name not in candidates and not {"original_module", "modules_to_save"} & set(name.split(".")):
             logger.warning("PEFT adapts `%s` under this config, but ranks cannot be given to it", name)
-        elif name in idle:
+        elif name in kept and name in idle:
             logger.warning("PEFT adapts `%s` under this config, but %s", name, idle[name])
     return kept
 

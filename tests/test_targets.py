@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftMixedModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -193,13 +193,14 @@ def one_process() -> Iterator[None]:
         lambda model: DistributedDataParallel(adapted(model)),
         lambda model: adapted(torch.compile(model, backend="eager")),
         lambda model: adapted(compiled_blocks(model)),
+        lambda model: PeftMixedModel(model, LoraConfig(target_modules=["q_proj"])),
         nn.DataParallel,
         compiled_blocks,
         sharded,
         checkpointed,
         cpu_offload,
     ],
-    ids="compiled compiled-ddp ddp-peft peft-compiled peft-blocks dp blocks fsdp checkpointed offloaded".split(),  # noqa: SIM905
+    ids="compiled compiled-ddp ddp-peft peft-compiled peft-blocks mixed dp blocks fsdp checkpointed offloaded".split(),  # noqa: SIM905
 )
 def test_wrappers_leave_no_trace_in_names(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(build("llama"))
@@ -282,6 +283,15 @@ def test_experts_are_told_from_other_weights_of_three_dimensions() -> None:
     assert fused_experts(get_peft_model(mixtral, config)) == experts
 
 
+def test_models_without_linear_modules() -> None:
+    message = '`selection` must name the convolutions of ResNetForImageClassification, which has no linear modules outside its head, but is "all-linear"; pass a regex or a list.'
+    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+        find_targets(ARCHITECTURES["resnet"].build())
+    message = "`selection` must match a module that may carry an adapter, but 'all-linear' matches none in Sequential, which has no linear modules; name others."
+    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+        find_targets(nn.Sequential(nn.Tanh()))
+
+
 def test_shapes_need_no_weights() -> None:
     with torch.device("meta"):
         found = [find_targets(build(name)) for name in ("gpt2", "llama")]
@@ -332,11 +342,18 @@ def test_mistakes_name_near_misses(selection: object, message: str) -> None:
         find_targets(build("llama"), selection)
 
 
-def test_unknown_include() -> None:
-    with pytest.raises(
-        TargetError, match=re.escape("`include` must be among ('heads', 'embeddings', 'tied'), but got ['head'].")
-    ):
-        find_targets(build("llama"), include=["head"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"include": ["head"]}, "`include` must be among ('heads', 'embeddings', 'tied'), but got ['head']."),
+        ({"include": "heads"}, "`include` must be a list of ('heads', 'embeddings', 'tied'), but is 'heads'."),
+        ({"include": None}, "`include` must be a list of ('heads', 'embeddings', 'tied'), but is None."),
+        ({"model": "gpt2"}, "`model` must be a torch module, but is 'gpt2'; load it first."),
+    ],
+)
+def test_other_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+        find_targets(**{"model": nn.Linear(2, 2)} | arguments)
 
 
 def test_fingerprint_sees_names_and_shapes_but_not_order() -> None:

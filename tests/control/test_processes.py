@@ -59,6 +59,54 @@ dist.destroy_process_group()
 """
 
 
+UNEVEN = """
+import json, sys, torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from rankscope.control import Policy
+import rankscope as rs
+from tests.control.small_models import adamw
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, e):
+        return self.last(torch.tanh(self.experts[e](torch.tanh(self.first(x)))))
+
+dist.init_process_group("gloo")
+me = dist.get_rank()
+torch.manual_seed(0)
+model = get_peft_model(Experts(), LoraConfig(target_modules=["first", "last", "0", "1", "2"], r=4))
+wrapped = DistributedDataParallel(model, find_unused_parameters=True).train()
+optimizer = adamw(model)
+targets = rs.RankAllocation.from_peft_model(model).targets
+controller = rs.RankController(
+    wrapped, optimizer, budget=rs.ParameterBudget.uniform(targets, 1), start="uniform", every=4, total_steps=16,
+    freeze_fraction=0.5, samples=3, policy=Policy(margin=0.0, min_gain=0.0),
+)
+for step in range(10):
+    torch.manual_seed(step)
+    loss = wrapped(torch.randn(2, 4, 8)[me], me).square().mean()  # no process calls the last expert
+    loss.backward()
+    optimizer.step()
+    controller.step(loss)
+    optimizer.zero_grad()
+found = [list(row) for row in controller.decisions["ranks_after"]]
+everyone = [None] * 2
+dist.all_gather_object(everyone, [found, controller.decisions["action"].tolist()])
+assert everyone[0] == everyone[1]
+if me == 0:
+    with open(sys.argv[1] + "/found.json", "w") as file:
+        json.dump({"ranks": dict(controller.allocation.ranks), "actions": everyone[0][1]}, file)
+dist.destroy_process_group()
+"""
+
+
 TRAINER = """
 import json, sys
 import torch.distributed as dist
@@ -127,6 +175,15 @@ def test_two_processes_decide_and_end_as_one(tmp_path: Path, wrapper: str) -> No
     plain = PeftModel.from_pretrained(Net(), str(tmp_path / "adapter")).eval()
     assert list(from_peft_model(plain, rs.find_targets(Net(), LAYERS)).vector) == found["ranks"][-1]
     torch.testing.assert_close(plain(**batch(0)).logits, expected.logits, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_experts_that_get_no_batch_on_a_process(tmp_path: Path) -> None:
+    """Each process routes to an expert of its own, none to the third, whose rank goes elsewhere."""
+    torchrun(UNEVEN, tmp_path, str(tmp_path))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "moved" in found["actions"]
+    assert found["ranks"]["experts.2"] == 0
 
 
 @pytest.mark.slow

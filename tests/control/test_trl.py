@@ -1,11 +1,11 @@
-"""The callback in TRL's SFTTrainer, where trl is installed: ranks move, resuming ends the same, plain PEFT loads the result."""
+"""The callback in TRL's trainers, where trl is installed: ranks move, resuming ends the same, plain PEFT loads the result."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -79,3 +79,56 @@ def test_sft(tmp_path: Path) -> None:
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, whole.model.eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> None:
+    """TRL adds a frozen reference adapter with the config of the first; plain PEFT loads both."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "prompt": [f"the {adjective} cat" for adjective in WORDS[8:11]] * 8,
+        "chosen": [f" sees the {word}" for word in WORDS[:8]] * 3,
+        "rejected": [" hears a tree"] * 24,
+    }
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=15,
+        per_device_train_batch_size=4,
+        learning_rate=2e-3,
+        save_strategy="no",
+        logging_steps=5,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    budget = rs.ParameterBudget(count_adapter_parameters(model))
+    policy = Policy(margin=0.0, min_gain=0.0)
+    callback = rs.RankControllerCallback(
+        budget=budget, every=5, freeze_fraction=0.8, samples=2, policy=policy, adapter_name="default"
+    )
+    run = trl.DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer(),
+        callbacks=[callback],
+    )
+    run.train()
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    decisions = controller_of(run).decisions
+    assert decisions["action"].iloc[0] == "moved"
+    assert decisions["loss"].tolist() == pytest.approx(logged[:2], abs=1e-3)
+    assert decisions["realised"].notna().all()
+    assert sorted(run.model.peft_config) == ["default", "ref"]
+
+    run.model.save_pretrained(str(tmp_path))
+    ids = torch.arange(3, 15)[None]
+    for name, folder in (("default", tmp_path), ("ref", tmp_path / "ref")):
+        plain = PeftModel.from_pretrained(build("llama"), str(folder), adapter_name=name).eval()
+        run.model.eval().set_adapter(name)
+        with torch.no_grad():
+            torch.testing.assert_close(plain(ids).logits, run.model(ids).logits)

@@ -2,8 +2,8 @@
 
     python studies/bench/controller_rank_64.py --out studies/results/controller_rank_64.json
 
-Four of the 30 blocks are adapted. Short trainings of equal parameters begin at rank 64 everywhere, or at rank 0 in the first half of
-these blocks and 128 in the second. The first decision, by the default policy or by one without thresholds, is compared with the
+Four of the 30 blocks are adapted. Short trainings of equal parameters begin at rank 64 everywhere, or at rank 0 in the first two
+blocks and 128 in the others. The first decision, by the default policy or by one without thresholds, is compared with the
 one that the same policy makes on the singular values of autograd's own gradients. Sketches have 128 columns, twice rank 64, at
 which modules of this size are kept whole, or 32, beyond which the spectrum is estimated. `captured` is the share of the signal's
 energy within the ranks. One thread; about 3 minutes. `--quick`: 32 columns.

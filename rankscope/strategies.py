@@ -56,7 +56,7 @@ class Request:
         return allocate_marginal(self.targets, gains, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
 
     def _require_some(self, scores: Mapping[str, float]) -> None:
-        if not any(scores[target.name] > 0 for target in self.targets):
+        if self.targets and not any(scores[target.name] > 0 for target in self.targets):
             raise BudgetError(
                 f"`targets` must hold a module that the profile gives a score above 0, but all {len(self.targets)} have 0, as "
                 f"`{self.targets[0].name}`; choose other targets, or another strategy."

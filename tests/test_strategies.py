@@ -192,6 +192,8 @@ def test_mistakes_are_named() -> None:
         (ProfileError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ProfileError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
     ]  # fmt: skip
+    with pytest.raises(BudgetError, match=r"^`targets` must hold at least one target module, but is empty\.$"):
+        rs.allocate("uniform", targets=(), budget=budget)
     for error, strategy, options, message in cases:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             rs.allocate(strategy, targets=TWO, budget=budget, **options)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from rankscope.exceptions import RankscopeError, TrainingError
+from rankscope.exceptions import RankscopeError, TrainingError, one_line
+from rankscope.files import read_yaml
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: out/NAME]")]
@@ -35,19 +36,27 @@ def reports_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            if "study" in kwargs:  # a mistyped path, or what is no YAML, is told before the command loads torch
+                read_yaml(kwargs["study"], what="a study")
             return command(*args, **kwargs)
         except (RankscopeError, OSError) as error:
             if isinstance(error, BrokenPipeError) and _stdout_is_closed():
                 raise typer.Exit(141) from None
             if kwargs.get("debug"):
                 traceback.print_exc()
-            sys.stderr.write(f"rankscope: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"rankscope: {_line(error)}\n")
             raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
         except KeyboardInterrupt:
             sys.stderr.write("rankscope: interrupted; what was finished is kept.\n")
             raise typer.Exit(130) from None
 
     return wrapped  # type: ignore[return-value]
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"`{error.filename}` cannot be used ({error.strerror}); check the path."
+    return one_line(error, most=10_000)
 
 
 def _stdout_is_closed() -> bool:

@@ -21,6 +21,8 @@ HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib sci
         (["search", "a.yaml", "--trails", "3"], 2),
         (["search"], 2),
         (["search", "a.yaml", "--trials", "many"], 2),
+        (["profile", "none.yaml"], 2),
+        (["profile", "README.md"], 2),
     ],
 )
 def test_what_needs_no_work_imports_nothing_heavy(arguments: list[str], status: int) -> None:
@@ -86,6 +88,12 @@ def test_another_broken_pipe_is_an_error() -> None:
     """As a worker's that died, where the output can still be read."""
     done = run("raise BrokenPipeError(32, 'Broken pipe')", stdout=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (2, "rankscope: [Errno 32] Broken pipe\n")
+
+
+def test_a_path_that_cannot_be_used_is_one_line() -> None:
+    done = run("open('/none/a', 'w')", stdout=subprocess.PIPE)
+    message = "rankscope: `/none/a` cannot be used (No such file or directory); check the path.\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_an_interrupt_is_one_line() -> None:

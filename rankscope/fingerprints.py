@@ -46,9 +46,9 @@ def require_same(
     >>> require_same({"task": {"batch_size": 8}}, {"task": {"batch_size": 4}}, what="`a`", remedy="make it again.")
     Traceback (most recent call last):
     ...
-    rankscope.exceptions.FileFormatError: `a` must be about task.batch_size 4, but is about 8; make it again.
+    rankscope.exceptions.FileFormatError: `a` must be about task batch_size 4, but is about 8; make it again.
     """
-    if not kept:
+    if not (isinstance(kept, Mapping) and kept):
         raise error(f"{what} must say what it was made from, but does not: an older rankscope wrote it; {remedy}")
     if found := _first_difference(kept, json.loads(json.dumps(wanted))):
         key, theirs, ours = found
@@ -60,11 +60,11 @@ def require_same(
 
 
 def _first_difference(kept: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first dotted key whose values differ, and both values; a key that is missing counts as None."""
+    """The first key whose values differ, and both values; a key that is missing counts as None."""
     if not (isinstance(kept, Mapping) and isinstance(wanted, Mapping)):
         return None if kept == wanted else (key, kept, wanted)
     pairs = ((name, kept.get(name), wanted.get(name)) for name in dict.fromkeys([*wanted, *kept]))
-    found = (_first_difference(ours, theirs, f"{key}.{name}".lstrip(".")) for name, ours, theirs in pairs)
+    found = (_first_difference(ours, theirs, f"{key} {name}".lstrip()) for name, ours, theirs in pairs)
     return next((each for each in found if each), None)
 
 

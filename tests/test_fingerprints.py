@@ -70,10 +70,10 @@ def test_other_processes_find_the_same() -> None:
     ("kept", "message"),
     [
         ({"format": 1, "task": {"batch_size": 4, "name": "a"}, "data": "0" * 16},
-         "`f` must be about task.batch_size 8, but is about 4; make it again."),
-        ({"format": 1, "task": {"batch_size": 8}, "data": "0" * 16}, "`f` must be about task.name 'a', but is about None; make it again."),
+         "`f` must be about task batch_size 8, but is about 4; make it again."),
+        ({"format": 1, "task": {"batch_size": 8}, "data": "0" * 16}, "`f` must be about task name 'a', but is about None; make it again."),
         ({"format": 1, "task": {"batch_size": 8, "name": "a", "old": 1}, "data": "0" * 16},
-         "`f` must be about task.old None, but is about 1; make it again."),
+         "`f` must be about task old None, but is about 1; make it again."),
         ({"format": 1, "task": {"batch_size": 8, "name": "a"}, "data": "1" * 16},
          "`f` must be about the present data (0000000000000000), but is about another (1111111111111111); make it again."),
         ({}, "`f` must say what it was made from, but does not: an older rankscope wrote it; make it again."),

@@ -95,6 +95,7 @@ def allocate_command(
     parameters: Parameters = None,
     min_rank: Annotated[int | None, typer.Option(help="Overrides `allocation.min_rank`.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="Overrides `allocation.max_rank`.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what a search recommended.")] = False,
     seed: Seed = None,
     json: Json = False,
     debug: Debug = False,
@@ -109,7 +110,7 @@ def allocate_command(
         "allocation.max_rank": max_rank,
         "seed": seed,
     }
-    run_allocate(study, out, overrides, strategy=strategy, as_json=json)
+    run_allocate(study, out, overrides, strategy=strategy, force=force, as_json=json)
 
 
 @app.command("search", epilog="Example: rankscope search studies/digits.yaml --trials 60")

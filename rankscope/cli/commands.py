@@ -13,6 +13,9 @@ from rankscope.adapters import save_lora_config
 from rankscope.allocation import RankAllocation
 from rankscope.cli.output import print_files, print_json, print_line, print_table
 from rankscope.cli.session import Session
+from rankscope.comparison.methods import SEARCHED
+from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.files import read_json, write_json
 from rankscope.plotting import (
     plot_energy,
     plot_ranks,
@@ -40,9 +43,8 @@ def run_profile(path: Path, out: Path | None, overrides: Overrides, *, keep_part
         print_json({"profile": str(session.profile_path), "modules": len(modules), **taken.metadata, **summary})
         return
     shown = modules if len(modules) <= SHOWN_MODULES else pd.concat([modules.head(6), modules.tail(3)])
-    title = (
-        f"{len(modules)} modules, {taken.metadata['batches']} batches: gradient energy per parameter, most and least"
-    )
+    taken_on = f"{session.study.name}: {len(modules)} modules, {taken.metadata['batches']} batches"
+    title = f"{taken_on}: gradient energy per parameter, most and least"
     header = ("module", "rank cost", "‖G‖", "energy", "signal", "in rank 1")
     print_table(title, header, [_module_row(row) for row in shown.to_dict("records")])
     title = "gradient energy by tower and role, beside the share of parameters at equal ranks"
@@ -66,18 +68,28 @@ def run_profile(path: Path, out: Path | None, overrides: Overrides, *, keep_part
     print_files(files)
 
 
-def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy: str | None, as_json: bool) -> None:
+def run_allocate(
+    path: Path, out: Path | None, overrides: Overrides, *, strategy: str | None, force: bool, as_json: bool
+) -> None:
     """`rankscope allocate`."""
     session = Session.open(path, out, overrides)
+    if not force and _is_recommended(session.allocation_path):
+        raise AllocationError(
+            f"`{session.allocation_path}` holds what a search recommended, which `allocate` would replace; pass --force, or use "
+            "another --out."
+        )
     uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
     allocation = session.one_shot(strategy)
-    files = export(session, allocation, [uniform, allocation] if allocation.strategy != "uniform" else [uniform])
+    panels = [uniform, allocation] if allocation.strategy != "uniform" else [uniform]
+    files = export(session, allocation, panels, command="allocate", strategy=strategy)
     if as_json:
-        print_json({**summary_of(allocation), "files": [str(file) for file in files]})
+        print_json({"study": session.study.name, **summary_of(allocation), "files": [str(file) for file in files]})
         return
     rows = [_allocation_row(a) for a in dict.fromkeys([uniform, allocation])]
     print_table(
-        f"budget {session.budget.limit:,} parameters", ("strategy", "parameters", "modules adapted", "max rank"), rows
+        f"{session.study.name}: budget {session.budget.limit:,} parameters",
+        ("strategy", "parameters", "modules adapted", "max rank"),
+        rows,
     )
     print_files(files)
 
@@ -85,15 +97,34 @@ def run_allocate(path: Path, out: Path | None, overrides: Overrides, *, strategy
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def export(session: Session, allocation: RankAllocation, panels: list[RankAllocation]) -> list[Path]:
-    """Writes allocation.json, adapter_config.json and ranks.png."""
+def _is_recommended(path: Path) -> bool:
+    """Whether a search wrote this allocation; a file that cannot be read holds nothing that could be lost."""
+    try:
+        stored = read_json(path, what="an allocation")
+    except FileFormatError:
+        return False
+    return dict(stored.get("made_by") or {}).get("command") == "search" or stored.get("strategy") == SEARCHED
+
+
+def export(
+    session: Session,
+    allocation: RankAllocation,
+    panels: list[RankAllocation],
+    *,
+    command: str,
+    strategy: str | None = None,
+) -> list[Path]:
+    """Writes allocation.json, with what it was made by and from, adapter_config.json and ranks.png."""
+    made_by = {"command": command, "flags": dict(session.flags), "strategy": strategy}
+    made = {"study": session.study.name, "made_by": made_by, "made_from": session.allocation_terms(made_by)}
+    write_json(session.allocation_path, {**allocation.to_dict(), **made})
     config = allocation.to_lora_config(
         scaling=session.study.training.scaling,
         lora_dropout=session.study.training.lora_dropout,
         modules_to_save=list(getattr(session.task, "head_modules", ())) or None,
     )
     return [
-        allocation.to_json(session.out / "allocation.json"),
+        session.allocation_path,
         save_lora_config(config, session.out / "adapter_config.json"),
         save_figure(plot_ranks(*panels), session.out / "ranks.png"),
     ]

@@ -131,16 +131,21 @@ def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
     if as_json:
         print_json({"methods": json.loads(table.to_json(orient="records")), "files": [str(file) for file in files]})
         return
-    for study, rows in table.groupby("study", sort=False):
+    for _, rows in table.groupby("study", sort=False):
         for _, group in rows.groupby("factor", sort=False):
             if len(group) > 1:
                 _print_methods(group)
         uniform = rows[rows["method"] == REFERENCE]
         if len(uniform) > 1 or len(uniform) == len(rows):
             levels = [_level(row) for _, row in uniform.iterrows()]
-            print_table(f"{study!s}: uniform by parameters", ("parameters", "rate", "test"), levels)
+            print_table(f"{_name(rows.iloc[0])}: uniform by parameters", ("parameters", "rate", "test"), levels)
     _print_growth(table)
     print_files(files)
+
+
+def _name(row: pd.Series) -> str:
+    """The study's name, and the task's where it is another."""
+    return str(row["study"]) if row["task"] in row["study"] else f"{row['study']}, {row['task']}"
 
 
 def _print_methods(group: pd.DataFrame) -> None:
@@ -149,7 +154,7 @@ def _print_methods(group: pd.DataFrame) -> None:
     scale = "" if first["factor"] == 1.0 else f", {first['factor']:g} x the budget"
     n_seeds = int(first["seeds"])
     noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
-    title = f"{first['study']}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
+    title = f"{_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
     header = ("method", "parameters", "rate", "test, 95 % interval", "differs")
     print_table(title, header, [_row(row) for _, row in group.iterrows()])
 

@@ -32,7 +32,8 @@ def print_search(result: SearchResult, *, modelled: bool) -> None:
         shown = {t.number: t for t in [*starts_of(result), best]}
         rows = [_trial_row(t, best, t.metric, t.difference) for t in shown.values()]
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
-    print_table(title, ("strategy", "parameters", "rate", result.metric_name, "difference to uniform"), rows)
+    header = ("strategy", "parameters", "rate", result.metric_name, "difference to uniform")
+    print_table(f"{result.study.study_name}: {title}", header, rows)
     print_line(_verdict(result))
     print_line(_cost_line(result))
     for agreement in result.agreements:

@@ -23,7 +23,7 @@ def run_search(path: Path, out: Path | None, overrides: Mapping[str, Any], *, as
     allocation = recommended(result)
     starts = [t.allocation for t in starts_of(result)]
     files = [
-        *export(session, allocation, list(dict.fromkeys([*starts, allocation]))),
+        *export(session, allocation, list(dict.fromkeys([*starts, allocation])), command="search"),
         result.to_parquet(session.out / "trials.parquet"),
     ]
     if result.model is not None:
@@ -33,7 +33,14 @@ def run_search(path: Path, out: Path | None, overrides: Mapping[str, Any], *, as
             save_figure(plot_levels(result.model), session.out / "levels.png"),
         ]
     if as_json:
-        print_json({**summary_of(allocation), **search_summary(result), "files": [str(file) for file in files]})
+        print_json(
+            {
+                "study": session.study.name,
+                **summary_of(allocation),
+                **search_summary(result),
+                "files": [str(file) for file in files],
+            }
+        )
         return
     print_search(result, modelled=session.study.search.sampler == "performance-model")
     print_files(files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli.output import progress, stderr
 from rankscope.devices import require_one_process
+from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.profiling import Profile, read_profile
 from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.study import Study, read_study
-from rankscope.targets import TargetModule, find_targets
-from rankscope.tasks import Task, load_task, profile_task
+from rankscope.targets import TargetModule, find_targets, fingerprint_targets
+from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
 
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
@@ -42,9 +43,17 @@ def quiet_libraries() -> None:
 
 @dataclass
 class Session:
-    """One command's view of a study."""
+    """One command's view of a study.
+
+    Attributes:
+        path: The study file.
+        flags: What the command line overrides, by dotted key.
+        study: The file's content, with the flags.
+        out: The output folder.
+    """
 
     path: Path
+    flags: Mapping[str, Any]
     study: Study
     out: Path
 
@@ -56,13 +65,13 @@ class Session:
             RankscopeError: torchrun started several copies of this process, or the file or a flag cannot be used.
         """
         require_one_process("a command")
-        given = dict(overrides)
-        if given.get("budget.parameters") or given.get("budget.uniform_rank"):
-            budget = {key: given.pop(f"budget.{key}", None) for key in ("parameters", "uniform_rank")}
-            given["budget"] = {key: value for key, value in budget.items() if value is not None}
-        study = read_study(path, given)
+        flags = {key: value for key, value in overrides.items() if value is not None}
+        budget = {key: flags.pop(f"budget.{key}") for key in ("parameters", "uniform_rank") if f"budget.{key}" in flags}
+        if budget:
+            flags["budget"] = budget
+        study = read_study(path, flags)
         quiet_libraries()
-        return cls(path, study, out or Path("out") / study.name)
+        return cls(path, flags, study, out or Path("out") / study.name)
 
     @cached_property
     def task(self) -> Task:
@@ -70,9 +79,22 @@ class Session:
         return load_task(self.study.task, base_dir=self.study.base_dir)
 
     @cached_property
+    def _found(self) -> tuple[tuple[TargetModule, ...], dict[str, Any]]:
+        """Target modules and fingerprints, from one build of the model, which is gone afterwards."""
+        model = self.task.build_model()
+        targets = find_targets(model, self.study.targets)
+        facts = {"format": FORMAT, **fingerprint_task(self.task, model), "targets": fingerprint_targets(targets)}
+        return targets, facts
+
+    @property
     def targets(self) -> tuple[TargetModule, ...]:
         """The target modules of the task's model."""
-        return find_targets(self.task.build_model(), self.study.targets)
+        return self._found[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every result of the study depends on: fingerprints of task, code, data, weights and targets."""
+        return self._found[1]
 
     @cached_property
     def budget(self) -> ParameterBudget:
@@ -94,6 +116,11 @@ class Session:
         """Where the profile lies."""
         return self.out / "profile.parquet"
 
+    @property
+    def allocation_path(self) -> Path:
+        """Where the allocation lies."""
+        return self.out / "allocation.json"
+
     def take_profile(self, *, keep_partial: bool = False) -> Profile:
         """Profiles the task's model and writes `profile.parquet`."""
         section = self.study.profile
@@ -113,17 +140,62 @@ class Session:
                 on_start=lambda n: bar.update(line, total=n),
                 on_batch=lambda _index, _loss: bar.advance(line),
             )
+        made = {"study": self.study.name, "made_from": self._profile_terms(self.flags), "flags": dict(self.flags)}
+        taken = replace(taken, metadata={**taken.metadata, **made})
         taken.to_parquet(self.profile_path)
         return taken
 
     def profile_at_hand(self) -> Profile:
-        """The profile in the output folder if it fits, else a new one."""
-        if self.profile_path.exists():
-            found = read_profile(self.profile_path)
-            found.require(self.targets)
-            return found
-        stderr.print(f"no profile in {self.out} yet: taking one", soft_wrap=True)
-        return self.take_profile()
+        """The profile in the output folder, or a new one where there is none.
+
+        Raises:
+            FileFormatError: The one that is there was made from something else.
+        """
+        if not self.profile_path.exists():
+            stderr.print(f"no profile in {self.out} yet: taking one", soft_wrap=True)
+            return self.take_profile()
+        found = read_profile(self.profile_path)
+        require_same(
+            found.metadata.get("made_from", {}),
+            self._profile_terms(found.metadata.get("flags", {})),
+            what=f"`{self.profile_path}`",
+            remedy=f"run `rankscope profile {self.path} --out {self.out}` again, or use another --out.",
+        )
+        found.require(self.targets)
+        return found
+
+    def _profile_terms(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """What a profile of this study depends on, if it is taken with these flags."""
+        study = read_study(self.path, flags)
+        return {**self.facts, "profile": study.profile.model_dump(), "seed": study.seed}
+
+    def allocation_terms(self, made_by: Mapping[str, Any]) -> dict[str, Any]:
+        """What an allocation of this study depends on.
+
+        Args:
+            made_by: `command` (`allocate` or `search`), its `flags`, and `strategy` where `allocate` was given one.
+        """
+        study = read_study(self.path, made_by["flags"])
+        section = study.allocation
+        terms = {
+            **self.facts, "budget": study.budget.resolve(self.targets).limit, "seed": study.seed,
+            "min_rank": section.min_rank, "max_rank": section.max_rank,
+        }  # fmt: skip
+        if made_by["command"] == "search":
+            spent = {"trials", "confirm_fraction", "storage", "pruner"}  # more of the same, or the same elsewhere
+            return terms | {
+                "training": study.training.model_dump(), "search": study.search.model_dump(exclude=spent),
+                "profile": self._profile_fingerprint(),
+            }  # fmt: skip
+        name = made_by["strategy"] or section.strategy
+        options = section.options if name == section.strategy else {}
+        profile = self._profile_fingerprint() if name in NEEDS_PROFILE else None
+        return terms | {"strategy": name, "options": options, "profile": profile}
+
+    def _profile_fingerprint(self) -> str:
+        """Of the profile that this study asks for, with the flags of the one that is there."""
+        taken_with = read_profile(self.profile_path).metadata.get("flags", {}) if self.profile_path.exists() else {}
+        return digest(self._profile_terms(taken_with))
 
     def one_shot(self, strategy: str | None = None) -> RankAllocation:
         """The study's one-shot allocation, or that of another strategy."""

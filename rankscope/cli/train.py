@@ -13,12 +13,14 @@ from rankscope.comparison import Repeats, paired_difference, repeat_all
 from rankscope.comparison.methods import SEARCHED
 from rankscope.control import ControllerConfig
 from rankscope.control.decisions import write_decisions
-from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.exceptions import AllocationError, FileFormatError, StudyError
+from rankscope.files import read_json
+from rankscope.fingerprints import require_same
 from rankscope.performance import PerformanceModel
 from rankscope.plotting import plot_flow, plot_trajectories, save_figure
 from rankscope.searching.belief import belief_of
 from rankscope.searching.grouping import make_space
-from rankscope.searching.study import find_storage, load_study
+from rankscope.searching.study import STUDY_KEY, find_storage, load_study
 from rankscope.strategies import NEEDS_PROFILE
 from rankscope.training import Lora
 
@@ -40,7 +42,9 @@ def run_train(
     controller = _controller(session, allocation)
     methods = [Lora(allocation, controller)]
     if baseline:
-        static = dict.fromkeys([Lora(session.one_shot("uniform")), Lora(allocation)])
+        uniform = session.one_shot("uniform")
+        _require_equal(allocation, uniform)
+        static = dict.fromkeys([Lora(uniform), Lora(allocation)])
         methods = [*(method for method in static if method != methods[0]), *methods]
     first = FIRST_REPORTED_SEED + session.study.seed
     with progress() as bar:
@@ -58,11 +62,20 @@ def run_train(
     files = [session.out / "adapter", *_decisions(session, repeats[-1])]
     if as_json:
         runs = [_summary(r, repeats[0], baseline) for r in repeats]
-        print_json({"metric": session.task.metric, "runs": runs, "files": [str(file) for file in files]})
+        print_json(
+            {
+                "study": session.study.name,
+                "metric": session.task.metric,
+                "runs": runs,
+                "files": [str(file) for file in files],
+            }
+        )
         return
     rows = [_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
-    title = f"mean {session.task.metric} of {seeds}; paired test difference to uniform, 95 % interval"
+    title = (
+        f"{session.study.name}: mean {session.task.metric} of {seeds}; paired test difference to uniform, 95 % interval"
+    )
     header = ("strategy", "parameters", "rate", "validation", "test", "to uniform")
     print_table(title, header, rows)
     print_files(files)
@@ -84,6 +97,15 @@ def _belief(session: Session) -> PerformanceModel | None:
         return None
     section, bounds = session.study.search, session.study.allocation
     study = load_study(name=session.study.name, storage=find_storage(session.storage))
+    kept, facts = study.user_attrs[STUDY_KEY], {key: each for key, each in session.facts.items() if key != "targets"}
+    require_same(
+        {key: kept.get(key) for key in facts},
+        facts,
+        what=f"study `{study.study_name}`",
+        remedy="search again, or use another output folder.",
+        holds="its trials are",
+        error=StudyError,
+    )
     space = make_space(
         session.profile_at_hand(),
         session.targets,
@@ -109,16 +131,35 @@ def _decisions(session: Session, repeats: Repeats) -> list[Path]:
 
 
 def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
-    path = path or session.out / "allocation.json"
-    if not path.exists():
-        raise FileFormatError(
-            f"`{path}` must hold an allocation, but there is no such file; run `rankscope allocate {session.path}` "
-            f"or `rankscope search {session.path}` first."
-        )
-    allocation = RankAllocation.from_json(path)
+    """The allocation of `--allocation`, or the study's own, which must have been made from the study as it is now."""
+    file = path or session.allocation_path
+    again = f"run `rankscope allocate {session.path}` or `rankscope search {session.path}`"
+    if not file.exists():
+        raise FileFormatError(f"`{file}` must hold an allocation, but there is no such file; {again} first.")
+    allocation = RankAllocation.from_json(file)
+    if path is None:
+        stored = read_json(file, what="an allocation")
+        made_by = stored.get("made_by") or {"command": "allocate", "flags": {}, "strategy": None}
+        remedy = f"{again} again, or pass `--allocation {file}` to train it all the same."
+        require_same(stored.get("made_from", {}), session.allocation_terms(made_by), what=f"`{file}`", remedy=remedy)
     if set(allocation.targets) != set(session.targets):
-        raise AllocationError(f"`{path}` must be for this study's target modules, but is for others; allocate again.")
+        raise AllocationError(f"`{file}` must be for this study's target modules, but is for others; allocate again.")
     return allocation
+
+
+def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
+    """Checks that neither has room for a rank more than the other.
+
+    Raises:
+        AllocationError: One has.
+    """
+    small, large = sorted((allocation, uniform), key=lambda each: each.parameters)
+    room = large.parameters - small.parameters
+    if any(t.rank_cost <= room for t, rank in zip(small.targets, small.vector, strict=True) if rank < t.full_rank):
+        raise AllocationError(
+            f"`--baseline` must compare at equal parameters, but `{allocation.strategy}` has {allocation.parameters:,} and "
+            f"uniform at the study's budget {uniform.parameters:,}; change `budget`, or leave out --baseline."
+        )
 
 
 def _row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:

@@ -67,4 +67,5 @@ def insert_table(text: str, table: str, *, where: str) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in after:
         raise ComparisonError(f"`{where}` must hold the lines `{BEGIN}` and `{END}` once each, but does not; add them.")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    line_end = "\r\n" if "\r\n" in before + after else "\n"
+    return before + line_end.join([BEGIN, *table.splitlines(), END]) + after

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError
+from rankscope.fingerprints import FORMAT
 from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
 from rankscope.searching.confirmation import CONFIRM_FRACTION, confirm, split_budget
@@ -26,12 +27,21 @@ from rankscope.searching.study import fail_orphans, open_study
 from rankscope.searching.trials import UNIFORM, Trial, completed, read_trial
 from rankscope.space import HierarchicalSpace
 from rankscope.targets import TargetModule, fingerprint_targets
-from rankscope.tasks import Task
+from rankscope.tasks import Task, fingerprint_task
 from rankscope.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_STORAGE = "sqlite:///rankscope.db"
+_PROFILE = (
+    "schema",
+    "weights",
+    "data",
+    "batches",
+    "seed",
+    "head_steps",
+    "sketch_size",
+)  # what tells a profile from others
 
 
 def search(
@@ -186,8 +196,8 @@ def _about(
 ) -> dict[str, Any]:
     """What trials must share to be comparable."""
     return {
-        "schema": 1,
-        "task": task.name,
+        "format": FORMAT,
+        **fingerprint_task(task),
         "metric": task.metric,
         "model": fingerprint_targets(space.targets),
         "budget": space.budget.limit,
@@ -196,5 +206,5 @@ def _about(
         "learning_rates": list(rates),
         "n_seeds": n_seeds,
         "tilts": [tilt.name for tilt in space.tilts],
-        "profile": [profile.metadata["weights"], profile.metadata["data"], profile.metadata["seed"]],
+        "profile": {key: profile.metadata.get(key) for key in _PROFILE},
     }

@@ -13,6 +13,7 @@ import optuna
 from optuna.trial import TrialState
 
 from rankscope.exceptions import StudyError
+from rankscope.fingerprints import require_same
 
 STUDY_KEY = "rankscope"
 WORKER_KEY = "worker"
@@ -51,12 +52,9 @@ def open_study(
                 f"study `{name}` must be rankscope's, but holds foreign trials; use another study name or storage."
             )
         study.set_user_attr(STUDY_KEY, dict(about))
-    elif differing := [key for key in about if stored.get(key) != about[key]]:
-        key = differing[0]
-        raise StudyError(
-            f"study `{name}` must be about {key} {about[key]!r}, but its trials are about {stored.get(key)!r}; "
-            "use another study name or storage."
-        )
+    else:
+        remedy = "use another study name or storage."
+        require_same(stored, about, what=f"study `{name}`", remedy=remedy, holds="its trials are", error=StudyError)
     return study
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
     study.write_text(STUDY + "compare: {methods: [one-shot, head], seeds: 3, tuning_seeds: 1}\n")
     status, text, errors = invoke("compare", study, "--out", out, "--uniform-budgets", "2")
     assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
-    assert "digits-shift: 3 seeds, points over uniform" in text
+    assert "compared, digits-shift: 3 seeds, points over uniform" in text
     assert "digits-shift: uniform by parameters" in text
     runs = pd.read_parquet(out / "comparison.parquet")
     assert runs.groupby("method", sort=False).size().to_dict() == {"uniform": 6, "one-shot": 3, "head": 3}
@@ -141,7 +142,7 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
         assert invoke("report", out, "--into", card)[0] == 0
     lines = card.read_text().splitlines()
     assert (lines[:3], lines[-2:]) == (["# Model card", "", BEGIN], [END, "The end."])
-    assert lines[3] == "| method | digits-shift, 3 seeds | mean relative gain |"
+    assert lines[3] == "| method | compared, 3 seeds | mean relative gain |"
     assert [line.split(" | ")[0] for line in lines[5:-2]] == ["| uniform", "| one-shot"]
     status, _, errors = invoke("compare", study, "--out", out, "--methods", "searched")
     assert (status, errors) == (
@@ -151,6 +152,160 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
     status, _, errors = invoke("report", out, out)
     assert status == 2
     assert errors == "rankscope: `--out` must say where the report of several folders goes, but is not given; add it.\n"
+
+
+EDITED = """
+name: edited
+task: task.py:make
+budget: {uniform_rank: 1}
+profile: {head_steps: 1}
+training: {steps: 2, learning_rate: 0.01}
+search: {trials: 2, confirm_fraction: 0}
+compare: {methods: [one-shot], seeds: 1, tuning_seeds: 1}
+"""
+TASK = """
+from pathlib import Path
+import torch
+from rankscope.tasks.digits import DigitsShift
+
+class Noisy(DigitsShift):
+    def train_batches(self, seed):
+        noise = float((Path(__file__).parent / "noise.txt").read_text())
+        for batch in super().train_batches(seed):
+            yield batch | {"pixel_values": batch["pixel_values"] + noise}
+
+def make():
+    return Noisy(batch_size=100)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of a user's own task that was profiled, searched and compared."""
+    folder = tmp_path_factory.mktemp("edited")
+    for name, text in (("edited.yaml", EDITED), ("task.py", TASK), ("noise.txt", "0")):
+        (folder / name).write_text(text)
+    for command in ("search", "compare"):
+        assert invoke(command, folder / "edited.yaml", "--out", folder / "out")[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "stale"),
+    [
+        ("edited.yaml", "steps: 1}", "steps: 2}",
+         {"allocate": "`{out}/profile.parquet` must be about profile head_steps 2, but is about 1; run `rankscope profile {study} --out {out}` again, or use another --out.",
+          "train": "`{out}/allocation.json` must be about the present profile"}),
+        ("edited.yaml", "edited\n", "edited\ntargets: [q_proj]\n", {"allocate": "`{out}/profile.parquet` must be about the present targets",
+         "search": "`{out}/profile.parquet` must be about the present targets", "train": "`{out}/allocation.json` must be about the present targets",
+         "compare": "`{out}/profile.parquet` must be about the present targets"}),
+        ("edited.yaml", "rank: 1", "rank: 2", {"search": "study `edited` must be about budget 13824, but its trials are about 6912; use another study name or storage.",
+         "train": "`{out}/allocation.json` must be about budget 13824, but is about 6912;"}),
+        ("edited.yaml", "steps: 2,", "steps: 3,", {"search": "study `edited` must be about training steps 3, but its trials are about 2; use another study name or storage.",
+         "train": "`{out}/allocation.json` must be about training steps 3, but is about 2;"}),
+        ("edited.yaml", "edited\n", "edited\nseed: 1\n", {"allocate": "`{out}/profile.parquet` must be about seed 1, but is about 0;",
+         "train": "`{out}/allocation.json` must be about seed 1, but is about 0;"}),
+        ("task.py", "=100", "=50", {"search": "`{out}/profile.parquet` must be about task batch_size 50, but is about 100;"}),
+        ("task.py", "+ noise", "- noise", {"search": "`{out}/profile.parquet` must be about the present code"}),
+        ("noise.txt", "0", "0.5", {"allocate": "`{out}/profile.parquet` must be about the present data",
+         "train": "`{out}/allocation.json` must be about the present data"}),
+    ],
+)  # fmt: skip
+def test_nothing_is_reused_after_an_edit(made: Path, file: str, old: str, new: str, stale: dict[str, str]) -> None:
+    study, out, path = made / "edited.yaml", made / "out", made / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    kept = {each: each.stat().st_mtime_ns for each in out.rglob("*.*") if each.suffix in (".json", ".parquet")}
+    try:
+        for command, message in stale.items():
+            status, stdout, stderr = invoke(
+                command, study, "--out", out, *(["--force"] if command == "allocate" else [])
+            )
+            assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+            assert stderr.startswith("rankscope: " + message.format(out=out, study=study))
+    finally:
+        path.write_text(text)
+    assert {each: each.stat().st_mtime_ns for each in kept} == kept
+
+
+def test_what_is_the_same_is_reused(made: Path) -> None:
+    """More trials and more seeds go on; a flag of an earlier command does not make its result stale."""
+    study, out = made / "edited.yaml", made / "out"
+    runs = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert invoke("compare", study, "--out", out, "--seeds", 2)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    assert len(list((out / "runs").iterdir())) == 2 * len(runs)
+    status, text, _ = invoke("search", study, "--out", out, "--trials", 3, "--json")
+    assert (status, json.loads(text)["trials"]) == (0, 3)
+
+    status, _, stderr = invoke("allocate", study, "--out", out)
+    assert (status, stderr) == (
+        2,
+        f"rankscope: `{out}/allocation.json` holds what a search recommended, which `allocate` would replace; pass --force, or use "
+        "another --out.\n",
+    )
+    assert invoke("allocate", study, "--out", out, "--force", "--uniform-rank", 2)[0] == 0
+    status, _, stderr = invoke("train", study, "--out", out, "--baseline")
+    assert (status, stderr) == (
+        2,
+        "rankscope: `--baseline` must compare at equal parameters, but `one-shot` has 13,824 and uniform at the study's budget "
+        "6,912; change `budget`, or leave out --baseline.\n",
+    )
+    status, text, _ = invoke("train", study, "--out", out, "--json")
+    assert (status, json.loads(text)["runs"][0]["parameters"], json.loads(text)["study"]) == (0, 13_824, "edited")
+
+
+def test_one_seed_is_reported_without_an_interval(made: Path) -> None:
+    out = made / "out"
+    status, text, _ = invoke("compare", made / "edited.yaml", "--out", out, "--seeds", 1)
+    assert status == 0
+    assert "edited, digits-shift: 1 seed, points over uniform\n" in text
+    assert re.search(r"one-shot .* [+-]\d+\.\d \[-\] .* too few seeds", text)
+    assert "<td>-</td>" in (out / "report.html").read_text()
+    status, text, _ = invoke("report", out, "--json")
+    row = json.loads(text)["methods"][1]
+    assert (row["low"], row["high"], row["p"], row["verdict"]) == (None, None, None, "too few seeds")
+    status, _, stderr = invoke("compare", made / "edited.yaml", "--out", out, "--budgets", 0.25)
+    assert (status, stderr) == (
+        2,
+        "rankscope: `budgets` must hold the factor 1, the study's own budget, but holds 0.25; add 1, or change `budget`.\n",
+    )
+
+
+def test_studies_of_one_name_are_told_apart_by_their_folders(made: Path) -> None:
+    out, copy = made / "out", made / "copy"
+    shutil.copytree(out, copy)
+    status, text, _ = invoke("report", out, copy, "--out", made / "both", "--json")
+    assert status == 0
+    assert {row["study"] for row in json.loads(text)["methods"]} == {f"edited ({out})", f"edited ({copy})"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "`--into` must name a text file, but there is no {card}; check the path."),
+        (b"\xff\xfe\x00", "`--into` must name a text file, but {card} cannot be read: it holds no UTF-8."),
+        (b"# Card", f"`{{card}}` must hold the lines `{BEGIN}` and `{END}` once each, but does not; add them."),
+    ],
+)
+def test_a_card_without_its_place_is_refused_before_anything_is_written(
+    made: Path, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    card = tmp_path / "card.md"
+    if content is not None:
+        card.write_bytes(content)
+    status, _, stderr = invoke("report", made / "out", "--out", tmp_path / "new", "--into", card)
+    assert (status, stderr) == (2, f"rankscope: {message.format(card=card)}\n")
+    assert not (tmp_path / "new").exists()
+    assert (card.read_bytes() if card.exists() else None) == content
+
+
+def test_line_ends_of_a_card_are_kept(made: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.md"
+    card.write_bytes(f"# Card\r\n{BEGIN}\r\n{END}\r\nend\r\n".encode())
+    assert invoke("report", made / "out", "--out", tmp_path, "--into", card)[0] == 0
+    assert b"\n" not in card.read_bytes().replace(b"\r\n", b"")
 
 
 def test_adapter_loads_in_plain_peft_and_config_has_the_ranks(folder: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_constant_metric_recommends_uniform_and_leaves_the_model_out(
     )
     assert (found.model, found.validation, found.agreements) == (None, None, [])
     assert found.recommendation.trial.origin == "uniform"
-    assert {f.interval for f in found.finalists[1:]} == {(0.0, 0.0)}
+    assert {f.interval for f in found.finalists[1:]} == {None}
 
 
 class Failing(Digits):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -55,11 +56,14 @@ def run_benchmark(measure: Callable[[bool], tuple[list[dict[str, Any]], Sequence
     arguments = parser.parse_args()
     rows, claims = measure(arguments.quick)
     for row in rows:
-        print(json.dumps(row))
+        print(json.dumps(plain(row)))
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}: {claim.name}: {claim.value:.4g} ({claim.bound})")
     if arguments.out:
-        write_json(arguments.out, {**circumstances(), "rows": rows, "claims": [asdict(claim) for claim in claims]})
+        write_json(
+            arguments.out,
+            {**circumstances(), "rows": plain(rows), "claims": plain([asdict(claim) for claim in claims])},
+        )
     sys.exit(0 if all(claim.holds for claim in claims) else 1)
 
 

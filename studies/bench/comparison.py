@@ -25,7 +25,7 @@ from rankscope.comparison import at_budget, summarise
 TASKS = ("digits-shift", "supersense", "sentiment", "glosses", "word-order")
 OURS = ("one-shot", "gradient-norm", "controller", "controller-one-shot")
 PEERS = ("eva", "adalora")
-COLUMNS = ["task", "factor", "method", "variant", "learning_rate", "parameters", "seeds", "validation", "test", "deviation",
+COLUMNS = ["study", "task", "factor", "method", "variant", "learning_rate", "parameters", "seeds", "validation", "test", "deviation",
            "difference", "low", "high", "p_holm", "verdict", "noise", "relative", "equivalent"]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     """Every task."""
     runs = {task: compared(task, ("one-shot",) if quick else ()) for task in (TASKS[:1] if quick else TASKS)}
     table = summarise(pd.concat(runs.values(), ignore_index=True))
-    rows = [{key: _plain(row[key]) for key in COLUMNS} for _, row in table.iterrows()]
+    rows = [{key: row[key] for key in COLUMNS} for _, row in table.iterrows()]
     return rows, [*on_digits(runs[TASKS[0]], table), *over_tasks(table)]
 
 
@@ -74,12 +74,6 @@ def best_on_validation(table: pd.DataFrame) -> str:
     validation = at_budget(table).pivot(index="method", columns="task", values="validation").dropna()
     gains = validation.div(validation.loc["uniform"]).mean(axis=1)
     return str(gains[[name for name in OURS if name in gains.index]].idxmax())
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: no numpy, no infinity, no NaN."""
-    value = value.item() if hasattr(value, "item") else value
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -78,6 +78,18 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def plain(value: Any) -> Any:
+    """The value as JSON has it: no numpy; NaN is null, and infinity a word."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
 def _versions() -> dict[str, str]:
     """Of rankscope, which may run from a checkout, and of what is installed beside it."""
     found = {"rankscope": rankscope.__version__}

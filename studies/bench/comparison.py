@@ -25,7 +25,7 @@ from rankscope.comparison import at_budget, summarise
 TASKS = ("digits-shift", "supersense", "sentiment", "glosses", "word-order")
 OURS = ("one-shot", "gradient-norm", "controller", "controller-one-shot")
 PEERS = ("eva", "adalora")
-COLUMNS = ["study", "task", "factor", "method", "variant", "learning_rate", "parameters", "seeds", "validation", "test", "deviation",
+COLUMNS = ["task", "factor", "method", "variant", "learning_rate", "parameters", "seeds", "validation", "test", "deviation",
            "difference", "low", "high", "p_holm", "verdict", "noise", "relative", "equivalent"]  # fmt: skip
 
 

@@ -86,6 +86,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         f"an allocation's `model` must be the fingerprint of its targets ({stored['model']}), but says 'other'; it was edited: write it again.": {**stored, "model": "other"},
         "an allocation must hold ranks and targets, but is incomplete ('list' object has no attribute 'get'); write it again.": {**stored, "ranks": [VIT[0].name]},
         f"`{path}` does not hold a valid allocation: the rank of `{VIT[0].name}` must be a whole number, but got 1.5.": {**stored, "ranks": {VIT[0].name: 1.5}},
+        f"`{path}` does not hold a valid allocation: the rank of `{VIT[0].name}` must be a whole number, but got True.": {**stored, "ranks": {VIT[0].name: True}},
+        f"an allocation must hold ranks and targets, but is incomplete (a target of name '{VIT[0].name}'); write it again.": {**stored, "targets": [stored["targets"][0] | {"role": []}]},
+        "an allocation must hold ranks and targets, but is incomplete (a target of kind 'x'); write it again.": {**stored, "targets": [stored["targets"][0] | {"kind": "x"}]},
+        "an allocation must hold ranks and targets, but is incomplete (strategy 3, budget None); write it again.": {**stored, "strategy": 3},
     }  # fmt: skip
     for message, value in cases.items():
         path.write_text(json.dumps(value))

@@ -8,6 +8,7 @@ from typing import Any
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from torch import nn
 
+from rankscope.adapters.live import config_of, lora_layers
 from rankscope.adapters.lora import wrap
 from rankscope.adapters.patterns import alpha_for, name_fields
 from rankscope.targets import TargetModule
@@ -51,6 +52,8 @@ def wrap_with_eva(
         options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
     inputs = [_without_class_labels(batch) for batch in batches]
     initialize_lora_eva_weights(wrapped, inputs, show_progress_bar=False, **options)
+    kept = {name: layer.r["default"] for name, layer in lora_layers(wrapped, "default").items()}
+    wrapped.peft_config["default"] = config_of(wrapped, "default", kept)  # EVA's has a pattern for each module
     return wrapped
 
 

@@ -34,7 +34,7 @@ from rankscope.adapters.sidecar import check_weights_fit
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import AllocationError, FileFormatError
 from rankscope.files import read_json, replacing
-from rankscope.targets import TargetModule, find_targets
+from rankscope.targets import TargetModule, find_targets, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +119,13 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> Ran
 
 def _pattern_ranks(config: LoraConfig, names: Iterable[str]) -> dict[str, int]:
     """The rank of each module by `rank_pattern`, whose first match wins: pattern by pattern, so that each is compiled once."""
+    patterns = config.rank_pattern or {}
+    if not isinstance(patterns, Mapping):
+        raise AllocationError(f"`rank_pattern` must be a mapping from regexes to ranks, but got {patterns!r}.")
     ranks = dict.fromkeys(names, config.r)
     left = set(ranks)
-    for pattern, rank in (config.rank_pattern or {}).items():
-        try:
-            found = {name for name in left if get_pattern_key([pattern], name) == pattern}
-        except re.error as error:
-            raise AllocationError(f"`rank_pattern` must hold regexes, but {pattern!r} is none: {error}.") from None
+    for pattern, rank in patterns.items():
+        found = {name for name in left if get_pattern_key([pattern], name) == pattern}
         ranks.update(dict.fromkeys(found, rank))
         left -= found
     return ranks
@@ -148,7 +148,7 @@ def from_peft_model(
     """The ranks that a PEFT model really carries, read from its LoRA layers and not from its config.
 
     Args:
-        model: A `peft.PeftModel` with a LoRA adapter.
+        model: A `peft.PeftModel` with a LoRA adapter, also as `torch.compile` or DDP wraps it.
         targets: The target modules to report; modules without an adapter get rank 0. Default: the adapted modules. Adapters on
             parameters (fused experts, PEFT's `target_parameters`) have no place in an allocation and are left out.
         adapter_name: Which adapter; default: the active one.
@@ -156,6 +156,7 @@ def from_peft_model(
     Raises:
         AllocationError: The model has no such LoRA adapter, or several active ones and none is named.
     """
+    model = unwrapped(model)
     if not isinstance(model, PeftModel):
         raise AllocationError(
             f"`model` must be a peft.PeftModel, but is a {type(model).__name__}; wrap it with get_peft_model."

@@ -13,7 +13,14 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rankscope.adapters.live import adapter_layers, choose_adapter, factors, rank_of, unwrap_peft_model
+from rankscope.adapters.live import (
+    adapted_parameters,
+    adapter_layers,
+    choose_adapter,
+    factors,
+    rank_of,
+    unwrap_peft_model,
+)
 from rankscope.adapters.masks import RankMasks, masks_on
 from rankscope.adapters.requests import Resize
 from rankscope.adapters.resize import resize_adapters
@@ -96,7 +103,8 @@ def restore_ranks(
             f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in {where} only "
             f"({len(odd)} such); {remedy}."
         )
-    _check_weights(Path(folder), ranks)
+    if (weights := _ranks_of_weights(Path(folder), model, adapter)) is not None:
+        _check_weights(weights, ranks, folder)
     masks = masks_on(model)
     if "active" not in saved:
         if masks is not None:
@@ -198,11 +206,8 @@ def _are_masks(active: Any, capacity: Any, ranks: Mapping[str, int]) -> bool:
     )
 
 
-def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
-    """Refuses ranks that are not those of the weights in the same folder; a folder without weights says nothing."""
-    weights = _ranks_of_weights(folder)
-    if weights is None:
-        return
+def _check_weights(weights: Mapping[str, int], ranks: Mapping[str, int], folder: str | os.PathLike[str]) -> None:
+    """Refuses ranks that are not those of the weights in the same folder."""
     for name in sorted({name for name, rank in ranks.items() if rank > 0} | set(weights)):
         if ranks.get(name, 0) != weights.get(name, 0):
             raise AdapterError(
@@ -213,19 +218,20 @@ def _check_weights(folder: Path, ranks: Mapping[str, int]) -> None:
 
 def check_weights_fit(model: PeftModel, folder: Path, adapter: str) -> None:
     """Refuses weights of other ranks than the model's."""
-    weights = _ranks_of_weights(folder)
+    weights = _ranks_of_weights(folder, model, adapter)
     if weights is None:
         return
-    for name, layer in adapter_layers(model, adapter).items():
-        if (present := rank_of(layer, adapter)) != (rank := weights.get(name, 0)):
+    present = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
+    for name in sorted({*present, *weights}):
+        if present.get(name, 0) != (rank := weights.get(name, 0)):
             raise AdapterError(
                 f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "
-                f"{rank} there and {present} in the model; it was not finished, or is of another model: use another."
+                f"{rank} there and {present.get(name, 0)} in the model; it was not finished, or is of another model: use another."
             )
 
 
-def _ranks_of_weights(folder: Path) -> dict[str, int] | None:
-    """Read from the shapes alone."""
+def _ranks_of_weights(folder: Path, model: PeftModel, adapter: str) -> dict[str, int] | None:
+    """Read from the shapes alone, adapters on parameters left out; None in a folder without weights."""
     paths = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     if not (present := [path for path in paths if path.exists()]):
         return None
@@ -233,9 +239,11 @@ def _ranks_of_weights(folder: Path) -> dict[str, int] | None:
         key: tensor.shape
         for key, tensor in read_tensors(present[0], what="an adapter's weights", device="meta").items()
     }
-    return {
+    fused = {name.rpartition(".")[0] for name in adapted_parameters(model, adapter)}
+    ranks = {
         key.removeprefix(_PREFIX).removesuffix(suffix): shape[0]
         for key, shape in shapes.items()
         for suffix in _FACTOR_A
         if key.endswith(suffix) and shape
     }
+    return {name: rank for name, rank in ranks.items() if name.replace(".base_layer", "") not in fused}

@@ -18,6 +18,8 @@ from rankscope.adapters import (
     count_adapter_parameters,
     from_peft_model,
     resize_adapters,
+    restore_ranks,
+    save_ranks,
     wrap_with_adalora,
     wrap_with_eva,
 )
@@ -78,6 +80,10 @@ def test_adapters_on_fused_experts_stay_as_they_are(family: str, tmp_path: Path)
     assert {n: p.shape for n, p in model.named_parameters() if n in fused} == fused
     stir(model)
     assert torch.equal(saved_and_loaded(model, tiny(family), tmp_path), outputs(model))
+    save_ranks(model, tmp_path)
+    again = get_peft_model(tiny(family), LoraConfig(r=2, target_modules="all-linear"))
+    restore_ranks(again, tmp_path)
+    assert from_peft_model(again) == from_peft_model(model)
 
 
 def test_experts_and_linear_modules_are_controlled_apart() -> None:
@@ -138,3 +144,13 @@ def test_peers_adapt_the_targets_only(wrap: Callable) -> None:
     wrapped = wrap(model, targets, [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}])
     adapted = {n.split(".lora_A")[0] for n, p in wrapped.named_parameters() if ".lora_A" in n}
     assert adapted == {f"base_model.model.{target.name}" for target in targets}
+
+
+def test_eva_saves_its_ranks_for_plain_peft(tmp_path: Path) -> None:
+    model = tiny("mixtral")
+    tokens = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
+    wrapped = wrap_with_eva(model, rs.find_targets(model), batches, rank=2, scaling=2.0)
+    assert len(set(from_peft_model(wrapped).vector)) > 1
+    stir(wrapped)
+    assert torch.equal(saved_and_loaded(wrapped, tiny("mixtral"), tmp_path), outputs(wrapped))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -20,10 +21,11 @@ from rankscope.adapters import (
     count_adapter_parameters,
     from_lora_config,
     from_peft_model,
+    load_adapter,
     resize_adapters,
     to_lora_config,
 )
-from rankscope.exceptions import AllocationError, TargetError
+from rankscope.exceptions import AllocationError, FileFormatError, TargetError
 from tests.architectures import BUILDERS, build
 
 
@@ -222,3 +224,62 @@ def test_models_that_do_not_fit() -> None:
         AllocationError, match=r"^`config` must adapt at least one of the 12 target modules, but adapts none\.$"
     ):
         from_lora_config(LoraConfig(target_modules=["nothing"]), allocation.targets)
+
+
+def test_a_wrapped_peft_model_is_read() -> None:
+    allocation = random_allocation(rs.find_targets(build("vit")), 0)
+    model = torch.compile(apply_allocation(build("vit"), allocation), backend="eager")
+    assert from_peft_model(model, allocation.targets) == allocation
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": ["a"]}, "`rank_pattern` must be a mapping from regexes to ranks, but got ['a']."),
+        ({"r": "8"}, "the rank of `table` must be a whole number, but got '8'."),
+    ],
+)
+def test_ranks_that_a_config_cannot_mean(options: dict, message: str) -> None:
+    targets = rs.find_targets(Convolutions(), ["table"])
+    with pytest.raises(AllocationError, match=f"^{re.escape(message)}$"):
+        from_lora_config(LoraConfig(target_modules=["table"], **options), targets)
+
+
+def test_one_pattern_for_each_distinct_rank() -> None:
+    targets = tuple(
+        rs.TargetModule(name=f"layers.{i}.{role}", in_features=32, out_features=32, role=role)
+        for i in range(300)
+        for role in ("q", "v", "o")
+    )
+    ranks = np.random.default_rng(0).integers(0, 21, size=len(targets))
+    allocation = rs.RankAllocation(targets, tuple(ranks.tolist()))
+    config = allocation.to_lora_config()
+    assert len(config.rank_pattern) == len(config.alpha_pattern) == 19
+    assert from_lora_config(config, targets) == allocation
+    old = {f"^{re.escape(name)}": rank for name, rank in allocation.ranks.items()}  # one for each module, as before
+    config.rank_pattern = old
+    assert from_lora_config(config, targets) == allocation
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"r": ["a"]}, "TypeError: "),
+        ({"bias": []}, "AttributeError: "),
+        ({"target_modules": ["nothing"]}, "NoMatchingPeftModuleError: "),
+        ({"target_modules": ["square"]}, "AdapterError: "),
+    ],
+)
+def test_adapters_that_cannot_be_loaded(change: dict, reason: str, tmp_path: Path) -> None:
+    get_peft_model(Convolutions(), LoraConfig(target_modules=["plain", "square"])).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FileFormatError) as error:
+        load_adapter(Convolutions(), tmp_path)
+    assert str(error.value).startswith(
+        f"`{tmp_path}` must hold an adapter of this model, but cannot be loaded ({reason}"
+    )
+    path.write_text("{}")
+    message = f"`{path}` must hold an adapter's config, but has no `peft_type`; save the adapter again."
+    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        load_adapter(Convolutions(), tmp_path)

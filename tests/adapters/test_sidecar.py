@@ -307,3 +307,52 @@ def test_a_copy_of_a_model_loads_into_itself(tmp_path: Path) -> None:
     twin.load_adapter(str(checkpoint(other, tmp_path)), "default")
     assert ranks(twin) == ranks(other)
     assert ranks(model) == dict.fromkeys(ranks(model), 2)
+
+
+def test_what_the_first_version_wrote_still_loads(tmp_path: Path) -> None:
+    """One pattern for each module, all of the names in one regex, ranks of schema 1."""
+    config = LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=r"^(?:table|transposed|convolution)$",
+        rank_pattern={"^table": 5, "^convolution": 1},
+        alpha_pattern={"^table": 10, "^convolution": 2},
+    )
+    old = get_peft_model(Kinds().double(), config, autocast_adapter_dtype=False)
+    stir(old)
+    old.save_pretrained(str(tmp_path))
+    saved = {"schema": 1, "adapter": "default", "ranks": {"table": 5, "linear": 0, "transposed": 2, "convolution": 1}}
+    (tmp_path / "ranks.json").write_text(json.dumps(saved))
+    model = kinds_model()
+    restore_ranks(model, tmp_path)
+    assert ranks(model) == saved["ranks"]
+    model.load_adapter(str(tmp_path), "default")
+    for name, layer in layers(old):
+        again = model.get_base_model().get_submodule(name).state_dict()
+        assert all(torch.equal(again[key], value) for key, value in layer.state_dict().items() if "lora_" in key)
+
+
+@pytest.mark.parametrize(
+    "active",
+    [{}, {"a": "01", "b": []}, {"a": [5], "b": [0]}, {"a": [0, 0], "b": [0, 1]}, {"a": [0], "b": [0, 1]}, 3.5, None],
+)
+def test_masks_that_were_edited_are_refused(active: object, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.json"
+    path.write_text(
+        json.dumps({"schema": 1, "ranks": {"a": 2, "b": 2}, "active": active, "capacity": {"a": 2, "b": 2}})
+    )
+    net = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 4)})
+    message = (
+        f"`{path}` must hold the active components of each module within its capacity, but does not; it was edited: write it "
+        "again."
+    )
+    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        restore_ranks(get_peft_model(net, LoraConfig(r=2, target_modules=["a", "b"])), tmp_path)
+
+
+def test_broken_weights_beside_ranks_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint(kinds_model(), tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(FileFormatError, match=f"^`{re.escape(str(weights))}` must hold an adapter's weights"):
+        restore_ranks(kinds_model(), folder)

@@ -16,7 +16,7 @@ from rankscope.adapters import restore_ranks_on_load, save_ranks
 from rankscope.adapters.live import choose_adapter, unwrap_peft_model
 from rankscope.adapters.sidecar import loaded_from
 from rankscope.budget import ParameterBudget
-from rankscope.control.controller import RankController
+from rankscope.control.controller import RankController, check_types
 from rankscope.exceptions import ControlError
 from rankscope.files import replacing
 
@@ -54,6 +54,10 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, *, budget: ParameterBudget, every: int = 50, **settings: Any) -> None:
         if clash := {"total_steps", "model", "optimizer"} & set(settings):
             raise ControlError(f"`{min(clash)}` comes from the Trainer and cannot be passed; leave it out.")
+        known = sorted(inspect.signature(RankController).parameters)
+        if unknown := set(settings) - set(known):
+            raise ControlError(f"`{min(unknown)}` must be a setting of RankController, which has {', '.join(known)}.")
+        check_types(budget=budget)
         self._settings = {"budget": budget, "every": every, **settings}
         self._trainer: Trainer | None = None
         self._losses: _StepLosses | None = None

@@ -120,7 +120,7 @@ class RankController:
         self._schedule = Schedule(
             every=every, total_steps=total_steps, freeze_fraction=freeze_fraction, samples=samples
         )
-        _check_types(budget=budget, policy=policy, profile=profile, performance_model=performance_model)
+        check_types(budget=budget, policy=policy, profile=profile, performance_model=performance_model)
         _check_whole(sketch_size=sketch_size, seed=seed)
         self._budget, self._policy, self._seed = budget, policy or Policy(), seed
         self._ranks = LiveRanks(model, optimizer, mode=mode, adapter_name=adapter_name)
@@ -423,7 +423,7 @@ def _sketch_size(model: nn.Module, ranks: RankAllocation) -> int:
     return size
 
 
-def _check_types(**settings: Any) -> None:
+def check_types(**settings: Any) -> None:
     """Raise for a setting of another type than its own; all but the budget may be None."""
     kinds: dict[str, type] = {
         "budget": ParameterBudget,

@@ -471,3 +471,9 @@ def test_models_are_copied_and_saved_whole_in_a_trainer(digits: Task, tmp_path: 
 def test_what_the_trainer_says_cannot_be_passed(digits_budget: rs.ParameterBudget) -> None:
     with refuses(ControlError, "`total_steps` comes from the Trainer and cannot be passed; leave it out."):
         rs.RankControllerCallback(budget=digits_budget, total_steps=10)
+    with pytest.raises(
+        ControlError, match="^`evry` must be a setting of RankController, which has adapter_name, budget, "
+    ):
+        rs.RankControllerCallback(budget=digits_budget, evry=5)
+    with refuses(ControlError, "`budget` must be a ParameterBudget, but is 5000."):
+        rs.RankControllerCallback(budget=5000)  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ROWS = 256  # of a weight at a time, to save memory
+_LOGARITHM = 1e-12  # a power whose integral is that of 1 / x
 _ROUNDING = 1e-7  # of float32 sums: less than this share of the energy is not an estimate
 POOLED_BATCHES = 8  # the share of all modules together counts as much as this many batches of one's own
 
@@ -102,21 +102,20 @@ def energy_tail(
     if not (tail.size and last > 0 and left > _ROUNDING * total):
         return tail
     share = left / last / k  # what the integral of x^-a has to be, x in units of k
-    edges = np.log((np.arange(k, k + tail.size + 1) + 0.5) / k)
-    start, end = float(edges[0]), math.log((size + 0.5) / k)
-    if share >= _power_integral(0.0, start, end):
+    start, end = math.log1p(0.5 / k), math.log((size + 0.5) / k)
+
+    def integral(exponent: float) -> float:
+        b = (1.0 - exponent) or _LOGARITHM
+        return math.exp(b * start) * math.expm1(b * (end - start)) / b
+
+    if share >= integral(0.0):
         return np.full_like(tail, last)
     low, high = 0.0, 1e3 * k  # at the highest exponent nothing is left
     for _ in range(80):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if _power_integral(middle, start, end) > share else (low, middle)
-    return np.asarray(last * k * _power_integral(high, edges[:-1], edges[1:]), dtype=np.float64)
-
-
-def _power_integral(exponent: float, start: Any, end: Any) -> Any:
-    """The integral of x^-exponent from e^start to e^end, elementwise."""
-    b = (1.0 - exponent) or 1e-12  # as good as the logarithm
-    return np.exp(b * start) * np.expm1(b * (end - start)) / b
+        low, high = (middle, high) if integral(middle) > share else (low, middle)
+    b, edges = (1.0 - high) or _LOGARITHM, np.log((np.arange(k, k + tail.size + 1) + 0.5) / k)
+    return np.asarray(last * k * np.exp(b * edges[:-1]) * np.expm1(b * np.diff(edges)) / b, dtype=np.float64)
 
 
 def effective_rank(values: Tensor) -> float:

@@ -112,7 +112,7 @@ def profile(
     {'0': 3, '2': 1}
     """
     _check_options(
-        n_batches=n_batches, head_steps=head_steps, sketch_size=sketch_size, tolerance=tolerance,
+        budget, n_batches=n_batches, head_steps=head_steps, sketch_size=sketch_size, tolerance=tolerance,
         keep_directions=keep_directions, max_skipped=max_skipped, seed=seed,
     )  # fmt: skip
     model = unwrapped(model)
@@ -215,13 +215,17 @@ class _Run:
         return value
 
 
-def _check_options(**options: Any) -> None:
+def _check_options(budget: Any, **options: Any) -> None:
     for name, value in options.items():
         kind, low, high = _OPTIONS[name]
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high):
             number = "a whole number" if kind is Integral else "a number"
             bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
             raise ProfileError(f"`{name}` must be {number} {bounds}, but got {value!r}.")
+    if budget is not None and not isinstance(budget, ParameterBudget):
+        raise ProfileError(
+            f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`."
+        )
     if options["tolerance"] is not None and several():
         raise ProfileError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
 

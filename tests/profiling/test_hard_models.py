@@ -293,6 +293,7 @@ def test_modules_of_no_width_are_left_out() -> None:
         ({"sketch_size": 0}, "`sketch_size` must be a whole number of 2 or more, but got 0."),
         ({"sketch_size": 1}, "`sketch_size` must be a whole number of 2 or more, but got 1."),
         ({"sketch_size": 8.5}, "`sketch_size` must be a whole number of 2 or more, but got 8.5."),
+        ({"budget": 100}, "`budget` must be a ParameterBudget, but got 100; pass `ParameterBudget(100)`."),
         ({"n_batches": -1}, "`n_batches` must be a whole number of 2 or more, but got -1."),
         ({"head_steps": -1}, "`head_steps` must be a whole number of 0 or more, but got -1."),
         ({"keep_directions": -1}, "`keep_directions` must be a whole number of 0 or more, but got -1."),

@@ -167,7 +167,7 @@ def allocate_marginal(
         short = (ranks == horizon) & (horizon < highest)
         if not short.any():
             return RankAllocation(tuple(targets), tuple(ranks.tolist()), budget=budget.limit)
-        reach[short] *= 2
+        reach[short] *= 4
 
 
 def _water_fill(curves: list[Floats], names: list[str], problem: _Problem, horizon: Ints, left: int) -> Ints:
@@ -181,7 +181,8 @@ def _water_fill(curves: list[Floats], names: list[str], problem: _Problem, horiz
     listed = np.array([curve.size for curve in curves])
     shown = [curve[low:high] for curve, low, high in zip(curves, problem.lowest, horizon, strict=True)]
     density[rank < listed[module]] = np.concatenate(shown)
-    order = np.lexsort((problem.places[module], rank, -_rounded(density / problem.costs[module])))
+    ties = rank * len(names) + problem.places[module]
+    order = np.lexsort((ties, -_rounded(density / problem.costs[module])))
     ranks = problem.lowest.copy()
     _place(module[order], ranks, left, problem.costs)
     return ranks

@@ -205,8 +205,8 @@ def config_of(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraC
     config.alpha_pattern = value_patterns(
         alphas | {name: layer.lora_alpha[adapter] for name, layer in fixed.items()}, config.lora_alpha
     )
-    for field, value in name_fields(adapted).items():
-        setattr(config, field, value)
+    fields = name_fields(adapted)
+    config.target_modules, config.exclude_modules = set(fields["target_modules"]), fields["exclude_modules"]
     config.layers_to_transform = config.layers_pattern = None
     if config.init_lora_weights == "orthogonal":  # which takes even ranks only; weights are loaded over it
         config.init_lora_weights = True

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from torch import nn
@@ -165,10 +166,13 @@ def from_peft_model(
     if len(active) > 1:
         raise AllocationError(f"`adapter_name` must say which of the active adapters {active} is meant, but is None.")
     adapter = next(iter(active), "default")
-    ranks = {
-        name: 0 if is_dormant(layer, adapter) else layer.r[adapter]
-        for name, layer in lora_layers(model, adapter).items()
-    }
+    layers = lora_layers(model, adapter)
+    if attention := [name for name, layer in layers.items() if isinstance(layer, MultiheadAttention)]:
+        raise AllocationError(
+            f"`model` must carry adapters on modules of one weight, but `{attention[0]}` is an nn.MultiheadAttention; "
+            "adapt others."
+        )
+    ranks = {name: 0 if is_dormant(layer, adapter) else layer.r[adapter] for name, layer in layers.items()}
     if not ranks:
         fused = sorted(adapted_parameters(model, adapter))
         only = f" on modules, only on parameters such as `{fused[0]}`" if fused else ""

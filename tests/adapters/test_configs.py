@@ -239,6 +239,23 @@ def test_which_of_several_active_adapters_is_asked() -> None:
     assert set(from_peft_model(model, adapter_name="b").vector) == {3}
 
 
+def test_adapters_of_other_ranks_are_combined(tmp_path: Path) -> None:
+    model = wrapped()
+    model.add_adapter("b", LoraConfig(r=3, target_modules=NAMES))
+    resize_adapters(model, None, [Resize(name=QUERY, rank=6)], adapter_name="default")
+    stir(model)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both", combination_type="cat")
+    model.set_adapter("both")
+    assert from_peft_model(model).ranks[QUERY] == 9
+
+
+def test_multihead_attention_is_refused() -> None:
+    net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    message = "`model` must carry adapters on modules of one weight, but `attention` is an nn.MultiheadAttention; adapt others."
+    with pytest.raises(AllocationError, match=f"^{re.escape(message)}$"):
+        from_peft_model(get_peft_model(net, LoraConfig(target_modules=["attention", "linear"])))
+
+
 def test_an_adapter_deleted_while_modules_sleep_can_be_added_again() -> None:
     model = wrapped()
     model.add_adapter("other", LoraConfig(r=3, target_modules=NAMES))

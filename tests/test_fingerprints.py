@@ -1,6 +1,7 @@
 """Fingerprints: equal content, equal hash, in any process; whatever differs is named."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import rankscope as rs
 from rankscope.exceptions import FileFormatError
 from rankscope.fingerprints import digest, require_same
 from rankscope.tasks import fingerprint_task
+from rankscope.tasks.text import TextClassification
+from tests.tasks.models import save_bert, sentences
 
 
 @dataclass
@@ -112,3 +116,32 @@ def test_a_users_task_is_told_by_its_source_weights_and_batches(tmp_path: Path) 
     file.write_text(USERS.replace("50", "40"))
     changed = fingerprint_task(rs.load_task("task.py:make", base_dir=tmp_path))
     assert {key for key in changed if changed[key] != found[0][key]} == {"task", "code", "data"}
+
+
+def test_a_generic_task_is_told_by_options_data_weights_and_tokenizer(tmp_path: Path) -> None:
+    """Where model and data lie does not count; every text, every label and every file of the tokenizer does."""
+    table = sentences()
+
+    def facts(table: pd.DataFrame, folder: str = "bert", **options: Any) -> dict[str, Any]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        table.to_csv(tmp_path / folder / "rows.csv", index=False)
+        return fingerprint_task(TextClassification(tmp_path / folder, tmp_path / folder / "rows.csv", **options))
+
+    def changed(*arguments: Any, **options: Any) -> set[str]:
+        now = facts(*arguments, **options)
+        return {key for key in now if now[key] != before[key]}
+
+    save_bert(tmp_path / "bert")
+    before = facts(table)
+    shutil.copytree(tmp_path / "bert", tmp_path / "moved")
+    assert changed(table, "moved") == set()
+    assert before == fingerprint_task(TextClassification(tmp_path / "bert", table))
+    assert changed(table, max_length=16) == {"task"}
+    assert changed(table.assign(label=[*table["label"][:-1], "cat"])) == {"data"}
+    assert changed(table, split_seed=1) >= {"data"}
+    (tmp_path / "moved" / "tokenizer_config.json").write_text("{}")
+    assert changed(table, "moved") == {"data"}
+    weights = load_file(tmp_path / "bert" / "model.safetensors")
+    weights[max(weights)] += 1
+    save_file(weights, tmp_path / "bert" / "model.safetensors", metadata={"format": "pt"})
+    assert changed(table) == {"weights"}

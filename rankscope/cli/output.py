@@ -25,10 +25,10 @@ def progress() -> Iterator[Progress]:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; columns after the first are aligned right, and the title is not wrapped at the table's width."""
+    """A table on stdout: columns after the first are aligned right and keep their width; the title is not wrapped."""
     table = Table()
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     stdout.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli.output import progress, stderr
 from rankscope.devices import require_one_process
+from rankscope.exceptions import FileFormatError
 from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.profiling import Profile, read_profile
 from rankscope.strategies import NEEDS_PROFILE, allocate
@@ -39,6 +40,19 @@ def quiet_libraries() -> None:
     )  # samplers and pruners asked for by name
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _require_writable(folder: Path) -> None:
+    """Checks before any work that results can be written there.
+
+    Raises:
+        FileFormatError: They cannot.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise FileFormatError(
+            f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another."
+        )
 
 
 @dataclass
@@ -71,7 +85,9 @@ class Session:
             flags["budget"] = budget
         study = read_study(path, flags)
         quiet_libraries()
-        return cls(path, flags, study, out or Path("out") / study.name)
+        out = out or Path("out") / study.name
+        _require_writable(out)
+        return cls(path, flags, study, out)
 
     @cached_property
     def task(self) -> Task:

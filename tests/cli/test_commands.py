@@ -301,6 +301,18 @@ def test_a_card_without_its_place_is_refused_before_anything_is_written(
     assert (card.read_bytes() if card.exists() else None) == content
 
 
+@pytest.mark.parametrize("command", ["profile", "allocate", "search", "train", "compare"])
+def test_where_nothing_can_be_written_nothing_is_begun(command: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    status, stdout, stderr = invoke(command, folder / "short.yaml", "--out", tmp_path / "file" / "deep")
+    assert (status, stdout) == (2, "")
+    assert (
+        stderr
+        == f"rankscope: `--out` must be a folder that can be written to, but `{tmp_path}/file` is not; choose another.\n"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_line_ends_of_a_card_are_kept(made: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.md"
     card.write_bytes(f"# Card\r\n{BEGIN}\r\n{END}\r\nend\r\n".encode())

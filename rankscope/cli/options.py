@@ -12,8 +12,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from rankscope.exceptions import RankscopeError, TrainingError, one_line
+from rankscope.exceptions import RankscopeError, TaskError, TrainingError, one_line
 from rankscope.files import read_yaml
+from rankscope.user_code import user_errors
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: out/NAME]")]
@@ -38,7 +39,8 @@ def reports_errors(command: Command) -> Command:
         try:
             if "study" in kwargs:  # a mistyped path, or what is no YAML, is told before the command loads torch
                 read_yaml(kwargs["study"], what="a study")
-            return command(*args, **kwargs)
+            with user_errors("the study's own code", TaskError):
+                return command(*args, **kwargs)
         except (RankscopeError, OSError) as error:
             if isinstance(error, BrokenPipeError) and _stdout_is_closed():
                 raise typer.Exit(141) from None

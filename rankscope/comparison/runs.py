@@ -14,11 +14,12 @@ from rankscope.allocation import RankAllocation
 from rankscope.comparison.machine import one_thread, peak_memory, reset_peak_memory, source_revision
 from rankscope.control.decisions import count_moved, write_decisions
 from rankscope.devices import one_gpu_each
-from rankscope.exceptions import FileFormatError
+from rankscope.exceptions import FileFormatError, TaskError
 from rankscope.files import read_json, write_json
 from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.tasks import Task, evaluate, fingerprint_task
 from rankscope.training import Lora, Method, TrainingConfig, save_adapter, train
+from rankscope.user_code import user_errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +194,8 @@ def _kept(task: Task, cells: Sequence[Cell], folder: Path) -> list[_File | None]
 
 
 def _run_and_keep(task: Task, cell: Cell, file: _File | None) -> Run:
-    run = run_cell(task, cell)
+    with user_errors("the study's own code", TaskError):  # where a worker's traceback still is
+        run = run_cell(task, cell)
     if file is not None:
         file.write(run)
     return run

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from rankscope.exceptions import TaskError, shown
+from rankscope.tasks.pretrained import check_source, looks_like_path
 from rankscope.tasks.protocol import Task, check_task
 from rankscope.tasks.ready import READY
 from rankscope.user_code import user_function
@@ -39,10 +40,14 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
         raise TaskError(
             f"`task` must be a name, a mapping of options, or `path/to/file.py:factory`, but got {shown(spec)}."
         )
-    options = dict(spec)
+    options = {str(key): value for key, value in spec.items()}
     if "type" in options:
         kind = options.pop("type")
-        return _build(_generic(kind), {**options, **_resolved(options, base)}, what=f"task type {kind!r}")
+        factory = _generic(kind)
+        options |= _resolved(options, base)
+        task = _build(factory, options, what=f"task type {kind!r}")
+        check_source(options["model"], base=base)
+        return task
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in READY:
         close = difflib.get_close_matches(str(name), READY, n=1, cutoff=0.4)
@@ -62,20 +67,23 @@ def _generic(kind: Any) -> Callable[..., Any]:
 
 
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
-    """Model and data as paths, where such files exist under the base folder; else as they are (hub ids).
+    """Model and data as paths that start from the base folder, where they are paths; else as they are (hub ids).
 
     Raises:
         TaskError: A relative path leads to something from the working directory only.
     """
-    given = {key: options[key] for key in ("model", "data") if isinstance(options.get(key), str)}
+    given = {key: options[key] for key in ("model", "data") if isinstance(options.get(key), str) and options[key]}
     for key, value in given.items():
-        if os.path.exists(base / value):
-            given[key] = str(base / value)
+        path = base / os.path.expanduser(value)  # which leaves an unknown user as it is
+        if os.path.exists(path) or looks_like_path(value):
+            given[key] = str(path)
         elif os.path.exists(value):
             raise TaskError(
                 f"`{key}` must be found from the study file's folder ({base}), but `{value}` is there from the working "
                 "directory only; correct the path."
             )
+        elif key == "data" and path.suffix:
+            given[key] = str(path)
     return given
 
 

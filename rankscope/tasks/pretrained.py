@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from rankscope.devices import seeded
-from rankscope.exceptions import TaskError
+from rankscope.exceptions import TaskError, one_line
 
 T = TypeVar("T")
 
@@ -30,16 +36,15 @@ def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0
     """
     from safetensors import SafetensorError
 
+    check_source(source)
     path = Path(source)
-    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
-        raise TaskError(f"`{source}` must be a model folder or hub id, but there is no such folder; check the path.")
     if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in options:
         raise TaskError(
             f"`{source}` must be a model folder, but has no config.json; save the model there with save_pretrained."
         )
     try:
         with seeded(seed), _quiet_transformers():
-            return load(source, local_files_only=path.is_dir(), **options)
+            return load(source, local_files_only=path.is_dir() or is_offline() or not hub_answers(), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -73,6 +78,70 @@ def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | Non
     if Path(source).is_dir():
         model.name_or_path = str(Path(source).resolve())  # type: ignore[assignment]  # goes into saved adapters
     return model
+
+
+def check_source(source: str | Path, *, base: Path = Path()) -> None:
+    """Checks, without a download, that there is a model that can be loaded.
+
+    Args:
+        source: A model folder, or a hub id.
+        base: Where a folder of this name was looked for.
+
+    Raises:
+        TaskError: There is no such folder (the nearest is named), and it is no hub id, or the hub cannot be asked for it.
+    """
+    if not str(source).strip():
+        raise TaskError("`model` must be a model folder or hub id, but is empty.")
+    path = Path(source)
+    if os.path.isdir(path):
+        return
+    is_id = not looks_like_path(source)
+    if is_id and (_is_cached(str(source)) or (hub_answers() and not is_offline())):
+        return
+    parent = (base / path).parent
+    near = difflib.get_close_matches(path.name, [p.name for p in parent.glob("*") if p.is_dir()], n=1)
+    hint = f"did you mean `{path.with_name(near[0])}`?" if near else "check the path."
+    where = f" in {parent.resolve()}, and the hub cannot be asked for it" if is_id else ""
+    raise TaskError(f"`{source}` must be a model folder or hub id, but there is no such folder{where}; {hint}")
+
+
+def looks_like_path(source: str | Path) -> bool:
+    """Whether a name cannot be a hub id, which is `name` or `owner/name`."""
+    path = Path(source)
+    return path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
+
+
+def is_offline() -> bool:
+    """Whether the user keeps the hub's client from the network, by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub can be reached; its client would try for a minute."""
+    from huggingface_hub import constants
+
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the hub's client may know other certificates
+    except OSError:
+        return False
+    return True
+
+
+def _is_cached(repo: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+    except HFValidationError as error:
+        raise TaskError(f"`{repo}` must be a model folder or hub id, but is neither: {one_line(error)}") from None
 
 
 @contextmanager

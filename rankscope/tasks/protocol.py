@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from rankscope.devices import mixed_precision
-from rankscope.exceptions import TaskError
+from rankscope.exceptions import TaskError, shown
 from rankscope.fingerprints import digest, digest_source
 
 Batch = Mapping[str, Tensor]
@@ -73,15 +73,20 @@ def check_task(candidate: object) -> Task:
     return candidate
 
 
+MOST = 2**31 - 1  # what every library below counts up to
+
+
 def check_counts(**counts: int) -> None:
     """Checks options that count something, given by name.
 
     Raises:
-        TaskError: One is not a whole number above 0.
+        TaskError: One is not a whole number above 0, or is beyond 32 bits.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise TaskError(f"`{name}` must be a whole number above 0, but got {value!r}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise TaskError(f"`{name}` must be a whole number above 0, but got {shown(value)}.")
+        if value > MOST:
+            raise TaskError(f"`{name}` must be at most {MOST:,}, but got {shown(value)}.")
 
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from rankscope.exceptions import FileFormatError, TaskError, one_line, shown
 from rankscope.files import parse_json, read_parquet, read_text
+from rankscope.tasks.pretrained import hub_answers, is_offline
 from rankscope.tasks.protocol import Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -43,7 +44,7 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str]) -> pd.
             close = difflib.get_close_matches(column, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}."
             raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
-        if nested := [value for value in table[column] if isinstance(value, list | dict | np.ndarray)]:
+        if nested := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
             raise TaskError(
                 f"{what} must hold texts or numbers in column {column!r}, but holds {shown(nested[0])}; convert it."
             )
@@ -111,6 +112,11 @@ def _read(source: str | Path) -> pd.DataFrame:
 
 
 def _read_file(path: Path) -> pd.DataFrame:
+    if not os.path.exists(path):
+        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
+        close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
+        hint = f"did you mean `{close[0]}`?" if close else "check the path."
+        raise TaskError(f"`{path}` must hold {_WHAT}, but there is no such file; {hint}")
     try:
         table = _READERS[path.suffix.lower()](path)
     except FileFormatError as error:
@@ -165,18 +171,19 @@ def _read_hub(name: str) -> pd.DataFrame:
             f"`{name}` looks like a hub data set, which needs the package `datasets`; "
             "install rankscope[hub], or pass a local .parquet, .jsonl or .csv file."
         ) from None
+    if not (is_offline() or hub_answers()):
+        raise TaskError(
+            f"`{name}` looks like a hub data set, but the hub cannot be reached; pass a local file, or set HF_HUB_OFFLINE=1 to "
+            "use what was fetched before."
+        )
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # the hub's client raises many unrelated types
         raise TaskError(
-            f"the hub data set `{name}` must load, but does not ({_first_line(error)}); pass a local file."
+            f"the hub data set `{name}` must load, but does not ({one_line(error)}); pass a local file."
         ) from error
     table: pd.DataFrame = pd.concat([p.to_pandas().assign(split=s) for s, p in loaded.items()], ignore_index=True)
     return table
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 _WHAT = "the task's data"

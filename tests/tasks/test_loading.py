@@ -11,7 +11,7 @@ import pytest
 
 import rankscope as rs
 from rankscope.exceptions import TaskError
-from rankscope.tasks import evaluate
+from rankscope.tasks import evaluate, pretrained
 from rankscope.tasks.packages import PackageSource, checked, fetch_package
 from rankscope.tasks.tables import read_table, split_rows
 from tests.tasks.models import save_bert, save_llama, sentences
@@ -40,6 +40,9 @@ def no_task():
 
 def leaves():
     raise SystemExit(3)
+
+def wants_more(x):
+    return x
 """
 
 
@@ -80,7 +83,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
         ({"type": "causal"}, "`task.type` must be one of sequence-classification, causal-lm, but got 'causal'."),
         ({"type": "causal-lm", "model": "bert"}, "task type 'causal-lm' needs the option `data`; add it."),
         ("mine.py:Mein", "`{folder}/mine.py` must define 'Mein', but does not; did you mean 'Mine'?"),
-        ("mine.py:broken", "`mine.py:broken` must give a task, but raised RuntimeError: no luck; --debug shows where."),
+        ("mine.py:broken", "`mine.py:broken` must give a task, but raised RuntimeError: no luck (mine.py, line 18); --debug shows the traceback."),
         ("mine.py:no_task", "a task must have name, metric, build_model, train_batches, loss, evaluate, but object lacks "
                             "name, metric, build_model, train_batches, loss, evaluate."),
         ("gone.py:Mine", "`gone.py:Mine` must name a Python file, but there is no `{folder}/gone.py`; the path starts from {folder}."),
@@ -98,12 +101,26 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "split_seed": -1}, "`split_seed` must be 0 or more, but got -1."),
         ({"type": "causal-lm", "model": "bert", "data": "pyproject.toml"}, "`data` must be found from the study file's folder ({folder}), but `pyproject.toml` is there from the working directory only; correct the path."),
         ("rows.parquet:make", "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got 'rows.parquet:make'; a task of your own is \"path/to/file.py:factory\"."),
-        ("mine.py:leaves", "`mine.py:leaves` must give a task, but raised SystemExit: 3; --debug shows where."),
+        ("mine.py:wants_more", "`mine.py:wants_more` must give a task, but raised TypeError: wants_more() missing 1 required "
+                               "positional argument: 'x'; --debug shows the traceback."),
+        ("mine.py:torch", "`mine.py:torch` must name a function, but is module; name one that gives a task."),
+        ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "max_length": 10**5000},
+         "`max_length` must be at most 2,147,483,647, but got an integer of about 5000 digits."),
+        ({"type": "causal-lm", "model": "bert", "data": "row.parquet"},
+         "`{folder}/row.parquet` must hold the task's data, but there is no such file; did you mean `rows.parquet`?"),
+        ({"type": "causal-lm", "model": "", "data": "rows.parquet"}, "`model` must be a model folder or hub id, but is empty."),
+        ({"type": "causal-lm", "model": "./brt", "data": "rows.parquet"},
+         "`{folder}/brt` must be a model folder or hub id, but there is no such folder; did you mean `{folder}/bert`?"),
+        ({"type": "causal-lm", "model": "brt", "data": "rows.parquet"},
+         "`brt` must be a model folder or hub id, but there is no such folder in {folder}, and the hub cannot be asked for it; "
+         "did you mean `bert`?"),
+        ("mine.py:leaves", "`mine.py:leaves` must give a task, but called sys.exit(3) (mine.py, line 24); --debug shows the traceback."),
         ({"type": "sequence-classification", "model": "bert", "data": "rows.parquet", "pooling": "max"},
          "`pooling` must be 'mean' or 'model', but got 'max'."),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(folder: Path, spec: object, message: str) -> None:
+def test_mistakes_are_named(folder: Path, spec: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "hub_answers", lambda: False)
     with pytest.raises(TaskError, match=f"^{re.escape(message.format(folder=folder))}$"):
         rs.load_task(spec, base_dir=folder)
 

@@ -99,6 +99,7 @@ class GradientWindow:
         self._matrices = RandomMatrices(k=sketch_size, seed=seed)
         self._sums = {target.name: self._zeros(target) for target in self._targets}
         self._factor: float | None = None
+        self._copied: set[str] = set()  # modules whose inputs change in place
         self._weights: list[float] = []
         self._unread: list[tuple[Tensor, list[float]]] = []
         self._step: _Step | None = None
@@ -118,9 +119,15 @@ class GradientWindow:
                 batches are weighted by it.
         """
         self.close()
-        factor = self._factor or 1.0
-        observer = Observer(self._targets, self._modules, self._matrices, inputs=False, factor=factor)
-        self._step = _Step(self._model, observer, weight, compiled=self._compiled)
+        observer = Observer(
+            self._targets,
+            self._modules,
+            self._matrices,
+            inputs=False,
+            factor=self._factor or 1.0,
+            copied=self._copied,
+        )
+        self._step = _Step(self._model, observer, weight, n_copied=len(self._copied), compiled=self._compiled)
         self._end = weakref.finalize(self, self._step.close)  # at the latest with the window: a step may raise
         self._end.atexit = False
 
@@ -129,6 +136,10 @@ class GradientWindow:
         step = self._step
         self.close()
         if step is None or (self._factor is None and not self._fits(step.observer)) or not step.passes:
+            return
+        if (
+            len(self._copied) > step.n_copied
+        ):  # a gradient is lost, where the present inputs are not those that were used
             return
         observed = step.observer.observed
         finite = torch.isfinite(_total([seen.squares for seen in observed.values()]))
@@ -246,8 +257,8 @@ class GradientWindow:
 class _Step:
     """The hooks of one sampled step."""
 
-    def __init__(self, model: nn.Module, observer: Observer, weight: float, *, compiled: bool) -> None:
-        self.observer, self.weight, self.passes = observer, weight, 0
+    def __init__(self, model: nn.Module, observer: Observer, weight: float, *, n_copied: int, compiled: bool) -> None:
+        self.observer, self.weight, self.n_copied, self.passes = observer, weight, n_copied, 0
         self._stack = ExitStack()
         if compiled:
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -80,6 +80,8 @@ class Observer:
         matrices: Of the sketches.
         inputs: Whether to sketch the modules' inputs too.
         factor: Multiplies gradients before they are kept; see `in_range`.
+        copied: Modules whose inputs are copied, since they are changed in place afterwards. One that is found to be is added, its
+            present gradient lost. None: an error is raised instead.
 
     Attributes:
         observed: By module name.
@@ -95,6 +97,7 @@ class Observer:
         *,
         inputs: bool = True,
         factor: float = 1.0,
+        copied: set[str] | None = None,
     ) -> None:
         self.weight = 1.0
         self.mask: Tensor | None = None
@@ -102,7 +105,7 @@ class Observer:
         self._modules, self._matrices, self._inputs = modules, matrices, inputs
         self._in_features = {target.name: target.in_features for target in targets}
         self._last: tuple[Tensor, ActivationSketch] | None = None
-        self._active, self._factor = False, factor
+        self._active, self._factor, self._copied = False, factor, copied
         for target in targets:
             device = module_device(modules[target.name])
             dtype = torch.float64 if _is_double(modules[target.name]) else torch.float32
@@ -181,10 +184,15 @@ class Observer:
         if replaced:
             first = torch.ops.aten._unsafe_view(first, first.shape)  # the same memory, which nothing else refers to
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if self._copied and name in self._copied:
+            inputs = inputs.detach().clone()
         version = None if inputs.is_inference() else inputs._version
 
         def receive(gradient: Tensor) -> None:
             if version is not None and inputs._version != version:
+                if self._copied is not None:
+                    self._copied.add(name)
+                    return
                 raise ProfileError(
                     f"the input of `{name}` must stay as it was until the backward pass, but was changed in place; change "
                     "it out of place."

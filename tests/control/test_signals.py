@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 import rankscope as rs
 from rankscope.adapters.live import adapter_layers, factors
@@ -174,3 +174,37 @@ def test_the_noise_of_a_mean_is_the_u_statistic() -> None:
     assert energy - noise_of_mean(energy, squares, 1 / 5) == pytest.approx(np.mean(pairs))
     split = split_energy(float(energy[0]), float(squares[0]) * 5, [1.0] * 5)
     assert noise_of_mean(energy, squares, 1 / 5) == pytest.approx(split.noise)
+
+
+class Residual(nn.Module):
+    """The input of one module changes in place afterwards, as plain LoRA allows where it casts its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, in_place: bool) -> Tensor:
+        x = self.first(x)
+        y = self.second(x)
+        x = x.add_(1.0) if in_place else x + 1.0
+        return self.last(x + y)
+
+
+def test_inputs_that_change_in_place_are_copied() -> None:
+    """From the step on that follows the one in which it shows, which is left out."""
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            Residual().bfloat16(), LoraConfig(target_modules=["first", "second", "last"], r=2)
+        ).train()
+        seen = GradientWindow(model, rs.find_targets(model), sketch_size=16, seed=0)
+        for step in range(3):
+            if step or in_place:
+                seen.watch()
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+            model(x, in_place).square().mean().backward()
+            seen.end_step()
+        found.append(measured(seen, model))
+    assert found[0].batches == found[1].batches == 2
+    np.testing.assert_array_equal(shape(found[0]), shape(found[1]))

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path, PurePath
+from types import CodeType
 from typing import Any
 
 from rankscope.exceptions import FileFormatError, RankscopeError
+from rankscope.user_code import USER_MODULE
 
 _HASH = re.compile(r"[0-9a-f]{16}")
 FORMAT = 2  # of every kept result; raise it where the same settings give other results than before
@@ -84,16 +86,24 @@ def digest(value: Any) -> str:
 
 
 def digest_source(*functions: Any) -> str:
-    """A short hash of the source files that define these functions; of their code where there is no file.
+    """A short hash of the source of functions: of a study's `path.py:name`, the whole file; of others, their own lines.
 
-    rankscope's own files are left out: `FORMAT` speaks for them.
+    Lines around a function are left out, since a script that defines a task also says how many trials to make. rankscope's
+    own functions are left out too: `FORMAT` speaks for them.
     """
-    codes = [getattr(inspect.unwrap(function), "__code__", None) for function in functions]
-    own = str(Path(__file__).parent)
-    files = sorted({code.co_filename for code in codes if code is not None and not code.co_filename.startswith(own)})
-    texts = [Path(file).read_bytes() for file in files if Path(file).is_file()]
-    loose = [code.co_code for code in codes if code is not None and not Path(code.co_filename).is_file()]
-    return digest([texts, loose])
+    found = ((getattr(each, "__module__", ""), getattr(inspect.unwrap(each), "__code__", None)) for each in functions)
+    own = str(Path(__file__).parent / "_")[:-1]
+    return digest([_source(module, code) for module, code in found if code and not code.co_filename.startswith(own)])
+
+
+def _source(module: str | None, code: CodeType) -> Any:
+    file = Path(code.co_filename)
+    if (module or "").startswith(USER_MODULE) and file.is_file():
+        return file.read_bytes()
+    try:
+        return inspect.getsource(code)
+    except OSError:  # typed in, without a file
+        return [code.co_code, code.co_names]
 
 
 def _feed(update: Callable[[Any], None], value: Any, inside: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rankscope.exceptions import RankscopeError, one_line
 
-_PREFIX = "rankscope_user_"
+USER_MODULE = "rankscope_user_"  # begins the names of modules from users' files
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeErr
         raise error(
             f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
         )
-    module_spec = importlib.util.spec_from_file_location(f"{_PREFIX}{path.stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -88,7 +88,7 @@ def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = Fa
 def _place(raised: BaseException) -> str | None:
     """File and line of the innermost frame in a user's file; None where there is none."""
     frames = traceback.walk_tb(raised.__traceback__)
-    places = [(f.f_code.co_filename, n) for f, n in frames if str(f.f_globals.get("__name__")).startswith(_PREFIX)]
+    places = [(f.f_code.co_filename, n) for f, n in frames if str(f.f_globals.get("__name__")).startswith(USER_MODULE)]
     if not places and isinstance(raised, SyntaxError):
         places = [(str(raised.filename), raised.lineno or 0)]
     return f"{Path(places[-1][0]).name}, line {places[-1][1]}" if places else None

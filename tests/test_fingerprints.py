@@ -1,6 +1,7 @@
 """Fingerprints: equal content, equal hash, in any process; whatever differs is named."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import rankscope as rs
 from rankscope.exceptions import FileFormatError
-from rankscope.fingerprints import digest, require_same
+from rankscope.fingerprints import digest, digest_source, require_same
 from rankscope.tasks import fingerprint_task
 from rankscope.tasks.text import TextClassification
 from tests.tasks.models import save_bert, sentences
@@ -116,6 +117,16 @@ def test_a_users_task_is_told_by_its_source_weights_and_batches(tmp_path: Path) 
     file.write_text(USERS.replace("50", "40"))
     changed = fingerprint_task(rs.load_task("task.py:make", base_dir=tmp_path))
     assert {key for key in changed if changed[key] != found[0][key]} == {"task", "code", "data"}
+
+
+@pytest.mark.parametrize(("old", "new", "same"), [("60", "90", True), ("x + 1", "x + 2", False)])
+def test_of_a_script_only_the_task_itself_counts(tmp_path: Path, old: str, new: str, same: bool) -> None:
+    script = "def loss(x):\n    return x + 1\n\nn_trials = 60\n"
+    hashes = []
+    for name, text in (("a.py", script), ("b.py", script.replace(old, new))):
+        (tmp_path / name).write_text(text)
+        hashes.append(digest_source(runpy.run_path(str(tmp_path / name))["loss"]))
+    assert (hashes[0] == hashes[1]) is same
 
 
 def test_a_generic_task_is_told_by_options_data_weights_and_tokenizer(tmp_path: Path) -> None:

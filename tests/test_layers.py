@@ -13,7 +13,7 @@ PACKAGE = Path(rankscope.__file__).parent
 
 # One list a layer, its rows in order.
 LAYERS = [
-    ["exceptions", "files", "fingerprints", "user_code", "devices"],
+    ["exceptions", "files", "user_code", "fingerprints", "devices"],
     ["naming", "targets", "allocation", "budget", "space"],
     ["profiling", "adapters"],
     ["performance"],

@@ -1,6 +1,6 @@
 """The controller against its own static start, seed by seed, on held-out data: better where the start is poor, never worse.
 
-Differences are judged by their 95 % bootstrap interval over seeds, and the yardstick is shown to see harm: the same rule finds a
+Differences are judged by their 95 % interval over seeds, and the yardstick is shown to see harm: the same rule finds a
 poor static start worse than a good one.
 """
 

@@ -96,7 +96,7 @@ def check_source(source: str | Path, *, base: Path = Path()) -> None:
     if os.path.isdir(path):
         return
     is_id = not looks_like_path(source)
-    if is_id and (_is_cached(str(source)) or (hub_answers() and not is_offline())):
+    if is_id and (_is_cached(str(source)) or (not is_offline() and hub_answers())):
         return
     parent = (base / path).parent
     near = difflib.get_close_matches(path.name, [p.name for p in parent.glob("*") if p.is_dir()], n=1)

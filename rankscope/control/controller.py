@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,7 @@ class RankController:
         if self._ranks.masks is not None:
             self._ranks.masks.restore(active)
         elif ranks != self.allocation:
-            self._change(ranks, {})
+            self._change(ranks, None)
         self._window.close()
         self._step, self._moved_at, self._decisions = step, moved_at, decisions
         self._sketch_size, self._seed, self._window, self._effects = sketch_size, seed, window, effects
@@ -368,15 +368,13 @@ class RankController:
         )
         return from_first_process(replace(found, allocation=allocation))
 
-    def _change(self, after: RankAllocation, directions: Mapping[str, Tensor]) -> None:
+    def _change(self, after: RankAllocation, directions: Callable[[str], Tensor] | None) -> None:
         """New ranks, with rows of A along the directions where there are enough."""
         before = self.allocation.ranks
         changed = after.difference(self.allocation)
-        rows = {
-            name: directions[name][:more] * ROW_NORM
-            for name, more in changed.items()
-            if more > 0 and len(directions.get(name, ())) >= more
-        }
+        grown = {name: more for name, more in changed.items() if more > 0} if directions else {}
+        found = {name: directions(name)[:more] * ROW_NORM for name, more in grown.items()} if directions else {}
+        rows = {name: each for name, each in found.items() if len(each) == grown[name]}
         ranks = {name: before[name] + more for name, more in changed.items()}
         self._ranks.change(ranks, rows, generator=self._generator())
 

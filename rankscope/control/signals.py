@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +54,7 @@ class Measured:
 
     Attributes:
         signals: Of each module, in the model's order.
-        directions: Right singular vectors, (n, in), of what each module's adapter does not reach, by name.
+        directions: Of a module by name: right singular vectors, (n, in), of what its adapter did not reach.
         batches: Seen, on all processes.
         signal_share: The share of the gradient energy of all modules that the batches agree on.
         energy: Of all modules, within the reach of ranks: of twice as many leading values as the largest rank, or all that
@@ -62,7 +62,7 @@ class Measured:
     """
 
     signals: tuple[ModuleSignals, ...]
-    directions: Mapping[str, Tensor] = field(repr=False)
+    directions: Callable[[str], Tensor] = field(repr=False)
     batches: int
     signal_share: float
     energy: float
@@ -196,9 +196,9 @@ class GradientWindow:
         pooled = float(np.clip(1.0 - noise.sum() / energy.sum(), 0.0, 1.0))
         shares = cautious_shares(energy - noise, energy, pooled, len(weights))
         reach = 2 * max(len(factors[target.name][0]) for target in self._targets)
-        signals, directions, within = [], {}, 0.0
+        signals, within = [], 0.0
         for target, share in zip(self._targets, shares, strict=True):
-            a, b = factors[target.name]
+            a = factors[target.name][0]
             spectrum = full_spectrum(
                 found[target.name], float(weights.sum()), float(share), target.full_rank, factor=self._factor or 1.0
             )
@@ -206,7 +206,10 @@ class GradientWindow:
             within += sum(values) + sum(gains[: max(reach, len(found[target.name].values)) - len(a)])
             values += [0.0] * (len(a) - len(values))  # beyond full rank
             signals.append(ModuleSignals(target=target, values=tuple(values), gains=tuple(gains)))
-            directions[target.name] = residual_directions(found[target.name], a, b)
+
+        def directions(name: str) -> Tensor:  # asked for the few modules that grow
+            return residual_directions(found[name], *factors[name])
+
         return Measured(
             signals=tuple(signals), directions=directions, batches=len(weights), signal_share=pooled, energy=within
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankscope.profiling.layers import thin_svd
 from rankscope.profiling.sketch import Decomposition
 
 
@@ -26,7 +27,7 @@ def residual_directions(gradient: Decomposition, a: Tensor, b: Tensor) -> Tensor
     columns, rows = _basis(b.to(left)), _basis(a.to(right).T)
     left_core = torch.linalg.qr(left - columns @ (columns.T @ left)).R
     basis, right_core = torch.linalg.qr((right - (right @ rows) @ rows.T).T)
-    _, values, directions = torch.linalg.svd(left_core @ right_core.T)
+    _, values, directions = thin_svd(left_core @ right_core.T)
     scale = float(gradient.values[:1].sum())
     found: Tensor = (directions @ basis.T)[values > 1e-5 * scale]
     return found
@@ -34,6 +35,6 @@ def residual_directions(gradient: Decomposition, a: Tensor, b: Tensor) -> Tensor
 
 def _basis(matrix: Tensor) -> Tensor:
     """(n, r): an orthonormal basis of the columns' span, filled up with zeros."""
-    left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, _ = thin_svd(matrix)
     basis: Tensor = left * (values > 1e-5 * values[:1]).to(left)
     return basis

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rankscope.profiling.layers import row_blocks
+
 _ROWS = 256  # of a weight at a time, to save memory
 _LOGARITHM = 1e-12  # a power whose integral is that of 1 / x
 _ROUNDING = 1e-7  # of float32 sums: less than this share of the energy is not an estimate
@@ -140,19 +142,20 @@ def stable_rank(weight: Tensor, *, iterations: int = 30) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(weight.shape[1], generator=generator).to(weight.device)
-    top = 0.0
+    blocks = row_blocks(weight, _ROWS)
+    image: list[Tensor] = []
     for _ in range(iterations):
         direction = direction / direction.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        image = [part.float() @ direction for part in weight.split(_ROWS)]
-        top = float(torch.cat(image).square().sum())
-        pairs = zip(weight.split(_ROWS), image, strict=True)
+        image = [part.float() @ direction for part in blocks]
+        pairs = zip(blocks, image, strict=True)
         direction = torch.stack([part.float().T @ piece for part, piece in pairs]).sum(dim=0)
+    top = float(torch.cat(image).square().sum())
     return frobenius_norm(weight) ** 2 / top if top else 0.0
 
 
 def frobenius_norm(weight: Tensor) -> float:
     """||W||_F in single precision, without a copy of the weight."""
-    return float(torch.stack([part.float().norm() for part in weight.split(_ROWS)]).norm())
+    return float(torch.stack([part.float().norm() for part in row_blocks(weight, _ROWS)]).norm())
 
 
 def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
@@ -163,5 +166,6 @@ def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
         basis: (out, k), and
         core: (k, in): the gradient as basis @ core. Where it is sketched, the part beyond its leading k directions is missing.
     """
-    parts = zip(weight.split(_ROWS), basis.split(_ROWS), strict=True)
+    blocks = row_blocks(weight, _ROWS)
+    parts = zip(blocks, basis.split(len(blocks[0])), strict=True)
     return float(torch.stack([(part.float() * (rows @ core)).abs().sum() for part, rows in parts]).sum())

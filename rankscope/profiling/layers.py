@@ -28,6 +28,29 @@ def solvable(tensor: Tensor) -> Tensor:
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,) and Vh (k, n), with k = min(m, n); `torch.linalg.svd` of a thin matrix, whatever its device.
+
+    On a GPU the SVD proper is that of the triangular factor, taken on the CPU: cuSOLVER needs tens of milliseconds for it.
+    """
+    if matrix.device.type == "cpu":
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    if len(matrix) < matrix.shape[1]:
+        left, values, right = thin_svd(matrix.T)
+        return right.T, values, left.T
+    basis, core = torch.linalg.qr(matrix)
+    left, values, right = (part.to(matrix.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
+    return basis @ left, values, right
+
+
+def row_blocks(matrix: Tensor, on_cpu: int) -> tuple[Tensor, ...]:
+    """The matrix in blocks of rows, so that copies of a block are small: `on_cpu` rows, or 64 MB where a block costs launches."""
+    size = on_cpu if matrix.device.type == "cpu" else max(on_cpu, 2**24 // max(matrix.shape[1], 1))
+    blocks: tuple[Tensor, ...] = matrix.split(size)
+    return blocks
+
+
 def as_rows(module: nn.Module, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
     """(n, in) and (n, out) with the weight gradient sum_n deltas_n inputs_n^T; positions and patches are rows."""
     module = base_layer(module)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rankscope.profiling.layers import solvable
+from rankscope.profiling.layers import row_blocks, solvable, thin_svd
 from rankscope.targets import TargetModule
 
 SKETCH_SIZE = 56  # k, at least, if memory allows
@@ -140,7 +140,7 @@ class ExactGradient:
 
     def decompose(self) -> Decomposition:
         """See `GradientStore`."""
-        left, values, right = torch.linalg.svd(solvable(self.gradient), full_matrices=False)
+        left, values, right = thin_svd(solvable(self.gradient))
         return Decomposition(left, values, right, float(self.gradient.square().sum()), 0.0)
 
 
@@ -215,7 +215,7 @@ class SketchedGradient:
         wide = solvable(self.wide)
         basis = torch.linalg.qr(solvable(self.narrow)).Q
         projected = solvable(self.compress(basis.T.to(self.signs.device)).T)
-        inverse = torch.linalg.pinv(projected)
+        inverse = torch.linalg.pinv(projected.cpu()).to(projected)  # small: see thin_svd
         core = inverse @ wide
         (n, k), l = basis.shape, len(projected)
         sizes = torch.bincount(torch.arange(n, device=basis.device) % l, minlength=l).to(basis.dtype)
@@ -223,7 +223,7 @@ class SketchedGradient:
         seen = float(((1.0 - (projected * inverse.T).sum(dim=1)) * sizes).sum()) / (n - k)
         missed = float((wide - projected @ core).square().sum()) / seen
         energy = float(core.square().sum()) + (1.0 - excess) * missed
-        left, values, right = torch.linalg.svd(core, full_matrices=False)
+        left, values, right = thin_svd(core)
         left = basis @ left
         if self.transposed:
             left, right = right.T, left.T
@@ -231,11 +231,11 @@ class SketchedGradient:
         return Decomposition(left, values, right, energy, error)
 
     def compress(self, rows: Tensor) -> Tensor:
-        """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign; 256 rows at a time, to save memory."""
+        """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign, in blocks of rows to save memory."""
         long, l = self.signs.numel(), self.wide.shape[0]
         signs = self.signs.to(rows.dtype)
         pieces = []
-        for part in rows.split(256):
+        for part in row_blocks(rows, 256):
             padded = part.new_zeros(len(part), -(-long // l) * l)
             torch.mul(part, signs, out=padded[:, :long])
             pieces.append(padded.view(len(part), -1, l).sum(dim=1))

@@ -244,7 +244,8 @@ def blend(request: Request) -> RankAllocation:
     scores = dict.fromkeys((target.name for target in request.targets), 1.0)
     for view, values in views.items():
         mean = max(float(np.mean([values[name] for name in scores])), _TINY)
-        scores = {name: score * (values[name] / mean) ** weights[view] for name, score in scores.items()}
+        with np.errstate(over="ignore"):  # an infinite score is refused where scores are checked
+            scores = {n: score * float(np.float64(values[n] / mean) ** weights[view]) for n, score in scores.items()}
     return request.per_parameter(scores)
 
 

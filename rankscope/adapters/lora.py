@@ -278,7 +278,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
 
 
 # PEFT does not check a config's values: a wrong one raises whatever its first use raises.
-_PEFT_RAISES = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, SafetensorError)
+_PEFT_RAISES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+    re.error,
+)
 
 
 def count_adapter_parameters(model: nn.Module) -> int:

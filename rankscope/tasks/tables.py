@@ -86,7 +86,8 @@ def split_rows(
         raise TaskError(f"`split_seed` must be 0 or more, but got {seed}.")
     table = table.drop_duplicates(subset=key)
     if "split" in table.columns:
-        parts = {split: table[table["split"] == split] for split in SPLITS}
+        named = table["split"].map(str)  # a cell may hold anything
+        parts = {split: table[named == split] for split in SPLITS}
     else:
         if min(fractions) <= 0 or abs(sum(fractions) - 1.0) > 1e-6:
             raise TaskError(f"`fractions` must be three positive shares that sum to 1, but got {list(fractions)}.")

@@ -377,7 +377,7 @@ def test_truncated_profile_and_study_of_another_task(folder: Path, tmp_path: Pat
     status, _, stderr = invoke("allocate", study, "--out", tmp_path)
     assert status == 2
     assert re.fullmatch(
-        r"rankscope: `.*profile\.parquet` must hold a profile as Parquet, but it cannot be read .*\n", stderr
+        r"rankscope: `.*profile\.parquet` must hold a profile as Parquet, but it cannot be parsed .*\n", stderr
     )
 
     out = tmp_path / "other"

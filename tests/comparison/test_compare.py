@@ -136,7 +136,7 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
          "`budget`."),
         (["head"], {"seeds": []}, "`seeds` must hold at least one seed, but is empty."),
         (["mine.py:broken"], {}, "`mine.py:broken` must give an allocation or a method, but raised TypeError: string indices must be "
-         "integers, not 'str'; --debug shows where."),
+         "integers, not 'str' (mine.py, line 10); --debug shows the traceback."),
         (["mine.py:number"], {}, "`mine.py:number` must give a RankAllocation or a Method, but gave a int."),
     ],
 )  # fmt: skip

@@ -58,9 +58,17 @@ def test_metrics_must_hold_the_metric_and_the_loss() -> None:
         evaluate(Silent(), nn.Identity())
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "many"])
-def test_counts_are_checked(batch_size: object) -> None:
-    message = f"`batch_size` must be a whole number above 0, but got {batch_size!r}."
+@pytest.mark.parametrize(
+    ("batch_size", "must"),
+    [
+        (0, "must be a whole number above 0"),
+        (-1, "must be a whole number above 0"),
+        (2.5, "of task 'digits-shift' must be a whole number"),
+        ("many", "of task 'digits-shift' must be a whole number"),
+    ],
+)
+def test_counts_are_checked(batch_size: object, must: str) -> None:
+    message = f"`batch_size` {must}, but got {batch_size!r}."
     with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
         rs.load_task({"name": "digits-shift", "batch_size": batch_size})
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
-from torch import nn
+from torch import Tensor, nn
 
 from rankscope.adapters.live import config_of, lora_layers
 from rankscope.adapters.lora import wrap
 from rankscope.adapters.patterns import alpha_for, name_fields
+from rankscope.exceptions import AdapterError
 from rankscope.targets import TargetModule
 
 
@@ -36,6 +38,9 @@ def wrap_with_eva(
         rho: The largest rank is `rho * rank`; 1: no redistribution.
         dropout: Before A.
         modules_to_save: Trained whole.
+
+    Raises:
+        AdapterError: The first batch does not reach one of the targets.
     """
     config = LoraConfig(
         r=rank,
@@ -47,21 +52,72 @@ def wrap_with_eva(
         eva_config=EvaConfig(rho=rho),
     )
     wrapped = wrap(model, config, {target.name: rank for target in targets}, low_cpu_mem_usage=True)
-    options: dict[str, Any] = {}
-    if "input_ids" not in batches[0]:  # PEFT's default takes the attention mask, which only language models have
-        options = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None}
-    inputs = [_without_class_labels(batch) for batch in batches]
-    initialize_lora_eva_weights(wrapped, inputs, show_progress_bar=False, **options)
+    inputs = _Inputs(f"base_model.model.{target.name}" for target in targets)
+    initialize_lora_eva_weights(
+        wrapped,
+        [_without_class_labels(batch) for batch in batches],
+        forward_fn=inputs.forward,
+        prepare_model_inputs_fn=_tokens_seen,
+        prepare_layer_inputs_fn=inputs.rows,
+        show_progress_bar=False,
+    )
     kept = {name: layer.r["default"] for name, layer in lora_layers(wrapped, "default").items()}
     wrapped.peft_config["default"] = config_of(wrapped, "default", kept)  # EVA's has a pattern for each module
     return wrapped
 
 
+class _Inputs:
+    """What EVA sees of the modules' inputs; PEFT's own functions mask inputs of any shape as if they were (batch, length, width).
+
+    Args:
+        names: Of the modules, inside the PEFT model.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._unseen = dict.fromkeys(names)
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        """Run a batch.
+
+        Raises:
+            AdapterError: It did not reach a module.
+        """
+        outputs = model(**batch)
+        if self._unseen:
+            name = next(iter(self._unseen)).removeprefix("base_model.model.")
+            raise AdapterError(
+                f"EVA needs the inputs of every target module, but the first batch does not reach `{name}` "
+                f"({len(self._unseen)} such); leave it out of the targets, or give batches that do."
+            )
+        return outputs
+
+    def rows(self, inputs: Any, seen: Tensor | None, name: str) -> Tensor:
+        """(n, width): the inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
+        self._unseen.pop(name, None)
+        values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
+        rows = values.reshape(-1, values.shape[-1])
+        if seen is None or values.shape[:-1] not in (seen.shape, (seen.numel(),)):
+            return rows
+        kept: Tensor = rows[seen.flatten().to(rows.device)]
+        return kept
+
+
+def _tokens_seen(batch: Mapping[str, Any], config: LoraConfig) -> Tensor | None:
+    """(batch, length): the tokens that are neither padding nor without a label; None where there are none."""
+    if (tokens := batch.get("input_ids")) is None:
+        return None
+    seen: Tensor = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+    labels = batch.get("labels")
+    if labels is not None and labels.shape == tokens.shape and config.eva_config.use_label_mask:
+        seen = seen & (labels != config.eva_config.label_mask_value)
+    return seen
+
+
 def _without_class_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """EVA takes labels for a mask over tokens."""
-    tokens = batch.get("input_ids")
+    """A model needs its labels only where they are tokens that a decoder reads."""
+    tokens = batch.get("input_ids", batch.get("decoder_input_ids"))
     return {
         key: value
         for key, value in batch.items()
-        if key != "labels" or (tokens is not None and value.shape == tokens.shape)
+        if key != "labels" or (tokens is not None and value.ndim == tokens.ndim)
     }

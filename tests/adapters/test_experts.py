@@ -23,8 +23,9 @@ from rankscope.adapters import (
     wrap_with_adalora,
     wrap_with_eva,
 )
-from rankscope.exceptions import AllocationError
+from rankscope.exceptions import AdapterError, AllocationError
 from tests.adapters.live_models import stir
+from tests.architectures import build
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
@@ -38,11 +39,12 @@ FAMILIES: dict[str, dict] = {
     "glm4_moe": EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "olmoe": EXPERTS,
 }
+SHARED: dict[str, dict] = {"qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16}}  # its gate has one output
 
 
 def tiny(family: str) -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    config = transformers.AutoConfig.for_model(family, **SIZES, **(FAMILIES | SHARED)[family])
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -146,11 +148,38 @@ def test_peers_adapt_the_targets_only(wrap: Callable) -> None:
     assert adapted == {f"base_model.model.{target.name}" for target in targets}
 
 
-def test_eva_saves_its_ranks_for_plain_peft(tmp_path: Path) -> None:
-    model = tiny("mixtral")
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # whose shared expert gets flat inputs
+def test_eva_saves_its_ranks_for_plain_peft(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
     tokens = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
     wrapped = wrap_with_eva(model, rs.find_targets(model), batches, rank=2, scaling=2.0)
     assert len(set(from_peft_model(wrapped).vector)) > 1
     stir(wrapped)
-    assert torch.equal(saved_and_loaded(wrapped, tiny("mixtral"), tmp_path), outputs(wrapped))
+    assert torch.equal(saved_and_loaded(wrapped, tiny(family), tmp_path), outputs(wrapped))
+
+
+def test_eva_of_an_encoder_and_a_decoder() -> None:
+    """Labels of another length than the tokens are what the decoder reads."""
+    model, tokens = build("t5"), torch.randint(3, 50, (4, 10), generator=torch.Generator().manual_seed(1))
+    wrapped = wrap_with_eva(
+        model,
+        rs.find_targets(model),
+        [{"input_ids": tokens, "labels": tokens[:, :6].contiguous()}],
+        rank=2,
+        scaling=2.0,
+    )
+    assert len(set(from_peft_model(wrapped).vector)) > 1
+
+
+def test_eva_names_targets_without_inputs() -> None:
+    model = build("llava")
+    tokens = torch.randint(3, 50, (4, 10), generator=torch.Generator().manual_seed(1))
+    targets = rs.find_targets(model)
+    name, n = next(t.name for t in targets), sum(t.tower != "language" for t in targets)
+    message = (
+        f"EVA needs the inputs of every target module, but the first batch does not reach `{name}` ({n} such); leave it out "
+        "of the targets, or give batches that do."
+    )
+    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+        wrap_with_eva(model, targets, [{"input_ids": tokens}], rank=2, scaling=2.0)

@@ -47,10 +47,10 @@ def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, s
 _HEAD = re.compile(
     r"(\w*lm_head|embed_out|score|\w*classifier|qa_outputs|head|cls|\w*_head|\w*_predictor|\w*_predictions|"
     r"class_embed|bbox_embed|vocab_projector|vocab_transform|output_projection|logits_proj|logit_fc|proj_out|"
-    r"sequence_summary|\w*_decoder_postnet|regressor)(\.|$)"
+    r"sequence_summary|\w*_decoder_postnet|regressor|logits_dense|predict_(state|action|return))(\.|$)"
 )
 # Anywhere in it.
-_INNER_HEAD = _part(r"lm_heads?|cls\.predictions|decoder_postnet")
+_INNER_HEAD = _part(r"lm_heads?|cls\.predictions|(speech_)?decoder_postnet|decoder\.output_projection")
 # Beside a `classifier` at the top, as in wav2vec2.
 _BEFORE_CLASSIFIER = {"projector", "dense", "feature_extractor"}
 _OUTPUT_EMBEDDING = re.compile(
@@ -99,6 +99,13 @@ _TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )
 _STACK = re.compile(r"(^|\.)(?:\w+_)?(encoder|decoder)\.")
+# A block's parts are of its tower, whatever they are called (Zamba's `layers.2.mamba_decoder`).
+_ABOVE_BLOCKS = re.compile(r"(?:\d+\.)*[^\d](?:(?!\.\d+\.).)*\.?")
+
+
+def _above_blocks(name: str) -> str:
+    match = _ABOVE_BLOCKS.match(name)
+    return match.group() if match else name
 
 
 def name_towers(names: Collection[str]) -> dict[str, str]:
@@ -110,8 +117,9 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
     {'vit.layers.0.fc1': 'model'}
     """
     heads = find_heads(names)
-    found = {n: next((tower for tower, pattern in _TOWERS if pattern.search(n)), None) for n in names}
-    stacks = {n: match.group(2) if (match := _STACK.search(n)) else "model" for n in names}
+    above = {n: _above_blocks(n) for n in names}
+    found = {n: next((tower for tower, pattern in _TOWERS if pattern.search(above[n])), None) for n in names}
+    stacks = {n: match.group(2) if (match := _STACK.search(above[n])) else "model" for n in names}
     body = [n for n in names if n not in heads]
     present, halves = {found[n] for n in body}, {stacks[n] for n in body}
     if len(present) > 1 and present & {"vision", "audio", "projector"}:
@@ -272,8 +280,17 @@ def name_role(name: str) -> str:
     >>> [name_role(n) for n in ("h.0.attn.c_proj", "h.0.mlp.c_proj", "encoder.layer.0.attention.self.query")]
     ['o_proj', 'fc2', 'q_proj']
     """
-    role = next((role for role, pattern in _ROLES if pattern.search(name)), name.rsplit(".", 1)[-1])
+    role = next((role for role, pattern in _ROLES if pattern.search(name)), None) or _last_words(name)
     return f"cross_{role}" if _CROSS.search(name) else role
+
+
+def _last_words(name: str) -> str:
+    """The last part of a name; of a numbered one (`mlp.layers.0`), the words before its number, too."""
+    parts = _path_in_block(name)
+    start = len(parts) - 1
+    while start and (parts[start].isdecimal() or parts[start] == "layers"):
+        start -= 1
+    return "_".join(parts[start:])
 
 
 def _qualified(names: Sequence[str], blocks: Mapping[str, int | None], roles: Mapping[str, str]) -> dict[str, str]:

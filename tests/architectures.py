@@ -328,8 +328,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         use_mamba_kernels=False),
     "bamba": _row("BambaForCausalLM", "text", {"model": "attention gated in_proj"}, attn_layer_indices=[1],
         mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_chunk_size=4),
-    "zamba2": _row("Zamba2ForCausalLM", "text", {"encoder": "attention in_proj linear gate_up_proj down_proj 0 1",
-        "decoder": "in_proj"}, layer_types=['mamba', 'hybrid'], mamba_d_state=4, n_mamba_heads=8, mamba_headdim=8,
+    "zamba2": _row("Zamba2ForCausalLM", "text", {"model": "attention in_proj linear gate_up_proj down_proj "
+        "gate_up_proj_adapter_list_0_0 gate_up_proj_adapter_list_0_1"}, layer_types=['mamba', 'hybrid'], mamba_d_state=4, n_mamba_heads=8, mamba_headdim=8,
         chunk_size=4, adapter_rank=2, hybrid_layer_ids=[1], attention_head_dim=16),
     "nemotron-h": _row("NemotronHForCausalLM", "text", {"model": "attention in_proj up_proj down_proj"},
         layer_types=['mamba', 'moe', 'attention', 'mlp'], num_hidden_layers=4, mamba_num_heads=8, mamba_head_dim=8,
@@ -372,7 +372,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dinov2": _row("Dinov2ForImageClassification", "image", {"model": "attention mlp"}),
     "swin": _row("SwinForImageClassification", "image", {"model": "attention mlp reduction"}, embed_dim=8,
         depths=[2, 2], num_heads=[2, 2], window_size=2, patch_size=2),
-    "swinv2": _row("Swinv2ForImageClassification", "image", {"model": "attention mlp 0 2 reduction"}, embed_dim=8,
+    "swinv2": _row("Swinv2ForImageClassification", "image", {"model": "attention mlp reduction "
+        "continuous_position_bias_mlp_0 continuous_position_bias_mlp_2"}, embed_dim=8,
         depths=[1, 1], num_heads=[2, 2], window_size=2, patch_size=2, pretrained_window_sizes=[0, 0]),
     "convnext": _row("ConvNextForImageClassification", "image", {"model": "mlp"}, hidden_sizes=[8, 16], depths=[2,
         1], num_stages=2, patch_size=2),
@@ -404,7 +405,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "cross_attn_token_to_image_cross_q_proj cross_attn_token_to_image_cross_k_proj "
         "cross_attn_token_to_image_cross_v_proj cross_attn_token_to_image_cross_o_proj "
         "cross_attn_image_to_token_cross_q_proj cross_attn_image_to_token_cross_k_proj "
-        "cross_attn_image_to_token_cross_v_proj cross_attn_image_to_token_cross_o_proj proj_in proj_out 0"},
+        "cross_attn_image_to_token_cross_v_proj cross_attn_image_to_token_cross_o_proj proj_in proj_out layers_0 "
+        "iou_prediction_head_layers_0"},
         vision_config={"output_channels": 16, "global_attn_indexes": [1], "window_size": 2, "num_pos_feats": 8,
         "mlp_dim": 64}, prompt_encoder_config={"hidden_size": 16, "image_embedding_size": 4, "mask_input_channels":
         4}, mask_decoder_config={"hidden_size": 16, "num_hidden_layers": 1, "iou_head_hidden_dim": 16,
@@ -464,7 +466,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "linear_1 linear_2", "language": "attention gated"}, image_token_index=55, image_token_id=55,
         image_grid_pinpoints=[[16, 16]]),
     "qwen2-vl": _row("Qwen2VLForConditionalGeneration", "patch grid", {"vision": "mlp qkv_proj o_proj", "projector":
-        "0 2", "language": "attention gated"}, image_token_id=55, vision_start_token_id=54, vision_end_token_id=53,
+        "mlp_0 mlp_2", "language": "attention gated"}, image_token_id=55, vision_start_token_id=54, vision_end_token_id=53,
         video_token_id=56, vision_config={"depth": 2, "hidden_size": 32, "embed_dim": 32, "mlp_ratio": 2,
         "spatial_merge_size": 2, "temporal_patch_size": 1}, text_config={"rope_parameters": {"rope_type": "default",
         "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}),
@@ -484,7 +486,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         perceiver_config={"resampler_n_latents": 4, "resampler_depth": 2, "resampler_n_heads": 4,
         "resampler_head_dim": 8, "num_key_value_heads": 2}),
     "git": _row("GitForCausalLM", "caption", {"vision": "attention mlp", "language": "attention mlp", "projector":
-        "0"}),
+        "visual_projection_0"}),
     "vilt": _row("ViltForQuestionAnswering", "question", {"model": "attention mlp pooler"}),
     "mllama": _row("MllamaForConditionalGeneration", "tile", {"vision": "attention mlp", "language": "attention "
         "cross gated", "projector": "multi_modal_projector"}, image_token_index=55,

@@ -15,7 +15,9 @@ from rankscope.naming import describe_modules, find_heads, name_block, name_role
         ("gpt_neox.layers.3.mlp.dense_4h_to_h", 3, "fc2"),
         ("distilbert.transformer.layer.2.ffn.lin1", 2, "fc1"),
         ("model.layers.4.block_sparse_moe.experts.1.w2", 4, "down_proj"),
-        ("model.mm_projector.2", None, "2"),
+        ("model.mm_projector.2", None, "mm_projector_2"),
+        ("decoder.layers.3.mlp.layers.1", 3, "mlp_layers_1"),
+        ("layers.3.1", 3, "1"),
         ("encoder.layer.0.attention.attention.query", 0, "q_proj"),
         ("encoder.layer.0.attention.output.dense", 0, "o_proj"),
         ("decoder.layers.5.encoder_attn.v_proj", 5, "cross_v_proj"),
@@ -68,10 +70,11 @@ DETR = {
 SPEECH = {"encoder.layers.0.fc1": "encoder", "projector.linear": "projector", "language_model.layers.0.fc1": "language"}
 MAE = {"vit.layers.0.mlp.fc1": "encoder", "decoder.decoder_layers.0.mlp.fc1": "decoder"}
 OPT = {"model.decoder.layers.0.fc1": "model", "lm_head": "model"}
+ZAMBA = {"model.layers.0.mamba.in_proj": "model", "model.layers.2.mamba_decoder.mamba.in_proj": "model"}
 WAV2VEC2 = {"wav2vec2.encoder.layers.0.fc1": "model", "projector": "model", "classifier": "model"}
 
 
-@pytest.mark.parametrize("towers", [BLIP_2, AUDIO, RESAMPLER, SAM, DETR, SPEECH, MAE, OPT, WAV2VEC2])
+@pytest.mark.parametrize("towers", [BLIP_2, AUDIO, RESAMPLER, SAM, DETR, SPEECH, MAE, OPT, ZAMBA, WAV2VEC2])
 def test_towers(towers: dict[str, str]) -> None:
     assert name_towers(towers.keys()) == towers
 
@@ -79,6 +82,7 @@ def test_towers(towers: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("names", "heads"),
     [
+        (["model.decoder.layers.0.fc1", "model.decoder.output_projection"], {"model.decoder.output_projection"}),
         (["encoder.layers.0.fc1", "projector", "classifier"], {"projector", "classifier"}),
         (["vision_tower.fc1", "projector", "lm_head"], {"lm_head"}),
         (["a.layers.0.fc1", "proj_out"], {"proj_out"}),

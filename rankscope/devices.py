@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import count
@@ -15,7 +15,7 @@ from rankscope.exceptions import RankscopeError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -51,6 +51,12 @@ def placed(model: Model) -> Model:
     by_hand = hasattr(model, "hf_device_map") or any(p.device.type != "cpu" for p in model.parameters())
     device = best_device()
     return model if by_hand or device.type == "cpu" else model.to(device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 shards, gathered; every process must call it. Any other as it is."""
+    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return gather() if gather else tensor
 
 
 def batch_device(model: nn.Module) -> torch.device:

@@ -147,6 +147,14 @@ def base_layer(module: nn.Module) -> nn.Module:
     return module
 
 
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the parts that `torch.compile`, checkpointing and FSDP add to it.
+
+    DistributedDataParallel's `module` stays, which a module of the model itself may be called.
+    """
+    return ".".join(part for part in name.split(".") if part == "module" or part not in _INNER.values())
+
+
 # The attribute by which each wrapper holds the module inside it.
 _SHARDED = "_fsdp_wrapped_module"
 _INNER = {
@@ -333,11 +341,7 @@ def _selected_by_peft(
     """What PEFT adapts under a LoraConfig and an allocation can give ranks to."""
     from rankscope.adapters import adapted_modules
 
-    segments = set(_INNER.values())
-    adapted = [
-        ".".join(part for part in name.split(".") if part not in segments)
-        for name in adapted_modules(config, _base_model(model))
-    ]
+    adapted = [plain_name(name) for name in adapted_modules(config, _base_model(model))]
     kept = {name for name in adapted if name in candidates and not candidates[name].saved}
     if not kept:
         what = f"PEFT adapts only {_brief(adapted)}" if adapted else "PEFT adapts none"

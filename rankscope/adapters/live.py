@@ -19,6 +19,7 @@ from rankscope.adapters.dormant import entry_of, is_dormant
 from rankscope.adapters.patterns import alpha_for, most_common, name_fields, value_patterns
 from rankscope.adapters.requests import Room
 from rankscope.exceptions import AdapterError
+from rankscope.targets import plain_name
 
 
 class Part(NamedTuple):
@@ -41,7 +42,6 @@ class Part(NamedTuple):
             setattr(getattr(layer, self.container)[adapter], self.attribute, parameter)
 
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 EMBEDDING_FACTORS = Part("lora_embedding_A", None), Part("lora_embedding_B", None)
 FACTORS = Part("lora_A", "weight"), Part("lora_B", "weight")
 BIAS = Part("lora_B", "bias")
@@ -162,11 +162,6 @@ def check_block_names(names: Iterable[str]) -> None:
                 f"blocks must be compiled in place, but `{block}` is wrapped by `torch.compile`, whose name PEFT would save; "
                 "call its `compile()` instead."
             )
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without the parts that `torch.compile`, checkpointing and FSDP add to it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 @contextmanager

@@ -30,14 +30,15 @@ from rankscope.adapters.live import (
     config_of,
     factor_parts,
     factors,
-    plain_name,
     uncompiled,
     unwrap_peft_model,
 )
 from rankscope.adapters.optimizer_state import Replacement, carry_state, replace_parameters, unwrap_optimizer
 from rankscope.adapters.requests import Resize, Room, check_resizes
 from rankscope.adapters.resize import replace_factors
+from rankscope.devices import whole
 from rankscope.exceptions import AdapterError
+from rankscope.targets import plain_name
 
 _BUFFER = "rank_mask"
 
@@ -264,7 +265,7 @@ class RankMasks:
     def _plan(self, resize: Resize) -> _Switch:
         """What is switched on and off, and the factors afterwards; nothing is changed yet."""
         mask = self._mask(resize.name).bool()
-        a, b = (_whole(factor.detach()) for factor in factors(self._layers[resize.name], self._adapter))
+        a, b = (whole(factor.detach()) for factor in factors(self._layers[resize.name], self._adapter))
         if resize.directions is not None and resize.rank > mask.sum():
             born = (~mask).nonzero().flatten()[: len(resize.directions)]
             a = a.clone()
@@ -299,7 +300,7 @@ class RankMasks:
     def _true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapter's active components; what FSDP2 shards of all that is trained is gathered."""
         trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        state = {plain_name(name): _whole(tensor) if name in trained else tensor for name, tensor in state.items()}
+        state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in state.items()}
         for name, active in self.active.items():
             for dim, part in enumerate(FACTORS):
                 key = f"base_model.model.{name}.{part.container}.{self._adapter}.{part.attribute}"
@@ -333,11 +334,11 @@ class _Keep:
     stays: Tensor
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
-        whole = _whole(tensor)
-        shape = [1] * whole.ndim
+        values = whole(tensor)
+        shape = [1] * values.ndim
         shape[dim] = -1
-        zero = torch.zeros((), dtype=whole.dtype, device=whole.device)
-        return _like(torch.where(self.stays.to(whole.device).reshape(shape), whole, zero), tensor)
+        zero = torch.zeros((), dtype=values.dtype, device=values.device)
+        return _like(torch.where(self.stays.to(values.device).reshape(shape), values, zero), tensor)
 
 
 def _portable(resizes: Sequence[Resize]) -> Sequence[Resize]:
@@ -359,14 +360,6 @@ def _mask_output(inner: nn.Module, _: Any, output: Tensor) -> Tensor:
     if isinstance(inner, nn.modules.conv._ConvNd):
         mask = mask.reshape(-1, *[1] * len(inner.kernel_size))
     return output * mask
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that FSDP2 shards, gathered; every process must call it."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    whole: Tensor = tensor.full_tensor()
-    return whole
 
 
 def _like(value: Tensor, reference: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rankscope.adapters import RankMasks, Resize, from_peft_model, masks_on, resize_adapters
@@ -24,8 +23,10 @@ from rankscope.adapters.live import (
 from rankscope.adapters.optimizer_state import check_known, unwrap_optimizer
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
+from rankscope.devices import whole
 from rankscope.exceptions import ControlError
 from rankscope.profiling import Profile
+from rankscope.profiling.layers import is_compiled
 from rankscope.strategies import allocate
 from rankscope.targets import unwrapped
 
@@ -71,7 +72,7 @@ class LiveRanks:
                 f"`model` must not carry rank masks to be controlled in mode {mode!r}, but carries those of adapter "
                 f"{self.masks.adapter!r}; `compress` them, or go on in mode 'mask'."
             )
-        self.compiled = _is_compiled(model)
+        self.compiled = is_compiled(model)
         if mode == "auto":
             fixed = self.masks is not None or n_processes() > 1 or self.compiled or _is_ddp(model)
             mode = "mask" if fixed else "resize"
@@ -136,7 +137,7 @@ class LiveRanks:
         found = {}
         chosen = {} if self.masks is None else self.masks.active
         for name, layer in adapter_layers(self.model, self.adapter).items():
-            a, b = (_whole(factor).detach().flatten(1) for factor in factors(layer, self.adapter))
+            a, b = (whole(factor).detach().flatten(1) for factor in factors(layer, self.adapter))
             if name in chosen:
                 active = list(chosen[name])
                 a, b = a[active], b[:, active]
@@ -215,16 +216,3 @@ def first_ranks(
 
 def _is_ddp(model: nn.Module) -> bool:
     return any(isinstance(each, DistributedDataParallel) for each in (model, getattr(model, "_orig_mod", model)))
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` wraps the model or a block of it, or `Module.compile` compiled one in place."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
-
-
-def _whole(factor: Tensor) -> Tensor:
-    """A tensor that FSDP2 shards, gathered."""
-    if not isinstance(factor, DTensor):
-        return factor
-    whole: Tensor = factor.full_tensor()
-    return whole

@@ -8,15 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from rankscope.devices import whole
 from rankscope.targets import base_layer
 
 SUPPORTED = ("linear", "conv1d", "conv2d")
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` wraps the model or a part of it, or `Module.compile` compiled one in place."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+
+
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
     """Runs what torch.compile made of any part of the model as it was before, since compiled code passes over new hooks."""
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+    if is_compiled(model):
         with torch.compiler.set_stance("force_eager"):
             yield
     else:
@@ -76,7 +82,7 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    weight = weight.detach()
+    weight = whole(weight.detach())
     if hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB"):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

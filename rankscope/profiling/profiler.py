@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import rankscope
 from rankscope.budget import ParameterBudget
-from rankscope.devices import batch_device
+from rankscope.devices import batch_device, whole
 from rankscope.exceptions import ProfileError
 from rankscope.profiling.batches import Tally, attention_mask, check_loss
 from rankscope.profiling.convergence import Convergence
@@ -369,6 +369,6 @@ def _fingerprint_weights(model: nn.Module) -> str:
         module = model.get_submodule(owner)
         with align_module_device(module):
             parameter = getattr(module, attribute)
-            corner = parameter.detach().flatten()[:16].tolist()
+            corner = whole(parameter.detach()).flatten()[:16].tolist()
             digest.update(repr((name, tuple(parameter.shape), corner)).encode())
     return digest.hexdigest()[:16]

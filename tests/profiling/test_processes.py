@@ -16,6 +16,7 @@ WORKER = """
 import sys
 import torch
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from tests.profiling.test_processes import batches, build, routed, take, take_routed
 
 torch.set_num_threads(1)
@@ -24,6 +25,10 @@ rank = distributed.get_rank()
 model = torch.nn.parallel.DistributedDataParallel(build())
 found = take(model, batches()[rank::2])
 found.to_parquet(f"{sys.argv[1]}/{rank}.parquet")
+sharded = build()
+for part in sharded[:3]:
+    fully_shard(part)
+take(fully_shard(sharded), batches()[:6][rank::2]).to_parquet(f"{sys.argv[1]}/sharded-{rank}.parquet")
 take_routed(routed()[rank]).to_parquet(f"{sys.argv[1]}/routed-{rank}.parquet")
 distributed.destroy_process_group()
 """
@@ -87,20 +92,27 @@ def test_two_processes_give_the_profile_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = take(build(), batches())
-    assert one.table["exact"].tolist() == [True, False, True]
-    for rank in (0, 1):
-        found = rs.read_profile(tmp_path / f"{rank}.parquet")
-        assert found.metadata["batches"] == 7
-        assert found.metadata["data"] == one.metadata["data"]
-        assert found.metadata["loss"] == pytest.approx(one.metadata["loss"])
-        numbers = [c for c in one.table.columns if pd.api.types.is_float_dtype(one.table[c])]
-        pd.testing.assert_frame_equal(found.table[numbers], one.table[numbers], rtol=1e-3, check_dtype=False)
-        for name, values in one.spectra(signal=False).items():
-            assert found.spectra(signal=False)[name][:8] == pytest.approx(values[:8], rel=1e-3)
+    for data, file in ((batches(), ""), (batches()[:6], "sharded-")):
+        check_equals_one(take(build(), data), [rs.read_profile(tmp_path / f"{file}{rank}.parquet") for rank in (0, 1)])
     one = take_routed([batch for part in routed() for batch in part])
     for rank in (0, 1):
         found = rs.read_profile(tmp_path / f"routed-{rank}.parquet")
         assert found.metadata["without_gradient"] == ["experts.2"]
-        pd.testing.assert_frame_equal(found.table[numbers], one.table[numbers], rtol=1e-3, check_dtype=False)
+        pd.testing.assert_frame_equal(found.table[numbers(one)], one.table[numbers(one)], rtol=1e-3, check_dtype=False)
         assert len(found.table["activation_values"].iloc[-1]) == 0
+
+
+def numbers(profile: rs.Profile) -> list[str]:
+    return [c for c in profile.table.columns if pd.api.types.is_float_dtype(profile.table[c])]
+
+
+def check_equals_one(one: rs.Profile, of_two: list[rs.Profile]) -> None:
+    assert one.table["exact"].tolist() == [True, False, True]
+    for found in of_two:
+        assert found.metadata["batches"] == one.metadata["batches"]
+        assert found.metadata["weights"] == one.metadata["weights"]
+        assert found.metadata["data"] == one.metadata["data"]
+        assert found.metadata["loss"] == pytest.approx(one.metadata["loss"])
+        pd.testing.assert_frame_equal(found.table[numbers(one)], one.table[numbers(one)], rtol=1e-3, check_dtype=False)
+        for name, values in one.spectra(signal=False).items():
+            assert found.spectra(signal=False)[name][:8] == pytest.approx(values[:8], rel=1e-3)

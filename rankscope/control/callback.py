@@ -33,8 +33,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     each decision go to the log history and to all that the Trainer reports to (TensorBoard, W&B).
 
     Ranks are masked under several processes and with `torch_compile`; what the Trainer saves then is at the true ranks, too.
-    Pass the callback to the Trainer's constructor, which is where it prepares the model for resuming; a model that `model_init`
-    makes again when training begins cannot be resumed.
+    Pass the callback to the Trainer's constructor, which is where it prepares the model for resuming.
 
     Args:
         budget: The most adapter parameters at any time.
@@ -64,8 +63,18 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         self.controller: RankController | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Make later loads of a checkpoint restore its ranks first."""
+        """Make later loads of a checkpoint restore its ranks first, also into models that `model_init` makes."""
         self._prepare(model)
+        trainer = _calling_trainer()
+        if trainer is not None and trainer.model_init is not None:
+            make = trainer.call_model_init
+
+            def make_prepared(trial: Any = None) -> Any:
+                made = make(trial)
+                self._prepare(made)
+                return made
+
+            trainer.call_model_init = make_prepared
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Start the controller: the optimizer and the number of steps are known."""
@@ -120,7 +129,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         self._stop()
 
     def _prepare(self, model: Any) -> str:
-        """The adapter to control. Repeated when training begins, since `model_init` makes another model then."""
+        """The adapter to control. Repeated when training begins, for a callback that the Trainer was given later."""
         adapter = choose_adapter(unwrap_peft_model(model), self._settings.get("adapter_name"))
         restore_ranks_on_load(model)
         return adapter

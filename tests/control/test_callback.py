@@ -140,6 +140,9 @@ def test_a_model_that_the_trainer_makes_anew(digits: Task, tmp_path: Path) -> No
     assert Path(whole.state.best_model_checkpoint).name == "checkpoint-12"
     best = loaded(digits, tmp_path / "whole" / "checkpoint-12")
     assert torch.equal(logits(best, digits), logits(whole.model, digits))
+    resumed = trainer(digits, tmp_path / "resumed", kind=Anew, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    ends_the_same(resumed, whole)
 
 
 def test_a_named_adapter_of_several_is_resumed(digits: Task, tmp_path: Path) -> None:

@@ -142,9 +142,14 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer that a PEFT layer wraps; any other module itself."""
-    while (inner := module._modules.get("base_layer")) is not None:
+    while (inner := module._modules.get("base_layer")) is not None and _is_of(module, "BaseTunerLayer"):
         module = inner
     return module
+
+
+def _is_of(module: nn.Module, kind: str) -> bool:
+    """Whether a class of that name is among the module's, without an import of the library that has it."""
+    return any(base.__name__ == kind for base in type(module).__mro__)
 
 
 def plain_name(name: str) -> str:
@@ -251,7 +256,7 @@ def _kind(module: nn.Module) -> Kind | None:
 
     if isinstance(module, nn.Linear):
         return "linear"
-    if hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__):
+    if hasattr(module, "nf") and _is_of(module, "Conv1D"):
         return "conv1d"
     if isinstance(module, nn.Conv2d) and module.groups == 1:  # with groups, PEFT takes only multiples of them as ranks
         return "conv2d"

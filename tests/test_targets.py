@@ -212,6 +212,13 @@ def test_wrappers_leave_no_trace_in_names(wrap: Callable[[nn.Module], nn.Module]
     assert min(profile.column("gradient_norm").values()) > 0
 
 
+def test_names_that_peft_uses_too_are_names_of_a_models_own_modules() -> None:
+    names = ["base_layer", "lora_A", "module", "default"]
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4)) for name in names})
+    for selection in ("all-linear", LoraConfig(target_modules=["0"])):
+        assert [target.name for target in rs.find_targets(model, selection)] == [f"{name}.0" for name in names]
+
+
 def test_what_modules_to_save_trains_is_no_target() -> None:
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp", "lm_head"])
     model = get_peft_model(build("llama"), config)

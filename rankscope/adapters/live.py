@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -108,8 +108,8 @@ def choose_adapter(model: PeftModel, adapter_name: str | None) -> str:
     adapter = adapter_name or names[0]
     if adapter not in model.peft_config:
         raise AdapterError(f"`adapter_name` must be among the model's adapters {names}, but got {adapter!r}.")
-    if not isinstance(config := model.peft_config[adapter], LoraConfig):
-        raise AdapterError(f"adapter {adapter!r} must be LoRA to have ranks, but is {config.peft_type.value}.")
+    if (kind := model.peft_config[adapter].peft_type) != PeftType.LORA:
+        raise AdapterError(f"adapter {adapter!r} must be LoRA for its ranks to change, but is {kind.value}.")
     return adapter
 
 

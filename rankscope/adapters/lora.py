@@ -166,6 +166,9 @@ def from_peft_model(
     if len(active) > 1:
         raise AllocationError(f"`adapter_name` must say which of the active adapters {active} is meant, but is None.")
     adapter = next(iter(active), "default")
+    kind = model.peft_config[adapter].peft_type if adapter in model.peft_config else PeftType.LORA
+    if kind != PeftType.LORA:
+        raise AllocationError(f"adapter {adapter!r} must be LoRA to be read as ranks, but is {kind.value}.")
     layers = lora_layers(model, adapter)
     if attention := [name for name, layer in layers.items() if isinstance(layer, MultiheadAttention)]:
         raise AllocationError(
@@ -267,7 +270,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
         values["task_type"] = None
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
-        if isinstance(loaded.peft_config["default"], LoraConfig):
+        if loaded.peft_config["default"].peft_type == PeftType.LORA:
             check_weights_fit(loaded, Path(folder), "default")  # PEFT loads what it finds
     except _PEFT_RAISES as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -323,8 +324,9 @@ def _profiled(model: nn.Module, targets: Sequence[TargetModule]) -> tuple[tuple[
     if len(skipped) == len(targets):
         raise ProfileError(f"`targets` must hold a module of kind {', '.join(SUPPORTED)}, but hold none; find others.")
     skipped |= dict.fromkeys(fused_experts(model), "experts fused into one 3-D weight cannot be profiled")
-    for name, reason in skipped.items():
-        logger.warning("`%s` is left out: %s", name, reason)
+    for reason, count in Counter(skipped.values()).items():
+        first = next(name for name in skipped if skipped[name] == reason)
+        logger.warning("`%s` is left out: %s (%d such)", first, reason, count)
     return tuple(target for target in targets if target.name not in skipped), skipped
 
 

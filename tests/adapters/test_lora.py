@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -221,6 +221,10 @@ def test_models_that_do_not_fit() -> None:
     ):
         from_peft_model(apply_allocation(build("vit"), allocation), adapter_name="other")
     with pytest.raises(
+        AllocationError, match=r"^adapter 'default' must be LoRA to be read as ranks, but is ADALORA\.$"
+    ):
+        from_peft_model(get_peft_model(build("vit"), ADALORA))
+    with pytest.raises(
         AllocationError, match=r"^`config` must adapt at least one of the 12 target modules, but adapts none\.$"
     ):
         from_lora_config(LoraConfig(target_modules=["nothing"]), allocation.targets)
@@ -259,6 +263,14 @@ def test_one_pattern_for_each_distinct_rank() -> None:
     old = {f"^{re.escape(name)}": rank for name, rank in allocation.ranks.items()}  # one for each module, as before
     config.rank_pattern = old
     assert from_lora_config(config, targets) == allocation
+
+
+ADALORA = AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10)
+
+
+def test_adapters_of_other_kinds_load(tmp_path: Path) -> None:
+    get_peft_model(build("vit"), ADALORA).save_pretrained(tmp_path)
+    assert load_adapter(build("vit"), tmp_path).peft_config["default"].peft_type == PeftType.ADALORA
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
@@ -485,7 +485,9 @@ def test_bad_models_are_refused() -> None:
 
 def test_other_kinds_of_adapters_are_refused() -> None:
     loha = get_peft_model(Kinds(), LoHaConfig(target_modules=["linear"]))
-    refuses(loha, "adapter 'default' must be LoRA to have ranks, but is LOHA.")
+    refuses(loha, "adapter 'default' must be LoRA for its ranks to change, but is LOHA.")
+    adalora = get_peft_model(Kinds(), AdaLoraConfig(target_modules=["linear"], total_step=10))
+    refuses(adalora, "adapter 'default' must be LoRA for its ranks to change, but is ADALORA.")
     mica = get_peft_model(Kinds(), LoraConfig(target_modules=["linear"], r=2, init_lora_weights="mica"))
     refuses(mica, "the adapter of `linear` must be plain LoRA or DoRA, but it is of variant MiCALinearVariant.")
     grouped = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.budget import Bound, ParameterBudget
 from rankscope.exceptions import StudyError
-from rankscope.fingerprints import FORMAT
+from rankscope.fingerprints import FORMAT, digest
 from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
 from rankscope.searching.confirmation import CONFIRM_FRACTION, confirm, split_budget
@@ -138,7 +138,13 @@ def search(
     )
     space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
     name = study_name or task.name
-    about = _about(task, space, training, short.steps, rates, n_seeds, profile)
+    about = {
+        **_about(task, space, training, short.steps, rates, n_seeds, profile),
+        "grouping": grouping,
+        "n_groups": n_groups,
+        "min_rank": _plain_bound(min_rank),
+        "max_rank": _plain_bound(max_rank),
+    }
     study = open_study(
         name=name,
         storage=storage,
@@ -183,6 +189,11 @@ def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | N
     if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
         return None, None
     return model, sampler.validate(study)
+
+
+def _plain_bound(bound: Bound) -> int | str | None:
+    """A bound as it is kept; of one by name, a hash."""
+    return digest(dict(bound)) if isinstance(bound, Mapping) else bound
 
 
 def _about(

@@ -130,7 +130,7 @@ def test_an_equal_allocation_is_reused(
     assert again.trials[2].metric == again.trials[1].metric
 
 
-@pytest.mark.parametrize("key", ["budget", "training", "profile"])
+@pytest.mark.parametrize("key", ["budget", "training", "profile", "min_rank", "grouping"])
 def test_a_study_about_something_else_is_refused(
     key: str, digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
 ) -> None:
@@ -138,6 +138,8 @@ def test_a_study_about_something_else_is_refused(
     run(digits, digits_profile, digits_budget, storage, n_trials=1)
     change = {
         "budget": {"budget": rs.ParameterBudget(5_000)},
+        "min_rank": {"min_rank": 1},
+        "grouping": {"grouping": "gradient"},
         "training": {"training": rs.TrainingConfig(steps=5, learning_rate=0.01)},
         "profile": {"profile": rs.Profile(digits_profile.table, {**digits_profile.metadata, "seed": 5})},
     }[key]

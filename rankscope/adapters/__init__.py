@@ -1,6 +1,6 @@
 """Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
-from rankscope.adapters.adalora import ranks_of_adalora, step_adalora, wrap_with_adalora
+from rankscope.adapters.adalora import check_adalora_steps, ranks_of_adalora, step_adalora, wrap_with_adalora
 from rankscope.adapters.eva import wrap_with_eva
 from rankscope.adapters.lora import (
     apply_allocation,
@@ -27,6 +27,7 @@ __all__ = [
     "from_peft_model",
     "load_adapter",
     "masks_on",
+    "check_adalora_steps",
     "ranks_of_adalora",
     "refused_by_peft",
     "resize_adapters",

@@ -49,8 +49,7 @@ def wrap_with_adalora(
     Raises:
         AdapterError: Too few steps for ranks to be scored before they fall.
     """
-    if steps < FEWEST_STEPS:
-        raise AdapterError(f"`steps` must be at least {FEWEST_STEPS} for AdaLoRA, but got {steps}; train longer.")
+    check_adalora_steps(steps)
     config = AdaLoraConfig(
         target_r=rank,
         init_r=initial_rank,
@@ -66,6 +65,16 @@ def wrap_with_adalora(
     wrapped = wrap(model, config, {target.name: initial_rank for target in targets})
     wrapped.base_model.rankallocator.target_bgt = round(share * rank * len(targets))
     return wrapped
+
+
+def check_adalora_steps(steps: int) -> None:
+    """Checks that a run is long enough for ranks to be scored before they fall.
+
+    Raises:
+        AdapterError: It is not.
+    """
+    if steps < FEWEST_STEPS:
+        raise AdapterError(f"`steps` must be at least {FEWEST_STEPS} for AdaLoRA, but got {steps}; train longer.")
 
 
 def step_adalora(model: Any, step: int) -> None:

@@ -57,9 +57,18 @@ class Terms:
     base_dir: Path = Path()
 
     def scaled(self, factor: float) -> Terms:
-        """The same at a multiple of the budget; what was searched holds for its own budget only."""
+        """The same at a multiple of the budget; what was searched holds for its own budget only.
+
+        Raises:
+            ComparisonError: Nothing is left of the budget.
+        """
         if factor == 1.0:
             return self
+        if not 1 <= factor * self.budget.limit < 2**63:
+            raise ComparisonError(
+                f"`budgets` must leave a budget between 1 and 2^63 parameters, but {factor:g} times {self.budget.limit:,} is "
+                "not; change the factor."
+            )
         return replace(self, budget=ParameterBudget(round(factor * self.budget.limit)), searched=None)
 
     @property

@@ -88,12 +88,16 @@ def repeat_all(
 
     Raises:
         ComparisonError: All variants of a method end above its limit.
+        RankscopeError: A method cannot run on this task or schedule.
     """
     factors = rate_factors or [1.0] * len(methods)
     grids = [
         _grid(each, config, [factor * rate for rate in learning_rates])
         for each, factor in zip(methods, factors, strict=True)
     ]
+    for cell in (cell for grid in grids for cell in grid):
+        if check := getattr(cell.method, "check", None):
+            check(task, cell.config)
     tuned = [cell for grid in grids if len(grid) > 1 for cell in grid]
     n_tuning = len(tuned) * len(tuning_seeds)
     total = n_tuning + len(methods) * len(seeds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rankscope.control.policy import Policy
+from rankscope.control.schedule import Schedule
 from rankscope.performance import PerformanceModel
 
 MOST_EVERY = 50
@@ -35,3 +36,16 @@ class ControllerConfig:
     def every_of(self, steps: int) -> int:
         """Optimizer steps between decisions in a run of so many."""
         return self.every or max(1, min(MOST_EVERY, int(self.freeze_fraction * steps) // DECISIONS))
+
+    def schedule(self, steps: int) -> Schedule:
+        """When a run of so many steps looks and decides.
+
+        Raises:
+            ControlError: It would never decide anything.
+        """
+        return Schedule(
+            every=self.every_of(steps),
+            total_steps=steps,
+            freeze_fraction=self.freeze_fraction,
+            samples=self.samples,
+        )

@@ -35,7 +35,10 @@ class Running(Protocol):
 
 
 class Method(Protocol):
-    """A way to fine-tune a model."""
+    """A way to fine-tune a model.
+
+    A method may also have `check(task, config)`, which raises where no run could begin; it is called before anything is trained.
+    """
 
     @property
     def name(self) -> str:
@@ -104,6 +107,15 @@ class Lora:
             modules_to_save=list(getattr(task, "head_modules", ())) or None,
         )
         return adapted
+
+    def check(self, task: Task, config: TrainingConfig) -> None:
+        """Checks that the run is long enough for the controller to decide anything.
+
+        Raises:
+            ControlError: It is not.
+        """
+        if self.controller is not None:
+            self.controller.schedule(config.steps)
 
     def _scaling(self, config: TrainingConfig) -> dict[str, Any]:
         """As `to_lora_config` takes it; the one alpha of rsLoRA is that of the mean rank."""

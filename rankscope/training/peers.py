@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankscope.adapters import from_peft_model, ranks_of_adalora, step_adalora, wrap_with_adalora, wrap_with_eva
+from rankscope.adapters import (
+    check_adalora_steps,
+    from_peft_model,
+    ranks_of_adalora,
+    step_adalora,
+    wrap_with_adalora,
+    wrap_with_eva,
+)
 from rankscope.allocation import RankAllocation
 from rankscope.exceptions import TrainingError
 from rankscope.targets import TargetModule
@@ -53,6 +60,14 @@ class AdaLora:
     def initial_rank(self) -> int:
         """Of every module at the beginning."""
         return math.ceil(1.5 * self.rank)
+
+    def check(self, task: Task, config: TrainingConfig) -> None:
+        """Checks that the run is long enough.
+
+        Raises:
+            AdapterError: It is not.
+        """
+        check_adalora_steps(config.steps)
 
     def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
         """Adapters of the initial rank."""
@@ -140,19 +155,26 @@ class HeadOnly:
     name = "head only"
     variant = ""
 
+    def check(self, task: Task, config: TrainingConfig) -> None:
+        """Checks that there is a head.
+
+        Raises:
+            TrainingError: The task has none.
+        """
+        if not getattr(task, "head_modules", ()):
+            raise TrainingError(
+                f"`{task.name}` must have `head_modules` to train the head only, but has none; leave it out."
+            )
+
     def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
         """Everything but the head frozen.
 
         Raises:
             TrainingError: The task has no head.
         """
-        head = tuple(getattr(task, "head_modules", ()))
-        if not head:
-            raise TrainingError(
-                f"`{task.name}` must have `head_modules` to train the head only, but has none; leave it out."
-            )
+        self.check(task, config)
         model.requires_grad_(False)
-        for name in head:
+        for name in getattr(task, "head_modules", ()):
             model.get_submodule(name).requires_grad_(True)
         return model
 

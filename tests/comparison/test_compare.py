@@ -134,6 +134,8 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
         (["head"], {"seeds": [3, 10_000]}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
         (["head"], {"budgets": [0.25]}, "`budgets` must hold the factor 1, the study's own budget, but holds 0.25; add 1, or change "
          "`budget`."),
+        (["head"], {"budgets": [1.0, 1e-5]}, "`budgets` must leave a budget between 1 and 2^63 parameters, but 1e-05 times 6,912 is not; "
+         "change the factor."),
         (["head"], {"seeds": []}, "`seeds` must hold at least one seed, but is empty."),
         (["mine.py:broken"], {}, "`mine.py:broken` must give an allocation or a method, but raised TypeError: string indices must be "
          "integers, not 'str' (mine.py, line 10); --debug shows the traceback."),
@@ -145,6 +147,25 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
 ) -> None:
     with pytest.raises(ComparisonError, match=f"^{re.escape(message)}$"):
         compare(digits, methods, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("controller", "`every` must leave a decision before the ranks freeze at step 0 of 2, but got 1; lower it, or raise "
+         "`freeze_fraction`."),
+        ("adalora", "`steps` must be at least 10 for AdaLoRA, but got 2; train longer."),
+    ],
+)  # fmt: skip
+def test_a_method_that_cannot_run_is_refused_before_any_training(
+    digits: Task, digits_budget: rs.ParameterBudget, method: str, message: str
+) -> None:
+    def done(number: int, total: int) -> None:
+        raise AssertionError("a run was made")
+
+    short = rs.TrainingConfig(steps=2, learning_rate=0.01)
+    with pytest.raises(rs.RankscopeError, match=f"^{re.escape(message)}$"):
+        compare(digits, ["head", method], budget=digits_budget, training=short, seeds=[3], on_run=done)
 
 
 def test_an_unknown_method_is_refused_before_a_profile_is_taken(digits: Task, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +110,19 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def remove_others(folder: Path, names: Iterable[str], kept: Collection[Path]) -> None:
+    """Removes files that an earlier result left in a folder and the present one does not have.
+
+    Args:
+        folder: Where results are written.
+        names: Of all files that such a result may have; `*` stands for any characters.
+        kept: The present result's files.
+    """
+    for path in (found for name in names for found in folder.glob(name)):
+        if path not in kept:
+            path.unlink()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

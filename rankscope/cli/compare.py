@@ -17,13 +17,14 @@ from rankscope.comparison.comparing import check_terms
 from rankscope.comparison.methods import SEARCHED, need_profile
 from rankscope.comparison.table import NO_DIFFERENCE, SAME_RUNS, points_over_uniform
 from rankscope.exceptions import ComparisonError, FileFormatError
-from rankscope.files import replacing
+from rankscope.files import remove_others, replacing
 from rankscope.profiling import read_profile
 from rankscope.report import write_report
 from rankscope.searching import SearchResult
 
 TABLE = "comparison.parquet"
 FIRST_TUNING_SEED = 10_000
+PICTURES = ("forest.png", "trajectories-*.png", "flow-*.png")  # that not every comparison has
 
 
 def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, jobs: int, as_json: bool) -> None:
@@ -68,6 +69,7 @@ def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, j
         decisions=found.decisions,
         command=f"rankscope compare {path}",
     )
+    remove_others(session.out, PICTURES, kept=files)
     _show(table, files, as_json=as_json)
 
 
@@ -79,7 +81,7 @@ def _searched(session: Session) -> SearchResult:
     """
     if not session.has_search:
         raise ComparisonError(
-            f"`searched` needs a search in {session.out}, but there is none; run `rankscope search {session.path}` first."
+            f"`searched` needs a search in {session.out}, but there is none; run `rankscope search {session.arguments}` first."
         )
     return search_of(session)
 

@@ -12,8 +12,12 @@ from rankscope.cli.outcome import print_search, search_summary, starts_of
 from rankscope.cli.output import print_files, print_json, progress
 from rankscope.cli.session import Session
 from rankscope.comparison.methods import SEARCHED
+from rankscope.files import remove_others
 from rankscope.plotting import plot_belief, plot_levels, plot_predictions, save_figure
 from rankscope.searching import SearchResult, search
+
+
+PICTURES = ("predictions.png", "belief.png", "levels.png")  # of the performance model
 
 
 def run_search(path: Path, out: Path | None, overrides: Mapping[str, Any], *, as_json: bool) -> None:
@@ -32,6 +36,7 @@ def run_search(path: Path, out: Path | None, overrides: Mapping[str, Any], *, as
             save_figure(plot_belief(result.model), session.out / "belief.png"),
             save_figure(plot_levels(result.model), session.out / "levels.png"),
         ]
+    remove_others(session.out, PICTURES, kept=files)
     if as_json:
         print_json(
             {

@@ -55,6 +55,10 @@ def _require_writable(folder: Path) -> None:
         )
 
 
+def _default_out(study: Study) -> Path:
+    return Path("out") / study.name
+
+
 @dataclass
 class Session:
     """One command's view of a study.
@@ -85,9 +89,14 @@ class Session:
             flags["budget"] = budget
         study = read_study(path, flags)
         quiet_libraries()
-        out = out or Path("out") / study.name
+        out = out or _default_out(study)
         _require_writable(out)
         return cls(path, flags, study, out)
+
+    @property
+    def arguments(self) -> str:
+        """Study and output folder as the command line takes them, for messages."""
+        return f"{self.path}" if self.out == _default_out(self.study) else f"{self.path} --out {self.out}"
 
     @cached_property
     def task(self) -> Task:
@@ -175,7 +184,7 @@ class Session:
             found.metadata.get("made_from", {}),
             self._profile_terms(found.metadata.get("flags", {})),
             what=f"`{self.profile_path}`",
-            remedy=f"run `rankscope profile {self.path} --out {self.out}` again, or use another --out.",
+            remedy=f"run `rankscope profile {self.arguments}` again, or use another --out.",
         )
         found.require(self.targets)
         return found

@@ -14,7 +14,7 @@ from rankscope.comparison.methods import SEARCHED
 from rankscope.control import ControllerConfig
 from rankscope.control.decisions import write_decisions
 from rankscope.exceptions import AllocationError, FileFormatError, StudyError
-from rankscope.files import read_json
+from rankscope.files import read_json, remove_others
 from rankscope.fingerprints import require_same
 from rankscope.performance import PerformanceModel
 from rankscope.plotting import plot_flow, plot_trajectories, save_figure
@@ -119,9 +119,10 @@ def _belief(session: Session) -> PerformanceModel | None:
 
 
 def _decisions(session: Session, repeats: Repeats) -> list[Path]:
-    """Writes and draws the decisions of the run whose adapter is saved; nothing without a controller."""
+    """Writes and draws the decisions of the run whose adapter is saved; without a controller, removes those of earlier runs."""
     decisions = repeats.runs[0].decisions
     if decisions is None:
+        remove_others(session.out, ("decisions.parquet", "trajectories.png", "flow.png"), kept=())
         return []
     return [
         write_decisions(decisions, session.out / "decisions.parquet"),
@@ -133,7 +134,7 @@ def _decisions(session: Session, repeats: Repeats) -> list[Path]:
 def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
     """The allocation of `--allocation`, or the study's own, which must have been made from the study as it is now."""
     file = path or session.allocation_path
-    again = f"run `rankscope allocate {session.path}` or `rankscope search {session.path}`"
+    again = f"run `rankscope allocate {session.arguments}` or `rankscope search {session.arguments}`"
     if not file.exists():
         raise FileFormatError(f"`{file}` must hold an allocation, but there is no such file; {again} first.")
     allocation = RankAllocation.from_json(file)

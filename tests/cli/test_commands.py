@@ -98,6 +98,7 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
     assert status == 0
     assert "controller off: the ranks of `one-shot` rest on gradients already" in errors
     assert "controller from" not in text
+    assert not {"decisions.parquet", "trajectories.png", "flow.png"} & {path.name for path in out.iterdir()}
 
 
 def test_compare_resumes_and_reports(folder: Path) -> None:
@@ -147,7 +148,7 @@ def test_compare_resumes_and_reports(folder: Path) -> None:
     status, _, errors = invoke("compare", study, "--out", out, "--methods", "searched")
     assert (status, errors) == (
         2,
-        f"rankscope: `searched` needs a search in {out}, but there is none; run `rankscope search {study}` first.\n",
+        f"rankscope: `searched` needs a search in {out}, but there is none; run `rankscope search {study} --out {out}` first.\n",
     )
     status, _, errors = invoke("report", out, out)
     assert status == 2
@@ -357,7 +358,7 @@ print(json.dumps([ranks, count]))
          "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got 'digit-shift'; did you mean 'digits-shift'?"),
         (["train"], STUDY,
          "`{out}/allocation.json` must hold an allocation, but there is no such file; "
-         "run `rankscope allocate {study}` or `rankscope search {study}` first."),
+         "run `rankscope allocate {study} --out {out}` or `rankscope search {study} --out {out}` first."),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], text: str, message: str, tmp_path: Path) -> None:

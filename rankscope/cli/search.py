@@ -16,7 +16,6 @@ from rankscope.files import remove_others
 from rankscope.plotting import plot_belief, plot_levels, plot_predictions, save_figure
 from rankscope.searching import SearchResult, search
 
-
 PICTURES = ("predictions.png", "belief.png", "levels.png")  # of the performance model
 
 

@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+NARROWEST = 12  # cells of a table's first column, whose texts wrap
 
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
@@ -25,14 +28,21 @@ def progress() -> Iterator[Progress]:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: columns after the first are aligned right and keep their width; the title is not wrapped."""
-    table = Table()
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+    """A table on stdout: columns after the first are aligned right and keep their width; the title is not wrapped.
+
+    On a terminal too narrow for that, the table is wider than the terminal: no figure is cut.
+    """
+    widths = [max(cell_len(text) for text in column) for column in zip(header, *rows, strict=True)]
+    widths[0] = min(widths[0], NARROWEST)
+    needed = sum(widths) + 3 * len(widths) + 1
+    table = Table(width=needed if needed > stdout.width else None)
+    for index, (name, width) in enumerate(zip(header, widths, strict=True)):
+        justify: Literal["left", "right"] = "left" if index == 0 else "right"
+        table.add_column(name, justify=justify, no_wrap=index > 0, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*row)
     stdout.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-    stdout.print(table)
+    stdout.print(table, crop=False)
 
 
 def print_json(value: Any) -> None:

@@ -1,5 +1,6 @@
 """The command before any work: what it imports, what it says to a mistyped word, and how it leaves."""
 
+import os
 import subprocess
 import sys
 
@@ -104,3 +105,14 @@ def test_an_interrupt_is_one_line() -> None:
 def test_a_terminal_without_our_signs_gets_their_codes() -> None:
     done = run(r"print('0.1 \u00b1 0.2')", stdout=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.1 \\xb1 0.2\n", "")
+
+
+def test_a_narrow_terminal_cuts_no_figure() -> None:
+    table = """
+from rankscope.cli.output import print_table
+print_table("t", ("method", "parameters", "test"), [("controller-one-shot", "6,912", "+0.0 [-12.0, +12.0]")])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", table], capture_output=True, text=True, env={**os.environ, "COLUMNS": "30"}, check=True
+    )
+    assert all(text in done.stdout for text in ("controller-o", "ne-shot", "6,912", "+0.0 [-12.0, +12.0]"))

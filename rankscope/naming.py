@@ -88,10 +88,11 @@ _TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             r"\w*q_?former|multimodal\w*|cross_modal\w*|(vision|audio|speech)_adapter|embed_(vision|audio)|vision_embed_tokens|"
             r"(audio_)?enc_to_dec_proj|img_projection\w*|(up|down)_proj_for_\w+",
         ),
-        ("audio", r"audio\w*|speech\w*|sound\w*"),
+        ("audio", r"audio\w*|speech(_\w+)?|sound\w*"),
         (
             "vision",
-            r"vision\w*|visual\w*|image_(encoder|model|tower|embed)|img_(encoder|processor)|video\w*|vqmodel|backbone",
+            r"vision\w*|visual(_(?!bert)\w+)?|image_(encoder|model|tower|embed)|img_(encoder|processor)|video(_\w+)?|vqmodel|"
+            r"backbone",
         ),
         ("language", r"language\w*|text\w*|llm"),
         ("encoder", r"\w+_encoder"),
@@ -124,7 +125,8 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
     present, halves = {found[n] for n in body}, {stacks[n] for n in body}
     if len(present) > 1 and present & {"vision", "audio", "projector"}:
         rest = {stacks[n] for n in body if found[n] is None}
-        if "language" in present or {"encoder", "decoder"} <= rest:  # an encoder beside a language model; a detector
+        # A language model beside an encoder; a detector; a segmenter with its mask_decoder.
+        if "language" in present or {"encoder", "decoder"} <= rest or "decoder" in present:
             other = "language" if "language" in present else "model"
             return {n: found[n] or stacks[n].replace("model", other) for n in names}
         return {n: found[n] or "language" for n in names}

@@ -70,11 +70,15 @@ DETR = {
 SPEECH = {"encoder.layers.0.fc1": "encoder", "projector.linear": "projector", "language_model.layers.0.fc1": "language"}
 MAE = {"vit.layers.0.mlp.fc1": "encoder", "decoder.decoder_layers.0.mlp.fc1": "decoder"}
 OPT = {"model.decoder.layers.0.fc1": "model", "lm_head": "model"}
+SAM_2 = SAM | {"memory_encoder.fuser.layers.0.fc": "encoder", "memory_attention.layers.0.linear1": "model"}
+VIDEO_MAE = {"videomae.encoder.layer.0.output.dense": "encoder", "decoder.decoder_layers.0.output.dense": "decoder"}
 ZAMBA = {"model.layers.0.mamba.in_proj": "model", "model.layers.2.mamba_decoder.mamba.in_proj": "model"}
 WAV2VEC2 = {"wav2vec2.encoder.layers.0.fc1": "model", "projector": "model", "classifier": "model"}
 
 
-@pytest.mark.parametrize("towers", [BLIP_2, AUDIO, RESAMPLER, SAM, DETR, SPEECH, MAE, OPT, ZAMBA, WAV2VEC2])
+@pytest.mark.parametrize(
+    "towers", [BLIP_2, AUDIO, RESAMPLER, SAM, SAM_2, VIDEO_MAE, DETR, SPEECH, MAE, OPT, ZAMBA, WAV2VEC2]
+)
 def test_towers(towers: dict[str, str]) -> None:
     assert name_towers(towers.keys()) == towers
 

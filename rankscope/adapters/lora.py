@@ -204,6 +204,8 @@ def apply_allocation(
     model = getattr(
         model, "_orig_mod", model
     )  # PEFT takes the name of torch.compile's wrapper for a part of every module's
+    if isinstance(model, PeftModel):
+        raise AllocationError("`model` must be a base model, but is a PeftModel already; pass `model.unload()`.")
     present = dict(model.named_modules())
     check_block_names(present)
     if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:

@@ -225,6 +225,10 @@ def test_models_that_do_not_fit() -> None:
     ):
         from_peft_model(get_peft_model(build("vit"), ADALORA))
     with pytest.raises(
+        AllocationError, match=r"^`model` must be a base model, but is a PeftModel already; pass `model\.unload\(\)`\.$"
+    ):
+        apply_allocation(apply_allocation(build("vit"), allocation), allocation)
+    with pytest.raises(
         AllocationError, match=r"^`config` must adapt at least one of the 12 target modules, but adapts none\.$"
     ):
         from_lora_config(LoraConfig(target_modules=["nothing"]), allocation.targets)

@@ -156,7 +156,9 @@ def allocate_marginal(
     names = [target.name for target in targets]
     curves = [_curve(_lookup(gains, name, "gains"), name) for name in names]
     if not any(curve[0] > 0 for curve in curves if curve.size):
-        raise BudgetError("`gains` must not all be zero; take the profile again on data with a loss.")
+        raise BudgetError(
+            "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
+        )
     left = problem.limit - int(problem.costs @ problem.lowest)
     highest = np.minimum(problem.highest, problem.lowest + left // problem.costs)
     # Gains may reach up to full rank. Look only as far as ranks may go: further where a module takes all it was shown.

@@ -98,7 +98,9 @@ class HierarchicalSpace:
         """The largest gain per parameter: gradients may be tiny, and their powers must not underflow."""
         scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets)
         if not scale > 0:
-            raise BudgetError("`gains` must not all be zero; take the profile again on data with a loss.")
+            raise BudgetError(
+                "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
+            )
         return scale
 
     def point(self, *, tau: float) -> dict[str, float]:

@@ -240,7 +240,7 @@ FIRST = VIT[0].name
         ({"scores": dict.fromkeys(ONES, 0.0)}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
         ({"scores": {**ONES, FIRST: float("nan")}}, "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."),
         ({"gains": {}}, f"`gains` must cover every target module, but `{FIRST}` is missing."),
-        ({"gains": dict.fromkeys(ONES, [0.0])}, "`gains` must not all be zero; take the profile again on data with a loss."),
+        ({"gains": dict.fromkeys(ONES, [0.0])}, "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."),
         ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: [1.0, 2.0]}}, f"`gains` of `{FIRST}` must not increase with the rank."),
         ({"gains": {**dict.fromkeys(ONES, [1.0]), FIRST: [float("nan")]}}, f"`gains` of `{FIRST}` must be a list of finite numbers that are not negative."),
     ],

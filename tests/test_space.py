@@ -101,7 +101,8 @@ def test_mistakes_are_named() -> None:
         targets=VIT, gains={t.name: np.zeros(3) for t in VIT}, budget=found.budget, groups=found.groups
     )
     with pytest.raises(
-        BudgetError, match=r"^`gains` must not all be zero; take the profile again on data with a loss\.$"
+        BudgetError,
+        match=r"^`gains` must not all be zero; choose targets that the loss depends on, or profile on other data\.$",
     ):
         zero.allocation(zero.point(tau=1.0))
 

@@ -383,7 +383,7 @@ def test_spaces_with_little_room(space: HierarchicalSpace, expected: set | None)
 
 def test_gains_that_are_all_zero_are_refused() -> None:
     space = space_of(2, gains=dict.fromkeys([t.name for t in TARGETS[:2]], np.zeros(16)))
-    message = "`gains` must not all be zero; take the profile again on data with a loss."
+    message = "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
     with pytest.raises(BudgetError, match=f"^{message}$"):
         rs.PerformanceModelSampler(space)
 

@@ -127,6 +127,7 @@ def profile(
         model=model, loss_fn=loss_fn or _model_loss, observer=observer, device=batch_device(model), tally=Tally()
     )
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())  # a caller may be inside no_grad
         stack.enter_context(eager(model))
         stack.enter_context(frozen(model))
         stream: Iterator[Any] = islice(batches, n_batches)
@@ -341,6 +342,11 @@ def _modules(model: nn.Module, targets: Sequence[TargetModule]) -> dict[str, nn.
 
 
 def _check_loaded(model: nn.Module) -> None:
+    if fixed := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
+        raise ProfileError(
+            f"the model's weights must take part in a backward pass, but `{fixed[0]}` was made in torch.inference_mode; load "
+            "the model outside it."
+        )
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return  # accelerate loads what is offloaded
     if meta := [name for name, parameter in model.named_parameters() if parameter.is_meta]:

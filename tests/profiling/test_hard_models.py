@@ -235,6 +235,25 @@ def test_offloaded_models_have_the_profile_of_loaded_ones(offload: str, tmp_path
         assert found.column(column) == pytest.approx(plain.column(column))
 
 
+def test_a_callers_no_grad_does_not_matter() -> None:
+    model = Blocks()
+    with torch.no_grad():
+        found = rs.profile(model, rows(), loss_fn=mean_square)
+        assert not torch.is_grad_enabled()
+    assert found.column("gradient_norm") == rs.profile(model, rows(), loss_fn=mean_square).column("gradient_norm")
+
+
+def test_models_made_in_inference_mode_are_named() -> None:
+    with torch.inference_mode():
+        model = Blocks()
+    message = (
+        "the model's weights must take part in a backward pass, but `layers.0.0.weight` was made in torch.inference_mode; "
+        "load the model outside it."
+    )
+    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+        rs.profile(model, rows(), loss_fn=mean_square)
+
+
 def test_models_without_weights_are_named() -> None:
     with torch.device("meta"):
         model = Blocks()

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,17 +20,16 @@ from pydantic import (
     model_validator,
 )
 
-from rankscope.budget import ParameterBudget
-from rankscope.comparison.comparing import DEFAULT_METHODS
-from rankscope.control import ControllerConfig, Policy
 from rankscope.exceptions import FileFormatError, StudyError, shown
 from rankscope.files import read_yaml
-from rankscope.performance import PerformanceModel
-from rankscope.searching.confirmation import CONFIRM_FRACTION
-from rankscope.targets import TargetModule
-from rankscope.training import TrainingConfig
 
-DEFAULTS = ControllerConfig()
+if TYPE_CHECKING:  # a mistyped key is told before torch loads, so defaults stand here as numbers; a test compares them
+    from rankscope.budget import ParameterBudget
+    from rankscope.control import ControllerConfig
+    from rankscope.performance import PerformanceModel
+    from rankscope.targets import TargetModule
+    from rankscope.training import TrainingConfig
+
 MOST = 10**9  # of anything that is counted
 
 Count = Annotated[int, Field(gt=0, le=MOST)]
@@ -62,6 +61,8 @@ class BudgetSection(_Section):
 
     def resolve(self, targets: tuple[TargetModule, ...]) -> ParameterBudget:
         """The budget in parameters."""
+        from rankscope.budget import ParameterBudget
+
         if self.uniform_rank is not None:
             return ParameterBudget.uniform(targets, self.uniform_rank)
         assert self.parameters is not None
@@ -109,6 +110,8 @@ class TrainingSection(_Section):
 
     def resolve(self) -> TrainingConfig:
         """The schedule at the first learning rate."""
+        from rankscope.training import TrainingConfig
+
         values = self.model_dump()
         return TrainingConfig(**{**values, "learning_rate": self.learning_rate[0]})
 
@@ -118,7 +121,7 @@ class SearchSection(_Section):
 
     trials: Count = 60
     seeds: Count = 1
-    confirm_fraction: float = Field(CONFIRM_FRACTION, ge=0, lt=1)
+    confirm_fraction: float = Field(0.25, ge=0, lt=1)
     fidelity: float = Field(1.0, gt=0, le=1)
     sampler: Literal["performance-model", "tpe", "random"] = "performance-model"
     grouping: Literal["depth", "gradient"] = "depth"
@@ -140,16 +143,18 @@ class ControllerSection(_Section):
 
     mode: Annotated[Literal["off", "on", "auto"], BeforeValidator(_on_off)] = "off"
     every: Count | None = None
-    freeze_fraction: float = Field(DEFAULTS.freeze_fraction, gt=0, le=1)
-    samples: Count = DEFAULTS.samples
-    margin: float = Field(DEFAULTS.policy.margin, ge=0)
-    min_gain: float = Field(DEFAULTS.policy.min_gain, ge=0)
-    cooldown: int = Field(DEFAULTS.policy.cooldown, ge=0, le=MOST)
-    coarse_fraction: float = Field(DEFAULTS.policy.coarse_fraction, ge=0, le=1)
+    freeze_fraction: float = Field(0.3, gt=0, le=1)
+    samples: Count = 8
+    margin: float = Field(0.3, ge=0)
+    min_gain: float = Field(0.5, ge=0)
+    cooldown: int = Field(0, ge=0, le=MOST)
+    coarse_fraction: float = Field(0.5, ge=0, le=1)
     max_rank: Rank | None = None
 
     def resolve(self, performance_model: PerformanceModel | None = None) -> ControllerConfig:
         """The controller's settings."""
+        from rankscope.control import ControllerConfig, Policy
+
         policy = Policy(
             margin=self.margin,
             min_gain=self.min_gain,
@@ -172,7 +177,9 @@ class CompareSection(_Section):
     `uniform_budgets`: factors of the budget at which uniform alone is trained too, to see how much it must grow.
     """
 
-    methods: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = list(DEFAULT_METHODS)
+    methods: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = [
+        "uniform", "one-shot", "random", "controller", "adalora", "eva",
+    ]  # fmt: skip
     seeds: Count = 8
     tuning_seeds: Count = 2
     budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list), Field(min_length=1)] = [1.0]
@@ -249,6 +256,13 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
         return Study.model_validate({"name": path.stem, **values, "base_dir": path.parent})
     except ValidationError as error:
         raise StudyError(f"`{path}`: {_first_problem(error)}") from None
+
+
+def given_flags(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as `read_study` takes them: either key of the budget replaces the file's budget."""
+    flags = {key: value for key, value in overrides.items() if value is not None}
+    budget = {key: flags.pop(f"budget.{key}") for key in ("parameters", "uniform_rank") if f"budget.{key}" in flags}
+    return {**flags, "budget": budget} if budget else flags
 
 
 def _from_folder(storage: str, folder: Path) -> str:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import rankscope as rs
+from rankscope.comparison import DEFAULT_METHODS
 from rankscope.control import Policy
 from rankscope.exceptions import StudyError
+from rankscope.searching.confirmation import CONFIRM_FRACTION
 from rankscope.study import read_study
 
 MINIMAL = "task: digits-shift\nbudget: {uniform_rank: 1}\n"
@@ -26,6 +28,14 @@ def test_the_committed_studies_are_valid(path: Path) -> None:
     study = read_study(path)
     assert study.name == path.stem
     assert study.base_dir == Path("studies")
+
+
+def test_defaults_are_those_of_the_python_functions(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, MINIMAL))
+    assert study.training.resolve() == rs.TrainingConfig()
+    assert study.controller.resolve() == rs.ControllerConfig()
+    assert study.search.confirm_fraction == CONFIRM_FRACTION
+    assert tuple(study.compare.methods) == DEFAULT_METHODS
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:

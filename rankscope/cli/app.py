@@ -11,7 +11,18 @@ from typing import Annotated
 import typer
 
 from rankscope import __version__
-from rankscope.cli.options import Debug, Json, Out, Parameters, Seed, Storage, StudyPath, UniformRank, reports_errors
+from rankscope.cli.options import (
+    Debug,
+    Json,
+    Out,
+    Parameters,
+    Seed,
+    Storage,
+    StudyPath,
+    UniformRank,
+    check_study,
+    reports_errors,
+)
 
 app = typer.Typer(
     name="rankscope",
@@ -74,14 +85,15 @@ def profile_command(
     debug: Debug = False,
 ) -> None:
     """Collect gradient, input and weight features of every target module into profile.parquet, and draw them."""
-    from rankscope.cli.commands import run_profile
-
     overrides = {
         "profile.batches": batches,
         "profile.tolerance": tolerance,
         "profile.keep_directions": keep_directions,
         "seed": seed,
     }
+    check_study(study, overrides)
+    from rankscope.cli.commands import run_profile
+
     run_profile(study, out, overrides, keep_partial=keep_partial, as_json=json)
 
 
@@ -101,8 +113,6 @@ def allocate_command(
     debug: Debug = False,
 ) -> None:
     """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
-    from rankscope.cli.commands import run_allocate
-
     overrides = {
         "budget.uniform_rank": uniform_rank,
         "budget.parameters": parameters,
@@ -110,6 +120,9 @@ def allocate_command(
         "allocation.max_rank": max_rank,
         "seed": seed,
     }
+    check_study(study, overrides)
+    from rankscope.cli.commands import run_allocate
+
     run_allocate(study, out, overrides, strategy=strategy, force=force, as_json=json)
 
 
@@ -139,8 +152,6 @@ def search_command(
     debug: Debug = False,
 ) -> None:
     """Search with short fine-tuning trials; goes on where an earlier run stopped."""
-    from rankscope.cli.search import run_search
-
     overrides = {
         "search.trials": trials,
         "search.confirm_fraction": confirm_fraction,
@@ -152,6 +163,9 @@ def search_command(
         "budget.parameters": parameters,
         "seed": seed,
     }
+    check_study(study, overrides)
+    from rankscope.cli.search import run_search
+
     run_search(study, out, overrides, as_json=json)
 
 
@@ -185,9 +199,10 @@ def train_command(
     debug: Debug = False,
 ) -> None:
     """Fine-tune an allocation, tune its learning rate, and save the adapter for plain PEFT."""
+    overrides = {"training.learning_rate": learning_rate, "controller.mode": controller, "seed": seed}
+    check_study(study, overrides)
     from rankscope.cli.train import run_train
 
-    overrides = {"training.learning_rate": learning_rate, "controller.mode": controller, "seed": seed}
     run_train(
         study, out, overrides, allocation_path=allocation, baseline=baseline, n_seeds=seeds, jobs=jobs, as_json=json
     )
@@ -224,8 +239,6 @@ def compare_command(
     debug: Debug = False,
 ) -> None:
     """Compare methods at equal parameters, each at its best learning rate; goes on where an earlier run stopped."""
-    from rankscope.cli.compare import run_compare
-
     overrides = {
         "compare.methods": methods or None,
         "compare.seeds": seeds,
@@ -235,6 +248,9 @@ def compare_command(
         "budget.parameters": parameters,
         "seed": seed,
     }
+    check_study(study, overrides)
+    from rankscope.cli.compare import run_compare
+
     run_compare(study, out, overrides, jobs=jobs, as_json=json)
 
 
@@ -270,6 +286,8 @@ def dashboard_command(
     debug: Debug = False,
 ) -> None:
     """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
+    overrides = {"search.storage": storage}
+    check_study(study, overrides)
     from rankscope.cli.dashboard import run_dashboard
 
-    run_dashboard(study, out, {"search.storage": storage}, port=port, open_browser=open_browser, as_json=json)
+    run_dashboard(study, out, overrides, port=port, open_browser=open_browser, as_json=json)

@@ -6,14 +6,13 @@ import functools
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from rankscope.exceptions import RankscopeError, TaskError, TrainingError, one_line
-from rankscope.files import read_yaml
 from rankscope.user_code import user_errors
 
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
@@ -28,6 +27,13 @@ Parameters = Annotated[int | None, typer.Option(help="Overrides `budget`: adapte
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def check_study(path: Path, overrides: Mapping[str, Any]) -> None:
+    """Checks a study file with the flags that override it; a mistyped key is told before the command loads torch."""
+    from rankscope.study import given_flags, read_study
+
+    read_study(path, given_flags(overrides))
+
+
 def reports_errors(command: Command) -> Command:
     """Turns errors raised on purpose into one line and an exit status: 1 where the work failed, 2 for bad input.
 
@@ -37,8 +43,6 @@ def reports_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            if "study" in kwargs:  # a mistyped path, or what is no YAML, is told before the command loads torch
-                read_yaml(kwargs["study"], what="a study")
             with user_errors("the study's own code", TaskError):
                 return command(*args, **kwargs)
         except (RankscopeError, OSError) as error:

@@ -18,7 +18,7 @@ from rankscope.exceptions import FileFormatError
 from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.profiling import Profile, read_profile
 from rankscope.strategies import NEEDS_PROFILE, allocate
-from rankscope.study import Study, read_study
+from rankscope.study import Study, given_flags, read_study
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
 
@@ -83,10 +83,7 @@ class Session:
             RankscopeError: torchrun started several copies of this process, or the file or a flag cannot be used.
         """
         require_one_process("a command")
-        flags = {key: value for key, value in overrides.items() if value is not None}
-        budget = {key: flags.pop(f"budget.{key}") for key in ("parameters", "uniform_rank") if f"budget.{key}" in flags}
-        if budget:
-            flags["budget"] = budget
+        flags = given_flags(overrides)
         study = read_study(path, flags)
         quiet_libraries()
         out = out or _default_out(study)

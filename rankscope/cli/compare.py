@@ -9,10 +9,19 @@ from typing import Any
 
 import pandas as pd
 
-from rankscope.cli.output import print_files, print_json, print_line, print_table, progress
+from rankscope.cli.output import print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.cli.search import search_of
 from rankscope.cli.session import FIRST_REPORTED_SEED, Session
-from rankscope.comparison import REFERENCE, at_budget, compare, insert_table, read_comparison, summarise, to_markdown
+from rankscope.comparison import (
+    REFERENCE,
+    allocations,
+    at_budget,
+    compare,
+    insert_table,
+    read_comparison,
+    summarise,
+    to_markdown,
+)
 from rankscope.comparison.comparing import check_terms
 from rankscope.comparison.methods import SEARCHED, need_profile
 from rankscope.comparison.table import NO_DIFFERENCE, SAME_RUNS, points_over_uniform
@@ -21,6 +30,7 @@ from rankscope.files import remove_others, replacing
 from rankscope.profiling import read_profile
 from rankscope.report import write_report
 from rankscope.searching import SearchResult
+from rankscope.targets import TargetModule
 
 TABLE = "comparison.parquet"
 FIRST_TUNING_SEED = 10_000
@@ -93,8 +103,7 @@ def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_j
     runs = _told_apart({folder: read_comparison(folder / TABLE) for folder in folders})
     table = summarise(runs)
     card = None if into is None else insert_table(_read_text(into), to_markdown(table), where=str(into))
-    profile = folders[0] / "profile.parquet"
-    targets = read_profile(profile).targets if len(folders) == 1 and profile.exists() else ()
+    targets = _targets_of(folders[0], runs) if len(folders) == 1 else ()
     command = "rankscope report " + " ".join(map(str, folders))
     files = write_report(out or folders[0], runs, table, targets=targets, command=command)
     if into is not None and card is not None:
@@ -102,6 +111,22 @@ def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_j
             temporary.write_text(card, encoding="utf-8", newline="")
         files.append(into)
     _show(table, files, as_json=as_json)
+
+
+def _targets_of(folder: Path, runs: pd.DataFrame) -> tuple[TargetModule, ...]:
+    """The modules of the profile beside a comparison, for pictures of ranks; where it is of other modules, that is said."""
+    path = folder / "profile.parquet"
+    if not path.exists():
+        return ()
+    try:
+        targets = read_profile(path).targets
+    except FileFormatError as error:
+        stderr.print(f"no pictures of ranks: {error}", soft_wrap=True)
+        return ()
+    if any(set(ranks) - {target.name for target in targets} for ranks in allocations(runs).values()):
+        stderr.print(f"no pictures of ranks: `{path}` is of other modules", soft_wrap=True)
+        return ()
+    return targets
 
 
 def _told_apart(runs: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:

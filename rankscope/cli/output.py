@@ -15,8 +15,8 @@ from rich.table import Table
 
 NARROWEST = 12  # cells of a table's first column, whose texts wrap
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, markup=False)  # names and paths may hold brackets
+stderr = Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify=justify, no_wrap=index > 0, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*row)
-    stdout.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    stdout.print(title, style="bold", soft_wrap=True)
     stdout.print(table, crop=False)
 
 

@@ -314,6 +314,20 @@ def test_where_nothing_can_be_written_nothing_is_begun(command: str, folder: Pat
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_profile_of_another_version_only_costs_the_pictures_of_ranks(made: Path, tmp_path: Path) -> None:
+    shutil.copy(made / "out" / "comparison.parquet", tmp_path)
+    profile = rs.read_profile(made / "out" / "profile.parquet")
+    rs.Profile(profile.table, {**profile.metadata, "schema": 3}).to_parquet(tmp_path / "profile.parquet")
+    status, _, errors = invoke("report", tmp_path)
+    assert (status, (tmp_path / "ranks.png").exists()) == (0, False)
+    assert errors.startswith(
+        f"no pictures of ranks: `{tmp_path}/profile.parquet` must have profile schema 4, but has 3"
+    )
+    rs.Profile(profile.table.iloc[:-1], profile.metadata).to_parquet(tmp_path / "profile.parquet")
+    status, _, errors = invoke("report", tmp_path)
+    assert (status, errors.startswith("no pictures of ranks")) == (0, True)
+
+
 def test_line_ends_of_a_card_are_kept(made: Path, tmp_path: Path) -> None:
     card = tmp_path / "card.md"
     card.write_bytes(f"# Card\r\n{BEGIN}\r\n{END}\r\nend\r\n".encode())

@@ -24,6 +24,7 @@ HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib sci
         (["search", "a.yaml", "--trials", "many"], 2),
         (["profile", "none.yaml"], 2),
         (["profile", "README.md"], 2),
+        (["search", "studies/digits.yaml", "--sampler", "tpo"], 2),
     ],
 )
 def test_what_needs_no_work_imports_nothing_heavy(arguments: list[str], status: int) -> None:
@@ -110,9 +111,9 @@ def test_a_terminal_without_our_signs_gets_their_codes() -> None:
 def test_a_narrow_terminal_cuts_no_figure() -> None:
     table = """
 from rankscope.cli.output import print_table
-print_table("t", ("method", "parameters", "test"), [("controller-one-shot", "6,912", "+0.0 [-12.0, +12.0]")])
+print_table("[t]", ("method", "parameters", "test"), [("controller-one-shot", "6,912", "+0.0 [-12.0, +12.0]")])
 """
     done = subprocess.run(
         [sys.executable, "-c", table], capture_output=True, text=True, env={**os.environ, "COLUMNS": "30"}, check=True
     )
-    assert all(text in done.stdout for text in ("controller-o", "ne-shot", "6,912", "+0.0 [-12.0, +12.0]"))
+    assert all(text in done.stdout for text in ("[t]", "controller-o", "ne-shot", "6,912", "+0.0 [-12.0, +12.0]"))

@@ -85,7 +85,7 @@ def confirm(
     seeds = [str(FIRST_SEED + i) for i in range(_affordable_seeds(study, finalists, n_runs))]
     if not seeds:
         return (), (
-            f"{n_runs} trainings for confirming have no room for a fresh seed of each of {len(finalists)} finalists; "
+            f"{n_runs} trainings are left, too few to confirm {len(finalists)} finalists on a fresh seed each; "
             "raise `n_trials` or `confirm_fraction`."
         )
     runs = [(trial, seed) for trial in finalists for seed in seeds]

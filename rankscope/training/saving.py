@@ -39,7 +39,7 @@ def _readme(model: nn.Module, task: Task, options: dict[str, Any]) -> str:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     source = json.dumps(getattr(base, "name_or_path", "") or "")
     loader = _LOADERS.get(getattr(task, "task_type", None) or "")
-    how = ["```python", *_code(loader, options), "```"]
+    how = ["With `folder` the path of this folder:", "", "```python", *_code(loader, options), "```"]
     if loader is None:
         kind = f"{type(base).__module__}.{type(base).__name__}"
         how = [f"Build the base model, a `{kind}`, then `rankscope.adapters.load_adapter(base, folder)`."]

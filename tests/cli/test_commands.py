@@ -429,7 +429,7 @@ def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
     assert status == 0
     assert "2 trials, validation split; * best observed, not confirmed" in " ".join(text.split())
     assert (
-        "not confirmed: 0 trainings for confirming have no room for a fresh seed of each of 2 finalists; "
+        "not confirmed: 0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
         "raise `n_trials` or `confirm_fraction`."
     ) in text
 

@@ -220,7 +220,7 @@ def test_a_finalist_that_diverges_on_a_fresh_seed_is_dropped(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_trials": 2}, "0 trainings for confirming have no room for a fresh seed of each of 2 finalists; "
+        ({"n_trials": 2}, "0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
          "raise `n_trials` or `confirm_fraction`."),
         ({"n_trials": 1}, "there are fewer than two allocations to compare; raise `n_trials`."),
     ],

@@ -23,11 +23,12 @@ class Task(Protocol):
     """A model, its data, its loss and its metric.
 
     A task may also have `head_modules`: full names of freshly initialised modules (a new classifier), which are trained
-    beside the adapters; `task_type`: PEFT's kind of model (`"CAUSAL_LM"`, …), which goes into saved adapters (a class that
-    plain PEFT cannot build names itself, as `rankscope.adapters.load_adapter` expects); `model_kwargs`: what the base model
-    must be loaded with for them to fit; and `fingerprint_data()`: a hash of all its data, so that a result is not reused after
-    the data changed (default: of the first batches). Its `evaluate` may take `split`: search and controllers see
-    `"validation"` only, comparisons report `"test"`.
+    beside the adapters; `task_type`: PEFT's kind of model (`"CAUSAL_LM"`, …), which goes into saved adapters (a class
+    that plain PEFT cannot build names itself, as `rankscope.adapters.load_adapter` expects); `model_kwargs`: what the
+    base model must be loaded with for them to fit; and `fingerprint_data()`: a hash of all its data, so that a result
+    is not reused after the data changed (default: of the first training batches, which do not tell when only validation
+    or test data changed). Its `evaluate` may take `split`: search and controllers see `"validation"` only, comparisons
+    report `"test"`.
 
     Attributes:
         name: Of the task.

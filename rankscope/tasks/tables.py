@@ -157,11 +157,15 @@ def _rows(value: Any, path: Path) -> pd.DataFrame:
 def _read_csv(path: Path) -> pd.DataFrame:
     text = read_text(path, what=_WHAT)
     try:
-        return pd.read_csv(io.StringIO(text))
+        table = pd.read_csv(io.StringIO(text))
+        header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0].dropna().tolist()
     except ValueError as error:  # all of pandas' parsing errors are
         raise FileFormatError(
             f"`{path}` must hold {_WHAT} as CSV, but it cannot be parsed ({one_line(error)})."
         ) from None
+    if twice := [name for name in header if header.count(name) > 1]:  # which pandas renames
+        raise FileFormatError(f"`{path}` must have one column {twice[0]!r}, but has several; rename them.")
+    return table
 
 
 def _read_hub(name: str) -> pd.DataFrame:

@@ -173,6 +173,7 @@ def test_tables(tmp_path: Path) -> None:
             "must hold the task's data as JSON, but it cannot be parsed (the key",
         ),
         ("a.jsonl", '{"text": ["a"]}', "must hold texts or numbers in column 'text', but holds ['a']; convert it."),
+        ("b.csv", "text,label,label\na,1,2\n", "must have one column 'label', but has several; rename them."),
         ("a.csv", 'text\n"a', "must hold the task's data as CSV, but it cannot be parsed (Error tokenizing data."),
         ("a.csv", "text\na\xff", "must hold the task's data as text, but cannot be read ('utf-8' codec"),
     ):

@@ -151,7 +151,7 @@ def search_command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Search with short fine-tuning trials; goes on where an earlier run stopped."""
+    """Search with short fine-tuning trials; resumes an earlier run."""
     overrides = {
         "search.trials": trials,
         "search.confirm_fraction": confirm_fraction,
@@ -238,7 +238,7 @@ def compare_command(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods at equal parameters, each at its best learning rate; goes on where an earlier run stopped."""
+    """Compare methods at equal parameters, each at its best learning rate; resumes an earlier run."""
     overrides = {
         "compare.methods": methods or None,
         "compare.seeds": seeds,

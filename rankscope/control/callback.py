@@ -38,7 +38,8 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         budget: The most adapter parameters at any time.
         every: Optimizer steps between decisions.
-        **settings: What else `RankController` takes, as in `freeze_fraction=0.3` or `start="one-shot"`.
+        **settings: What else `RankController` takes, as in `freeze_fraction=0.3` or `start="one-shot"`; `adapter_name` where the
+            model has several adapters (TRL's DPOTrainer adds `ref` to a PEFT model).
 
     Attributes:
         controller: From the beginning of the training on.

@@ -71,7 +71,7 @@ def search(
     """Searches for the allocation with the best validation metric under a budget.
 
     Uniform and one-shot are the first trials, at every learning rate; the last share of the trainings confirms the finalists on
-    fresh seeds. An existing study goes on where it stopped: with more `n_trials` it explores further, then confirms the
+    fresh seeds. An existing study resumes: with more `n_trials` it explores further, then confirms the
     finalists of then, on more seeds; runs that it holds are not repeated, nor is an allocation that was already trained at a
     learning rate. Several processes may work on one study at once.
 

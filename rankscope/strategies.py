@@ -6,6 +6,7 @@ Each strategy is one function of a `Request`; `allocate` is the door to all of t
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from rankscope.budget import Bound, ParameterBudget, allocate_marginal, allocate
 from rankscope.exceptions import BudgetError, ProfileError, shown
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +223,9 @@ def one_shot(request: Request) -> RankAllocation:
     on.
     """
     power = request.number("power", 2.0)
-    spectra = request.profiled().spectra(signal=request.flag("signal", True))
+    profile = request.profiled()
+    _say_if_narrow(profile, request)
+    spectra = profile.spectra(signal=request.flag("signal", True))
     top = max((float(np.max(spectra[t.name], initial=0.0)) for t in request.targets), default=0.0) or 1.0
     return request.marginal({t.name: (spectra[t.name] / top) ** power for t in request.targets})  # only ratios count
 
@@ -252,6 +257,20 @@ def blend(request: Request) -> RankAllocation:
 def _is_number(value: Any) -> bool:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return real and bool(abs(value) < sys.float_info.max)
+
+
+def _say_if_narrow(profile: Profile, request: Request) -> None:
+    """Warns where much of the spectra that a budget asks for is estimated: its mean rank is above what was sketched."""
+    if profile.table["exact"].all():
+        return
+    columns = int(profile.metadata["sketch_size"])
+    mean_rank = request.budget.limit / sum(target.rank_cost for target in request.targets)
+    if columns < mean_rank:
+        logger.warning(
+            "the profile's sketches have %d columns, but the budget's mean rank is %.0f: gains beyond %d are estimates; "
+            "take the profile with `budget`",
+            *(columns, mean_rank, columns),
+        )
 
 
 def _signal_norms(profile: Profile) -> dict[str, float]:

@@ -218,6 +218,16 @@ def test_without_signal_the_raw_gradient_stands_in_and_is_said(strategy: str, ca
     assert "the 2 batches of the profile agree on nothing: the estimated signal is 0 in every module" in caplog.text
 
 
+def test_a_sketch_too_narrow_for_the_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    exact = random_profile(3)
+    sketched = rs.Profile(exact.table.assign(exact=False), {**exact.metadata, "sketch_size": 4})
+    for profile, rank in ((exact, 8), (sketched, 4)):
+        rs.allocate("one-shot", targets=VIT, budget=rs.ParameterBudget.uniform(VIT, rank), profile=profile)
+    assert not caplog.text
+    rs.allocate("one-shot", targets=VIT, budget=rs.ParameterBudget.uniform(VIT, 8), profile=sketched)
+    assert "the profile's sketches have 4 columns, but the budget's mean rank is 8: gains beyond 4 are" in caplog.text
+
+
 def test_blend_works_without_signal() -> None:
     found = rs.allocate("blend", targets=VIT, budget=rs.ParameterBudget.uniform(VIT, 2), profile=without_signal())
     assert len(set(found.vector)) > 1

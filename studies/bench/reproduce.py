@@ -37,7 +37,9 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     other = sum(row["now"] != row["committed"] for row in rows)
     return rows, [
         Claim.at_most("runs that end with other ranks than the committed ones", moved, 0),
-        Claim.at_most("share of runs whose test metric differs, as by another processor's rounding", other / len(rows), 0.2),
+        Claim.at_most(
+            "share of runs whose test metric differs, as by another processor's rounding", other / len(rows), 0.2
+        ),
     ]
 
 

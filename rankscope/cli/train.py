@@ -73,9 +73,9 @@ def run_train(
         return
     rows = [_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
     seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
-    title = (
-        f"{session.study.name}: mean {session.task.metric} of {seeds}; paired test difference to uniform, 95 % interval"
-    )
+    title = f"{session.study.name}: mean {session.task.metric} of {seeds}"
+    if baseline:
+        title += "; paired test difference to uniform, 95 % interval"
     header = ("strategy", "parameters", "rate", "validation", "test", "to uniform")
     print_table(title, header, rows)
     print_files(files)

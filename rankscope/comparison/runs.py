@@ -15,7 +15,7 @@ from rankscope.comparison.machine import one_thread, peak_memory, reset_peak_mem
 from rankscope.control.decisions import count_moved, write_decisions
 from rankscope.devices import one_gpu_each
 from rankscope.exceptions import FileFormatError, TaskError
-from rankscope.files import read_json, write_json
+from rankscope.files import read_json, read_parquet, write_json
 from rankscope.fingerprints import FORMAT, digest, require_same
 from rankscope.tasks import Task, evaluate, fingerprint_task
 from rankscope.training import Lora, Method, TrainingConfig, save_adapter, train
@@ -176,7 +176,9 @@ class _File:
         if set(row) != {field.name for field in fields(Run)} - {"decisions"}:
             raise FileFormatError(f"`{path}` must hold a run, but its keys are others; {remedy}")
         decisions = self.stem.with_suffix(".parquet")
-        return Run(**row, decisions=pd.read_parquet(decisions) if decisions.exists() else None)
+        return Run(
+            **row, decisions=read_parquet(decisions, what="decisions").to_pandas() if decisions.exists() else None
+        )
 
     def write(self, run: Run) -> None:
         """Keeps the run."""

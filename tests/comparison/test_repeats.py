@@ -70,6 +70,13 @@ def test_kept_runs_are_read(
     assert both[1].decisions is not None
     assert again.decisions["step"].tolist() == both[1].decisions["step"].tolist()
 
+    for path in tmp_path.glob("*.parquet"):
+        path.write_bytes(b"PAR1")
+    with pytest.raises(
+        FileFormatError, match=r"^`.*\.parquet` must hold decisions as Parquet, but it cannot be parsed "
+    ):
+        run_all(digits, cells, kept_in=tmp_path)
+
 
 def test_a_run_is_kept_under_all_that_it_depends_on(tmp_path: Path) -> None:
     """Batch size, data, weights and code; a broken file is one line."""

@@ -201,9 +201,8 @@ def apply_allocation(
     """
     if dormant and "lora_alpha" in peft_kwargs:
         raise AllocationError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
-    model = getattr(
-        model, "_orig_mod", model
-    )  # PEFT takes the name of torch.compile's wrapper for a part of every module's
+    # PEFT takes the name of torch.compile's wrapper for a part of every module's.
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, PeftModel):
         raise AllocationError("`model` must be a base model, but is a PeftModel already; pass `model.unload()`.")
     present = dict(model.named_modules())

@@ -32,7 +32,7 @@ from rankscope.exceptions import AllocationError, ControlError
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import Profile
 from rankscope.profiling.processes import gathered, is_first
-from rankscope.profiling.sketch import largest_sketch_size
+from rankscope.profiling.sketch import bytes_of_weights, largest_sketch_size
 from rankscope.targets import fingerprint_targets
 
 logger = logging.getLogger(__name__)
@@ -372,9 +372,10 @@ class RankController:
         """New ranks, with rows of A along the directions where there are enough."""
         before = self.allocation.ranks
         changed = after.difference(self.allocation)
-        grown = {name: more for name, more in changed.items() if more > 0} if directions else {}
-        found = {name: directions(name)[:more] * ROW_NORM for name, more in grown.items()} if directions else {}
-        rows = {name: each for name, each in found.items() if len(each) == grown[name]}
+        rows = {}
+        for name, more in changed.items():
+            if directions and more > 0 and len(found := directions(name)) >= more:
+                rows[name] = found[:more] * ROW_NORM
         ranks = {name: before[name] + more for name, more in changed.items()}
         self._ranks.change(ranks, rows, generator=self._generator())
 
@@ -410,15 +411,7 @@ class RankController:
 def _sketch_size(model: nn.Module, ranks: RankAllocation) -> int:
     """Twice the largest rank and 16 at least, as far as the memory bound allows; one more copy is kept at sampled steps."""
     wanted = max(LEAST_SKETCH, min(2 * max(ranks.vector), max(target.full_rank for target in ranks.targets)))
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    size = largest_sketch_size(ranks.targets, wanted, weights, copies=2)
-    if size < wanted:
-        logger.warning(
-            "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
-            "model's weights; singular values beyond are estimated",
-            *(size, wanted),
-        )
-    return size
+    return largest_sketch_size(ranks.targets, wanted, bytes_of_weights(model), copies=2)
 
 
 def check_types(**settings: Any) -> None:

@@ -34,7 +34,7 @@ from rankscope.profiling.layers import SUPPORTED, eager
 from rankscope.profiling.observer import Observer, in_range
 from rankscope.profiling.processes import gathered, several
 from rankscope.profiling.restoring import frozen
-from rankscope.profiling.sketch import RandomMatrices, choose_sketch_size, is_finite
+from rankscope.profiling.sketch import RandomMatrices, bytes_of_weights, choose_sketch_size, is_finite
 from rankscope.profiling.store import SCHEMA, Profile
 from rankscope.profiling.table import tabulate
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
@@ -120,7 +120,11 @@ def profile(
     _check_loaded(model)
     targets, skipped = _profiled(model, tuple(targets) if targets is not None else find_targets(model))
     modules = _modules(model, targets)
-    wanted, size = (sketch_size, sketch_size) if sketch_size else _sketch_size(model, targets, budget)
+    wanted, size = (
+        (sketch_size, sketch_size)
+        if sketch_size
+        else choose_sketch_size(targets, budget.limit if budget else None, bytes_of_weights(model))
+    )
     observer = Observer(targets, modules, RandomMatrices(k=size, seed=seed))
     convergence = Convergence(tolerance) if tolerance is not None else None
     run = _Run(
@@ -299,20 +303,6 @@ def _check_taken(observer: Observer) -> list[str]:
             f"the inputs of `{inputs[0]}` must be finite and below 1e18, but are not; check the data and the weights."
         )
     return silent
-
-
-def _sketch_size(model: nn.Module, targets: Sequence[TargetModule], budget: ParameterBudget | None) -> tuple[int, int]:
-    """The sketch size that a budget asks for, and what of it the memory bound leaves."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    wanted, size = choose_sketch_size(targets, budget.limit if budget else None, weights)
-    if size < wanted:
-        logger.warning(
-            "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
-            "model's weights; singular values beyond are estimated",
-            size,
-            wanted,
-        )
-    return wanted, size
 
 
 # --- the model ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ over the deltas and no memory, and on real gradients reconstructs as well as a G
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankscope.profiling.layers import row_blocks, solvable, thin_svd
 from rankscope.targets import TargetModule
@@ -32,6 +33,7 @@ LEAST_SIZE = 8  # whatever memory allows
 SKETCH_SHARE = 0.25  # of the bytes that the model's weights take
 SKETCH_BYTES = 2**30  # that sketches may take in any case
 Increment = tuple[Tensor, ...]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,11 +261,26 @@ def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weigh
 
 
 def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_bytes: int, *, copies: int = 1) -> int:
-    """The largest size up to the one that is wanted at which all sketches, in so many copies, fit the memory bound."""
+    """The largest size up to the one that is wanted at which all sketches, in so many copies, fit the memory bound.
+
+    A warning says where that is less than what is wanted.
+    """
     sides = np.array([sorted((t.in_features, t.out_features)) for t in targets], dtype=np.float64)
     bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES) / copies
     larger = range(LEAST_SIZE + 1, wanted + 1)
-    return LEAST_SIZE + bisect.bisect_right(larger, bound, key=lambda size: _sketch_bytes(sides, size))
+    size = LEAST_SIZE + bisect.bisect_right(larger, bound, key=lambda size: _sketch_bytes(sides, size))
+    if size < wanted:
+        logger.warning(
+            "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
+            "model's weights; singular values beyond are estimated",
+            *(size, wanted),
+        )
+    return size
+
+
+def bytes_of_weights(model: nn.Module) -> int:
+    """The memory that the model's parameters take."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _sketch_bytes(sides: NDArray[np.float64], size: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rankscope.exceptions import RankscopeError
+from rankscope.errors import RankscopeError
 
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation as RankAllocation
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from rankscope.profiling import Profile as Profile
     from rankscope.profiling import profile as profile
     from rankscope.profiling import read_profile as read_profile
+    from rankscope.searching import HierarchicalSpace as HierarchicalSpace
     from rankscope.searching import PerformanceModelSampler as PerformanceModelSampler
     from rankscope.searching import SearchResult as SearchResult
     from rankscope.searching import search as search
     from rankscope.searching import suggest_allocation as suggest_allocation
-    from rankscope.space import HierarchicalSpace as HierarchicalSpace
     from rankscope.strategies import allocate as allocate
     from rankscope.targets import TargetModule as TargetModule
     from rankscope.targets import find_targets as find_targets
@@ -41,7 +41,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Comparison": "rankscope.comparison",
     "ControllerConfig": "rankscope.control",
-    "HierarchicalSpace": "rankscope.space",
+    "HierarchicalSpace": "rankscope.searching",
     "ParameterBudget": "rankscope.budget",
     "PerformanceModel": "rankscope.performance",
     "PerformanceModelSampler": "rankscope.searching",

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
-from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, write_json
 from rankscope.targets import Kind, TargetModule, fingerprint_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
 
 SCHEMA = 1
 
@@ -48,16 +49,16 @@ class RankAllocation:
         object.__setattr__(self, "targets", tuple(self.targets))
         ranks: tuple[Any, ...] = tuple(self.vector)
         if len(self.targets) != len(ranks):
-            raise AllocationError(
+            raise SettingsError(
                 f"`vector` must hold one rank for each of the {len(self.targets)} targets, but holds {len(ranks)}."
             )
         if len({target.name for target in self.targets}) != len(self.targets):
-            raise AllocationError("`targets` must not name a module twice.")
+            raise SettingsError("`targets` must not name a module twice.")
         for target, rank in zip(self.targets, ranks, strict=True):
             if isinstance(rank, bool) or not isinstance(rank, Integral):
-                raise AllocationError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
+                raise SettingsError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
             if not 0 <= int(rank) <= max(target.full_rank, target.existing_rank or 0):
-                raise AllocationError(
+                raise SettingsError(
                     f"the rank of `{target.name}` must lie between 0 and {target.full_rank} "
                     f"(its smaller side), but got {rank}."
                 )
@@ -75,10 +76,10 @@ class RankAllocation:
         """An allocation from `{module name: rank}`; modules not named get rank 0.
 
         Raises:
-            AllocationError: `ranks` names a module that is not among the targets.
+            SettingsError: `ranks` names a module that is not among the targets.
         """
         if unknown := set(ranks) - {target.name for target in targets}:
-            raise AllocationError(f"`ranks` must name target modules only, but names {sorted(unknown)[0]!r}.")
+            raise SettingsError(f"`ranks` must name target modules only, but names {sorted(unknown)[0]!r}.")
         vector = tuple(ranks.get(target.name, 0) for target in targets)
         return cls(tuple(targets), vector, strategy=strategy, budget=budget)
 
@@ -102,10 +103,10 @@ class RankAllocation:
         """The ranks that `self` has more (positive) or less (negative) than `other`, for modules that differ.
 
         Raises:
-            AllocationError: The two are not over the same target modules.
+            SettingsError: The two are not over the same target modules.
         """
         if {t.name for t in self.targets} != {t.name for t in other.targets}:
-            raise AllocationError("`other` must be an allocation over the same target modules.")
+            raise SettingsError("`other` must be an allocation over the same target modules.")
         theirs = other.ranks
         return {name: rank - theirs[name] for name, rank in self.ranks.items() if rank != theirs[name]}
 
@@ -132,10 +133,10 @@ class RankAllocation:
         """The inverse of `to_dict`.
 
         Raises:
-            FileFormatError: Another schema, a key is missing, or the parameter count or fingerprint contradicts the rest.
+            FileError: Another schema, a key is missing, or the parameter count or fingerprint contradicts the rest.
         """
         if value.get("schema") != SCHEMA:
-            raise FileFormatError(
+            raise FileError(
                 f"an allocation must have schema {SCHEMA}, but has {value.get('schema')!r}; write it again."
             )
         try:
@@ -146,16 +147,16 @@ class RankAllocation:
             allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
             stated, model = value["parameters"], value["model"]
         except (AttributeError, KeyError, TypeError) as error:
-            raise FileFormatError(
+            raise FileError(
                 f"an allocation must hold ranks and targets, but is incomplete ({error}); write it again."
             ) from None
         if stated != allocation.parameters:
-            raise FileFormatError(
+            raise FileError(
                 f"an allocation's `parameters` must equal what its ranks cost ({allocation.parameters:,}), "
                 f"but says {stated!r}; it was edited: write it again."
             )
         if model != (actual := fingerprint_targets(targets)):
-            raise FileFormatError(
+            raise FileError(
                 f"an allocation's `model` must be the fingerprint of its targets ({actual}), "
                 f"but says {model!r}; it was edited: write it again."
             )
@@ -171,25 +172,25 @@ class RankAllocation:
         """Reads what `to_json` wrote.
 
         Raises:
-            FileFormatError: The file is missing, truncated or of another schema.
+            FileError: The file is missing, truncated or of another schema.
         """
         try:
             return cls.from_dict(read_json(path, what="an allocation"))
-        except AllocationError as error:
-            raise FileFormatError(f"`{path}` does not hold a valid allocation: {error}") from None
+        except SettingsError as error:
+            raise FileError(f"`{path}` does not hold a valid allocation: {error}") from None
 
     # --- PEFT (the work is done in rankscope.adapters, the only importer of peft) --------------------------------
 
     def to_lora_config(self, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
-        """A plain `peft.LoraConfig` with exactly these ranks; see `rankscope.adapters.to_lora_config`."""
-        from rankscope.adapters import to_lora_config
+        """A plain `peft.LoraConfig` with exactly these ranks; see `rankscope.lora.to_lora_config`."""
+        from rankscope.lora import to_lora_config
 
         return to_lora_config(self, scaling=scaling, **peft_kwargs)
 
     @classmethod
     def from_lora_config(cls, config: LoraConfig, targets: Sequence[TargetModule]) -> RankAllocation:
-        """The ranks a `peft.LoraConfig` gives to these target modules; see `rankscope.adapters.from_lora_config`."""
-        from rankscope.adapters import from_lora_config
+        """The ranks a `peft.LoraConfig` gives to these target modules; see `rankscope.lora.from_lora_config`."""
+        from rankscope.lora import from_lora_config
 
         return from_lora_config(config, targets)
 
@@ -197,8 +198,8 @@ class RankAllocation:
     def from_peft_model(
         cls, model: PeftModel, targets: Sequence[TargetModule] | None = None, *, adapter_name: str | None = None
     ) -> RankAllocation:
-        """The ranks that a PEFT model really carries; see `rankscope.adapters.from_peft_model`."""
-        from rankscope.adapters import from_peft_model
+        """The ranks that a PEFT model really carries; see `rankscope.lora.from_peft_model`."""
+        from rankscope.lora import from_peft_model
 
         return from_peft_model(model, targets, adapter_name=adapter_name)
 

@@ -18,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
-from rankscope.exceptions import BudgetError, shown
+from rankscope.errors import SettingsError, shown
 from rankscope.targets import TargetModule
+
+logger = logging.getLogger(__name__)
+
 
 Bound = int | Mapping[str, int] | None
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
 _LARGEST = np.iinfo(np.int64).max
 
 
@@ -43,7 +45,7 @@ class ParameterBudget:
     def __post_init__(self) -> None:
         limit = _whole(self.limit)
         if limit is None or limit <= 0:
-            raise BudgetError(
+            raise SettingsError(
                 f"`limit` must be a positive whole number of adapter parameters, but got {shown(self.limit)}."
             )
         object.__setattr__(self, "limit", limit)
@@ -55,14 +57,14 @@ class ParameterBudget:
         PEFT builds those too, but they add parameters and no freedom; a warning names the modules.
 
         Raises:
-            BudgetError: `rank` is no whole number from 1 on, or there are no targets.
+            SettingsError: `rank` is no whole number from 1 on, or there are no targets.
 
         >>> ParameterBudget.uniform([TargetModule(name="fc1", in_features=64, out_features=256)], rank=8)
         ParameterBudget(limit=2560)
         """
         whole = _whole(rank)
         if whole is None or whole < 1:
-            raise BudgetError(f"`rank` must be a whole number of at least 1, but got {shown(rank)}.")
+            raise SettingsError(f"`rank` must be a whole number of at least 1, but got {shown(rank)}.")
         _require(targets)
         limit = sum(target.rank_cost * min(whole, target.full_rank) for target in targets)
         if low := [target for target in targets if target.full_rank < whole]:
@@ -106,13 +108,13 @@ def allocate_proportional(
         max_rank: The greatest rank: for all modules, or by name (others, and None: full rank).
 
     Raises:
-        BudgetError: No feasible allocation, or scores that are missing, negative, not finite, or all zero.
+        SettingsError: No feasible allocation, or scores that are missing, negative, not finite, or all zero.
     """
     problem = _check(targets, budget, min_rank, max_rank)
     wrong = "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."
     values = _numbers([_lookup(scores, target.name, "scores") for target in targets], wrong)
     if not np.isfinite(values).all() or (values < 0).any() or not values.any():
-        raise BudgetError(wrong)
+        raise SettingsError(wrong)
     ideal = _ideal_ranks(values / values.max(), problem)
     ranks = np.floor(ideal + 1e-9).astype(np.int64)
     left = problem.limit - int(problem.costs @ ranks)
@@ -150,13 +152,13 @@ def allocate_marginal(
         max_rank: The greatest rank: for all modules, or by name (others, and None: full rank).
 
     Raises:
-        BudgetError: No feasible allocation, or gains that are missing, negative, increasing, not finite, or all zero.
+        SettingsError: No feasible allocation, or gains that are missing, negative, increasing, not finite, or all zero.
     """
     problem = _check(targets, budget, min_rank, max_rank)
     names = [target.name for target in targets]
     curves = [_curve(_lookup(gains, name, "gains"), name) for name in names]
     if not any(curve[0] > 0 for curve in curves if curve.size):
-        raise BudgetError(
+        raise SettingsError(
             "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
         )
     left = problem.limit - int(problem.costs @ problem.lowest)
@@ -211,19 +213,19 @@ def _check(targets: Sequence[TargetModule], budget: ParameterBudget, min_rank: B
     highest = np.minimum(_bound(max_rank, names, default=full, label="max_rank"), full)
     if (lowest > highest).any():
         worst = int(np.argmax(lowest > highest))
-        raise BudgetError(
+        raise SettingsError(
             f"`min_rank` must not exceed `max_rank` or the full rank of `{names[worst]}` ({highest[worst]}), "
             f"but got {lowest[worst]}."
         )
     needed = int(costs @ lowest)
     if needed > budget.limit:
         what = "`min_rank`" if isinstance(min_rank, Mapping) else f"rank {min_rank}"
-        raise BudgetError(
+        raise SettingsError(
             f"`budget` must cover {what} on all {len(targets)} target modules ({needed:,} parameters), "
             f"but got {budget.limit:,}; drop targets, allow rank 0, or raise it."
         )
     if not needed and budget.limit < (smallest := int(costs[highest > 0].min(initial=_LARGEST))):
-        raise BudgetError(
+        raise SettingsError(
             f"`budget` must cover one rank of the cheapest target module ({smallest:,} parameters), "
             f"but got {budget.limit:,}; raise it."
         )
@@ -238,7 +240,7 @@ def _check(targets: Sequence[TargetModule], budget: ParameterBudget, min_rank: B
 
 def _require(targets: Sequence[TargetModule]) -> None:
     if not targets:
-        raise BudgetError("`targets` must hold at least one target module, but is empty.")
+        raise SettingsError("`targets` must hold at least one target module, but is empty.")
 
 
 def _bound(bound: Bound, names: Sequence[str], *, default: Ints, label: str) -> Ints:
@@ -246,7 +248,7 @@ def _bound(bound: Bound, names: Sequence[str], *, default: Ints, label: str) -> 
         return default
     by_name = bound if isinstance(bound, Mapping) else dict.fromkeys(names, bound)
     if unknown := set(by_name) - set(names):
-        raise BudgetError(f"`{label}` must name target modules only, but names {min(map(repr, unknown))}.")
+        raise SettingsError(f"`{label}` must name target modules only, but names {min(map(repr, unknown))}.")
     values = default.copy()
     for index, name in enumerate(names):
         if name not in by_name:
@@ -254,9 +256,9 @@ def _bound(bound: Bound, names: Sequence[str], *, default: Ints, label: str) -> 
         whole = _whole(by_name[name])
         if whole is None:
             of = f" of `{name}`" if isinstance(bound, Mapping) else ""
-            raise BudgetError(f"`{label}`{of} must be a whole number, but got {shown(by_name[name])}.")
+            raise SettingsError(f"`{label}`{of} must be a whole number, but got {shown(by_name[name])}.")
         if whole < 0:
-            raise BudgetError(f"`{label}` must not be negative, but got {shown(whole)}.")
+            raise SettingsError(f"`{label}` must not be negative, but got {shown(whole)}.")
         values[index] = min(whole, _LARGEST)
     return values
 
@@ -280,7 +282,7 @@ def _lookup(values: Mapping[str, T], name: str, label: str) -> T:
     try:
         return values[name]
     except KeyError:
-        raise BudgetError(f"`{label}` must cover every target module, but `{name}` is missing.") from None
+        raise SettingsError(f"`{label}` must cover every target module, but `{name}` is missing.") from None
 
 
 def _ideal_ranks(scores: Floats, problem: _Problem) -> Floats:
@@ -313,14 +315,14 @@ def _numbers(values: Any, wrong: str) -> Floats:
     try:
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        raise BudgetError(wrong) from None
+        raise SettingsError(wrong) from None
 
 
 def _curve(values: Any, name: str) -> Floats:
     wrong = f"`gains` of `{name}` must be a list of finite numbers that are not negative."
     curve = _numbers(values, wrong)
     if curve.ndim != 1:
-        raise BudgetError(wrong)
+        raise SettingsError(wrong)
     return curve
 
 
@@ -331,11 +333,11 @@ def _check_curves(curves: list[Floats], names: list[str], horizon: Ints) -> None
     module = np.repeat(np.arange(len(shown)), [curve.size for curve in shown])
     if (wrong := ~np.isfinite(values) | (values < 0)).any():
         name = names[module[np.argmax(wrong)]]
-        raise BudgetError(f"`gains` of `{name}` must be a list of finite numbers that are not negative.")
+        raise SettingsError(f"`gains` of `{name}` must be a list of finite numbers that are not negative.")
     first = np.array([curve[0] if curve.size else 0.0 for curve in shown])[module]
     wrong = (np.diff(values) > 1e-12 * first[1:]) & (module[1:] == module[:-1])
     if wrong.any():
-        raise BudgetError(f"`gains` of `{names[module[np.argmax(wrong)]]}` must not increase with the rank.")
+        raise SettingsError(f"`gains` of `{names[module[np.argmax(wrong)]]}` must not increase with the rank.")
 
 
 # --- ties ----------------------------------------------------------------------------------------------------------

@@ -1,29 +1,36 @@
-"""Atomic file writes, and one validated reader for each format: JSON, YAML, Parquet and tensors.
+"""Fingerprints: what a kept result depends on, in one comparison for every kind of file and database.
 
-A reader raises `FileFormatError` for whatever is wrong with a path or a file's content, and nothing else.
+Nothing that was kept is reused unless task, data, weights, settings and `FORMAT` are those it was made from.
 """
 
 from __future__ import annotations
 
 import codecs
 import errno
+import hashlib
+import inspect
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path, PurePath
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rankscope.exceptions import FileFormatError, one_line, shown
+from rankscope.errors import FileError, RankscopeError, one_line, shown
+from rankscope.plugins import USER_MODULE
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
+
 
 _MOST_YAML = 2**21  # bytes, and characters with aliases written out: PyYAML reads some 100 kB a second
 
@@ -142,11 +149,11 @@ def read_json(path: str | os.PathLike[str], *, what: str) -> dict[str, Any]:
         what: What the file should hold, for the error message, as in "an allocation".
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, is not JSON, names a key twice, or does not hold an object.
+        FileError: The file is missing, cannot be read, is not JSON, names a key twice, or does not hold an object.
     """
     value = parse_json(_read_bytes(path, what=what), where=f"`{path}`", what=what)
     if not isinstance(value, dict):
-        raise FileFormatError(f"`{path}` must hold {what} as a JSON object, but holds a {type(value).__name__}.")
+        raise FileError(f"`{path}` must hold {what} as a JSON object, but holds a {type(value).__name__}.")
     return value
 
 
@@ -154,14 +161,14 @@ def read_text(path: str | os.PathLike[str], *, what: str) -> str:
     """Reads a text of UTF-8, or of UTF-16 with its mark; line ends stay as they are.
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, or is no such text.
+        FileError: The file is missing, cannot be read, or is no such text.
     """
     data = _read_bytes(path, what=what, most=2**34)
     encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise FileFormatError(
+        raise FileError(
             f"`{path}` must hold {what} as text, but cannot be read ({one_line(error)}); save it as UTF-8."
         ) from None
 
@@ -175,7 +182,7 @@ def parse_json(text: str | bytes, *, where: str, what: str) -> Any:
         what: What it should hold, as in "an example".
 
     Raises:
-        FileFormatError: It is not JSON, or names a key twice.
+        FileError: It is not JSON, or names a key twice.
     """
     try:
         if isinstance(text, bytes):
@@ -189,7 +196,7 @@ def parse_json(text: str | bytes, *, where: str, what: str) -> Any:
         reason = one_line(error)
     else:
         return value
-    raise FileFormatError(
+    raise FileError(
         f"{where} must hold {what} as JSON, but it cannot be parsed ({reason}); it may be truncated: write it again."
     )
 
@@ -200,7 +207,7 @@ def read_yaml(path: str | os.PathLike[str], *, what: str) -> Any:
     Beyond YAML 1.1, floats may come without a dot (`1e-3`), keys are texts, and none may stand twice.
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, is not YAML, holds a value that is not what its tag says, is
+        FileError: The file is missing, cannot be read, is not YAML, holds a value that is not what its tag says, is
             nested too deeply, or would grow beyond measure by its aliases.
     """
     data = _read_bytes(path, what=what, most=_MOST_YAML)
@@ -213,7 +220,7 @@ def read_yaml(path: str | os.PathLike[str], *, what: str) -> Any:
         reason = where + (error.problem or one_line(error))
     except yaml.YAMLError as error:
         reason = one_line(error)
-    raise FileFormatError(f"`{path}` must hold {what} as YAML, but it cannot be parsed ({reason}); mend it there.")
+    raise FileError(f"`{path}` must hold {what} as YAML, but it cannot be parsed ({reason}); mend it there.")
 
 
 def read_parquet(path: str | os.PathLike[str], *, what: str, schema: pa.Schema | None = None) -> pa.Table:
@@ -226,7 +233,7 @@ def read_parquet(path: str | os.PathLike[str], *, what: str, schema: pa.Schema |
             field is not nullable; lists never do. Columns beyond these stay as they are. None: no check.
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, is not Parquet, or a column is missing or of another type.
+        FileError: The file is missing, cannot be read, is not Parquet, or a column is missing or of another type.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -252,17 +259,17 @@ def _with_checked_column(table: pa.Table, field: pa.Field, must: str) -> pa.Tabl
 
     found = table.schema.get_all_field_indices(field.name)
     if len(found) != 1:
-        raise FileFormatError(f"{must}, but has {len(found) or 'no'} columns `{field.name}`; write it again.")
+        raise FileError(f"{must}, but has {len(found) or 'no'} columns `{field.name}`; write it again.")
     column = table.column(found[0])
     try:
         cast = column.cast(field.type)
     except pa.ArrowException:
-        raise FileFormatError(
+        raise FileError(
             f"{must}, with {field.type} in column `{field.name}`, but it holds {column.type}; write it again."
         ) from None
     items = [chunk.flatten() for chunk in cast.chunks] if pa.types.is_list(field.type) else []
     if (cast.null_count and not field.nullable) or any(part.null_count for part in items):
-        raise FileFormatError(f"{must}, with a value in each row of column `{field.name}`; write it again.")
+        raise FileError(f"{must}, with a value in each row of column `{field.name}`; write it again.")
     return table.set_column(found[0], field.with_nullable(True), cast)
 
 
@@ -275,7 +282,7 @@ def read_tensors(path: str | os.PathLike[str], *, what: str, device: str = "cpu"
         device: Where they go; "meta": their shapes only.
 
     Raises:
-        FileFormatError: The file is missing, cannot be read, is truncated, or holds anything but tensors.
+        FileError: The file is missing, cannot be read, is truncated, or holds anything but tensors.
     """
     import torch
 
@@ -296,9 +303,7 @@ def read_tensors(path: str | os.PathLike[str], *, what: str, device: str = "cpu"
                     for key in file.keys()  # noqa: SIM118
                 }
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise FileFormatError(
-            f"`{path}` must hold {what} as tensors by name, but holds something else; write it again."
-        )
+        raise FileError(f"`{path}` must hold {what} as tensors by name, but holds something else; write it again.")
     return tensors
 
 
@@ -310,17 +315,17 @@ def _readable(
     try:
         yield
     except FileNotFoundError:
-        raise FileFormatError(f"`{path}` must hold {what}, but there is no such file; check the path.") from None
+        raise FileError(f"`{path}` must hold {what}, but there is no such file; check the path.") from None
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) else None  # pyarrow's OSErrors about content have none
         if not reason and isinstance(error, (OSError, *broken)):
-            raise FileFormatError(
+            raise FileError(
                 f"`{path}` must hold {what} as {form}, but it cannot be parsed ({one_line(error)}); "
                 "it may be truncated: write it again."
             ) from None
         if not isinstance(error, OSError | ValueError):
             raise
-        raise FileFormatError(
+        raise FileError(
             f"`{path}` must hold {what}, but cannot be read ({reason or one_line(error)}); check the path."
         ) from None
 
@@ -329,7 +334,7 @@ def _read_bytes(path: str | os.PathLike[str], *, what: str, most: int = 2**28) -
     with _readable(path, what=what), open(path, "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise FileFormatError(f"`{path}` must hold {what}, but is larger than {most / 2**20:g} MB; check the path.")
+        raise FileError(f"`{path}` must hold {what}, but is larger than {most / 2**20:g} MB; check the path.")
     return data
 
 
@@ -404,3 +409,179 @@ for _kind in ("timestamp", "binary", "set", "omap", "pairs"):
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
+
+
+_HASH = re.compile(r"[0-9a-f]{16}")
+FORMAT = 2  # of every kept result; raise it where the same settings give other results than before
+
+
+def require_same(
+    kept: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    what: str,
+    remedy: str,
+    holds: str = "is",
+    error: type[RankscopeError] = FileError,
+) -> None:
+    """Checks that a kept result depends on the same as the one that is wanted.
+
+    Args:
+        kept: What the result was made from, as plain values; empty where it does not say.
+        wanted: What it would be made from now.
+        what: Names the result, as in "`out/profile.parquet`".
+        remedy: What to do about a difference.
+        holds: The verb, as in "but its trials are about …".
+        error: What is raised.
+
+    Raises:
+        RankscopeError: Of the type `error`: the first key that differs is named, with both values.
+
+    >>> require_same({"task": {"batch_size": 8}}, {"task": {"batch_size": 4}}, what="`a`", remedy="make it again.")
+    Traceback (most recent call last):
+    ...
+    rankscope.errors.FileError: `a` must be about task batch_size 4, but is about 8; make it again.
+    """
+    if not (isinstance(kept, Mapping) and kept):
+        raise error(f"{what} must say what it was made from, but does not: an older rankscope wrote it; {remedy}")
+    if found := _first_difference(kept, json.loads(json.dumps(wanted))):
+        key, theirs, ours = found
+        if isinstance(theirs, str) and isinstance(ours, str) and _HASH.fullmatch(theirs):
+            raise error(
+                f"{what} must be about the present {key} ({ours}), but {holds} about another ({theirs}); {remedy}"
+            )
+        raise error(f"{what} must be about {key} {ours!r}, but {holds} about {theirs!r}; {remedy}")
+
+
+def _first_difference(kept: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key whose values differ, and both values; a key that is missing counts as None."""
+    if not (isinstance(kept, Mapping) and isinstance(wanted, Mapping)):
+        return None if kept == wanted else (key, kept, wanted)
+    pairs = ((name, kept.get(name), wanted.get(name)) for name in dict.fromkeys([*wanted, *kept]))
+    found = (_first_difference(ours, theirs, f"{key} {name}".lstrip()) for name, ours, theirs in pairs)
+    return next((each for each in found if each), None)
+
+
+def digest(value: Any) -> str:
+    """A short hash of a value's content: equal for equal content in any process, wherever it lies.
+
+    Plain values and containers, paths, arrays, tensors, modules (class and weights) and tables are hashed as they are;
+    dataclasses by the fields that are not at their defaults, so that a field added later changes nothing; functions by
+    their source; other objects by class, source and state.
+
+    >>> digest({"a": [1, 2.0]}) == digest({"a": (1, 2.0)}), digest("1") == digest(1)
+    (True, False)
+    """
+    content = hashlib.sha256()
+    _feed(content.update, value, ())
+    return content.hexdigest()[:16]
+
+
+def digest_source(*functions: Any) -> str:
+    """A short hash of the source of functions: of a study's `path.py:name`, the whole file; of others, their own lines.
+
+    Lines around a function are left out, since a script that defines a task also says how many trials to make. rankscope's
+    own functions are left out too: `FORMAT` speaks for them.
+    """
+    found = ((getattr(each, "__module__", ""), getattr(inspect.unwrap(each), "__code__", None)) for each in functions)
+    own = str(Path(__file__).parent / "_")[:-1]
+    return digest([_source(module, code) for module, code in found if code and not code.co_filename.startswith(own)])
+
+
+def _source(module: str | None, code: CodeType) -> Any:
+    file = Path(code.co_filename)
+    if (module or "").startswith(USER_MODULE) and file.is_file():
+        return file.read_bytes()
+    try:
+        return inspect.getsource(code)
+    except OSError:  # typed in, without a file
+        return [code.co_code, code.co_names]
+
+
+def _feed(update: Callable[[Any], None], value: Any, inside: tuple[int, ...]) -> None:
+    """Hashes a value; `inside` are the ids of the objects that hold it, since objects may hold each other."""
+    torch, numpy, pandas = (sys.modules.get(name) for name in ("torch", "numpy", "pandas"))
+    if numpy and isinstance(value, numpy.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | PurePath):
+        text = (
+            value if isinstance(value, bytes) else repr(str(value) if isinstance(value, PurePath) else value).encode()
+        )
+        update(f"{len(text)}{'b' if isinstance(value, bytes) else ':'}".encode() + text)
+    elif id(value) in inside:
+        update(b"cycle")
+    elif numpy and isinstance(value, numpy.ndarray) and value.dtype != object:
+        update(repr((value.dtype.str, value.shape)).encode())
+        update(memoryview(numpy.ascontiguousarray(value)).cast("B") if value.size else b"")
+    elif torch and isinstance(value, torch.Tensor):
+        _feed_tensor(update, value, inside)
+    else:
+        parts = _parts(value, torch, pandas)
+        kind = (
+            "list"
+            if isinstance(value, list | tuple)
+            else "dict"
+            if isinstance(value, Mapping)
+            else type(value).__qualname__
+        )
+        update(f"{kind}[{len(parts)}".encode())
+        for part in parts:
+            _feed(update, part, (*inside, id(value)))
+
+
+def _parts(value: Any, torch: Any, pandas: Any) -> list[Any]:
+    """What an object that is no plain value consists of."""
+    if isinstance(value, Mapping):
+        return [part for key in sorted(value, key=repr) for part in (key, value[key])]
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, set | frozenset):
+        return sorted(digest(each) for each in value)
+    if pandas and isinstance(value, pandas.DataFrame | pandas.Series | pandas.Index):
+        return [value.to_numpy().tolist(), list(getattr(value, "columns", ()))]
+    if torch and isinstance(value, torch.nn.Module):
+        return [value.state_dict(), _settings(getattr(value, "config", None))]
+    if is_dataclass(value) and not isinstance(value, type):
+        own = ((field, getattr(value, field.name)) for field in fields(value))
+        return [part for field, each in own if not _is_default(field, each) for part in (field.name, each)]
+    if inspect.isroutine(value) or isinstance(value, type):
+        return [
+            value.__qualname__,
+            digest_source(*vars(value).values()) if isinstance(value, type) else digest_source(value),
+        ]
+    try:
+        state = value.__getstate__()
+    except TypeError:  # what cannot be pickled (locks, generators) has no content that could be told
+        state = None
+    return [digest_source(*vars(type(value)).values()), state]
+
+
+def _feed_tensor(update: Callable[[Any], None], value: Any, inside: tuple[int, ...]) -> None:
+    """Hashes a tensor's shape and bytes; of a quantised one, those of the tensors that it holds; of a meta tensor, its shape."""
+    update(repr((str(value.dtype), tuple(value.shape))).encode())
+    if hasattr(value, "__tensor_flatten__"):
+        for name in value.__tensor_flatten__()[0]:
+            _feed(update, getattr(value, name), (*inside, id(value)))
+    elif not value.is_meta and value.numel():
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        update(memoryview(flat.view(sys.modules["torch"].uint8).numpy()))
+
+
+def _settings(config: Any) -> Any:
+    """A model's configuration, without where it was loaded from."""
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        return config
+    return {
+        key: _settings(each)
+        for key, each in config.items()
+        if not str(key).startswith("_") and key != "transformers_version"
+    }
+
+
+def _is_default(field: Any, value: Any) -> bool:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    if type(default) is not type(value):
+        return False
+    return default == value if isinstance(value, str | int | float) else digest(default) == digest(value)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, allocate_marginal, allocate_proportional
-from rankscope.exceptions import BudgetError, ProfileError, shown
+from rankscope.errors import ModelError, SettingsError, shown
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
 
@@ -60,7 +60,7 @@ class Request:
 
     def _require_some(self, scores: Mapping[str, float]) -> None:
         if self.targets and not any(scores[target.name] > 0 for target in self.targets):
-            raise BudgetError(
+            raise SettingsError(
                 f"`targets` must hold a module that the profile gives a score above 0, but all {len(self.targets)} have 0, as "
                 f"`{self.targets[0].name}`; choose other targets, or another strategy."
             )
@@ -73,26 +73,24 @@ class Request:
         """An option that is a number above 0 and finite."""
         value = self.options.get(option, default)
         if not _is_number(value) or not 0 < value < math.inf:
-            raise BudgetError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
+            raise SettingsError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
         return float(value)
 
     def flag(self, option: str, default: bool) -> bool:
         """An option that is on or off."""
         value = self.options.get(option, default)
         if not isinstance(value, bool):
-            raise BudgetError(f"`{option}` must be true or false, but got {shown(value)}.")
+            raise SettingsError(f"`{option}` must be true or false, but got {shown(value)}.")
         return value
 
     def profiled(self) -> Profile:
         """The profile.
 
         Raises:
-            ProfileError: There is none, or it does not cover the targets.
+            ModelError: There is none, or it does not cover the targets.
         """
         if self.profile is None:
-            raise ProfileError(
-                "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."
-            )
+            raise ModelError("this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`.")
         self.profile.require(self.targets)
         return self.profile
 
@@ -126,8 +124,8 @@ def allocate(
             `weights`.
 
     Raises:
-        BudgetError: Nothing feasible, or an unknown strategy or option.
-        ProfileError: The profile is missing or does not cover the targets.
+        SettingsError: Nothing feasible, or an unknown strategy or option.
+        ModelError: The profile is missing or does not cover the targets.
 
     >>> targets = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
@@ -136,13 +134,13 @@ def allocate(
     name: Any = strategy  # a study file may hold anything
     if not isinstance(name, str) or name not in STRATEGIES:
         close = difflib.get_close_matches(str(name), STRATEGIES, n=1)
-        raise BudgetError(
+        raise SettingsError(
             f"`strategy` must be one of {', '.join(STRATEGIES)}, but got {shown(name)}"
             + (f"; did you mean {close[0]!r}?" if close else ".")
         )
     taken = OPTIONS.get(strategy, ())
     if unknown := sorted(set(options) - set(taken)):
-        raise BudgetError(f"`{strategy}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
+        raise SettingsError(f"`{strategy}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
     request = Request(
         targets=tuple(targets),
         budget=budget,
@@ -169,7 +167,7 @@ def random(request: Request) -> RankAllocation:
     concentration = request.number("concentration", 1.0)
     seed: Any = request.seed
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
-        raise BudgetError(f"`seed` must be a whole number of 0 or more, but got {shown(seed)}.")
+        raise SettingsError(f"`seed` must be a whole number of 0 or more, but got {shown(seed)}.")
     rng = np.random.default_rng(int(seed))
     names = sorted(target.name for target in request.targets)  # the draw must not depend on the targets' order
     shares = dict(zip(names, rng.gamma(concentration, size=len(names)), strict=True))
@@ -195,7 +193,7 @@ def sensitivity(request: Request) -> RankAllocation:
     """Parameters in proportion to sum |w g|: GoRA's rule (arXiv 2502.12171), with the sum where it takes the mean."""
     values = request.profiled().column("sensitivity")
     if unread := [target.name for target in request.targets if math.isnan(values[target.name])]:
-        raise ProfileError(
+        raise ModelError(
             f"the profile must hold the sensitivity of every target, but lacks that of `{unread[0]}`, whose weight "
             "cannot be read; use another strategy."
         )
@@ -239,7 +237,7 @@ def blend(request: Request) -> RankAllocation:
     given = request.options.get("weights", _BLEND)
     weights = {**dict.fromkeys(_BLEND, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
     if set(weights) != set(_BLEND) or not all(_is_number(w) and 0 <= w < math.inf for w in weights.values()):
-        raise BudgetError(f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {shown(given)}.")
+        raise SettingsError(f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {shown(given)}.")
     profile = request.profiled()
     views = {
         "gradient": _signal_norms(profile),

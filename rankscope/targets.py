@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from rankscope.exceptions import TargetError
+from rankscope.errors import ModelError
 from rankscope.naming import describe_modules, find_heads
 from rankscope.naming import name_block as name_block
 from rankscope.naming import name_role as name_role
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+
 
 Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
 LeftOut = Literal["heads", "embeddings", "tied"]
@@ -95,7 +96,7 @@ def find_targets(
         include: Any of `"heads"`, `"embeddings"`, `"tied"`.
 
     Raises:
-        TargetError: Nothing matches, or one of the names matches nothing; near misses are named.
+        ModelError: Nothing matches, or one of the names matches nothing; near misses are named.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 2))
@@ -267,31 +268,31 @@ def _kind(module: nn.Module) -> Kind | None:
 
 def _check(model: Any, include: Any) -> None:
     if not hasattr(model, "named_modules"):
-        raise TargetError(f"`model` must be a torch module, but is {_brief(model)}; load it first.")
+        raise ModelError(f"`model` must be a torch module, but is {_brief(model)}; load it first.")
     if isinstance(include, str) or not isinstance(include, Collection):
-        raise TargetError(f"`include` must be a list of {LEFT_OUT}, but is {_brief(include)}.")
+        raise ModelError(f"`include` must be a list of {LEFT_OUT}, but is {_brief(include)}.")
     if unknown := [entry for entry in include if entry not in LEFT_OUT]:
-        raise TargetError(f"`include` must be among {LEFT_OUT}, but got {_brief(unknown)}.")
+        raise ModelError(f"`include` must be among {LEFT_OUT}, but got {_brief(unknown)}.")
 
 
 def _checked(selection: Any) -> str | tuple[str, ...]:
     """A selection by regex or by names.
 
     Raises:
-        TargetError: It is neither, or is empty.
+        ModelError: It is neither, or is empty.
     """
     if isinstance(selection, str) and selection:
         return selection
     if isinstance(selection, str) or (isinstance(selection, Collection) and not selection):
-        raise TargetError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
+        raise ModelError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
     if isinstance(selection, bytes | Mapping) or not isinstance(selection, Iterable):
-        raise TargetError(
+        raise ModelError(
             f'`selection` must be "{ALL_LINEAR}", a regex, a list of names or a peft.LoraConfig, but is {_brief(selection)}; '
             f'pass "{ALL_LINEAR}" for all.'
         )
     names = tuple(selection)
     if wrong := [name for name in names if not isinstance(name, str) or not name]:
-        raise TargetError(f"`selection` must hold names of modules, but holds {_brief(wrong[0])}; take it out.")
+        raise ModelError(f"`selection` must hold names of modules, but holds {_brief(wrong[0])}; take it out.")
     return names or _checked("")
 
 
@@ -310,7 +311,7 @@ def _selected(
         name for name in matched if name not in idle and (name in in_full or left_out.get(name) in {None, *include})
     }
     if not kept:
-        raise TargetError(_nothing_left(selection, model, candidates, matched, idle, left_out))
+        raise ModelError(_nothing_left(selection, model, candidates, matched, idle, left_out))
     if selection != ALL_LINEAR and (ignored := [name for name in candidates if name in matched and name in idle]):
         logger.warning("`%s` is no target: %s (%d such modules)", ignored[0], idle[ignored[0]], len(ignored))
     return kept
@@ -344,13 +345,13 @@ def _selected_by_peft(
     config: Any, model: nn.Module, candidates: Mapping[str, _Candidate], idle: Mapping[str, str]
 ) -> set[str]:
     """What PEFT adapts under a LoraConfig and an allocation can give ranks to."""
-    from rankscope.adapters import adapted_modules
+    from rankscope.lora import adapted_modules
 
     adapted = [plain_name(name) for name in adapted_modules(config, _base_model(model))]
     kept = {name for name in adapted if name in candidates and not candidates[name].saved}
     if not kept:
         what = f"PEFT adapts only {_brief(adapted)}" if adapted else "PEFT adapts none"
-        raise TargetError(
+        raise ModelError(
             f"`selection` must select linear modules, convolutions or embeddings of {type(model).__name__}, but {what}; "
             "check `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."
         )
@@ -377,7 +378,7 @@ def _match(selection: str | tuple[str, ...], candidates: Mapping[str, _Candidate
             remedy = f"a string is a regex for the whole name, so pass [{selection!r}]"
         else:
             remedy = _near_misses(missing[0], candidates)
-        raise TargetError(f"`selection` must match modules of the model, but {missing[0]!r} matches none; {remedy}.")
+        raise ModelError(f"`selection` must match modules of the model, but {missing[0]!r} matches none; {remedy}.")
     return matched
 
 
@@ -405,9 +406,9 @@ def _match_regex(pattern: str, names: Iterable[str]) -> set[str]:
         compiled = regex.compile(pattern)
         return {name for name in names if compiled.fullmatch(name, timeout=REGEX_SECONDS)}
     except (re.error, regex.error, OverflowError, RecursionError) as error:
-        raise TargetError(f"`selection` must be a valid regex, but {pattern!r} is not: {error}.") from None
+        raise ModelError(f"`selection` must be a valid regex, but {pattern!r} is not: {error}.") from None
     except TimeoutError:
-        raise TargetError(
+        raise ModelError(
             f"`selection` must be a regex that matches quickly, but {pattern!r} takes over {REGEX_SECONDS} s for one name; "
             "avoid nested repeats such as `(a+)+`."
         ) from None
@@ -475,7 +476,7 @@ def _idle(model: nn.Module, candidates: Mapping[str, _Candidate]) -> dict[str, s
     reasons: dict[str, str] = {}
     base = _base_model(model)
     if hasattr(getattr(base, "config", None), "model_type"):
-        from rankscope.adapters import refused_by_peft
+        from rankscope.lora import refused_by_peft
 
         reasons |= {name: f"PEFT refuses it ({message})" for name, message in refused_by_peft(base, candidates).items()}
     for name, candidate in candidates.items():

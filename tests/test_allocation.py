@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rankscope as rs
-from rankscope.exceptions import AllocationError, FileFormatError
+from rankscope.errors import FileError, SettingsError
 from tests.inventories import inventories, vit_inventory
 
 VIT = vit_inventory()
@@ -55,7 +55,7 @@ def test_parameters_and_difference() -> None:
     moved = rs.RankAllocation.from_ranks(VIT, {**uniform.ranks, VIT[0].name: 3, VIT[5].name: 0})
     assert moved.difference(uniform) == {VIT[0].name: 2, VIT[5].name: -1}
     assert uniform.difference(uniform) == {}
-    with pytest.raises(AllocationError, match=r"^`other` must be an allocation over the same target modules\.$"):
+    with pytest.raises(SettingsError, match=r"^`other` must be an allocation over the same target modules\.$"):
         uniform.difference(rs.RankAllocation(VIT[:1], (1,)))
 
 
@@ -93,7 +93,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     }  # fmt: skip
     for message, value in cases.items():
         path.write_text(json.dumps(value))
-        with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
             rs.RankAllocation.from_json(path)
 
 
@@ -106,11 +106,11 @@ def test_a_file_cut_anywhere_or_missing_is_named(tmp_path: Path) -> None:
             f"`{path}` must hold an allocation as JSON, but it cannot be parsed (",
             "); it may be truncated: write it again.",
         )
-        with pytest.raises(FileFormatError, match=f"^{re.escape(start)}.*{re.escape(stop)}$"):
+        with pytest.raises(FileError, match=f"^{re.escape(start)}.*{re.escape(stop)}$"):
             rs.RankAllocation.from_json(path)
     none = tmp_path / "none.json"
     message = f"`{none}` must hold an allocation, but there is no such file; check the path."
-    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
         rs.RankAllocation.from_json(none)
 
 
@@ -119,7 +119,7 @@ def test_an_edited_shape_is_seen_even_where_it_costs_nothing(tmp_path: Path) -> 
     stored = json.loads(path.read_text())
     stored["targets"][1]["in_features"] = 32
     path.write_text(json.dumps(stored))
-    with pytest.raises(FileFormatError, match=r"^an allocation's `model` must be the fingerprint of its targets \("):
+    with pytest.raises(FileError, match=r"^an allocation's `model` must be the fingerprint of its targets \("):
         rs.RankAllocation.from_json(path)
 
 
@@ -141,11 +141,9 @@ def test_fingerprint_is_the_same_in_another_process() -> None:
 
 
 def test_ranks_must_fit() -> None:
-    with pytest.raises(
-        AllocationError, match=r"^`vector` must hold one rank for each of the 36 targets, but holds 1\.$"
-    ):
+    with pytest.raises(SettingsError, match=r"^`vector` must hold one rank for each of the 36 targets, but holds 1\.$"):
         rs.RankAllocation(VIT, (1,))
-    with pytest.raises(AllocationError, match=r"^`targets` must not name a module twice\.$"):
+    with pytest.raises(SettingsError, match=r"^`targets` must not name a module twice\.$"):
         rs.RankAllocation((VIT[0], VIT[0]), (1, 1))
     for rank, message in [
         (-1, f"the rank of `{VIT[0].name}` must lie between 0 and 64 (its smaller side), but got -1."),
@@ -153,9 +151,9 @@ def test_ranks_must_fit() -> None:
         (1.5, f"the rank of `{VIT[0].name}` must be a whole number, but got 1.5."),
         ("two", f"the rank of `{VIT[0].name}` must be a whole number, but got 'two'."),
     ]:
-        with pytest.raises(AllocationError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
             rs.RankAllocation(VIT[:1], (rank,))
-    with pytest.raises(AllocationError, match=r"^`ranks` must name target modules only, but names 'gone'\.$"):
+    with pytest.raises(SettingsError, match=r"^`ranks` must name target modules only, but names 'gone'\.$"):
         rs.RankAllocation.from_ranks(VIT, {"gone": 1})
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rankscope as rs
-from rankscope.adapters import Resize, count_adapter_parameters, resize_adapters
+from rankscope.lora import Resize, count_adapter_parameters, resize_adapters
 from tests.architectures import ARCHITECTURES, Architecture, build, loss_of, tensors_of
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import rankscope as rs
 from rankscope.budget import allocate_marginal, allocate_proportional
-from rankscope.exceptions import BudgetError
+from rankscope.errors import SettingsError
 from tests.inventories import check_feasible, inventories, vit_inventory
 
 
@@ -248,7 +248,7 @@ FIRST = VIT[0].name
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
     options = {"targets": VIT, "budget": 6_912, **arguments}
     targets, budget = options.pop("targets"), rs.ParameterBudget(options.pop("budget"))
-    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         if "gains" in options:
             allocate_marginal(targets, options.pop("gains"), budget, **options)
         else:
@@ -258,7 +258,7 @@ def test_mistakes_are_named(arguments: dict, message: str) -> None:
 @pytest.mark.parametrize("limit", [0, -3, 1.5, True, float("nan"), float("inf"), "many", None])
 def test_a_budget_is_a_positive_whole_number(limit: object) -> None:
     message = f"`limit` must be a positive whole number of adapter parameters, but got {limit!r}."
-    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         rs.ParameterBudget(limit)
 
 
@@ -276,14 +276,14 @@ def test_bounds_may_be_any_whole_number(bound: float) -> None:
 def test_uniform_budget() -> None:
     assert rs.ParameterBudget.uniform(VIT, 2) == rs.ParameterBudget(2 * 6_912)
     assert rs.ParameterBudget.uniform(VIT, np.int64(2)) == rs.ParameterBudget.uniform(VIT, 2.0)
-    with pytest.raises(BudgetError, match=r"^`targets` must hold at least one target module, but is empty\.$"):
+    with pytest.raises(SettingsError, match=r"^`targets` must hold at least one target module, but is empty\.$"):
         rs.ParameterBudget.uniform((), 2)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True, float("nan"), "8", None])
 def test_a_uniform_rank_is_a_positive_whole_number(rank: object) -> None:
     message = f"`rank` must be a whole number of at least 1, but got {rank!r}."
-    with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         rs.ParameterBudget.uniform(VIT, rank)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rankscope.exceptions import FileFormatError, RankscopeError, TaskError
+from rankscope.errors import FileError, RankscopeError, TaskError
 from rankscope.files import read_json, read_parquet, read_tensors, read_yaml, replacing, replacing_folder, write_json
 
 
@@ -79,13 +79,13 @@ def test_bad_files_are_named(tmp_path: Path, content: bytes | None, message: str
     path = tmp_path / "value.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(FileFormatError, match=f"^{re.escape(f'`{path}` {message}')}$"):
+    with pytest.raises(FileError, match=f"^{re.escape(f'`{path}` {message}')}$"):
         read_json(path, what="a value")
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     message = f"`{tmp_path}` must hold a value, but cannot be read (Is a directory); check the path."
-    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
         read_json(tmp_path, what="a value")
 
 
@@ -204,7 +204,7 @@ MERGES = b"a: &a {x: 1}\n" + b"".join(b"%c: &%c {<<: [*%c, *%c]}\n" % (i + 1, i 
 def test_what_is_no_yaml_of_plain_values_is_told(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
-    with pytest.raises(FileFormatError) as caught:
+    with pytest.raises(FileError) as caught:
         read_yaml(path, what="a study")
     assert str(caught.value).startswith(f"`{path}` must hold a study as YAML, but it cannot be parsed (")
     assert reason in str(caught.value)
@@ -228,7 +228,7 @@ def test_yaml_comes_in_the_usual_encodings_and_ways(encoding: str, tmp_path: Pat
 def test_a_yaml_file_beyond_measure_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(b"#" * (2**21 + 1))
     message = f"`{tmp_path / 'a.yaml'}` must hold a study, but is larger than 2 MB; check the path."
-    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
         read_yaml(tmp_path / "a.yaml", what="a study")
 
 
@@ -271,7 +271,7 @@ def test_parquet_columns_are_cast_and_others_kept(tmp_path: Path) -> None:
 def test_parquet_columns_that_do_not_fit_are_named(table: pa.Table, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(table, path)
-    with pytest.raises(FileFormatError, match=f"^{re.escape(f'`{path}` must hold ranks{problem}')}$"):
+    with pytest.raises(FileError, match=f"^{re.escape(f'`{path}` must hold ranks{problem}')}$"):
         read_parquet(path, what="ranks", schema=SCHEMA)
 
 
@@ -289,10 +289,10 @@ def test_truncated_and_foreign_files_are_told(form: str, tmp_path: Path) -> None
     start = f"`{path}` must hold ranks as {form}, but it cannot be parsed ("
     for content in (b"", b"x" * 50, good[: len(good) // 2], good[:-1]):
         path.write_bytes(content)
-        with pytest.raises(FileFormatError, match=f"^{re.escape(start)}"):
+        with pytest.raises(FileError, match=f"^{re.escape(start)}"):
             read(path, what="ranks")
     for odd in (tmp_path, tmp_path / "none", "a\0b", "x" * 5000, "\ud800"):
-        with pytest.raises(FileFormatError, match="must hold ranks"):
+        with pytest.raises(FileError, match="must hold ranks"):
             read(odd, what="ranks")
 
 
@@ -308,7 +308,7 @@ def test_tensors_come_back_or_their_shapes_alone(name: str, tmp_path: Path) -> N
 
 def test_a_pickle_of_something_else_is_told(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], tmp_path / "a.bin")
-    with pytest.raises(FileFormatError, match="must hold weights as tensors by name, but holds something else"):
+    with pytest.raises(FileError, match="must hold weights as tensors by name, but holds something else"):
         read_tensors(tmp_path / "a.bin", what="weights")
 
 

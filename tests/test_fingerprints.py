@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rankscope as rs
-from rankscope.exceptions import FileFormatError
-from rankscope.fingerprints import digest, digest_source, require_same
+from rankscope.errors import FileError
+from rankscope.files import digest, digest_source, require_same
 from rankscope.tasks import fingerprint_task
 from rankscope.tasks.text import TextClassification
 from tests.tasks.models import save_bert, sentences
@@ -66,7 +66,7 @@ def test_every_weight_counts() -> None:
 
 
 def test_other_processes_find_the_same() -> None:
-    code = "from rankscope.fingerprints import digest; print(digest({'a': {'x', 'y'}, 'b': [1, 2.5]}))"
+    code = "from rankscope.files import digest; print(digest({'a': {'x', 'y'}, 'b': [1, 2.5]}))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
     assert {run.stdout.strip() for run in runs} == {digest({"a": {"x", "y"}, "b": [1, 2.5]})}
 
@@ -87,7 +87,7 @@ def test_other_processes_find_the_same() -> None:
 def test_the_first_difference_is_named(kept: dict[str, Any], message: str) -> None:
     wanted = {"format": 1, "task": {"batch_size": 8, "name": "a"}, "data": "0" * 16}
     require_same(wanted, wanted, what="`f`", remedy="make it again.")
-    with pytest.raises(FileFormatError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
         require_same(kept, wanted, what="`f`", remedy="make it again.")
 
 

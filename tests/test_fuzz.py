@@ -20,15 +20,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import rankscope as rs
-from rankscope.adapters import load_adapter, restore_ranks, save_ranks
 from rankscope.budget import allocate_marginal, allocate_proportional
 from rankscope.comparison import read_comparison, summarise
-from rankscope.comparison.markdown import BEGIN, END, insert_table, to_markdown
-from rankscope.exceptions import RankscopeError
+from rankscope.comparison.summary import BEGIN, END, insert_table, to_markdown
+from rankscope.errors import RankscopeError
 from rankscope.files import read_json, read_parquet, read_tensors, read_yaml
+from rankscope.lora import load_adapter, restore_ranks, save_ranks
+from rankscope.settings import read_study
 from rankscope.strategies import OPTIONS, STRATEGIES
-from rankscope.study import read_study
-from rankscope.tasks.tables import check_filled, read_table, split_rows
+from rankscope.tasks.data import check_filled, read_table, split_rows
 
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, -1e-300, 1e300, 1e-320,

@@ -13,18 +13,19 @@ PACKAGE = Path(rankscope.__file__).parent
 
 # One list a layer, its rows in order.
 LAYERS = [
-    ["exceptions", "files", "user_code", "fingerprints", "devices"],
-    ["naming", "targets", "allocation", "budget", "space"],
-    ["profiling", "adapters"],
+    ["errors", "plugins", "files"],
+    ["naming", "targets", "allocation", "budget"],
+    ["distributed"],
+    ["profiling", "lora"],
     ["performance"],
     ["strategies", "tasks", "control", "training", "searching"],
-    ["comparison", "study", "plotting", "dashboard", "export", "report"],
+    ["settings", "plotting", "comparison"],
     ["cli"],
 ]
 ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}
 
-# What the public contract puts on RankAllocation and find_targets but PEFT decides: done in adapters, imported when called.
-FACADES = {("allocation", "adapters"), ("targets", "adapters")}
+# What the public contract puts on RankAllocation and find_targets but PEFT decides: done in lora, imported when called.
+FACADES = {("allocation", "lora"), ("targets", "lora")}
 
 
 # The lazy facade and `python -m rankscope` stand outside the layers.
@@ -69,10 +70,19 @@ def test_imports_only_lower_layers(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_adapters_import_peft(path: Path) -> None:
+def test_imports_stop_at_the_face_of_another_package(path: Path) -> None:
+    for name in imported(ast.parse(path.read_text())):
+        if name.startswith("rankscope.") and name.count(".") > 1:
+            assert name.split(".")[1] == part(path), (
+                f"{part(path)} must import from {name.rpartition('.')[0]}, not {name}"
+            )
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_lora_imports_peft(path: Path) -> None:
     tree = ast.parse(path.read_text())
     names = {name.split(".")[0] for node in run_time_nodes(tree) for name in imported(node)}
-    assert "peft" not in names or part(path) == "adapters"
+    assert "peft" not in names or part(path) == "lora"
 
 
 @pytest.mark.parametrize("name", LAYERS[0] + LAYERS[1])

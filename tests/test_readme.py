@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from rankscope.comparison import insert_table, read_comparison, summarise, to_markdown
-from rankscope.study import read_study
+from rankscope.settings import read_study
 from tests.architectures import build
 
 README = Path("README.md").read_text(encoding="utf-8")

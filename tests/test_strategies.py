@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import rankscope as rs
-from rankscope.exceptions import BudgetError, ProfileError
+from rankscope.errors import ModelError, SettingsError
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES
 from rankscope.targets import fingerprint_targets
 from tests.inventories import check_feasible, vit_inventory
@@ -86,7 +86,7 @@ class TestConformance:
             "`budget` must cover rank 1 on all 36 target modules (6,912 parameters), but got 6,000; "
             "drop targets, allow rank 0, or raise it."
         )
-        with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
             self.allocate(strategy, options, seed, budget=rs.ParameterBudget(6_000), min_rank=1)
 
 
@@ -171,28 +171,28 @@ def test_uniform_is_uniform_and_random_is_not() -> None:
 def test_mistakes_are_named() -> None:
     budget = rs.ParameterBudget(1_000)
     cases = [
-        (BudgetError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'one-shoot'; did you mean 'one-shot'?"),
-        (BudgetError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
-        (BudgetError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
-        (BudgetError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
-        (BudgetError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
-        (BudgetError, "random", {"seed": -1}, "`seed` must be a whole number of 0 or more, but got -1."),
-        (BudgetError, "random", {"seed": True}, "`seed` must be a whole number of 0 or more, but got True."),
-        (BudgetError, [], {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got []."),
-        (BudgetError, "one-shot", {"power": "abc", "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got 'abc'."),
-        (BudgetError, "one-shot", {"power": None, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got None."),
-        (BudgetError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
-        (BudgetError, "gradient-norm", {"signal": 1, "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 1."),
-        (BudgetError, "blend", {"weights": 3, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got 3."),
-        (BudgetError, "blend", {"weights": {"gradient": "x"}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'gradient': 'x'}."),
-        (BudgetError, "random", {"concentration": float("inf")}, "`concentration` must be a number above 0 and finite, but got inf."),
-        (BudgetError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got -1."),
-        (BudgetError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'bayes'."),
-        (BudgetError, "blend", {"weights": {"fish": 1}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'fish': 1}."),
-        (ProfileError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
-        (ProfileError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
+        (SettingsError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'one-shoot'; did you mean 'one-shot'?"),
+        (SettingsError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
+        (SettingsError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
+        (SettingsError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
+        (SettingsError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
+        (SettingsError, "random", {"seed": -1}, "`seed` must be a whole number of 0 or more, but got -1."),
+        (SettingsError, "random", {"seed": True}, "`seed` must be a whole number of 0 or more, but got True."),
+        (SettingsError, [], {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got []."),
+        (SettingsError, "one-shot", {"power": "abc", "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got 'abc'."),
+        (SettingsError, "one-shot", {"power": None, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got None."),
+        (SettingsError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
+        (SettingsError, "gradient-norm", {"signal": 1, "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 1."),
+        (SettingsError, "blend", {"weights": 3, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got 3."),
+        (SettingsError, "blend", {"weights": {"gradient": "x"}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'gradient': 'x'}."),
+        (SettingsError, "random", {"concentration": float("inf")}, "`concentration` must be a number above 0 and finite, but got inf."),
+        (SettingsError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got -1."),
+        (SettingsError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'bayes'."),
+        (SettingsError, "blend", {"weights": {"fish": 1}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'fish': 1}."),
+        (ModelError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
+        (ModelError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
     ]  # fmt: skip
-    with pytest.raises(BudgetError, match=r"^`targets` must hold at least one target module, but is empty\.$"):
+    with pytest.raises(SettingsError, match=r"^`targets` must hold at least one target module, but is empty\.$"):
         rs.allocate("uniform", targets=(), budget=budget)
     for error, strategy, options, message in cases:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
@@ -240,7 +240,7 @@ def test_targets_without_any_score_are_named() -> None:
         f"`{VIT[0].name}`; choose other targets, or another strategy."
     )
     for strategy in sorted(NEEDS_PROFILE):
-        with pytest.raises(BudgetError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
             rs.allocate(
                 strategy, targets=VIT[:2], budget=rs.ParameterBudget(10_000), profile=make_profile(VIT, spectra)
             )

@@ -16,8 +16,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import rankscope as rs
-from rankscope.adapters import from_lora_config
-from rankscope.exceptions import TargetError
+from rankscope.errors import ModelError
+from rankscope.lora import from_lora_config
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets, fused_experts
 from tests.architectures import ARCHITECTURES, ATTENTION, BUILDERS, build
 
@@ -106,7 +106,7 @@ def test_a_lora_config_selects_what_peft_adapts(name: str, options: dict) -> Non
     options = options | ({"task_type": "SEQ_CLS"} if name == "bert" else {})
     adapted, config = adapted_by_peft(name, options), LoraConfig(**copy.deepcopy(options))
     if not adapted:
-        with pytest.raises(TargetError, match="^`selection` must [^\n]*$"):
+        with pytest.raises(ModelError, match="^`selection` must [^\n]*$"):
             find_targets(build(name), config)
         return
     targets = find_targets(build(name), config)
@@ -123,15 +123,15 @@ def test_configs_that_peft_refuses() -> None:
         (LoraConfig(target_modules="x{99999999999}"), "`selection` must be a config that PEFT can apply, but the repetition number is too large"),
         (IA3Config(target_modules=["q_proj"]), "`selection` must be a peft.LoraConfig, but is a IA3Config; name the modules."),
     ]:  # fmt: skip
-        with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
             find_targets(build("llama"), config)
-    with pytest.raises(TargetError, match="incompatible with Mamba-based models"):
+    with pytest.raises(ModelError, match="incompatible with Mamba-based models"):
         find_targets(ARCHITECTURES["mamba"].build(), LoraConfig(target_modules=["out_proj"]))
 
 
 def test_from_lora_config_needs_named_target_modules() -> None:
     message = "`config` must name its `target_modules`, but leaves them to PEFT's default for the model's architecture; set them to [t.name for t in find_targets(model, config)]."
-    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         from_lora_config(LoraConfig(task_type="CAUSAL_LM"), find_targets(build("llama")))
 
 
@@ -224,7 +224,7 @@ def test_what_modules_to_save_trains_is_no_target() -> None:
     model = get_peft_model(build("llama"), config)
     assert [t.role for t in find_targets(model)] == ATTENTION * 2
     message = "`selection` must match a module that may carry an adapter, but ('up_proj',) matches only modules like `model.layers.0.mlp.up_proj`, where PEFT trains the module itself (`modules_to_save`); select others."
-    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         find_targets(model, ["up_proj"])
 
 
@@ -253,7 +253,7 @@ def test_idle_modules_are_no_targets(caplog: pytest.LogCaptureFixture) -> None:
             assert [t.name for t in find_targets(Odd(), [name])] == ["slow.linear1"]
         else:
             with pytest.raises(
-                TargetError, match=re.escape(f"matches only modules like `{name}`, where {reason}; select others.")
+                ModelError, match=re.escape(f"matches only modules like `{name}`, where {reason}; select others.")
             ):
                 find_targets(Odd(), [name])
 
@@ -292,10 +292,10 @@ def test_experts_are_told_from_other_weights_of_three_dimensions() -> None:
 
 def test_models_without_linear_modules() -> None:
     message = '`selection` must name the convolutions of ResNetForImageClassification, which has no linear modules outside its head, but is "all-linear"; pass a regex or a list.'
-    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         find_targets(ARCHITECTURES["resnet"].build())
     message = "`selection` must match a module that may carry an adapter, but 'all-linear' matches none in Sequential, which has no linear modules; name others."
-    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         find_targets(nn.Sequential(nn.Tanh()))
 
 
@@ -310,7 +310,7 @@ def test_shapes_need_no_weights() -> None:
     [1, None, 2.5, b"q_proj", {"q_proj": 1}, [1], [["q_proj"]], [""], "", (), nn.Identity(), [b"q"], "(.+)+q_prox"],
 )
 def test_bad_selections_are_one_line(selection: object) -> None:
-    with pytest.raises(TargetError, match=r"^`selection` must [^\n]{20,250}$"):
+    with pytest.raises(ModelError, match=r"^`selection` must [^\n]{20,250}$"):
         find_targets(build("llama"), selection)
 
 
@@ -345,7 +345,7 @@ def test_one_tower_of_several_keeps_its_name() -> None:
     ],
 )  # fmt: skip
 def test_mistakes_name_near_misses(selection: object, message: str) -> None:
-    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         find_targets(build("llama"), selection)
 
 
@@ -359,7 +359,7 @@ def test_mistakes_name_near_misses(selection: object, message: str) -> None:
     ],
 )
 def test_other_arguments(arguments: dict, message: str) -> None:
-    with pytest.raises(TargetError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         find_targets(**{"model": nn.Linear(2, 2)} | arguments)
 
 

@@ -25,7 +25,7 @@ import pandas as pd
 import rankscope as rs
 from rankscope.files import replacing
 from rankscope.profiling import profile
-from rankscope.space import HierarchicalSpace, group_by_depth
+from rankscope.searching.space import HierarchicalSpace, group_by_depth
 from rankscope.tasks import evaluate
 
 HERE = Path(__file__).parent

@@ -2,18 +2,257 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import uuid
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from socketserver import ThreadingMixIn
+from threading import Lock
+from typing import Any, BinaryIO
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from rankscope.cli.output import print_json, print_line
-from rankscope.cli.session import Session
-from rankscope.dashboard import HOST, make_app, open_server, require_dashboard
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.trial import FrozenTrial
+
+from rankscope.cli.session import Session, print_json, print_line
+from rankscope.errors import SettingsError
+from rankscope.plotting import plot_ranks
 from rankscope.profiling import read_profile
-from rankscope.searching.study import STUDY_KEY, find_storage, load_study
+from rankscope.searching import RANKS_KEY, STUDY_KEY, TRIAL_KEY, Trial, completed, find_storage, load_study, read_trial
 from rankscope.targets import TargetModule, fingerprint_targets
+
+logger = logging.getLogger(__name__)
+
+
+HOST = "127.0.0.1"  # whoever reaches the dashboard may delete the study: this machine only
+WSGIApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+NOTE = """\
+## Which LoRA rank where
+
+Each trial fine-tunes one **allocation**: one LoRA rank for each of {n_targets} target modules, {budget:,} adapter \
+parameters in all at most. The objective is the validation {metric}, mean over training seeds ({n_seeds} a trial); \
+higher is better.
+
+**The best value observed is not the recommendation.** Noise flatters the best of many trials. `rankscope search` \
+trains a few finalists again on fresh seeds, and recommends what trials and fresh seeds together value most: see its \
+table, and `allocation.json`.
+
+### A trial's page
+- **The picture** in its note shows its ranks: block by role, one panel a tower. `·` is rank 0, a module without an adapter. \
+Colours have each picture's own scale; compare the numbers.
+- `ranks` are the realised ranks, in the order of the model's target modules. They are what was trained.
+- `rankscope` holds the rest: `origin` (below), `parameters`, `learning_rate`, the `metric` of each seed, the validation \
+`loss`, and `difference`, the paired difference to uniform at its best learning rate, seed by seed. `reused` names the \
+equal trial whose result was taken over.
+
+### Where trials come from (`origin`)
+Uniform ranks come first and one-shot second, at every learning rate: they are what a search must beat.
+- `uniform`: the same rank everywhere.
+- `one-shot`: computed from the profile alone.
+- `sampler`: proposed by the search.
+- `posterior-mean`: what the performance model values most in the end.
+
+### The parameters: tilts
+Tilts say how an allocation leans away from one-shot's.
+- `tau` blends: 0 is uniform, 1 is one-shot.
+- `group/TOWER/NUMBER` lifts (above 0) or lowers (below 0) the worth of ranks in a group of blocks, and `role/ROLE` that \
+of one projection in all blocks; both are logarithms of a factor.
+- Where the performance model proposes, it chooses ranks directly, and the tilts sum them up: by how much, in logarithms, \
+a group or role has more parameters than in one-shot's allocation.
+- `learning_rate`, if it is there, is searched beside the tilts.
+"""
+
+
+class RankPictures(FileSystemArtifactStore):
+    """The pictures of a study's trials, as an artifact store for `optuna_dashboard`.
+
+    Args:
+        study: A search's.
+        storage: Where it lies.
+        targets: Its target modules, in the order of the ranks.
+        uploads: Folder of what users attach in the dashboard; made when they do.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        storage: optuna.storages.BaseStorage,
+        targets: tuple[TargetModule, ...],
+        uploads: Path,
+    ) -> None:
+        super().__init__(uploads)
+        self._study, self._storage, self._targets, self._uploads = study, storage, targets, uploads
+        self._trials: dict[str, Trial] = {}
+        self._drawn: dict[str, bytes] = {}
+        self._listing, self._drawing = Lock(), Lock()  # the server has a thread a request; matplotlib is for one
+
+    def list_new(self) -> None:
+        """Lists the pictures of trials that completed since the last call; trials that rankscope did not make have none."""
+        with self._listing:
+            found = {self._artifact_id(trial): trial for trial in completed(self._study) if self._is_ours(trial)}
+            new = [artifact for artifact in found if artifact not in self._trials]
+            if new:
+                study_id = self._storage.get_study_id_from_name(self._study.study_name)
+                listed = set(self._storage.get_study_system_attrs(study_id))
+                for artifact in new:
+                    trial = read_trial(found[artifact], self._targets)
+                    self._list(artifact, trial, study_id, listed)
+                    self._trials[artifact] = trial
+
+    def _list(self, artifact: str, trial: Trial, study_id: int, listed: set[str]) -> None:
+        """Stores the trial's artifact and note, unless they are `listed` already: a user may have edited the note."""
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        name = f"ranks of trial {trial.number}.png"
+        if (key := f"dashboard:artifacts:{trial_id}:{artifact}") not in listed:
+            meta = {"artifact_id": artifact, "filename": name, "mimetype": "image/png", "encoding": None}
+            self._storage.set_study_system_attr(study_id, key, json.dumps(meta))
+        if (version := f"dashboard:{trial_id}:note_ver") not in listed:
+            # The page shows an artifact as small as a stamp, and what the note holds at full size.
+            note = f"{self._summary(trial)}\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})\n"
+            self._storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:0", note)
+            self._storage.set_study_system_attr(study_id, version, 1)
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """A picture, drawn at its first look; or what a user has attached."""
+        if artifact_id not in self._trials:
+            return super().open_reader(artifact_id)
+        with self._drawing:
+            if artifact_id not in self._drawn:
+                self._drawn[artifact_id] = draw_trial(self._trials[artifact_id])
+        return BytesIO(self._drawn[artifact_id])
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Keeps what a user attaches."""
+        self._uploads.mkdir(parents=True, exist_ok=True)
+        super().write(artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        """Deletes what a user has attached; a picture has no file."""
+        if artifact_id not in self._trials:
+            super().remove(artifact_id)
+
+    def _summary(self, trial: Trial) -> str:
+        """What the search measured, in a line."""
+        metric = f"validation {self._study.user_attrs[STUDY_KEY]['metric']} {trial.metric:.4g}"
+        line = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: {metric}"
+        return line if trial.difference is None else f"{line}, {trial.difference:+.4f} to uniform"
+
+    def _artifact_id(self, trial: FrozenTrial) -> str:
+        """The same in every process, so that two dashboards on one study list a picture once."""
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{trial.number}"))
+
+    def _is_ours(self, trial: FrozenTrial) -> bool:
+        ranks = trial.user_attrs.get(RANKS_KEY)
+        return TRIAL_KEY in trial.user_attrs and ranks is not None and len(ranks) == len(self._targets)
+
+
+def draw_trial(trial: Trial) -> bytes:
+    """A trial's ranks as a heatmap, in PNG."""
+    allocation, buffer = trial.allocation, BytesIO()
+    title = f"trial {trial.number}, {trial.origin}: {allocation.parameters:,} parameters"
+    plot_ranks(allocation, titles=[title]).savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def study_note(about: Mapping[str, Any], n_targets: int) -> str:
+    """How to read a search in the dashboard, in Markdown.
+
+    Args:
+        about: What the search stored of itself: budget, metric and seeds.
+        n_targets: Target modules.
+    """
+    return NOTE.format(n_targets=n_targets, **{key: about[key] for key in ("budget", "metric", "n_seeds")})
+
+
+def make_app(
+    study: optuna.Study, storage: optuna.storages.BaseStorage, targets: tuple[TargetModule, ...], *, uploads: Path
+) -> WSGIApplication:
+    """Optuna's dashboard as a WSGI application, with rankscope's note and pictures.
+
+    A search that goes on meanwhile is followed: what has completed is listed before the dashboard answers. A note that the
+    study has already, as one edited by a user, is kept.
+
+    Args:
+        study: A search's.
+        storage: Where it lies, any of Optuna's.
+        targets: The target modules that were searched, in the model's order.
+        uploads: Folder of what users attach in the dashboard; made when they do.
+
+    Raises:
+        SettingsError: optuna-dashboard is not installed.
+        SettingsError: The search is about other target modules.
+    """
+    optuna_dashboard = require_dashboard()
+    about = study.user_attrs[STUDY_KEY]
+    if about["model"] != fingerprint_targets(targets):
+        raise SettingsError(
+            f"study `{study.study_name}` must be about this study file's target modules, but was searched with others; "
+            "use the `targets` and the model it was searched with, or another study name or storage."
+        )
+    if not optuna_dashboard.get_note(study):
+        optuna_dashboard.save_note(study, study_note(about, len(targets)))
+    pictures = RankPictures(study, storage, targets, uploads)
+    pictures.list_new()
+    polled = f"/api/studies/{storage.get_study_id_from_name(study.study_name)}"
+    inner: WSGIApplication = optuna_dashboard.wsgi(storage, artifact_store=pictures)
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == polled:
+            with suppress(KeyError):  # the study was deleted meanwhile, as the dashboard will answer
+                pictures.list_new()
+        return inner(environ, start_response)
+
+    return app
+
+
+def open_server(app: WSGIApplication, port: int) -> WSGIServer:
+    """A server that listens on this machine's loopback address; `serve_forever` of it answers.
+
+    Args:
+        app: What `make_app` returns.
+        port: 0: any that is free; `server_port` of the server says which.
+
+    Raises:
+        SettingsError: The port is in use, or not allowed.
+    """
+    try:
+        return make_server(HOST, port, app, server_class=_Server, handler_class=_Handler)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SettingsError(
+            f"`port` must be one to listen on, but {port} is not ({reason}); choose another, or 0 for any that is free."
+        ) from None
+
+
+def require_dashboard() -> Any:
+    """The package optuna_dashboard.
+
+    Raises:
+        SettingsError: It is not installed.
+    """
+    try:
+        import optuna_dashboard
+    except ImportError:
+        raise SettingsError(
+            "the dashboard needs the package optuna-dashboard, but it is not installed; "
+            "run pip install 'rankscope[dashboard]'."
+        ) from None
+    return optuna_dashboard
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True  # Ctrl-C waits for no browser
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
 
 
 def run_dashboard(

@@ -1,17 +1,42 @@
 """Comparing methods at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
 
-from rankscope.comparison.comparing import DEFAULT_METHODS, REFERENCE, Comparison, compare, read_comparison
-from rankscope.comparison.markdown import insert_table, to_markdown
-from rankscope.comparison.methods import known_methods
-from rankscope.comparison.repeats import Repeats, repeat_all
-from rankscope.comparison.runs import Cell, Run, run_all, run_cell
+from rankscope.comparison.report import write_report
+from rankscope.comparison.runner import (
+    DEFAULT_METHODS,
+    REFERENCE,
+    SEARCHED,
+    Cell,
+    Comparison,
+    Repeats,
+    Run,
+    check_terms,
+    compare,
+    known_methods,
+    need_profile,
+    read_comparison,
+    repeat_all,
+    run_all,
+    run_cell,
+)
 from rankscope.comparison.statistics import paired_difference, rank_methods
-from rankscope.comparison.table import allocations, at_budget, summarise
-from rankscope.searching.noise import Interval
+from rankscope.comparison.summary import (
+    NO_DIFFERENCE,
+    SAME_RUNS,
+    allocations,
+    at_budget,
+    insert_table,
+    points_over_uniform,
+    summarise,
+    to_markdown,
+)
+from rankscope.searching import Interval
 
 __all__ = [
     "DEFAULT_METHODS",
+    "NO_DIFFERENCE",
     "REFERENCE",
+    "SAME_RUNS",
+    "SEARCHED",
     "Cell",
     "Comparison",
     "Interval",
@@ -19,10 +44,13 @@ __all__ = [
     "Run",
     "allocations",
     "at_budget",
+    "check_terms",
     "compare",
     "insert_table",
     "known_methods",
+    "need_profile",
     "paired_difference",
+    "points_over_uniform",
     "rank_methods",
     "read_comparison",
     "repeat_all",
@@ -30,4 +58,5 @@ __all__ = [
     "run_cell",
     "summarise",
     "to_markdown",
+    "write_report",
 ]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rankscope.searching.noise import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
+from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
 
 Floats = NDArray[np.float64]
 

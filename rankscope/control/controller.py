@@ -5,37 +5,386 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from rankscope.adapters import RankMasks
-from rankscope.adapters.agreement import check_same, from_first_process
-from rankscope.adapters.optimizer_state import unwrap_optimizer
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.control.decisions import Decision, describe, summary, tabulate_decisions, write_decisions
-from rankscope.control.effects import EffectModel, LossHistory, effect_of_move
+from rankscope.control.decisions import (
+    Decision,
+    EffectModel,
+    LossHistory,
+    describe,
+    effect_of_move,
+    screen,
+    summary,
+    tabulate_decisions,
+    write_decisions,
+)
 from rankscope.control.policy import Policy, Proposal, propose
-from rankscope.control.ranks import LiveRanks, Mode, first_ranks
-from rankscope.control.reminders import StepReminder, warn_if_blind
-from rankscope.control.schedule import Schedule
-from rankscope.control.screen import screen
 from rankscope.control.signals import GradientWindow, Measured
-from rankscope.exceptions import AllocationError, ControlError
+from rankscope.distributed import check_same, from_first_process, gathered, is_first, n_processes, whole
+from rankscope.errors import ModelError, SettingsError
+from rankscope.lora import (
+    RankMasks,
+    Resize,
+    adapter_layers,
+    check_changeable,
+    check_known,
+    check_whole,
+    choose_adapter,
+    factors,
+    from_peft_model,
+    masks_on,
+    resize_adapters,
+    unwrap_optimizer,
+    unwrap_peft_model,
+)
 from rankscope.performance import PerformanceModel, rank_features
-from rankscope.profiling import Profile
-from rankscope.profiling.processes import gathered, is_first
-from rankscope.profiling.sketch import bytes_of_weights, largest_sketch_size
-from rankscope.targets import fingerprint_targets
+from rankscope.profiling import Profile, bytes_of_weights, is_compiled, largest_sketch_size
+from rankscope.strategies import allocate
+from rankscope.targets import fingerprint_targets, unwrapped
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Decisions after each `every` steps until the freeze, each resting on the gradients of the `samples` steps before it.
+
+    >>> schedule = Schedule(every=50, total_steps=1000, freeze_fraction=0.3, samples=8)
+    >>> schedule.last_decision, schedule.samples_at(43), schedule.decides_at(50)
+    (300, True, True)
+    """
+
+    every: int
+    total_steps: int
+    freeze_fraction: float
+    samples: int
+
+    def __post_init__(self) -> None:
+        for name in ("every", "total_steps", "samples"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"`{name}` must be a whole number above 0, but got {value!r}.")
+        if not 0 < self.freeze_fraction <= 1:
+            raise ModelError(
+                f"`freeze_fraction` must be above 0 and at most 1, but got {self.freeze_fraction}; for ranks that "
+                "stay, train without a controller."
+            )
+        if self.last_decision == 0:
+            raise ModelError(
+                f"`every` must leave a decision before the ranks freeze at step {self.freeze_step} of {self.total_steps}, "
+                f"but got {self.every}; lower it, or raise `freeze_fraction`."
+            )
+
+    @property
+    def freeze_step(self) -> int:
+        """The last step after which ranks may change."""
+        return int(self.freeze_fraction * self.total_steps + 1e-9)
+
+    @property
+    def last_decision(self) -> int:
+        """The step of the last decision."""
+        return self.freeze_step // self.every * self.every
+
+    @property
+    def last_look(self) -> int:
+        """The step at which the last decision's effect is measured."""
+        return min(self.last_decision + self.every, self.total_steps)
+
+    def decides_at(self, step: int) -> bool:
+        """Whether there is a decision after this step."""
+        return step % self.every == 0 and 0 < step <= self.last_decision
+
+    def samples_at(self, step: int) -> bool:
+        """Whether this step's gradients are seen."""
+        return 0 < step <= self.last_decision and -step % self.every < self.samples
+
+    def is_coarse(self, step: int, coarse_fraction: float) -> bool:
+        """Whether a decision may move all modules together: in the first part of the time until the freeze."""
+        return step <= coarse_fraction * self.freeze_step
+
+
+MOST_EVERY = 50
+DECISIONS = 4  # before the freeze, of a run too short for MOST_EVERY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """The settings of a `RankController` for `rankscope.train`.
+
+    Attributes:
+        every: Optimizer steps between decisions; None: 50, or less in short runs, so that four decisions come before the freeze.
+        freeze_fraction: Share of the run after which ranks stay.
+        samples: Steps before each decision whose gradients are seen.
+        policy: How bold.
+        performance_model: A study's, which refuses moves that it believes to be harmful.
+
+    >>> ControllerConfig().every_of(1000), ControllerConfig().every_of(100), ControllerConfig(every=10).every_of(100)
+    (50, 7, 10)
+    """
+
+    every: int | None = None
+    freeze_fraction: float = 0.3
+    samples: int = 8
+    policy: Policy = field(default_factory=Policy)
+    performance_model: PerformanceModel | None = None
+
+    def every_of(self, steps: int) -> int:
+        """Optimizer steps between decisions in a run of so many."""
+        return self.every or max(1, min(MOST_EVERY, int(self.freeze_fraction * steps) // DECISIONS))
+
+    def schedule(self, steps: int) -> Schedule:
+        """When a run of so many steps looks and decides.
+
+        Raises:
+            ModelError: It would never decide anything.
+        """
+        return Schedule(
+            every=self.every_of(steps),
+            total_steps=steps,
+            freeze_fraction=self.freeze_fraction,
+            samples=self.samples,
+        )
+
+
+class StepReminder:
+    """Warns where the optimizer steps and the controller is not told.
+
+    Args:
+        optimizer: Whose steps are counted, not wrapped.
+        after: How many may pass.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, after: int) -> None:
+        self._left = after
+        self._handle = optimizer.register_step_post_hook(self._count)
+
+    def stop(self) -> None:
+        """The controller was told, or is closed."""
+        self._handle.remove()
+
+    def _count(self, *_: Any) -> None:
+        self._left -= 1
+        if self._left < 0:
+            self.stop()
+            logger.warning(
+                "the optimizer has stepped, but `RankController.step` was never called, so no rank can move; call it after each "
+                "`optimizer.step()` and before `zero_grad()`"
+            )
+
+
+def warn_if_blind(decisions: Sequence[Decision]) -> None:
+    """Says so where there were decisions and none had a gradient to rest on."""
+    if not decisions or any(decision.action != "skipped" for decision in decisions):
+        return
+    broken = decisions[-1].broken
+    cause = (
+        f"the gradients of {broken} sampled steps were not finite; lower the learning rate or the loss scale"
+        if broken
+        else "no training forward pass of the PEFT model was seen, or none with gradients; train the model that was passed, and "
+        "with reentrant checkpointing call its `enable_input_require_grads()`"
+    )
+    logger.warning(
+        "no rank was moved, for none of the %d decisions had gradients to rest on: %s", len(decisions), cause
+    )
+
+
+Mode = Literal["resize", "mask", "auto"]
+
+
+class LiveRanks:
+    """Reads and changes ranks.
+
+    Args:
+        model: A PEFT model, also in DistributedDataParallel or compiled.
+        optimizer: That trains the adapter.
+        mode: `"resize"`, `"mask"`, or `"auto"`: masks under several processes, DistributedDataParallel and `torch.compile`, and
+            where the model carries some already.
+        adapter_name: Which adapter; may be left out where there is only one.
+
+    Attributes:
+        model: The PEFT model, unwrapped.
+        masks: In mask mode: those that the model carries, or new ones from `begin` on.
+        compiled: Whether `torch.compile` has compiled the model, or a part of it.
+
+    Raises:
+        ModelError: The model cannot have its ranks changed.
+        ModelError: An optimizer whose state cannot be carried.
+        ModelError: The optimizer does not own the adapter's parameters, or the mode is not the model's.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, *, mode: Mode, adapter_name: str | None) -> None:
+        if mode not in ("resize", "mask", "auto"):
+            raise ModelError(f"`mode` must be 'resize', 'mask' or 'auto', but got {mode!r}.")
+        if mode == "resize" and _is_ddp(model):
+            raise ModelError(
+                "`mode` must be 'mask' for a model in DistributedDataParallel, which keeps the parameters that it wrapped, but "
+                "is 'resize'; pass mode='mask', or control the model before it is wrapped."
+            )
+        self.model = unwrap_peft_model(unwrapped(model))
+        self.adapter = choose_adapter(self.model, adapter_name)
+        self.masks = masks_on(self.model)
+        if self.masks is not None and (mode == "resize" or self.masks.adapter != self.adapter):
+            raise ModelError(
+                f"`model` must not carry rank masks to be controlled in mode {mode!r}, but carries those of adapter "
+                f"{self.masks.adapter!r}; `compress` them, or go on in mode 'mask'."
+            )
+        self.compiled = is_compiled(model)
+        if mode == "auto":
+            fixed = self.masks is not None or n_processes() > 1 or self.compiled or _is_ddp(model)
+            mode = "mask" if fixed else "resize"
+        self._optimizer = optimizer
+        layers = adapter_layers(self.model, self.adapter)
+        check_changeable(self.model, layers, self.adapter)
+        if mode == "resize":
+            check_whole(layers, self.adapter)
+        check_known(optimizer)
+        self._check_trained([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
+        self._full = from_peft_model(self.model, adapter_name=self.adapter)
+        self._masked = mode == "mask"
+
+    def begin(self, ranks: RankAllocation, *, generator: torch.Generator) -> None:
+        """Put the masks on, or else cut what is above full rank, and give the adapter its first ranks; all of it or nothing."""
+        new = self._masked and self.masks is None
+        if new:
+            self.masks = RankMasks(self.model, adapter_name=self.adapter)
+        elif not self._masked:
+            self._cut()
+        changed = ranks.difference(self.allocation)
+        try:
+            if changed:
+                self.change({name: ranks.ranks[name] for name in changed}, {}, generator=generator)
+        except BaseException:
+            if new and self.masks is not None:
+                self.masks.remove()
+            raise
+
+    def _cut(self) -> None:
+        """Bring ranks above full rank down to it, which leaves the function as it is."""
+        above = [Resize(name=t.name, rank=t.full_rank) for t in self._full.targets if t.existing_rank is not None]
+        if above:
+            resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, shrink="svd")
+            logger.warning(
+                "%d modules had ranks above their smaller side (`%s`: %d above %d), which no update needs: cut to it, "
+                "they compute the same, and what that saves can go to others",
+                *(len(above), above[0].name, self._full.ranks[above[0].name], above[0].rank),
+            )
+        self._full = from_peft_model(self.model, adapter_name=self.adapter)
+
+    @property
+    def allocation(self) -> RankAllocation:
+        """The present ranks, sleeping modules included."""
+        if self.masks is not None:
+            return RankAllocation.from_ranks(self._full.targets, self.masks.ranks)
+        return from_peft_model(self.model, self._full.targets, adapter_name=self.adapter)
+
+    @property
+    def capacity(self) -> Mapping[str, int] | None:
+        """The most ranks of each module; None: its full rank."""
+        return self._full.ranks if self._masked else None
+
+    @property
+    def lowest(self) -> int:
+        """The rank below which no module may fall: 1 where its trained bias, or its DoRA magnitude under masks, must stay."""
+        config = self.model.peft_config[self.adapter]
+        return int(config.bias != "none" or (self._masked and (config.use_dora or config.lora_bias)))
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A, (r, in), and B, (out, r), of the active ranks of each module."""
+        found = {}
+        chosen = {} if self.masks is None else self.masks.active
+        for name, layer in adapter_layers(self.model, self.adapter).items():
+            a, b = (whole(factor).detach().flatten(1) for factor in factors(layer, self.adapter))
+            if name in chosen:
+                active = list(chosen[name])
+                a, b = a[active], b[:, active]
+            found[name] = a, b
+        return found
+
+    def change(self, ranks: Mapping[str, int], directions: Mapping[str, Tensor], *, generator: torch.Generator) -> None:
+        """Gives modules new ranks, all or none; new rows of A are the directions, or drawn where there are none.
+
+        Raises:
+            ModelError: A rank that a module cannot have.
+            ModelError: An optimizer whose state cannot be carried.
+        """
+        resizes: Sequence[Resize] = [
+            Resize(name=name, rank=rank, directions=directions.get(name)) for name, rank in ranks.items()
+        ]
+        if self.masks is not None:
+            self.masks.resize(resizes, self._optimizer, generator=generator)
+        else:
+            resize_adapters(self.model, self._optimizer, resizes, adapter_name=self.adapter, generator=generator)
+
+    def _check_trained(self, parameters: Sequence[Tensor]) -> None:
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise ModelError(
+                f"adapter {self.adapter!r} must be trained, but its parameters are frozen; load it with is_trainable=True, or "
+                "make it the active one (`set_adapter`)."
+            )
+        groups = unwrap_optimizer(self._optimizer).param_groups
+        owned = {id(parameter) for group in groups for parameter in group["params"]}
+        if missing := sum(id(parameter) not in owned for parameter in parameters):
+            raise ModelError(
+                f"`optimizer` must own the adapter's parameters, but lacks {missing} of {len(parameters)}; build it from "
+                "the PEFT model's parameters, after wrapping."
+            )
+
+
+def first_ranks(
+    ranks: LiveRanks, start: RankAllocation | str | None, budget: ParameterBudget, profile: Profile | None
+) -> RankAllocation:
+    """The ranks to begin with.
+
+    Raises:
+        ModelError: They cost more than the budget, or are for other modules.
+    """
+    if start is not None and not isinstance(start, str | RankAllocation):
+        raise ModelError(f"`start` must be a RankAllocation or a strategy's name, but is a {type(start).__name__}.")
+    present = ranks.allocation
+    if ranks.capacity is None:  # `begin` cuts what is above the full rank
+        cut = {t.name: min(rank, t.full_rank) for t, rank in zip(present.targets, present.vector, strict=True)}
+        present = RankAllocation.from_ranks(present.targets, cut, strategy=present.strategy)
+    if isinstance(start, str):
+        start = allocate(start, targets=present.targets, budget=budget, profile=profile, max_rank=ranks.capacity)
+    begin = present
+    if start is not None:
+        given = {name: rank for name, rank in start.ranks.items() if rank}
+        if unknown := set(given) - set(present.ranks):
+            raise ModelError(
+                f"`start` must give ranks to adapted modules only, but gives `{min(unknown)}` some; adapt it when the model "
+                "is wrapped."
+            )
+        begin = RankAllocation.from_ranks(present.targets, given)
+    if not begin.parameters:
+        raise ModelError("`start` must give at least one module a rank, but gives none; PEFT has no empty adapter.")
+    if begin.parameters > budget.limit:
+        raise ModelError(
+            f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
+            "raise it, or pass `start`."
+        )
+    if ranks.capacity is not None and ranks.masks is None and begin == present:
+        raise ModelError(
+            "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; "
+            "wrap the model at a larger rank, and pass `start`."
+        )
+    return begin
+
+
+def _is_ddp(model: nn.Module) -> bool:
+    return any(isinstance(each, DistributedDataParallel) for each in (model, getattr(model, "_orig_mod", model)))
+
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average
 LEAST_SKETCH = 16  # columns
@@ -54,7 +403,7 @@ class RankController:
     Args:
         model: A PEFT model with LoRA, not merged; also in DistributedDataParallel or compiled, whole or by blocks. Only adapted
             modules can get ranks: give sleeping adapters to those that start at rank 0
-            (`rankscope.adapters.apply_allocation(..., dormant=True)`), or pass `start`.
+            (`rankscope.lora.apply_allocation(..., dormant=True)`), or pass `start`.
         optimizer: The one that trains the adapter, also as accelerate wraps it.
         budget: The most adapter parameters at any time.
         every: Optimizer steps between decisions.
@@ -76,10 +425,10 @@ class RankController:
         seed: Of the sketches, and of new rows that are drawn.
 
     Raises:
-        ControlError: A schedule without a decision, a budget below the ranks in place, masks without room to grow, or an
+        ModelError: A schedule without a decision, a budget below the ranks in place, masks without room to grow, or an
             optimizer that does not own the adapter's parameters; nothing is changed.
-        AdapterError: A model without LoRA, with merged adapters, or with several adapters and none named.
-        OptimizerError: An optimizer whose state cannot be carried.
+        ModelError: A model without LoRA, with merged adapters, or with several adapters and none named.
+        ModelError: An optimizer whose state cannot be carried.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
@@ -129,12 +478,12 @@ class RankController:
         self._effects = EffectModel(rank_features(targets, budget))
         self._offline = performance_model
         if performance_model is not None and {t.name for t in performance_model.features.targets} != set(begin.ranks):
-            raise ControlError(
+            raise ModelError(
                 "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
             )
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
-            raise ControlError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
+            raise ModelError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
         self._sketch_size = sketch_size or _sketch_size(self._ranks.model, begin)
         self._window = self._new_window(self._sketch_size, seed)
         self._out = None if out is None else _decisions_file(out)
@@ -233,7 +582,7 @@ class RankController:
         """Resume where another controller was. The model gets its ranks, so that its weights, and the optimizer's state, fit.
 
         Raises:
-            ControlError: The state is damaged, of another version, of other modules, or of the other mode; nothing is changed.
+            ModelError: The state is damaged, of another version, of other modules, or of the other mode; nothing is changed.
         """
         self._check_state(state)
         effects = EffectModel(rank_features(self.allocation.targets, self._budget))
@@ -247,8 +596,8 @@ class RankController:
             window = self._new_window(sketch_size, seed)
             window.load_state_dict(state["window"])
             effects.load_state_dict(state["effects"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, AllocationError) as error:
-            raise ControlError(
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, SettingsError) as error:
+            raise ModelError(
                 f"the controller's state must be what `state_dict` returned, but cannot be read ({type(error).__name__}); it was "
                 "edited or cut short: resume from another checkpoint."
             ) from error
@@ -268,29 +617,29 @@ class RankController:
     def _check_state(self, state: Mapping[str, Any]) -> None:
         """Raise unless the state is of this version, these modules and this mode."""
         if not isinstance(state, Mapping):
-            raise ControlError(f"the controller's state must be a dict, but is a {type(state).__name__}.")
+            raise ModelError(f"the controller's state must be a dict, but is a {type(state).__name__}.")
         if state.get("schema") != SCHEMA:
-            raise ControlError(f"the controller's state must have schema {SCHEMA}, but has {state.get('schema')!r}.")
+            raise ModelError(f"the controller's state must have schema {SCHEMA}, but has {state.get('schema')!r}.")
         if missing := sorted(_STATE_KEYS - set(state)):
-            raise ControlError(
+            raise ModelError(
                 f"the controller's state must hold `{missing[0]}`, but does not ({len(missing)} such); it was edited: resume "
                 "from another checkpoint."
             )
         if not isinstance(state["ranks"], Mapping):
-            raise ControlError(f"the ranks in the controller's state must be a dict, but are {state['ranks']!r}.")
+            raise ModelError(f"the ranks in the controller's state must be a dict, but are {state['ranks']!r}.")
         if odd := sorted(set(state["ranks"]) ^ set(self.allocation.ranks)):
             where = "state" if odd[0] in state["ranks"] else "model"
-            raise ControlError(
+            raise ModelError(
                 f"the controller's state must be of this model's adapted modules, but `{odd[0]}` is in the {where} only "
                 f"({len(odd)} such); wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of "
                 "rank 0 out."
             )
         if state["targets"] != fingerprint_targets(self.allocation.targets):
-            raise ControlError("the controller's state must be of this model's adapted modules, but is of others.")
+            raise ModelError("the controller's state must be of this model's adapted modules, but is of others.")
         if (state["active"] is None) != (self._ranks.masks is None):
             theirs, ours = ("resize", "mask") if state["active"] is None else ("mask", "resize")
             processes = " and use one process" if theirs == "resize" else ""
-            raise ControlError(
+            raise ModelError(
                 f"the controller's state must be of mode {ours!r}, but is of mode {theirs!r}; pass mode={theirs!r}{processes}."
             )
 
@@ -424,14 +773,14 @@ def check_types(**settings: Any) -> None:
     }
     for name, value in settings.items():
         if not isinstance(value, kinds[name]) and (value is not None or name == "budget"):
-            raise ControlError(f"`{name}` must be a {kinds[name].__name__}, but is {value!r:.60}.")
+            raise ModelError(f"`{name}` must be a {kinds[name].__name__}, but is {value!r:.60}.")
 
 
 def _check_whole(*, sketch_size: Any, seed: Any) -> None:
     if sketch_size is not None and (type(sketch_size) is not int or sketch_size < 2):
-        raise ControlError(f"`sketch_size` must be a whole number above 1, but got {sketch_size!r}.")
+        raise ModelError(f"`sketch_size` must be a whole number above 1, but got {sketch_size!r}.")
     if type(seed) is not int or not 0 <= seed < 2**32:
-        raise ControlError(f"`seed` must be a whole number from 0 to {2**32 - 1:,}, but got {seed!r}.")
+        raise ModelError(f"`seed` must be a whole number from 0 to {2**32 - 1:,}, but got {seed!r}.")
 
 
 def _decisions_file(folder: str | os.PathLike[str]) -> Path:
@@ -439,5 +788,5 @@ def _decisions_file(folder: str | os.PathLike[str]) -> Path:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ControlError(f"`out` must be a folder that can be written to, but {folder} is not: {error}.") from error
+        raise ModelError(f"`out` must be a folder that can be written to, but {folder} is not: {error}.") from error
     return Path(folder) / "decisions.parquet"

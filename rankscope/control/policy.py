@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, allocate_marginal
-from rankscope.exceptions import ControlError
+from rankscope.errors import ModelError
 from rankscope.targets import TargetModule
 
 
@@ -46,15 +46,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < math.inf:
-            raise ControlError(f"`margin` must be 0 or more, but got {self.margin}.")
+            raise ModelError(f"`margin` must be 0 or more, but got {self.margin}.")
         if not 0 <= self.min_gain < math.inf:
-            raise ControlError(f"`min_gain` must be 0 or more, but got {self.min_gain}.")
+            raise ModelError(f"`min_gain` must be 0 or more, but got {self.min_gain}.")
         if self.cooldown < 0:
-            raise ControlError(f"`cooldown` must be 0 or more decisions, but got {self.cooldown}.")
+            raise ModelError(f"`cooldown` must be 0 or more decisions, but got {self.cooldown}.")
         if not 0 <= self.coarse_fraction <= 1:
-            raise ControlError(f"`coarse_fraction` must lie between 0 and 1, but got {self.coarse_fraction}.")
+            raise ModelError(f"`coarse_fraction` must lie between 0 and 1, but got {self.coarse_fraction}.")
         if self.max_rank is not None and self.max_rank < 1:
-            raise ControlError(f"`max_rank` must be at least 1, but got {self.max_rank}.")
+            raise ModelError(f"`max_rank` must be at least 1, but got {self.max_rank}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

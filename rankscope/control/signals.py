@@ -25,13 +25,49 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rankscope.control.policy import ModuleSignals
-from rankscope.control.subspace import residual_directions
-from rankscope.profiling.features import POOLED_BATCHES, energy_tail
-from rankscope.profiling.layers import SUPPORTED
-from rankscope.profiling.observer import LocalHook, Observer, in_range, module_device
-from rankscope.profiling.processes import gathered, is_first, sum_over_processes
-from rankscope.profiling.sketch import Decomposition, GradientStore, RandomMatrices, new_gradient_store
+from rankscope.distributed import gathered, is_first, sum_over_processes
+from rankscope.profiling import (
+    POOLED_BATCHES,
+    SUPPORTED,
+    Decomposition,
+    GradientStore,
+    LocalHook,
+    Observer,
+    RandomMatrices,
+    energy_tail,
+    in_range,
+    module_device,
+    new_gradient_store,
+    thin_svd,
+)
 from rankscope.targets import TargetModule, base_modules
+
+
+@torch.no_grad()
+def residual_directions(gradient: Decomposition, a: Tensor, b: Tensor) -> Tensor:
+    """Right singular vectors of (I - P_B) G (I - P_A), (n, in), of descending singular values, those of 0 left out.
+
+    Args:
+        gradient: Leading singular triples, G ~ left diag(values) right.
+        a: (r, in), r may be 0.
+        b: (out, r); columns of zeros, as of new ranks, span nothing.
+    """
+    left, right = gradient.left * gradient.values, gradient.right
+    columns, rows = _basis(b.to(left)), _basis(a.to(right).T)
+    left_core = torch.linalg.qr(left - columns @ (columns.T @ left)).R
+    basis, right_core = torch.linalg.qr((right - (right @ rows) @ rows.T).T)
+    _, values, directions = thin_svd(left_core @ right_core.T)
+    scale = float(gradient.values[:1].sum())
+    found: Tensor = (directions @ basis.T)[values > 1e-5 * scale]
+    return found
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    """(n, r): an orthonormal basis of the columns' span, filled up with zeros."""
+    left, values, _ = thin_svd(matrix)
+    basis: Tensor = left * (values > 1e-5 * values[:1]).to(left)
+    return basis
+
 
 Floats = NDArray[np.float64]
 Factors = Mapping[str, tuple[Tensor, Tensor]]

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 
 from rankscope.budget import ParameterBudget, allocate_proportional
-from rankscope.exceptions import PerformanceModelError
+from rankscope.errors import SettingsError
 from rankscope.targets import TargetModule
 
 Floats = NDArray[np.float64]
@@ -52,7 +52,7 @@ class RankFeatures:
         """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform.
 
         Raises:
-            PerformanceModelError: Not one column a module, or ranks that are no whole numbers from 0 on.
+            SettingsError: Not one column a module, or ranks that are no whole numbers from 0 on.
         """
         return self._sums(self.checked(ranks)) - self._sums(self.reference[None, :])
 
@@ -60,15 +60,15 @@ class RankFeatures:
         """The ranks as (n, n_modules) integers.
 
         Raises:
-            PerformanceModelError: As `transform` does.
+            SettingsError: As `transform` does.
         """
         table = np.atleast_2d(as_numbers(ranks, "ranks"))
         if table.ndim != 2 or table.shape[1] != len(self.targets):
-            raise PerformanceModelError(
+            raise SettingsError(
                 f"`ranks` must have a column for each of {len(self.targets)} modules, but has shape {table.shape}."
             )
         if len(odd := table[~((table >= 0) & (table == np.floor(table)) & np.isfinite(table))]):
-            raise PerformanceModelError(
+            raise SettingsError(
                 f"`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {odd[0]:g}; correct them."
             )
         whole: Ints = table.astype(np.int64)
@@ -120,21 +120,21 @@ def _check(
     targets: tuple[TargetModule, ...], gains: Mapping[str, ArrayLike] | None, groups: Mapping[str, str] | None
 ) -> None:
     if not targets:
-        raise PerformanceModelError("`targets` must hold at least one target module, but is empty; find others.")
+        raise SettingsError("`targets` must hold at least one target module, but is empty; find others.")
     for what, known in (("gains", gains), ("groups", groups)):
         if known is not None and (lacking := [t.name for t in targets if t.name not in known]):
-            raise PerformanceModelError(f"`{what}` must hold every target module, but lacks `{lacking[0]}`.")
+            raise SettingsError(f"`{what}` must hold every target module, but lacks `{lacking[0]}`.")
     for name in [t.name for t in targets] if gains else ():
         values = as_numbers((gains or {})[name], "gains")
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise PerformanceModelError(f"`gains` of `{name}` must be finite and not negative; take the profile again.")
+            raise SettingsError(f"`gains` of `{name}` must be finite and not negative; take the profile again.")
 
 
 def as_numbers(values: ArrayLike, name: str) -> Floats:
     """An array of numbers from what a user gave.
 
     Raises:
-        PerformanceModelError: It is not one.
+        SettingsError: It is not one.
     """
     try:
         if issparse(values):
@@ -143,7 +143,7 @@ def as_numbers(values: ArrayLike, name: str) -> Floats:
             raise TypeError("Complex data not supported")
         return np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise PerformanceModelError(f"`{name}` must be a dense array of real numbers, but: {error}.") from None
+        raise SettingsError(f"`{name}` must be a dense array of real numbers, but: {error}.") from None
 
 
 def rank_features(
@@ -166,8 +166,8 @@ def rank_features(
         groups: The block group of each module by name; None: no such level.
 
     Raises:
-        PerformanceModelError: No targets, or a module without group, or without gains that are finite and not negative.
-        BudgetError: The budget holds no rank.
+        SettingsError: No targets, or a module without group, or without gains that are finite and not negative.
+        SettingsError: The budget holds no rank.
     """
     targets = tuple(targets)
     _check(targets, gains, groups)

@@ -1,9 +1,4 @@
-"""`PerformanceModelSampler`: an Optuna sampler that proposes allocations by Thompson sampling from the performance model.
-
-After a few start trials on the tilts, each proposal draws a value for every rank of every module from the model's posterior
-and solves it exactly, by water-filling (Thompson 1933). The proposal is an allocation in the full space: its ranks are a trial
-attribute, and its parameters in the study are the tilts that sum it up.
-"""
+"""What an earlier search believes, for those who would use its performance model without searching again."""
 
 from __future__ import annotations
 
@@ -22,13 +17,58 @@ from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
-from rankscope.exceptions import BudgetError, PerformanceModelError, StudyError
+from rankscope.errors import SettingsError
 from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
-from rankscope.searching.fidelity import observe
-from rankscope.searching.noise import residual_variance
-from rankscope.searching.pruners import judges_seeds
-from rankscope.searching.trials import LEARNING_RATE, RANKS_KEY, TRIAL_KEY, learning_rate_of, seeds_of
-from rankscope.space import HierarchicalSpace
+from rankscope.searching.confirmation import observe, residual_variance
+from rankscope.searching.space import HierarchicalSpace
+from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, STUDY_KEY, TRIAL_KEY, learning_rate_of, seeds_of
+from rankscope.targets import fingerprint_targets
+from rankscope.training import TrainingConfig
+
+PrunerName = Literal["none", "median", "hyperband"]
+
+
+def make_pruner(pruner: PrunerName | optuna.pruners.BasePruner, training: TrainingConfig) -> optuna.pruners.BasePruner:
+    """The pruner of a name; a pruner object is passed through.
+
+    Pruners judge a trial by evaluations on its way (of the first seed); Optuna's `WilcoxonPruner` by its seeds, one after the
+    other, against those of the best trial.
+
+    Args:
+        pruner: Name or pruner.
+        training: The schedule of a trial.
+
+    Raises:
+        SettingsError: There is none of that name, or trials give it nothing to judge by.
+    """
+    made = pruner if isinstance(pruner, optuna.pruners.BasePruner) else _named(pruner)
+    if isinstance(made, optuna.pruners.NopPruner) or judges_seeds(made):
+        return made
+    if training.evaluate_every is None or training.evaluate_every >= training.steps:
+        raise SettingsError(
+            f"`evaluate_every` must be below the {training.steps} steps of a trial, for a pruner to judge by, "
+            f"but is {training.evaluate_every}; lower it, or prune nothing."
+        )
+    return made
+
+
+def judges_seeds(pruner: optuna.pruners.BasePruner) -> bool:
+    """Whether a pruner compares repeats, and not evaluations on the way."""
+    return isinstance(pruner, optuna.pruners.WilcoxonPruner)
+
+
+def _named(pruner: str) -> optuna.pruners.BasePruner:
+    match pruner:
+        case "none":
+            return optuna.pruners.NopPruner()
+        case "median":
+            return optuna.pruners.MedianPruner()
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner()
+    raise SettingsError(
+        f"`pruner` must be one of {', '.join(get_args(PrunerName))} or an Optuna pruner, but got {pruner!r}."
+    )
+
 
 SamplerName = Literal["performance-model", "tpe", "random"]
 START_TRIALS = 8
@@ -154,12 +194,12 @@ class PerformanceModelSampler(BaseSampler):
         """The allocation that the posterior mean values most, and the learning rate; of the profile alone, if it is believed.
 
         Raises:
-            PerformanceModelError: The study holds fewer than two trials with a metric.
+            SettingsError: The study holds fewer than two trials with a metric.
         """
         with self._lock:
             model = self.believed(study) or self._model
             if not self._seen:
-                raise PerformanceModelError(
+                raise SettingsError(
                     f"study `{study.study_name}` must hold at least 2 trials with ranks of these modules and a metric, but "
                     "holds fewer; run more trials."
                 )
@@ -303,7 +343,7 @@ def make_sampler(sampler: SamplerName | BaseSampler, space: HierarchicalSpace, s
     """The sampler of a name; a sampler object is passed through.
 
     Raises:
-        StudyError: There is none of that name.
+        SettingsError: There is none of that name.
     """
     match sampler:
         case BaseSampler():
@@ -314,7 +354,7 @@ def make_sampler(sampler: SamplerName | BaseSampler, space: HierarchicalSpace, s
             return TPESampler(seed=seed, multivariate=True)
         case "random":
             return RandomSampler(seed=seed)
-    raise StudyError(
+    raise SettingsError(
         f"`sampler` must be one of {', '.join(get_args(SamplerName))} or an Optuna sampler, but got {sampler!r}."
     )
 
@@ -327,9 +367,9 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
         space: The same that the sampler was made with.
 
     Raises:
-        BudgetError: The trial was queued with ranks above the budget.
-        StudyError: It was queued with something else than ranks.
-        AllocationError: It was queued with ranks of other modules.
+        SettingsError: The trial was queued with ranks above the budget.
+        SettingsError: It was queued with something else than ranks.
+        SettingsError: It was queued with ranks of other modules.
     """
     point = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in space.tilts}
     ranks = trial.user_attrs.get(RANKS_KEY, _proposed_ranks(trial))
@@ -338,9 +378,9 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
     elif isinstance(ranks, list | tuple):
         allocation = RankAllocation(space.targets, tuple(ranks), budget=space.budget.limit)
     else:
-        raise StudyError(f"the trial's attribute `{RANKS_KEY}` must list a rank for each module, but is {ranks!r}.")
+        raise SettingsError(f"the trial's attribute `{RANKS_KEY}` must list a rank for each module, but is {ranks!r}.")
     if allocation.parameters > space.budget.limit:
-        raise BudgetError(
+        raise SettingsError(
             f"the trial's ranks must keep within the budget of {space.budget.limit:,} parameters, but take "
             f"{allocation.parameters:,}; queue lower ones."
         )
@@ -367,3 +407,26 @@ def _noise(trials: list[FrozenTrial]) -> float | None:
     if len({len(values) for values in seeds}) != 1 or len(seeds[0]) < 2 or len(seeds) < 2:
         return None
     return residual_variance(seeds) / len(seeds[0])
+
+
+def belief_of(study: optuna.Study, space: HierarchicalSpace) -> PerformanceModel | None:
+    """The performance model on a search's trials, or the profile alone where the model does not beat it.
+
+    Args:
+        study: rankscope's, as `load_study` gives it.
+        space: What was searched.
+
+    Returns:
+        None where neither predicts trials that were left out, or where there are too few of them.
+
+    Raises:
+        SettingsError: The search was of other modules or another budget.
+    """
+    about = study.user_attrs[STUDY_KEY]
+    for key, ours in (("model", fingerprint_targets(space.targets)), ("budget", space.budget.limit)):
+        if about[key] != ours:
+            raise SettingsError(
+                f"study `{study.study_name}` must be about {key} {ours!r}, but its trials are about {about[key]!r}; "
+                "search again, or use another output folder."
+            )
+    return PerformanceModelSampler(space).believed(study)

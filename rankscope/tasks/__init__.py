@@ -1,7 +1,15 @@
 """Tasks: where a search gets its model, data, loss and metric from."""
 
-from rankscope.tasks.loading import load_task
-from rankscope.tasks.profiled import profile_task
-from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task
+from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
+from rankscope.tasks.ready import load_task
 
-__all__ = ["Batch", "Split", "Task", "check_task", "evaluate", "fingerprint_task", "load_task", "profile_task"]
+__all__ = [
+    "Batch",
+    "Split",
+    "Task",
+    "check_task",
+    "evaluate",
+    "fingerprint_task",
+    "load_task",
+    "profile_task",
+]

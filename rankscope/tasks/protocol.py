@@ -1,17 +1,41 @@
-"""The `Task` protocol: where a search gets its model, data, loss and metric from."""
+"""`profile_task`: the profile of a task's model on its training batches, behind its head."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
-from rankscope.devices import mixed_precision
-from rankscope.exceptions import TaskError, shown
-from rankscope.fingerprints import digest, digest_source
+from rankscope.distributed import batch_device, mixed_precision, placed
+from rankscope.errors import TaskError, shown
+from rankscope.files import digest, digest_source
+from rankscope.profiling import Profile, profile
+from rankscope.targets import TargetModule
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """`model(**batch).loss`."""
+    loss = model(**batch).loss
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; yields the model's device, and gives the training mode back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield batch_device(model)
+    finally:
+        model.train(was_training)
+
 
 Batch = Mapping[str, Tensor]
 Split = Literal["train", "validation", "test"]
@@ -24,7 +48,7 @@ class Task(Protocol):
 
     A task may also have `head_modules`: full names of freshly initialised modules (a new classifier), which are trained
     beside the adapters; `task_type`: PEFT's kind of model (`"CAUSAL_LM"`, …), which goes into saved adapters (a class
-    that plain PEFT cannot build names itself, as `rankscope.adapters.load_adapter` expects); `model_kwargs`: what the
+    that plain PEFT cannot build names itself, as `rankscope.lora.load_adapter` expects); `model_kwargs`: what the
     base model must be loaded with for them to fit; and `fingerprint_data()`: a hash of all its data, so that a result
     is not reused after the data changed (default: of the first training batches, which do not tell when only validation
     or test data changed). Its `evaluate` may take `split`: search and controllers see `"validation"` only, comparisons
@@ -131,3 +155,53 @@ def fingerprint_task(task: Task, model: nn.Module | None = None) -> dict[str, An
         "data": digest(list(islice(task.train_batches(0), N_BATCHES))) if hash_data is None else hash_data(),
         "weights": digest(model),
     }
+
+
+def profile_task(
+    task: Task,
+    *,
+    targets: Sequence[TargetModule] | None = None,
+    n_batches: int | None = None,
+    head_steps: int = 100,
+    seed: int = 0,
+    on_start: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Profile:
+    """Profiles a task's model on an epoch of its training batches, or its first, on the device and in the precision of training.
+
+    Args:
+        task: Where model, batches and loss come from.
+        targets: Which modules; default: all that are found.
+        n_batches: So many batches; None: an epoch. The epoch's further batches train the head, since a head that has fitted a
+            profiled batch leaves less gradient in it.
+        head_steps: AdamW steps on the task's head.
+        seed: Of the epoch's order and the sketches.
+        on_start: Called with the number of batches.
+        **options: As `rankscope.profile` takes them.
+
+    >>> import rankscope as rs
+    >>> profile_task(rs.load_task("digits-shift"), n_batches=2, head_steps=1).targets[0].name
+    'vit.layers.0.attention.q_proj'
+    """
+    head = tuple(getattr(task, "head_modules", ()))
+    epoch = iter(task.train_batches(seed))
+    batches = list(islice(epoch, n_batches))
+    rest = list(islice(epoch, head_steps if head else 0))
+    if on_start:
+        on_start(len(batches))
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with mixed_precision(model):
+            return task.loss(model, batch)
+
+    return profile(
+        placed(task.build_model()),
+        batches,
+        targets=targets,
+        loss_fn=loss,
+        head=head,
+        head_steps=head_steps,
+        head_batches=rest or None,
+        seed=seed,
+        **options,
+    )

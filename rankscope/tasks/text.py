@@ -12,14 +12,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from rankscope.devices import seeded
-from rankscope.exceptions import TaskError
-from rankscope.fingerprints import digest
-from rankscope.tasks.modes import evaluating, model_loss
+from rankscope.distributed import seeded
+from rankscope.errors import TaskError
+from rankscope.files import digest
+from rankscope.tasks.data import check_filled, read_table, split_rows
+from rankscope.tasks.language import TokenRows, check_positions, tokenize, tokenizer_files
 from rankscope.tasks.pretrained import load_model, load_pretrained
-from rankscope.tasks.protocol import Batch, Split, check_counts
-from rankscope.tasks.tables import check_filled, read_table, split_rows
-from rankscope.tasks.tokens import TokenRows, check_positions, tokenize, tokenizer_files
+from rankscope.tasks.protocol import Batch, Split, check_counts, evaluating, model_loss
 
 
 class MeanPooledClassifier(nn.Module):

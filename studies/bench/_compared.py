@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from rankscope.comparison import Interval, at_budget, paired_difference, read_comparison
+from rankscope.comparison import at_budget, paired_difference, read_comparison
+from rankscope.searching import Interval
 
 STUDIES = Path(__file__).parents[1] / "compare"
 RESULTS = Path(__file__).parents[1] / "results"

@@ -23,8 +23,8 @@ from _harness import Claim, run_benchmark
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
-from rankscope.searching.noise import residual_variance
-from rankscope.tasks.folders import data_folder
+from rankscope.searching.confirmation import residual_variance
+from rankscope.tasks.data import data_folder
 
 Floats = NDArray[np.float64]
 PAIRS = (

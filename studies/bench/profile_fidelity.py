@@ -27,7 +27,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.profiling import profile
-from rankscope.profiling.head import head_warmed
+from rankscope.profiling.profiler import head_warmed
 from rankscope.tasks import Task
 
 MODELS = ("digits-shift", "supersense", "glosses")

@@ -24,7 +24,7 @@ from joblib import Parallel, delayed
 import rankscope as rs
 from rankscope.comparison import Cell, paired_difference, run_all
 from rankscope.searching import SearchResult
-from rankscope.study import read_study
+from rankscope.settings import read_study
 from rankscope.training import Lora
 
 STUDY = Path(__file__).parents[1] / "supersense.yaml"

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from _harness import Claim, circumstances
 
 import rankscope as rs
-from rankscope import devices
+from rankscope import distributed as devices
 from rankscope.files import write_json
 from rankscope.tasks import Batch, Split, profile_task
 

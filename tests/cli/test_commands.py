@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import rankscope as rs
 from rankscope.cli.app import app
-from rankscope.comparison.markdown import BEGIN, END
+from rankscope.comparison.summary import BEGIN, END
 
 STUDY = """
 task: digits-shift

@@ -10,8 +10,8 @@ import pytest
 
 import rankscope as rs
 from rankscope.comparison import Comparison, compare, known_methods, read_comparison
-from rankscope.comparison.methods import Terms, make_methods
-from rankscope.exceptions import ComparisonError, FileFormatError
+from rankscope.comparison.runner import Terms, make_methods
+from rankscope.errors import FileError, SettingsError
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, Lora
 
@@ -94,7 +94,7 @@ def test_what_is_kept_is_not_run_again_and_a_rerun_gives_the_same(
     path = found.to_parquet(tmp_path / "comparison.parquet")
     pd.testing.assert_frame_equal(read_comparison(path), found.runs)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(FileFormatError, match="must hold a comparison as Parquet, but it cannot be parsed"):
+    with pytest.raises(FileError, match="must hold a comparison as Parquet, but it cannot be parsed"):
         read_comparison(path)
 
 
@@ -102,8 +102,8 @@ def test_rate_and_variant_are_tuned_within_the_budget(
     digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdaLoRA at its full number of ranks ends above the budget here, so that its smaller variant is chosen."""
-    monkeypatch.setattr("rankscope.comparison.methods.SCHEDULES", ((32.0, 0.7),))
-    monkeypatch.setattr("rankscope.comparison.methods.SHARES", (1.0, 0.75))
+    monkeypatch.setattr("rankscope.comparison.runner.SCHEDULES", ((32.0, 0.7),))
+    monkeypatch.setattr("rankscope.comparison.runner.SHARES", (1.0, 0.75))
     found = compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
     tuning = found.runs[(found.runs["role"] == "tuning") & (found.runs["method"] == "adalora")]
     over = tuning[tuning["parameters"] > tuning["budget"]]
@@ -116,13 +116,13 @@ def test_rate_and_variant_are_tuned_within_the_budget(
 def test_a_method_without_a_variant_within_the_budget_is_refused(
     digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankscope.comparison.methods.SCHEDULES", ((8.0, 0.7), (32.0, 0.4)))
-    monkeypatch.setattr("rankscope.comparison.methods.SHARES", (1.5,))
+    monkeypatch.setattr("rankscope.comparison.runner.SCHEDULES", ((8.0, 0.7), (32.0, 0.4)))
+    monkeypatch.setattr("rankscope.comparison.runner.SHARES", (1.5,))
     pattern = (
         r"^`AdaLoRA` must end within 6,912 parameters to be compared, but its variants end with [\d,]+ or more; raise "
         r"the budget, or leave it out\.$"
     )
-    with pytest.raises(ComparisonError, match=pattern):
+    with pytest.raises(SettingsError, match=pattern):
         compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
 
 
@@ -145,7 +145,7 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
 def test_what_cannot_be_compared_is_said_before_anything_runs(
     digits: Task, options: dict[str, Any], methods: list[str], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ComparisonError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         compare(digits, methods, **(options | changes))
 
 
@@ -169,8 +169,8 @@ def test_a_method_that_cannot_run_is_refused_before_any_training(
 
 
 def test_an_unknown_method_is_refused_before_a_profile_is_taken(digits: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankscope.comparison.comparing.profile_task", lambda *_, **__: pytest.fail("profiled"))
-    with pytest.raises(ComparisonError, match="'one_shot' is not"):
+    monkeypatch.setattr("rankscope.comparison.runner.profile_task", lambda *_, **__: pytest.fail("profiled"))
+    with pytest.raises(SettingsError, match="'one_shot' is not"):
         compare(digits, ["one-shot", "one_shot"], budget=rs.ParameterBudget(3000), training=TRAINING)
 
 
@@ -220,9 +220,7 @@ COMMITTED = Path("studies/results/glosses/comparison.parquet")
 def test_a_broken_comparison_is_one_line_when_it_is_read(change: Any, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "comparison.parquet"
     change(pd.read_parquet(COMMITTED)).to_parquet(path)
-    with pytest.raises(
-        FileFormatError, match=f"^{re.escape(f'`{path}` must hold a comparison')},? {re.escape(problem)}$"
-    ):
+    with pytest.raises(FileError, match=f"^{re.escape(f'`{path}` must hold a comparison')},? {re.escape(problem)}$"):
         read_comparison(path)
 
 

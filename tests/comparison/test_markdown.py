@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from rankscope.comparison import insert_table, summarise, to_markdown
-from rankscope.comparison.markdown import BEGIN, END
-from rankscope.exceptions import ComparisonError
+from rankscope.comparison.summary import BEGIN, END
+from rankscope.errors import SettingsError
 
 
 def runs(task: str, methods: dict[str, float], spread: float, unlimited: tuple[str, ...] = ()) -> list[dict]:
@@ -58,5 +58,5 @@ def test_what_ended_over_the_budget_has_no_figures() -> None:
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{END}{END}"])
 def test_marker_lines_are_needed(text: str) -> None:
-    with pytest.raises(ComparisonError, match=r"^`card\.md` must hold the lines"):
+    with pytest.raises(SettingsError, match=r"^`card\.md` must hold the lines"):
         insert_table(text, "new", where="card.md")

@@ -7,7 +7,7 @@ import pytest
 import rankscope as rs
 from rankscope.comparison import Cell, repeat_all, run_all
 from rankscope.control import Policy
-from rankscope.exceptions import FileFormatError
+from rankscope.errors import FileError
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, HeadOnly, Lora
 
@@ -72,9 +72,7 @@ def test_kept_runs_are_read(
 
     for path in tmp_path.glob("*.parquet"):
         path.write_bytes(b"PAR1")
-    with pytest.raises(
-        FileFormatError, match=r"^`.*\.parquet` must hold decisions as Parquet, but it cannot be parsed "
-    ):
+    with pytest.raises(FileError, match=r"^`.*\.parquet` must hold decisions as Parquet, but it cannot be parsed "):
         run_all(digits, cells, kept_in=tmp_path)
 
 
@@ -95,5 +93,5 @@ def test_a_run_is_kept_under_all_that_it_depends_on(tmp_path: Path) -> None:
     for path in tmp_path.glob("*.json"):
         path.write_text("{}")
     message = r"^`.*\.json` must say what it was made from, but does not: an older rankscope wrote it; delete it, and it is done again\.$"
-    with pytest.raises(FileFormatError, match=message):
+    with pytest.raises(FileError, match=message):
         run_all(small, [cell], kept_in=tmp_path)

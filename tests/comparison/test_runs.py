@@ -3,7 +3,7 @@
 import torch
 
 import rankscope as rs
-from rankscope.comparison.runs import Cell, run_cell
+from rankscope.comparison.runner import Cell, run_cell
 from rankscope.tasks import Task
 from rankscope.training import Lora
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from rankscope.comparison import summarise
-from rankscope.comparison.table import points_over_uniform
-from rankscope.exceptions import ComparisonError
+from rankscope.comparison.summary import points_over_uniform
+from rankscope.errors import SettingsError
 
 SEEDS = 8
 
@@ -97,7 +97,7 @@ def test_without_uniform_at_the_budget_nothing_can_be_compared(keep: str) -> Non
     }[keep]
     study = "no study" if keep == "none" else "t"
     message = f"`runs` must hold reported runs of `uniform` at the budget of each study, but `{study}` has none; compare again."
-    with pytest.raises(ComparisonError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         summarise(runs)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
-from rankscope.adapters import count_adapter_parameters, from_peft_model, masks_on
-from rankscope.control.callback import STATE_FILE
-from rankscope.exceptions import AdapterError, ControlError
+from rankscope.control.trainer import STATE_FILE
+from rankscope.errors import ModelError
+from rankscope.lora import count_adapter_parameters, from_peft_model, masks_on
 from rankscope.tasks import Task
 from tests.control.trainers import MASKED, Rows, build, controller_of, ends_the_same, trainer, weights
 
@@ -260,21 +260,21 @@ def refuses(kind: type[Exception], message: str) -> Any:
 
 def test_models_that_a_trainer_cannot_control(digits: Task, tmp_path: Path) -> None:
     with refuses(
-        AdapterError,
+        ModelError,
         "`model` must be a peft.PeftModel, but is a ViTForImageClassification; wrap it with get_peft_model.",
     ):
         trainer(digits, tmp_path, model=digits.build_model())
     several = build(digits)
     several.add_adapter("second", several.peft_config["default"])
     with refuses(
-        AdapterError, "`adapter_name` must say which of the adapters ['default', 'second'] is meant, but is None."
+        ModelError, "`adapter_name` must say which of the adapters ['default', 'second'] is meant, but is None."
     ):
         trainer(digits, tmp_path, model=several)
     merged = build(digits)
     merged.merge_adapter()
     run = trainer(digits, tmp_path, model=merged)
     first = "vit.layers.0.attention.q_proj"
-    with refuses(AdapterError, f"adapters must not be merged, but ['default'] are in `{first}`; unmerge first."):
+    with refuses(ModelError, f"adapters must not be merged, but ['default'] are in `{first}`; unmerge first."):
         run.train()
     assert run.state.global_step == 0
 
@@ -285,13 +285,13 @@ def test_budgets_and_optimizers_that_a_trainer_cannot_control(digits: Task, tmp_
     message = (
         "`budget` must cover the ranks to begin with (13,824 parameters), but got 6,912; raise it, or pass `start`."
     )
-    with refuses(ControlError, message):
+    with refuses(ModelError, message):
         trainer(digits, tmp_path, model=model).train()
     message = (
         "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; wrap the "
         "model at a larger rank, and pass `start`."
     )
-    with refuses(ControlError, message):
+    with refuses(ModelError, message):
         trainer(digits, tmp_path, model=build(digits), controller={"mode": "mask"}).train()
     run = trainer(digits, tmp_path, model=model, controller={"start": "uniform"})
     run.optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "classifier" in n and p.requires_grad)
@@ -300,7 +300,7 @@ def test_budgets_and_optimizers_that_a_trainer_cannot_control(digits: Task, tmp_
         f"`optimizer` must own the adapter's parameters, but lacks {n} of {n}; build it from the PEFT model's parameters, after "
         "wrapping."
     )
-    with refuses(ControlError, message):
+    with refuses(ModelError, message):
         run.train()
     assert weights(model).keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
@@ -346,7 +346,7 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
     shutil.copytree(checkpoint, odd)
     (odd / "ranks.json").write_text((checkpoint / "ranks.json").read_text().replace('"ranks": {', '"ranks": {"x": 1,'))
     with refuses(
-        AdapterError,
+        ModelError,
         f"`{odd}` must hold ranks of this model's adapted modules, but `x` is in the checkpoint only (1 such); adapt the same "
         "modules.",
     ):
@@ -357,7 +357,7 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
     rank = int(re.search(rf'"{name}": (\d+)', saved)[1])
     (odd / "ranks.json").write_text(saved.replace(f'"{name}": {rank}', f'"{name}": {rank + 1}'))
     with refuses(
-        AdapterError,
+        ModelError,
         f"`{odd}` must hold weights of the ranks in its ranks.json, but `{name}` has rank {rank} in the weights and {rank + 1} "
         "there; it mixes two checkpoints: use another.",
     ):
@@ -367,7 +367,7 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
     plain = from_peft_model(loaded(digits, checkpoint), rs.find_targets(digits.build_model())).ranks
     name, rank = next((name, rank) for name, rank in plain.items() if rank != 1)
     with refuses(
-        AdapterError,
+        ModelError,
         f"`{odd}` must hold weights of the model's ranks, or its own ranks.json beside them, but `{name}` has rank {rank} there "
         "and 1 in the model; it was not finished, or is of another model: use another.",
     ):
@@ -381,7 +381,7 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
         f"the checkpoint of step 4 must hold {STATE_FILE} to be resumed with a controller, but does not; it was trained without "
         "one, or not finished: resume from another."
     )
-    with refuses(ControlError, message):
+    with refuses(ModelError, message):
         trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(odd))
 
 
@@ -392,10 +392,10 @@ def test_states_that_cannot_be_read(digits: Task, tmp_path: Path, checkpoint: Pa
     for content in (b"", b"hello world" * 10, whole[:2000]):
         (folder / STATE_FILE).write_bytes(content)
         message = rf"^`{re.escape(str(folder / STATE_FILE))}` must be a controller's state, but cannot be read \(\w+\); it is cut "
-        with pytest.raises(ControlError, match=message):
+        with pytest.raises(ModelError, match=message):
             trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(folder))
     torch.save([1, 2], folder / STATE_FILE)
-    with refuses(ControlError, "the controller's state must be a dict, but is a list."):
+    with refuses(ModelError, "the controller's state must be a dict, but is a list."):
         trainer(digits, tmp_path / "run").train(resume_from_checkpoint=str(folder))
 
 
@@ -409,7 +409,7 @@ def test_an_adapter_that_peft_loaded(digits: Task, tmp_path: Path, checkpoint: P
         f"({len(asleep)} such); wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank "
         "0 out."
     )
-    with refuses(AdapterError, message):
+    with refuses(ModelError, message):
         run.train(resume_from_checkpoint=str(checkpoint))
     run.train()
     assert len(controller_of(run).decisions) == 3
@@ -472,11 +472,11 @@ def test_models_are_copied_and_saved_whole_in_a_trainer(digits: Task, tmp_path: 
 
 
 def test_what_the_trainer_says_cannot_be_passed(digits_budget: rs.ParameterBudget) -> None:
-    with refuses(ControlError, "`total_steps` comes from the Trainer and cannot be passed; leave it out."):
+    with refuses(ModelError, "`total_steps` comes from the Trainer and cannot be passed; leave it out."):
         rs.RankControllerCallback(budget=digits_budget, total_steps=10)
     with pytest.raises(
-        ControlError, match="^`evry` must be a setting of RankController, which has adapter_name, budget, "
+        ModelError, match="^`evry` must be a setting of RankController, which has adapter_name, budget, "
     ):
         rs.RankControllerCallback(budget=digits_budget, evry=5)
-    with refuses(ControlError, "`budget` must be a ParameterBudget, but is 5000."):
+    with refuses(ModelError, "`budget` must be a ParameterBudget, but is 5000."):
         rs.RankControllerCallback(budget=5000)  # type: ignore[arg-type]

@@ -15,11 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
-from rankscope.adapters import RankMasks, count_adapter_parameters, masks_on
 from rankscope.control import Policy
-from rankscope.exceptions import AdapterError, ControlError, OptimizerError
-from tests.adapters.live_models import kinds_model, tokens
+from rankscope.errors import ModelError
+from rankscope.lora import RankMasks, count_adapter_parameters, masks_on
 from tests.control.small_models import BUDGET, LAYERS, START, Net, adamw, batch, control, net, run
+from tests.lora.live_models import kinds_model, tokens
 
 TOTAL = 40
 
@@ -266,7 +266,7 @@ def test_a_model_of_other_modules_is_refused() -> None:
     targets = [rs.TargetModule(name="other", in_features=8, out_features=8)]
     stranger = rs.PerformanceModel(rs.rank_features(targets, rs.ParameterBudget(64))).fit([[1], [2]], [0.0, 1.0])
     message = "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         control(model, adamw(model), performance_model=stranger)
 
 
@@ -425,7 +425,7 @@ def test_plain_peft_loads_the_result(tmp_path: Path) -> None:
 def test_bad_settings_change_nothing(options: dict[str, Any], message: str) -> None:
     model = net()
     before, optimizer = weights(model), adamw(model)
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         control(model, optimizer, **options)
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
     assert hooks(model) == len(optimizer._optimizer_step_post_hooks) == 0
@@ -436,7 +436,7 @@ def test_a_start_that_fails_takes_the_masks_off_again() -> None:
     model = net(r=4, use_dora=True)
     optimizer = adamw(model)
     message = "the masked rank of `first` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
-    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         start = rs.RankAllocation(rs.find_targets(model, LAYERS), (0, 1, 1, 1))
         control(model, optimizer, mode="mask", start=start)
     assert masks_on(model) is None
@@ -457,7 +457,7 @@ def test_a_frozen_adapter_is_refused(tmp_path: Path) -> None:
             "adapter 'default' must be trained, but its parameters are frozen; load it with is_trainable=True, or make it the "
             "active one (`set_adapter`)."
         )
-        with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
             control(model, optimizer)
 
 
@@ -471,9 +471,9 @@ def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
     state = controller.state_dict()
     if (key, value) in (("step", 3), ("losses", [1]), ("moved_at", {"x": 1})):
         return  # could be another run's
-    with pytest.raises(ControlError, match=r"^the (ranks in the )?controller's state must "):
+    with pytest.raises(ModelError, match=r"^the (ranks in the )?controller's state must "):
         controller.load_state_dict(state | {key: value})
-    with pytest.raises(ControlError, match=f"^the controller's state must hold `{key}`, but does not"):
+    with pytest.raises(ModelError, match=f"^the controller's state must hold `{key}`, but does not"):
         controller.load_state_dict({name: entry for name, entry in state.items() if name != key})
     after = controller.state_dict()
     assert {name: after[name] for name in ("step", "ranks", "sketch", "losses")} == {
@@ -491,7 +491,7 @@ def test_a_state_says_which_modules_the_model_lacks() -> None:
         "the controller's state must be of this model's adapted modules, but `first` is in the state only (1 such); wrap the base "
         "model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out."
     )
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         controller.load_state_dict(state)
 
 
@@ -505,15 +505,15 @@ def test_models_and_optimizers_that_cannot_be_controlled() -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         (
             partitioned,
-            AdapterError,
+            ModelError,
             "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps its own flat "
             "copies; use DDP or FSDP2 with masked ranks (RankMasks), or one process.",
         ),
-        (Net(), AdapterError, "`model` must be a peft.PeftModel, but is a Net; wrap it with get_peft_model."),
-        (merged, AdapterError, "adapters must not be merged, but ['default'] are in `first`; unmerge first."),
+        (Net(), ModelError, "`model` must be a peft.PeftModel, but is a Net; wrap it with get_peft_model."),
+        (merged, ModelError, "adapters must not be merged, but ['default'] are in `first`; unmerge first."),
         (
             several,
-            AdapterError,
+            ModelError,
             "`adapter_name` must say which of the adapters ['default', 'second'] is meant, but is None.",
         ),
     ]
@@ -522,7 +522,7 @@ def test_models_and_optimizers_that_cannot_be_controlled() -> None:
             control(model, adamw(model))
         assert hooks(model) == 0
     message = "`optimizer` must own the adapter's parameters, but lacks 8 of 8; build it from the PEFT model's parameters, after wrapping."
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         control(net(), adamw(net()))
 
 
@@ -533,7 +533,7 @@ def test_an_optimizer_of_an_unknown_kind_is_refused_at_once() -> None:
         "`optimizer` must be one whose state can be carried (SGD, Adam, AdamW, Adafactor (torch's and transformers') and "
         "bitsandbytes' Adam and AdamW), but is NAdam; use one of these."
     )
-    with pytest.raises(OptimizerError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         control(model, torch.optim.NAdam(p for p in model.parameters() if p.requires_grad))
     assert hooks(model) == 0
 
@@ -550,16 +550,16 @@ def test_states_of_others_are_refused() -> None:
             "the controller's state must be of mode 'resize', but is of mode 'mask'; pass mode='mask'.",
         ),
     ):
-        with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
             controller.load_state_dict(state | change)
     model = net(r=4)
     masked = control(model, adamw(model), mode="mask")
     message = "the controller's state must be of mode 'mask', but is of mode 'resize'; pass mode='resize' and use one process."
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         masked.load_state_dict(state)
     message = (
         "`model` must not carry rank masks to be controlled in mode 'resize', but carries those of adapter 'default'; `compress` "
         "them, or go on in mode 'mask'."
     )
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         control(model, adamw(model), mode="resize")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rankscope as rs
-from rankscope.control.effects import Effect, EffectModel, LossHistory, effect_of_move
+from rankscope.control.decisions import Effect, EffectModel, LossHistory, effect_of_move
 from tests.control.small_models import batch, net
 
 TARGETS = [

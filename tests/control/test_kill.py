@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 
-from rankscope.control.callback import STATE_FILE
+from rankscope.control.trainer import STATE_FILE
 from rankscope.tasks import Task
 from tests.control.trainers import MASKED, build, ends_the_same, trainer
 

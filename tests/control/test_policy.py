@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import rankscope as rs
 from rankscope.control.policy import ModuleSignals, Policy, Proposal, propose
-from rankscope.exceptions import ControlError
+from rankscope.errors import ModelError
 
 POLICY = Policy(margin=0.0, min_gain=0.0)
 
@@ -165,5 +165,5 @@ def test_no_gradient_moves_nothing() -> None:
     ],
 )
 def test_bad_settings_are_named(settings_: dict[str, float], message: str) -> None:
-    with pytest.raises(ControlError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         Policy(**settings_)

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 
 import rankscope as rs
-from rankscope.adapters import from_peft_model
+from rankscope.lora import from_peft_model
 from rankscope.tasks import Task
 from tests.control.small_models import LAYERS, Net, adamw, batch, control, net
 from tests.control.trainers import MASKED, Rows, build, controller_of, losses_of, trainer

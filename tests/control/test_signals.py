@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rankscope as rs
-from rankscope.adapters.live import adapter_layers, factors
 from rankscope.control.signals import GradientWindow, Measured, noise_of_mean
-from rankscope.profiling.features import split_energy
+from rankscope.lora.resize import adapter_layers, factors
+from rankscope.profiling.statistics import split_energy
 from tests.control.small_models import LAYERS, batch, net
 
 

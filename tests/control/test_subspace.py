@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rankscope.control.subspace import residual_directions
+from rankscope.control.signals import residual_directions
 from rankscope.profiling.sketch import ExactGradient
 
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import rankscope as rs
-from rankscope.adapters import count_adapter_parameters, from_peft_model
 from rankscope.control import Policy
+from rankscope.lora import count_adapter_parameters, from_peft_model
 from tests.architectures import build
 from tests.control.trainers import controller_of, ends_the_same
 

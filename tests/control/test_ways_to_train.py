@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
-from rankscope.adapters import count_adapter_parameters
 from rankscope.control import Policy
-from tests.adapters.test_optimizer_state import EVERY
-from tests.adapters.test_resize import quantised
+from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
+from tests.lora.test_optimizer_state import EVERY
+from tests.lora.test_resize import quantised
 
 TOTAL = 40
 

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
-from rankscope.adapters import apply_allocation, masks_on
 from rankscope.control import Policy
+from rankscope.lora import apply_allocation, masks_on
 from rankscope.tasks import Task
 
 

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 import rankscope as rs
 from rankscope.budget import allocate_marginal
-from rankscope.exceptions import PerformanceModelError
+from rankscope.errors import SettingsError
 from rankscope.performance import PerformanceModel, RankFeatures, rank_features, validate
 from rankscope.targets import TargetModule
 
@@ -219,9 +219,9 @@ OK_RANKS, OK_Y = [[4] * 12, [5] * 12, [3] * 12], [0.5, 0.6, 0.4]
 )  # fmt: skip
 def test_bad_observations(features: RankFeatures, change: dict, message: str) -> None:
     arguments = {"ranks": OK_RANKS, "y": OK_Y, **change}
-    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         PerformanceModel(features).fit(**arguments)
-    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         PerformanceModel(features).update(**arguments)
 
 
@@ -238,7 +238,7 @@ def test_bad_observations(features: RankFeatures, change: dict, message: str) ->
     ],
 )  # fmt: skip
 def test_bad_questions(model: PerformanceModel, call: Callable, message: str) -> None:
-    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         call(model)
 
 
@@ -289,7 +289,7 @@ def test_a_difference_is_that_of_the_posterior() -> None:
     ],
 )  # fmt: skip
 def test_features_of_bad_input(targets: tuple, options: dict, message: str) -> None:
-    with pytest.raises(PerformanceModelError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         rank_features(targets, BUDGET, **options)
 
 

@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 
 import rankscope as rs
-from rankscope.exceptions import AllocationError, ControlError
-from rankscope.plotting import plot_flow, plot_trajectories
-from rankscope.plotting.trajectory import budget_flow, spread, waypoints
+from rankscope.errors import ModelError, SettingsError
+from rankscope.plotting import budget_flow, plot_flow, plot_trajectories, spread, waypoints
 from tests.architectures import build
 from tests.inventories import vit_inventory
 
@@ -113,9 +112,9 @@ def test_flow_figure_marks_the_last_decision_and_what_towers_have() -> None:
 @pytest.mark.parametrize("plot", [plot_trajectories, plot_flow])
 def test_bad_input(plot: object) -> None:
     assert callable(plot)
-    with pytest.raises(ControlError) as none:
+    with pytest.raises(ModelError) as none:
         plot(decided(PAIR, [(4, 2)]), PAIR)
     assert str(none.value) == "`decisions` must hold at least one decision to be drawn, but is empty; train for longer."
-    with pytest.raises(AllocationError) as others:
+    with pytest.raises(SettingsError) as others:
         plot(decided(PAIR, [(4, 2), (2, 3)]), PAIR[1:])
     assert str(others.value) == "`ranks` must name target modules only, but names 'a.0.q'."

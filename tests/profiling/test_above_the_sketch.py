@@ -8,8 +8,8 @@ from torch import nn
 import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.profiling import sketch
-from rankscope.profiling.features import energy_tail
 from rankscope.profiling.sketch import choose_sketch_size
+from rankscope.profiling.statistics import energy_tail
 
 N = 1024
 J = np.arange(1, N + 1.0)

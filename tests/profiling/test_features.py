@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rankscope.profiling.activations import ActivationSketch
-from rankscope.profiling.features import (
+from rankscope.profiling.hooks import ActivationSketch
+from rankscope.profiling.statistics import (
     effective_rank,
     frobenius_norm,
     sensitivity,

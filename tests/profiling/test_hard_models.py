@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import rankscope as rs
-from rankscope.exceptions import ProfileError
-from rankscope.profiling import observer
-from rankscope.profiling.activations import ActivationSketch
+from rankscope.errors import ModelError
+from rankscope.profiling import hooks as observer
+from rankscope.profiling.hooks import ActivationSketch
 from rankscope.profiling.sketch import RandomMatrices
 from rankscope.targets import base_modules
 
@@ -129,7 +129,7 @@ class SpoilsItsInput(nn.Module):
 
 def test_inputs_that_change_in_place_are_named() -> None:
     message = "the input of `first` must stay as it was until the backward pass, but was changed in place; change it out of place."
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.profile(SpoilsItsInput(), rows(), loss_fn=mean_square)
 
 
@@ -250,7 +250,7 @@ def test_models_made_in_inference_mode_are_named() -> None:
         "the model's weights must take part in a backward pass, but `layers.0.0.weight` was made in torch.inference_mode; "
         "load the model outside it."
     )
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.profile(model, rows(), loss_fn=mean_square)
 
 
@@ -258,7 +258,7 @@ def test_models_without_weights_are_named() -> None:
     with torch.device("meta"):
         model = Blocks()
     message = "the model's weights must be loaded, but `layers.0.0.weight` is on the meta device; load them first."
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.profile(model, rows(), loss_fn=mean_square)
 
 
@@ -327,7 +327,7 @@ def test_modules_of_no_width_are_left_out() -> None:
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_one_line(options: dict, message: str) -> None:
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.profile(Blocks(), rows(), **{"loss_fn": mean_square, **options})
 
 

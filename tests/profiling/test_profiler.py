@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import rankscope as rs
-from rankscope.exceptions import ProfileError
+from rankscope.errors import ModelError
 
 Batch = dict[str, torch.Tensor]
 
@@ -184,7 +184,7 @@ def test_one_pass_iterators_are_accepted(model: Body, targets: tuple[rs.TargetMo
 def test_bad_input_gets_one_line_and_leaves_no_hooks(model: Body, change: dict, message: str) -> None:
     targets = rs.find_targets(model, change.pop("names", ["first", "twice"]))
     arguments = {"batches": make_batches(), "loss_fn": loss_fn, **change}
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.profile(model, arguments.pop("batches"), targets=targets, **arguments)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -193,19 +193,17 @@ def test_bad_input_gets_one_line_and_leaves_no_hooks(model: Body, change: dict, 
 def test_a_gradient_that_is_not_finite_is_named(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
     """The loss is finite, its gradient is not: the square root's at zero."""
     message = "the gradient at `first` must be finite, but is not; check the loss, or use float32 or bfloat16."
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.profile(model, make_batches(), targets=targets, loss_fn=lambda m, b: (m(b["x"]) * 0.0).square().sum().sqrt())
 
 
 def test_unknown_and_unsupported_targets(model: Body) -> None:
     elsewhere = (rs.TargetModule(name="nowhere", in_features=8, out_features=8),)
-    with pytest.raises(ProfileError, match="but it has no `nowhere`; find them again"):
+    with pytest.raises(ModelError, match="but it has no `nowhere`; find them again"):
         rs.profile(model, make_batches(), targets=elsewhere, loss_fn=loss_fn)
     embeddings = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
     only = rs.find_targets(embeddings, ["0"])
-    with pytest.raises(
-        ProfileError, match="^`targets` must hold a module of kind linear, conv1d, conv2d, but hold none"
-    ):
+    with pytest.raises(ModelError, match="^`targets` must hold a module of kind linear, conv1d, conv2d, but hold none"):
         rs.profile(embeddings, make_batches(), targets=only, loss_fn=loss_fn)
 
 
@@ -274,7 +272,7 @@ def test_directions_are_the_leading_singular_vectors(model: Body, targets: tuple
     torch.testing.assert_close((left @ u[:, :3]).abs(), torch.eye(3), atol=1e-3, rtol=0)
     rebuilt = left.T @ torch.diag(values[:3]) @ right  # the signs of both sides belong together
     torch.testing.assert_close(rebuilt, u[:, :3] @ torch.diag(values[:3]) @ v[:3], atol=1e-5, rtol=0)
-    with pytest.raises(ProfileError, match="must hold directions of `first`, but does not"):
+    with pytest.raises(ModelError, match="must hold directions of `first`, but does not"):
         rs.profile(model, batches, targets=targets, loss_fn=loss_fn).directions("first")
 
 
@@ -310,5 +308,5 @@ def test_padding_does_not_count_in_the_inputs_features() -> None:
 
 
 def test_an_empty_loader_for_the_head_is_named(model: Body, targets: tuple[rs.TargetModule, ...]) -> None:
-    with pytest.raises(ProfileError, match="check `head_batches`"):
+    with pytest.raises(ModelError, match="check `head_batches`"):
         rs.profile(model, make_batches(4), targets=targets, loss_fn=loss_fn, head=("first",), head_batches=[])

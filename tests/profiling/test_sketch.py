@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from rankscope.profiling.features import split_energy
 from rankscope.profiling.sketch import (
     ExactGradient,
     GradientStore,
@@ -12,6 +11,7 @@ from rankscope.profiling.sketch import (
     SketchedGradient,
     new_gradient_store,
 )
+from rankscope.profiling.statistics import split_energy
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import rankscope as rs
-from rankscope.exceptions import FileFormatError, ProfileError
-from rankscope.profiling import store
+from rankscope.errors import FileError, ModelError
+from rankscope.profiling import table as store
 
 LISTS = [
     "singular_values",
@@ -110,7 +110,7 @@ BROKEN = {
 def test_broken_files_are_one_line_when_they_are_read(profile: rs.Profile, tmp_path: Path, what: str) -> None:
     path = profile.to_parquet(tmp_path / "profile.parquet")
     pq.write_table(BROKEN[what](pq.read_table(path)), path)
-    with pytest.raises(FileFormatError) as caught:
+    with pytest.raises(FileError) as caught:
         rs.read_profile(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -126,30 +126,30 @@ def test_bad_files_are_named(profile: rs.Profile, tmp_path: Path) -> None:
     path = profile.to_parquet(tmp_path / "profile.parquet")
     missing = tmp_path / "nowhere.parquet"
     with pytest.raises(
-        FileFormatError,
+        FileError,
         match=f"^{re.escape(f'`{missing}` must hold a profile, but there is no such file; check the path.')}$",
     ):
         rs.read_profile(missing)
     cut = tmp_path / "cut.parquet"
     cut.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(FileFormatError, match=r"cut\.parquet` must hold a profile as Parquet, but it cannot be parsed"):
+    with pytest.raises(FileError, match=r"cut\.parquet` must hold a profile as Parquet, but it cannot be parsed"):
         rs.read_profile(cut)
     other = tmp_path / "other.parquet"
     pd.DataFrame({"a": [1]}).to_parquet(other)
-    with pytest.raises(FileFormatError, match=r"but is a Parquet file of something else; check the path\.$"):
+    with pytest.raises(FileError, match=r"but is a Parquet file of something else; check the path\.$"):
         rs.read_profile(other)
     old = tmp_path / "old.parquet"
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({b"rankscope": b'{"schema": 0}'}), old)
     with pytest.raises(
-        FileFormatError,
+        FileError,
         match=r"must have profile schema 4, but has 0: it is of another version of rankscope; take the profile again",
     ):
         rs.read_profile(old)
     edited = tmp_path / "edited.parquet"
     renamed = table.set_column(0, "module", pa.array(["0", "1"]))
     pq.write_table(renamed.replace_schema_metadata(table.schema.metadata), edited)
-    with pytest.raises(FileFormatError, match=r"must match its own model fingerprint, but was edited"):
+    with pytest.raises(FileError, match=r"must match its own model fingerprint, but was edited"):
         rs.read_profile(edited)
 
 
@@ -159,5 +159,5 @@ def test_missing_targets_are_named(profile: rs.Profile) -> None:
         "`profile` must cover every target module, but 1 of 1 are missing, as `7`; "
         "take it again on this model and these targets."
     )
-    with pytest.raises(ProfileError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         profile.require(wanted)

@@ -5,7 +5,7 @@ import pytest
 
 import rankscope as rs
 from rankscope.plotting import plot_spectra
-from rankscope.profiling.summary import cumulative_energy, group_energy, rank_modules
+from rankscope.profiling.table import cumulative_energy, group_energy, rank_modules
 
 
 @pytest.fixture

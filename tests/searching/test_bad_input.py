@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 import rankscope as rs
-from rankscope.exceptions import StudyError, TrainingError
+from rankscope.errors import SettingsError, TrainingError
 from rankscope.tasks import Task
 
 SHORT = rs.TrainingConfig(steps=2, learning_rate=0.01)
@@ -97,7 +97,7 @@ def test_a_foreign_trial_in_a_study_of_rankscope(
     first.study.add_trial(optuna.trial.create_trial(value=0.9))  # one-shot waits as trial 1
     message = "the study must hold trials of rankscope only, but trial 2 is foreign; use another study name."
     for n_trials in (1, 4):  # nothing to do, and something
-        with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
             run(digits, digits_profile, digits_budget, n_trials=n_trials, storage=first.study._storage)
 
 

@@ -6,9 +6,9 @@ import optuna
 import pytest
 
 import rankscope as rs
-from rankscope.exceptions import StudyError
-from rankscope.searching.belief import belief_of
-from rankscope.searching.grouping import make_space
+from rankscope.errors import SettingsError
+from rankscope.searching.sampler import belief_of
+from rankscope.searching.space import make_space
 from rankscope.tasks import Task
 
 
@@ -29,5 +29,5 @@ def test_a_stored_search_is_believed_as_when_it_ended(
 
     other = make_space(digits_profile, digits_profile.targets, rs.ParameterBudget(9000))
     message = "study `digits-shift` must be about budget 9000, but its trials are about 6912; search again, or use another output folder."
-    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         belief_of(result.study, other)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rankscope.exceptions import StudyError
+from rankscope.errors import SettingsError
 from rankscope.searching.confirmation import FIRST_SEED, _affordable_seeds, _key, split_budget
-from rankscope.searching.trials import Trial
+from rankscope.searching.storage import Trial
 from tests.searching.test_finalists import trial
 
 
@@ -35,7 +35,7 @@ def test_the_split_keeps_the_budget(n_trials: int, fraction: float, n_seeds: int
     ],
 )
 def test_bad_budgets(arguments: tuple[int, float, int], message: str) -> None:
-    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         split_budget(*arguments)
 
 

@@ -9,10 +9,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import kendalltau
 
 import rankscope as rs
-from rankscope.exceptions import StudyError
-from rankscope.searching.fidelity import Agreement, agreement_on_the_way, agreement_when_confirmed, observe
-from rankscope.searching.finalists import judge
-from rankscope.searching.trials import TRIAL_KEY, Trial
+from rankscope.errors import SettingsError
+from rankscope.searching.confirmation import Agreement, agreement_on_the_way, agreement_when_confirmed, judge, observe
+from rankscope.searching.storage import TRIAL_KEY, Trial
 from rankscope.tasks import Task
 from tests.searching.test_finalists import trial as made
 
@@ -136,7 +135,7 @@ def test_trials_are_short_and_confirmation_is_in_full(
     message = (
         "study `short` must be about trial_steps 5, but its trials are about 2; use another study name or storage."
     )
-    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         rs.search(digits, n_trials=15, fidelity=0.5, storage=found.study._storage, **options)
-    with pytest.raises(StudyError, match=r"^`fidelity` must lie in \(0, 1\], but got 0\.$"):
+    with pytest.raises(SettingsError, match=r"^`fidelity` must lie in \(0, 1\], but got 0\.$"):
         rs.search(digits, fidelity=0.0, storage=None, **options)

@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 
 import rankscope as rs
-from rankscope.searching.finalists import Finalist, choose_finalists, judge, recommend
-from rankscope.searching.trials import Trial
+from rankscope.searching.confirmation import Finalist, choose_finalists, judge, recommend
+from rankscope.searching.storage import Trial
 
 TARGETS = tuple(rs.TargetModule(name=n, in_features=8, out_features=8) for n in "abc")
 

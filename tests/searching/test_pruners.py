@@ -7,9 +7,9 @@ import pytest
 from optuna.trial import TrialState
 
 import rankscope as rs
-from rankscope.exceptions import StudyError
-from rankscope.searching.pruners import make_pruner
-from rankscope.searching.trials import STEPS_KEY
+from rankscope.errors import SettingsError
+from rankscope.searching.sampler import make_pruner
+from rankscope.searching.storage import STEPS_KEY
 from rankscope.tasks import Task
 
 EVALUATED = rs.TrainingConfig(steps=8, evaluate_every=2)
@@ -36,7 +36,7 @@ def test_names_and_objects(name: object, expected: type) -> None:
     ],
 )  # fmt: skip
 def test_pruners_without_anything_to_judge_by(pruner: object, training: rs.TrainingConfig, message: str) -> None:
-    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         make_pruner(pruner, training)
 
 

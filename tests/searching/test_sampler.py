@@ -14,12 +14,11 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from torch import nn
 
 import rankscope as rs
-from rankscope.exceptions import AllocationError, BudgetError, PerformanceModelError, StudyError
+from rankscope.errors import SettingsError
 from rankscope.performance import rank_features
-from rankscope.searching.grouping import make_space
 from rankscope.searching.sampler import make_sampler
-from rankscope.searching.trials import TRIAL_KEY
-from rankscope.space import HierarchicalSpace, group_by_depth
+from rankscope.searching.space import HierarchicalSpace, group_by_depth, make_space
+from rankscope.searching.storage import TRIAL_KEY
 from rankscope.targets import TargetModule
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -135,7 +134,8 @@ def test_optunas_samplers_search_the_tilts(name: object) -> None:
 
 def test_an_unknown_sampler_is_named() -> None:
     with pytest.raises(
-        StudyError, match="`sampler` must be one of performance-model, tpe, random or an Optuna sampler, but got 'bohb'"
+        SettingsError,
+        match="`sampler` must be one of performance-model, tpe, random or an Optuna sampler, but got 'bohb'",
     ):
         make_sampler("bohb", SPACE, 0)
 
@@ -322,7 +322,7 @@ def test_too_few_trials_have_no_best() -> None:
     sampler = rs.PerformanceModelSampler(SPACE, seed=0)
     study = optuna.create_study(study_name="new", direction="maximize", sampler=sampler)
     message = "study `new` must hold at least 2 trials with ranks of these modules and a metric, but holds fewer; run more trials."
-    with pytest.raises(PerformanceModelError, match=f"^{message}$"):
+    with pytest.raises(SettingsError, match=f"^{message}$"):
         sampler.best(study)
 
 
@@ -384,7 +384,7 @@ def test_spaces_with_little_room(space: HierarchicalSpace, expected: set | None)
 def test_gains_that_are_all_zero_are_refused() -> None:
     space = space_of(2, gains=dict.fromkeys([t.name for t in TARGETS[:2]], np.zeros(16)))
     message = "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
-    with pytest.raises(BudgetError, match=f"^{message}$"):
+    with pytest.raises(SettingsError, match=f"^{message}$"):
         rs.PerformanceModelSampler(space)
 
 
@@ -426,10 +426,10 @@ def test_a_finished_or_fixed_trial_gives_its_allocation_again() -> None:
 @pytest.mark.parametrize(
     ("ranks", "error", "message"),
     [
-        ([9] * 12, BudgetError,
+        ([9] * 12, SettingsError,
          "the trial's ranks must keep within the budget of 1,536 parameters, but take 3,456; queue lower ones."),
-        (7, StudyError, "the trial's attribute `ranks` must list a rank for each module, but is 7."),
-        ([1] * 5, AllocationError, "`vector` must hold one rank for each of the 12 targets, but holds 5."),
+        (7, SettingsError, "the trial's attribute `ranks` must list a rank for each module, but is 7."),
+        ([1] * 5, SettingsError, "`vector` must hold one rank for each of the 12 targets, but holds 5."),
     ],
 )  # fmt: skip
 def test_queued_ranks_are_checked(ranks: object, error: type, message: str) -> None:

@@ -12,11 +12,11 @@ import pytest
 from torch import nn
 
 import rankscope as rs
-from rankscope.exceptions import BudgetError, StudyError, TrainingError
+from rankscope.errors import SettingsError, TrainingError
 from rankscope.plotting import plot_belief, plot_predictions
 from rankscope.searching import search
-from rankscope.searching.finalists import choose_finalists, recommend
-from rankscope.searching.trials import Trial, completed
+from rankscope.searching.confirmation import choose_finalists, recommend
+from rankscope.searching.storage import Trial, completed
 from rankscope.tasks import Task
 
 SHORT = rs.TrainingConfig(steps=4, learning_rate=0.01)
@@ -144,7 +144,9 @@ def test_a_study_about_something_else_is_refused(
         "profile": {"profile": rs.Profile(digits_profile.table, {**digits_profile.metadata, "seed": 5})},
     }[key]
     arguments = {"profile": digits_profile, "budget": digits_budget, "storage": storage, "n_trials": 1, **change}
-    with pytest.raises(StudyError, match=rf"^study `short` must be about {key} .*use another study name or storage\.$"):
+    with pytest.raises(
+        SettingsError, match=rf"^study `short` must be about {key} .*use another study name or storage\.$"
+    ):
         run(digits, **arguments)
 
 
@@ -155,20 +157,20 @@ def test_foreign_trials_and_broken_databases_are_refused(
     foreign = optuna.create_study(storage=storage, study_name="short", direction="maximize")
     foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     message = "study `short` must be rankscope's, but holds foreign trials; use another study name or storage."
-    with pytest.raises(StudyError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         run(digits, digits_profile, digits_budget, storage)
     (tmp_path / "broken.db").write_text("this is no database, and long enough to be taken for one" * 100)
     with pytest.raises(
-        StudyError, match=r"^`storage` must be a database that Optuna can open, but 'sqlite:.*broken\.db' is not"
+        SettingsError, match=r"^`storage` must be a database that Optuna can open, but 'sqlite:.*broken\.db' is not"
     ):
         run(digits, digits_profile, digits_budget, f"sqlite:///{tmp_path}/broken.db")
-    with pytest.raises(StudyError, match=r"can open, but 'nosuch://me:\*\*\*@host/db' is not") as shown:
+    with pytest.raises(SettingsError, match=r"can open, but 'nosuch://me:\*\*\*@host/db' is not") as shown:
         run(digits, digits_profile, digits_budget, "nosuch://me:secret@host/db")
     assert "secret" not in str(shown.value)
 
 
 def test_an_infeasible_budget_leaves_no_study_behind(digits: Task, digits_profile: rs.Profile, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="must cover one rank of the cheapest target module"):
+    with pytest.raises(SettingsError, match="must cover one rank of the cheapest target module"):
         run(digits, digits_profile, rs.ParameterBudget(100), f"sqlite:///{tmp_path}/study.db")
     assert not (tmp_path / "study.db").exists()
 

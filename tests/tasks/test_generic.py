@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DistilBertConfig, DistilBertModel
 
 import rankscope as rs
-from rankscope.exceptions import TaskError
+from rankscope.errors import TaskError
 from rankscope.tasks.language import CausalLM
 from rankscope.tasks.text import TextClassification
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer, sentences

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rankscope as rs
-from rankscope.exceptions import TaskError
-from rankscope.tasks.gguf import dequantised
+from rankscope.errors import TaskError
+from rankscope.tasks.pretrained import dequantised
 
 
 def test_folder_that_was_made_before_is_taken(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 import rankscope as rs
-from rankscope.exceptions import TaskError
+from rankscope.errors import TaskError
 from rankscope.tasks import evaluate, pretrained
-from rankscope.tasks.packages import PackageSource, checked, fetch_package
-from rankscope.tasks.tables import read_table, split_rows
+from rankscope.tasks.data import PackageSource, checked, fetch_package, read_table, split_rows
 from tests.tasks.models import save_bert, save_llama, sentences
 
 USER_TASK = """

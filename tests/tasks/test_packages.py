@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rankscope.exceptions import TaskError
-from rankscope.tasks.packages import PackageSource, fetch_package
+from rankscope.errors import TaskError
+from rankscope.tasks.data import PackageSource, fetch_package
 
 TOUCH = "from pathlib import Path\nfrom setuptools import setup\nPath({marker!r}).touch()\nsetup(name='tiny-data', version='1.0')\n"
 

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 import rankscope as rs
-from rankscope.exceptions import TaskError
+from rankscope.errors import TaskError
 from rankscope.tasks import check_task, evaluate
-from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks.ready import DigitsShift
 
 WITH_DATACLASS = """
 from __future__ import annotations

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 import rankscope as rs
-from rankscope import devices
-from rankscope.adapters import count_adapter_parameters
-from rankscope.exceptions import RankscopeError, TrainingError
+from rankscope import distributed as devices
+from rankscope.errors import RankscopeError, TrainingError
+from rankscope.lora import count_adapter_parameters
 from rankscope.tasks import Batch, Task, evaluate
-from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks.ready import DigitsShift
 from rankscope.tasks.text import TextClassification
 from rankscope.training import AdaLora, Eva, FullFineTuning
 from tests.tasks.models import save_bert, sentences

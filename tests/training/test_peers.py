@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rankscope as rs
-from rankscope.exceptions import AdapterError
+from rankscope.errors import ModelError
 from rankscope.tasks import Task
 from rankscope.training import AdaLora
 
@@ -39,5 +39,5 @@ def test_ranks_settle_as_early_as_asked(digits: Task, digits_profile: rs.Profile
 
 def test_too_short_a_run_is_refused(digits: Task, digits_profile: rs.Profile) -> None:
     message = "`steps` must be at least 10 for AdaLoRA, but got 9; train longer."
-    with pytest.raises(AdapterError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.train(digits, AdaLora(digits_profile.targets, 2, alpha=32.0), rs.TrainingConfig(steps=9))

@@ -10,8 +10,8 @@ from peft import AutoPeftModel, AutoPeftModelForSequenceClassification, PeftMode
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
 import rankscope as rs
-from rankscope.adapters import load_adapter
-from rankscope.exceptions import FileFormatError, TaskError
+from rankscope.errors import FileError, TaskError
+from rankscope.lora import load_adapter
 from rankscope.tasks import Task, evaluate
 from rankscope.tasks.language import CausalLM
 from rankscope.tasks.text import MeanPooledClassifier, TextClassification
@@ -97,9 +97,7 @@ def test_a_classifier_is_not_loaded_into_another(tmp_path: Path) -> None:
     model = trained(task, learning_rate=0.02)
     save_adapter(model, task, tmp_path / "adapter")
     readme = (tmp_path / "adapter" / "README.md").read_text()
-    assert (
-        "Build the base model, a `rankscope.tasks.text.MeanPooledClassifier`, then `rankscope.adapters.load" in readme
-    )
+    assert "Build the base model, a `rankscope.tasks.text.MeanPooledClassifier`, then `rankscope.lora.load" in readme
     other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     refusal = "Invalid task type: 'rankscope.tasks.text.MeanPooledClassifier'. Must be one of"
     for load in (
@@ -109,7 +107,7 @@ def test_a_classifier_is_not_loaded_into_another(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=refusal):
             load()
-    with pytest.raises(FileFormatError, match=refusal):
+    with pytest.raises(FileError, match=refusal):
         load_adapter(other, tmp_path / "adapter")
     loaded = load_adapter(task.build_model(), tmp_path / "adapter")
     assert isinstance(loaded.get_base_model(), MeanPooledClassifier)

@@ -10,8 +10,8 @@ import optuna
 
 from rankscope.budget import allocate_proportional
 from rankscope.searching import PerformanceModelSampler, suggest_allocation
-from rankscope.searching.trials import RANKS_KEY
-from rankscope.space import HierarchicalSpace
+from rankscope.searching.space import HierarchicalSpace
+from rankscope.searching.storage import RANKS_KEY
 from searches.landscapes import Ints, Landscape
 
 OURS = "performance-model"

@@ -18,9 +18,15 @@ from joblib import Parallel, delayed
 
 from rankscope.allocation import RankAllocation
 from rankscope.searching import PerformanceModelSampler
-from rankscope.searching.confirmation import CONFIRM_FRACTION, split_budget
-from rankscope.searching.finalists import choose_finalists, judge, recommend, smoothing
-from rankscope.searching.trials import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
+from rankscope.searching.confirmation import (
+    CONFIRM_FRACTION,
+    choose_finalists,
+    judge,
+    recommend,
+    smoothing,
+    split_budget,
+)
+from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
 from searches.landscapes import LANDSCAPES, Ints, Landscape
 from searches.methods import METHODS, Method
 

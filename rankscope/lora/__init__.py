@@ -1,0 +1,66 @@
+"""Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
+
+from rankscope.lora.baselines import (
+    check_adalora_steps,
+    ranks_of_adalora,
+    step_adalora,
+    wrap_with_adalora,
+    wrap_with_eva,
+)
+from rankscope.lora.checkpoint import loaded_from, restore_ranks, restore_ranks_on_load, save_ranks
+from rankscope.lora.config import (
+    adapted_modules,
+    apply_allocation,
+    count_adapter_parameters,
+    from_lora_config,
+    from_peft_model,
+    load_adapter,
+    refused_by_peft,
+    save_lora_config,
+    to_lora_config,
+)
+from rankscope.lora.masks import RankMasks, masks_on
+from rankscope.lora.optimizer import check_known, unwrap_optimizer
+from rankscope.lora.resize import (
+    Resize,
+    adapter_layers,
+    check_changeable,
+    check_whole,
+    choose_adapter,
+    factors,
+    resize_adapters,
+    unwrap_peft_model,
+)
+
+__all__ = [
+    "RankMasks",
+    "Resize",
+    "adapted_modules",
+    "adapter_layers",
+    "apply_allocation",
+    "check_adalora_steps",
+    "check_changeable",
+    "check_known",
+    "check_whole",
+    "choose_adapter",
+    "count_adapter_parameters",
+    "factors",
+    "from_lora_config",
+    "from_peft_model",
+    "load_adapter",
+    "loaded_from",
+    "masks_on",
+    "ranks_of_adalora",
+    "refused_by_peft",
+    "resize_adapters",
+    "restore_ranks",
+    "restore_ranks_on_load",
+    "save_lora_config",
+    "save_ranks",
+    "step_adalora",
+    "to_lora_config",
+    "unwrap_optimizer",
+    "unwrap_peft_model",
+    "wrap_with_adalora",
+    "wrap_with_eva",
+]

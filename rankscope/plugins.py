@@ -1,0 +1,94 @@
+"""Functions from a user's own file, as in `path/to/file.py:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rankscope.errors import RankscopeError, one_line
+
+USER_MODULE = "rankscope_user_"  # begins the names of modules from users' files
+
+
+@contextmanager
+def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeError]) -> Iterator[Any]:
+    """Yields the function that `spec` names, while its module can be imported; what it raises becomes one line.
+
+    Args:
+        spec: `path/to/file.py:function`.
+        base: What relative paths start from.
+        gives: What the function should give, for messages, as in "a task".
+        error: What is raised.
+
+    Raises:
+        RankscopeError: Of the type `error`: no such file or function, or the code raised something.
+    """
+    file, _, name = spec.rpartition(":")
+    path = base / file
+    if path.suffix != ".py" or not os.path.isfile(path):  # where Path.is_file would raise, this says no
+        raise error(
+            f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
+        )
+    module_spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up while they are made
+    try:
+        with user_errors(f"`{spec}` must give {gives}, but", error, everywhere=True):
+            module_spec.loader.exec_module(module)
+            function = getattr(module, name, None)
+            if function is None:
+                close = difflib.get_close_matches(name, vars(module), n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "check the name."
+                raise error(f"`{path}` must define {name!r}, but does not; {hint}")
+            if not callable(function):
+                raise error(
+                    f"`{spec}` must name a function, but is {type(function).__name__}; name one that gives {gives}."
+                )
+            yield function
+    finally:
+        # Out again: joblib sends the classes of a module that cannot be imported by value, which workers need here.
+        sys.modules.pop(module.__name__, None)
+
+
+@contextmanager
+def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = False) -> Iterator[None]:
+    """What code from a user's file raises inside, `sys.exit` included, becomes one line with its file and line number.
+
+    Args:
+        what: How the line begins.
+        error: What is raised.
+        everywhere: Also errors that passed through no line of a user's file, as where its function wants arguments.
+
+    Raises:
+        RankscopeError: Of the type `error`. Errors that passed through no line of a user's file are left as they are.
+    """
+    try:
+        yield
+    except RankscopeError:
+        raise
+    except (Exception, SystemExit) as raised:
+        place = _place(raised)
+        if place is None and not everywhere:
+            raise
+        said = f"called sys.exit({raised})" if isinstance(raised, SystemExit) else f"raised {type(raised).__name__}"
+        reason = raised.msg if isinstance(raised, SyntaxError) else one_line(raised)
+        said += "" if isinstance(raised, SystemExit) else f": {reason}"
+        raise error(f"{what} {said}{f' ({place})' if place else ''}; --debug shows the traceback.") from raised
+
+
+def _place(raised: BaseException) -> str | None:
+    """File and line of the innermost frame in a user's file; None where there is none."""
+    frames = traceback.walk_tb(raised.__traceback__)
+    places = [(f.f_code.co_filename, n) for f, n in frames if str(f.f_globals.get("__name__")).startswith(USER_MODULE)]
+    if not places and isinstance(raised, SyntaxError):
+        places = [(str(raised.filename), raised.lineno or 0)]
+    return f"{Path(places[-1][0]).name}, line {places[-1][1]}" if places else None

@@ -1,0 +1,182 @@
+"""The hierarchical space: its corners are one-shot and uniform, and every point of it is feasible."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rankscope as rs
+from rankscope.budget import allocate_marginal
+from rankscope.errors import SettingsError
+from rankscope.searching.space import HierarchicalSpace, group_by_depth, group_by_gradient
+from tests.inventories import check_feasible, inventories, vit_inventory
+
+VIT = vit_inventory()
+RNG = np.random.default_rng(0)
+GAINS = {t.name: np.sort(RNG.exponential(RNG.exponential() * 1e-9, size=64))[::-1] for t in VIT}
+
+
+def space(limit: int) -> HierarchicalSpace:
+    return HierarchicalSpace(targets=VIT, gains=GAINS, budget=rs.ParameterBudget(limit), groups=group_by_depth(VIT))
+
+
+def test_tilts_are_few_and_named() -> None:
+    names = [tilt.name for tilt in space(6_912).tilts]
+    assert names == ["tau", "group/model/0", "group/model/1", "group/model/2", "role/fc1", "role/fc2", "role/k_proj",
+                     "role/o_proj", "role/q_proj", "role/v_proj"]  # fmt: skip
+    one = HierarchicalSpace(
+        targets=VIT[:1], gains=GAINS, budget=rs.ParameterBudget(128), groups=group_by_depth(VIT[:1])
+    )
+    assert [tilt.name for tilt in one.tilts] == ["tau"]
+
+
+@pytest.mark.parametrize("limit", [6_912, 13_824, 20_736, 10_000, 7_111])
+def test_corners_are_one_shot_and_uniform(limit: int) -> None:
+    found = space(limit)
+    assert found.allocation(found.point(tau=1.0)) == allocate_marginal(VIT, GAINS, rs.ParameterBudget(limit))
+    assert found.allocation(found.point(tau=0.0)) == rs.allocate(
+        "uniform", targets=VIT, budget=rs.ParameterBudget(limit)
+    )
+
+
+@given(st.integers(128, 60_000))
+def test_corners_hold_at_every_budget(limit: int) -> None:
+    found, budget = space(limit), rs.ParameterBudget(limit)
+    assert found.allocation(found.point(tau=1.0)) == allocate_marginal(VIT, GAINS, budget)
+    assert found.allocation(found.point(tau=0.0)) == rs.allocate("uniform", targets=VIT, budget=budget)
+
+
+@given(inventories(), st.integers(26, 600), st.integers(0, 9))
+def test_corners_hold_for_unequal_costs(targets: tuple[rs.TargetModule, ...], limit: int, seed: int) -> None:
+    rng, budget = np.random.default_rng(seed), rs.ParameterBudget(limit)
+    gains = {t.name: np.sort(rng.exponential(size=t.full_rank))[::-1] for t in targets}
+    found = HierarchicalSpace(targets=targets, gains=gains, budget=budget, groups=group_by_depth(targets))
+    assert found.allocation(found.point(tau=1.0)) == allocate_marginal(targets, gains, budget)
+    assert found.allocation(found.point(tau=0.0)) == rs.allocate("uniform", targets=targets, budget=budget)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_tau_zero_is_plain_lora_at_its_budget(rank: int) -> None:
+    found = space(6_912 * rank)
+    assert found.allocation(found.point(tau=0.0)).vector == (rank,) * 36
+
+
+def test_tau_goes_from_even_to_uneven() -> None:
+    found = space(20_736)
+    spread = [np.std(found.allocation(found.point(tau=tau)).vector) for tau in (0.0, 0.3, 0.6, 1.0)]
+    assert spread == sorted(spread)
+    assert spread[0] == 0
+
+
+def test_offsets_move_ranks_where_they_say() -> None:
+    found = space(20_736)
+    base = found.allocation(found.point(tau=0.5))
+    for name, chosen in (
+        ("group/model/2", [t.block in (4, 5) for t in VIT]),
+        ("role/fc1", [t.role == "fc1" for t in VIT]),
+    ):
+        moved = found.allocation({**found.point(tau=0.5), name: 1.5})
+        gained = sum(m - b for m, b, c in zip(moved.vector, base.vector, chosen, strict=True) if c)
+        lost = sum(m - b for m, b, c in zip(moved.vector, base.vector, chosen, strict=True) if not c)
+        assert gained > 0 > lost
+
+
+@given(st.data(), st.integers(128, 60_000))
+def test_every_point_is_feasible_and_tight(data: st.DataObject, limit: int) -> None:
+    found = space(limit)
+    point = {t.name: data.draw(st.floats(t.low, t.high)) for t in found.tilts}
+    check_feasible(found.allocation(point), rs.ParameterBudget(limit))
+
+
+def test_mistakes_are_named() -> None:
+    found = space(6_912)
+    with pytest.raises(SettingsError, match=r"^`point` must give every tilt a value, but lacks 'tau'\.$"):
+        found.allocation({})
+    partly = {name: value for name, value in found.point(tau=1.0).items() if name != "role/fc2"}
+    with pytest.raises(SettingsError, match=r"^`point` must give every tilt a value, but lacks 'role/fc2'\.$"):
+        found.allocation(partly)
+    zero = HierarchicalSpace(
+        targets=VIT, gains={t.name: np.zeros(3) for t in VIT}, budget=found.budget, groups=found.groups
+    )
+    with pytest.raises(
+        SettingsError,
+        match=r"^`gains` must not all be zero; choose targets that the loss depends on, or profile on other data\.$",
+    ):
+        zero.allocation(zero.point(tau=1.0))
+
+
+def test_groups_by_gradient_find_the_levels() -> None:
+    """Blocks 0 and 3 have a hundred times the energy of 1 and 4, and these of 2 and 5, in every role."""
+    levels = {0: 1e4, 3: 1e4, 1: 1e2, 4: 1e2, 2: 1.0, 5: 1.0}
+    energies = {t.name: levels[t.block] * (2 if t.role == "fc1" else 1) for t in VIT}
+    groups = group_by_gradient(VIT, energies, 3)
+    by_block = {t.block: groups[t.name] for t in VIT}
+    assert by_block == {0: "model/2", 3: "model/2", 1: "model/1", 4: "model/1", 2: "model/0", 5: "model/0"}
+
+
+def test_groups_by_depth_within_towers_and_outside_blocks() -> None:
+    targets = [
+        *[rs.TargetModule(name=f"v.{b}", in_features=4, out_features=4, tower="vision", block=b) for b in range(2)],
+        rs.TargetModule(name="p", in_features=4, out_features=4, tower="projector"),
+        *[rs.TargetModule(name=f"l.{b}", in_features=4, out_features=4, tower="language", block=b) for b in range(4)],
+    ]
+    assert list(group_by_depth(targets, 2).values()) == [
+        "vision/0", "vision/1", "projector/-", "language/0", "language/0", "language/1", "language/1",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match=r"^`n_groups` must be a whole number of at least 1, but got 0\.$"):
+        group_by_depth(targets, 0)
+
+
+GOOD = {t.name: 1.0 / np.arange(1, 9) for t in VIT}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ()}, "`targets` must hold at least one target module, but is empty; find others."),
+        ({"candidates": ()}, "`candidates` must hold an allocation, but is empty; give None to admit all."),
+        ({"groups": {}}, f"`groups` must name a group for every target module, but lacks `{VIT[0].name}`."),
+        ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`; profile it too."),
+        *(
+            ({"gains": GOOD | {VIT[1].name: np.array([1.0, wrong])}},
+             f"`gains` of `{VIT[1].name}` must be finite and not negative; take the profile again.")
+            for wrong in (np.nan, np.inf, -1.0)
+        ),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_searched_is_named(change: dict, message: str) -> None:
+    arguments = {"targets": VIT, "gains": GOOD, "budget": rs.ParameterBudget.uniform(VIT, 2),
+                 "groups": group_by_depth(VIT), **change}  # fmt: skip
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        rs.HierarchicalSpace(**arguments)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, "1"])
+def test_a_point_holds_finite_numbers(value: object) -> None:
+    space = rs.HierarchicalSpace(
+        targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=group_by_depth(VIT)
+    )
+    message = f"`point` must hold finite numbers, but 'tau' is {value!r}."
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        space.allocation(space.point(tau=1.0) | {"tau": value})
+
+
+def test_a_group_without_modules_is_no_dimension() -> None:
+    groups = {**group_by_depth(VIT), "elsewhere": "model/9"}
+    space = rs.HierarchicalSpace(targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=groups)
+    assert "group/model/9" not in {tilt.name for tilt in space.tilts}
+
+
+@pytest.mark.parametrize("energy", [np.nan, -1.0, np.inf, None])
+def test_energies_are_checked_before_they_are_grouped(energy: float | None) -> None:
+    energies = dict.fromkeys([t.name for t in VIT], 1.0) | {VIT[0].name: energy}
+    if energy is None:
+        del energies[VIT[0].name]
+    message = (
+        f"`energies` must hold a finite number from 0 on for every target module, but `{VIT[0].name}` has {energy}; "
+        "take the profile again."
+    )
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        group_by_gradient(VIT, energies)

@@ -1,0 +1,58 @@
+"""Errors in a user's own task reach the terminal as one line, with the user's file and line, also from worker processes."""
+
+from pathlib import Path
+
+import pytest
+from joblib import Parallel, delayed
+from typer.testing import CliRunner
+
+import rankscope as rs
+from rankscope.cli.app import app
+from rankscope.comparison.runner import Cell, _run_and_keep
+from rankscope.errors import TaskError
+from rankscope.training import Lora
+
+TASK = """
+import torch
+from torch import nn
+
+class Mine:
+    name, metric = "mine", "score"
+    def build_model(self):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    def train_batches(self, seed):
+        yield {"x": torch.ones(3, 4)}
+        yield {"x": -torch.ones(3, 4)}
+    def loss(self, model, batch):
+        return batch["y"].mean()
+    def evaluate(self, model, split="validation"):
+        return {"score": 0.5, "loss": 1.0}
+"""
+STUDY = "name: mine\ntask: mine.py:Mine\nbudget: {uniform_rank: 1}\ntraining: {steps: 1}\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(TASK)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def test_an_error_in_a_tasks_method_is_one_line(folder: Path) -> None:
+    given = ["profile", str(folder / "study.yaml"), "--out", str(folder / "out")]
+    message = "rankscope: the study's own code raised KeyError: 'y' (mine.py, line 14); --debug shows the traceback.\n"
+    done = CliRunner().invoke(app, given)
+    assert (done.exit_code, done.stderr) == (2, message)
+    done = CliRunner().invoke(app, [*given, "--debug"])
+    assert done.exit_code == 2
+    assert 'return batch["y"].mean()' in done.stderr
+
+
+def test_an_error_in_a_worker_names_the_line_too(folder: Path) -> None:
+    task = rs.load_task("mine.py:Mine", base_dir=folder)
+    targets = rs.find_targets(task.build_model())
+    uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
+    cell = Cell(method=Lora(uniform), config=rs.TrainingConfig(steps=1), seed=0)
+    with pytest.raises(TaskError, match=r"^the study's own code raised KeyError: 'y' \(mine\.py, line 14\); --debug"):
+        Parallel(n_jobs=2)(delayed(_run_and_keep)(task, cell, None) for _ in range(2))

@@ -1,0 +1,179 @@
+"""Study files: what they say, what overrides it, and how mistakes are named."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import rankscope as rs
+from rankscope.comparison import DEFAULT_METHODS
+from rankscope.control import Policy
+from rankscope.errors import SettingsError
+from rankscope.searching.confirmation import CONFIRM_FRACTION
+from rankscope.settings import read_study
+
+MINIMAL = "task: digits-shift\nbudget: {uniform_rank: 1}\n"
+TARGETS = (rs.TargetModule(name="fc", in_features=10, out_features=20),)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(Path("studies").glob("*.yaml")), ids=str)
+def test_the_committed_studies_are_valid(path: Path) -> None:
+    study = read_study(path)
+    assert study.name == path.stem
+    assert study.base_dir == Path("studies")
+
+
+def test_defaults_are_those_of_the_python_functions(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, MINIMAL))
+    assert study.training.resolve() == rs.TrainingConfig()
+    assert study.controller.resolve() == rs.ControllerConfig()
+    assert study.search.confirm_fraction == CONFIRM_FRACTION
+    assert tuple(study.compare.methods) == DEFAULT_METHODS
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    study = read_study(path, {"search.trials": 7, "seed": None, "training.learning_rate": 0.5})
+    assert (study.name, study.seed, study.search.trials) == ("study", 0, 7)
+    assert study.training.learning_rate == [0.5]
+    assert study.training.resolve() == rs.TrainingConfig(steps=100, learning_rate=0.5)
+    assert study.budget.resolve(TARGETS) == rs.ParameterBudget(30)
+    assert read_study(path, {"budget": {"parameters": 99}}).budget.resolve(TARGETS) == rs.ParameterBudget(99)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "sead: 1", "unknown key `sead`; did you mean `seed`?"),
+        (MINIMAL + "training: {stepz: 1}", "unknown key `training.stepz`; did you mean `training.steps`?"),
+        (MINIMAL + "search: {xyz: 1}", "unknown key `search.xyz`; known keys are "
+         "trials, seeds, confirm_fraction, fidelity, sampler, grouping, groups, storage, pruner."),
+        (MINIMAL + "training: {steps: many}", "`training.steps`: input should be a valid integer, "
+         "but got 'many'."),
+        (MINIMAL + "training: {learning_rate: -1}", "`training.learning_rate.0`: input should be greater than 0, but got -1."),
+        (MINIMAL + "trials: 3", "unknown key `trials`; did you mean `search.trials`?"),
+        (MINIMAL + "training: {margin: 3}", "unknown key `training.margin`; did you mean `controller.margin`?"),
+        (MINIMAL + "max_rank: 3", "unknown key `max_rank`; did you mean `allocation.max_rank` or `controller.max_rank`?"),
+        (MINIMAL + "seeds: 3", "unknown key `seeds`; did you mean `seed`?"),
+        (MINIMAL + "base_dir: x", "unknown key `base_dir`; known keys are name, task, targets, budget, seed, profile, allocation, training, search, controller, compare."),
+        (MINIMAL + "search: 3", "`search`: must be a section of keys and values, but got 3."),
+        (MINIMAL + "training: [1]", "`training`: must be a section of keys and values, but got [1]."),
+        (MINIMAL + "training: {learning_rate: .nan}", "`training.learning_rate.0`: input should be a finite number, but got nan."),
+        (MINIMAL + "training: {learning_rate: [1e-3, 1e400]}", "`training.learning_rate.1`: input should be a finite number, but got inf."),
+        (MINIMAL + "training: {learning_rate: []}", "`training.learning_rate`: must hold at least one value, but got []."),
+        (MINIMAL + "training: {weight_decay: -.inf}", "`training.weight_decay`: input should be a finite number, but got -inf."),
+        (MINIMAL + "training: {scaling: true}", "`training.scaling`: input should be a valid number, but got True."),
+        (MINIMAL + "training: {steps: true}", "`training.steps`: input should be a valid integer, but got True."),
+        (MINIMAL + "training: {steps: '8'}", "`training.steps`: input should be a valid integer, but got '8'."),
+        (MINIMAL + "training: {steps: 1.5}", "`training.steps`: input should be a valid integer, but got 1.5."),
+        (MINIMAL + "training: {steps: " + 4000 * "9" + "}", "`training.steps`: input should be less than or equal to 1000000000, but got an integer of about 4000 digits."),
+        (MINIMAL + "seed: -1", "`seed`: input should be greater than or equal to 0, but got -1."),
+        (MINIMAL + "seed: 9223372036854775808", "`seed`: input should be less than 2147483648, but got an integer of about 19 digits."),
+        (MINIMAL + "targets: 3", "`targets`: input should be a valid string, but got 3."),
+        (MINIMAL + "targets: [q_proj, 3]", "`targets`: input should be a valid string, but got ['q_proj', 3]."),
+        ("task: digits-shift\nbudget: {parameters: 1e30}\n", "`budget.parameters`: input should be a valid integer, but got 1e+30."),
+        ("task: digits-shift\nbudget:\n", "`budget`: give either `parameters` or `uniform_rank`."),
+        ("task:\nbudget: {uniform_rank: 1}\n", "`task`: input should be a valid string, but got None."),
+        ("task: digits-shift\n", "the key `budget` is missing; add it."),
+        ("task: digits-shift\nbudget: {}\n", "`budget`: give either `parameters` or `uniform_rank`."),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_key_and_file(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError, match=f"^{re.escape(f'`{path}`: {message}')}$"):
+        read_study(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/abs", "", " ", ".", "..", ".hidden", "a/b", "a\\b", "con", "COM1.txt", "a.", "a ", "x" * 101, "a\nb", "a\0b", "a:b", "\u202eb"],
+)  # fmt: skip
+def test_a_name_stays_in_the_output_folder(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + f"name: {json.dumps(name)}\n")
+    with pytest.raises(SettingsError) as caught:
+        read_study(path)
+    message = str(caught.value)
+    if "\0" not in name:
+        assert message.startswith(f"`{path}`: `name`: must be fit to name a folder: at most 100 letters")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["a", "My study (2), v1.0+x", "größe", "конфигурация", "x" * 100, "constant"])
+def test_usual_names_are_names(name: str, tmp_path: Path) -> None:
+    assert read_study(write(tmp_path, MINIMAL + f"name: {json.dumps(name)}\n")).name == name
+
+
+def test_sections_may_be_empty(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "search:\ntraining: {}\ncontroller:\n")
+    assert read_study(path) == read_study(write(tmp_path, MINIMAL))
+    path = write(tmp_path, MINIMAL + "search:\n")
+    assert read_study(path, {"search.trials": 5}).search.trials == 5
+    assert read_study(path, {"profile.batches": 5}).profile.batches == 5
+
+
+@pytest.mark.parametrize(("text", "value"), [("3", "3"), ("[1]", "[1]"), ("on", "True")])
+def test_a_flag_into_what_is_no_section_is_told(text: str, value: str, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + f"search: {text}\n")
+    message = f"`{path}`: `search` must be a section of keys and values, but is {value}."
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        read_study(path, {"search.trials": 5})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, True, "8", 10**30, [], {}])
+def test_no_number_of_any_section_takes_what_is_none(value: object, tmp_path: Path) -> None:
+    """Every numeric key of every section, as a flag may set it."""
+    path = write(tmp_path, MINIMAL)
+    for section in ("profile", "training", "search", "controller", "compare", "allocation", "budget"):
+        for key, default in getattr(read_study(path), section):
+            annotation = str(type(getattr(read_study(path), section)).model_fields[key].annotation)
+            if not re.search(r"\b(int|float)\b", annotation) or isinstance(default, str):
+                continue
+            if value == 10**30 and "float" in annotation:
+                continue
+            overrides = {f"{section}.{key}": value}
+            if section == "budget":
+                overrides = {"budget": {key: value}}
+            if value == [] and key == "uniform_budgets":
+                continue
+            with pytest.raises(SettingsError, match=rf"^`{re.escape(str(path))}`: `{section}\.{key}(\.0)?`: "):
+                read_study(path, overrides)
+
+
+def test_paths_start_from_the_study_file(tmp_path: Path) -> None:
+    def storage(url: str) -> str | None:
+        return read_study(write(tmp_path, MINIMAL + f"search: {{storage: '{url}'}}\n")).search.storage
+
+    assert storage("sqlite:///db/a.db") == f"sqlite:///{tmp_path}/db/a.db"
+    assert storage("sqlite+pysqlite:///a.db") == f"sqlite+pysqlite:///{tmp_path}/a.db"
+    for url in ("sqlite:////tmp/a.db", "sqlite:///:memory:", "sqlite://", "postgresql:///a", "mysql://u@h/a"):
+        assert storage(url) == url
+    path = write(tmp_path, MINIMAL)
+    assert read_study(path, {"search.storage": "sqlite:///a.db"}).search.storage == "sqlite:///a.db"
+
+
+def test_a_controllers_mode_may_be_what_yaml_reads_as_true(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, MINIMAL + "controller: {mode: on, every: 7, margin: 0.1}\n"))
+    assert study.controller.mode == "on"
+    assert study.controller.resolve() == rs.ControllerConfig(every=7, policy=Policy(margin=0.1))
+    assert read_study(write(tmp_path, MINIMAL)).controller.resolve() == rs.ControllerConfig()
+
+
+def test_files_that_are_no_study(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"must hold a study, but there is no such file; check the path\.$"):
+        read_study(tmp_path / "none.yaml")
+    with pytest.raises(SettingsError, match="must hold a study as YAML, but it cannot be parsed"):
+        read_study(write(tmp_path, "task: [unclosed"))
+    with pytest.raises(SettingsError, match=r"must hold a study, as keys and values, but holds str\.$"):
+        read_study(write(tmp_path, "just text"))
+    with pytest.raises(SettingsError, match=r"must hold a study, as keys and values, but is empty\.$"):
+        read_study(write(tmp_path, "# nothing yet"))
+    for path in ("a\0b", "x" * 5000, "\ud800", tmp_path):
+        with pytest.raises(SettingsError, match=r"must hold a study, but cannot be read \(.*\); check the path\.$"):
+            read_study(path)

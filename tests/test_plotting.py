@@ -1,7 +1,8 @@
-"""Ranks over time and the budget's flow: the data behind them by hand, and that each figure says what it shows."""
+"""Plots: the data behind them by hand, and that every value is where its labels say."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,17 @@ import pytest
 
 import rankscope as rs
 from rankscope.errors import ModelError, SettingsError
-from rankscope.plotting import budget_flow, plot_flow, plot_trajectories, spread, waypoints
+from rankscope.plotting import (
+    budget_flow,
+    module_grids,
+    plot_energy,
+    plot_flow,
+    plot_ranks,
+    plot_trajectories,
+    save_figure,
+    spread,
+    waypoints,
+)
 from tests.architectures import build
 from tests.inventories import vit_inventory
 
@@ -36,14 +47,14 @@ def decided(targets: Sequence[rs.TargetModule], ranks: Sequence[Sequence[int]], 
 
 def test_waypoints_are_the_start_and_every_move() -> None:
     found = waypoints(decided(PAIR, [(4, 2), (2, 3), (2, 3), (0, 4)]), PAIR)
-    assert [(w.step, w.allocation.vector) for w in found] == [(0, (4, 2)), (5, (2, 3)), (15, (0, 4))]
+    assert [(step, each.vector) for step, each in found] == [(0, (4, 2)), (5, (2, 3)), (15, (0, 4))]
 
 
 def test_modules_are_matched_by_name() -> None:
     """The frame's order is the model's; the targets may come in another, and hold modules that are not watched."""
     bystander = rs.TargetModule(name="c", in_features=4, out_features=4)
     found = waypoints(decided(PAIR, [(4, 2), (2, 3)]), (bystander, *reversed(PAIR)))
-    assert [dict(w.allocation.ranks) for w in found] == [
+    assert [dict(each.ranks) for _, each in found] == [
         {"c": 0, "b.0.up": 2, "a.0.q": 4},
         {"c": 0, "b.0.up": 3, "a.0.q": 2},
     ]
@@ -62,20 +73,21 @@ def test_spread_keeps_both_ends_and_even_distances(n: int) -> None:
 def test_flow_is_each_roles_share_of_the_parameters() -> None:
     """Ranks cost 128 and 256: 512 and 512 parameters, then 256 and 768, then 0 and 1,024."""
     flow = budget_flow(decided(PAIR, [(4, 2), (2, 3), (2, 3), (0, 4), (0, 4)]), PAIR)
-    assert (flow.steps, flow.frozen) == ([0, 5, 15], 20)
-    assert list(zip(flow.towers, flow.roles, strict=True)) == [("vision", "q_proj"), ("language", "up_proj")]
-    assert flow.shares.tolist() == [[0.5, 0.25, 0.0], [0.5, 0.75, 1.0]]
+    assert flow.columns.tolist() == [0, 5, 15]
+    assert flow.index.tolist() == [("vision", "q_proj"), ("language", "up_proj")]
+    assert flow.to_numpy().tolist() == [[0.5, 0.25, 0.0], [0.5, 0.75, 1.0]]
 
 
 def test_flow_sums_blocks_and_loses_nothing() -> None:
     targets = rs.find_targets(build("llava"))
     ranks = np.random.default_rng(0).integers(0, 4, (3, len(targets)))
     flow = budget_flow(decided(targets, ranks), targets)
-    assert np.allclose(flow.shares.sum(axis=0), 1.0)
-    row = [*zip(flow.towers, flow.roles, strict=True)].index(("language", "v_proj"))
+    assert np.allclose(flow.sum(), 1.0)
     costs = np.array([t.rank_cost for t in targets])
     mine = np.array([t.tower == "language" and t.role == "v_proj" for t in targets])
-    assert np.allclose(flow.shares[row], (ranks * costs * mine).sum(axis=1) / (ranks * costs).sum(axis=1))
+    assert np.allclose(
+        flow.loc[("language", "v_proj")], (ranks * costs * mine).sum(axis=1) / (ranks * costs).sum(axis=1)
+    )
 
 
 def test_trajectories_write_each_rank_and_frame_gains() -> None:
@@ -118,3 +130,33 @@ def test_bad_input(plot: object) -> None:
     with pytest.raises(SettingsError) as others:
         plot(decided(PAIR, [(4, 2), (2, 3)]), PAIR[1:])
     assert str(others.value) == "`ranks` must name target modules only, but names 'a.0.q'."
+
+
+def test_grids_hold_every_module_once() -> None:
+    targets = rs.find_targets(build("llava"))
+    grids = module_grids(targets, {t.name: float(i + 1) for i, t in enumerate(targets)})
+    assert [grid.tower for grid in grids] == ["vision", "projector", "language"]
+    for grid in grids:
+        for t in (t for t in targets if t.tower == grid.tower):
+            row, column = grid.roles.index(t.role), grid.blocks.index("-" if t.block is None else str(t.block))
+            assert grid.values[row, column] == targets.index(t) + 1
+    assert sum(np.isfinite(grid.values).sum() for grid in grids) == len(targets)
+    assert grids[2].roles == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_rank_plots_write_each_rank(tmp_path: Path) -> None:
+    targets = vit_inventory()
+    one_rank = rs.RankAllocation.from_ranks(targets, {targets[0].name: 7}, strategy="one-shot")
+    figure = plot_ranks(rs.RankAllocation(targets, (1,) * 36, strategy="uniform"), one_rank)
+    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    assert [axis.get_title(loc="left") for axis in panels] == ["uniform: 6,912 parameters", "one-shot: 896 parameters"]
+    texts = [[text.get_text() for text in axis.texts] for axis in panels]
+    assert texts[0] == ["1"] * 36
+    assert texts[1].count("7") == 1
+    assert texts[1].count("·") == 35
+    assert save_figure(figure, tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_energy_plot(digits_profile: rs.Profile) -> None:
+    figure = plot_energy(digits_profile)
+    assert figure.axes[0].get_title(loc="left") == "gradient energy per parameter of one rank, 7 batches"

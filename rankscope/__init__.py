@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from rankscope.searching import SearchResult as SearchResult
     from rankscope.searching import search as search
     from rankscope.searching import suggest_allocation as suggest_allocation
+    from rankscope.settings import AllocationSettings as AllocationSettings
+    from rankscope.settings import BudgetSettings as BudgetSettings
+    from rankscope.settings import CompareSettings as CompareSettings
+    from rankscope.settings import ControllerSettings as ControllerSettings
+    from rankscope.settings import ProfileSettings as ProfileSettings
+    from rankscope.settings import SearchSettings as SearchSettings
+    from rankscope.settings import StudySettings as StudySettings
+    from rankscope.settings import TrainingSettings as TrainingSettings
     from rankscope.strategies import allocate as allocate
     from rankscope.targets import TargetModule as TargetModule
     from rankscope.targets import find_targets as find_targets
@@ -39,20 +47,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AllocationSettings": "rankscope.settings",
+    "BudgetSettings": "rankscope.settings",
+    "CompareSettings": "rankscope.settings",
     "Comparison": "rankscope.comparison",
     "ControllerConfig": "rankscope.control",
+    "ControllerSettings": "rankscope.settings",
     "HierarchicalSpace": "rankscope.searching",
     "ParameterBudget": "rankscope.budget",
     "PerformanceModel": "rankscope.performance",
     "PerformanceModelSampler": "rankscope.searching",
     "Profile": "rankscope.profiling",
+    "ProfileSettings": "rankscope.settings",
     "RankAllocation": "rankscope.allocation",
     "RankController": "rankscope.control",
     "RankControllerCallback": "rankscope.control",
     "SearchResult": "rankscope.searching",
+    "SearchSettings": "rankscope.settings",
+    "StudySettings": "rankscope.settings",
     "TargetModule": "rankscope.targets",
     "Task": "rankscope.tasks",
     "TrainingConfig": "rankscope.training",
+    "TrainingSettings": "rankscope.settings",
     "allocate": "rankscope.strategies",
     "compare": "rankscope.comparison",
     "find_targets": "rankscope.targets",

@@ -541,6 +541,8 @@ def _parts(value: Any, torch: Any, pandas: Any) -> list[Any]:
         return [value.to_numpy().tolist(), list(getattr(value, "columns", ()))]
     if torch and isinstance(value, torch.nn.Module):
         return [value.state_dict(), _settings(getattr(value, "config", None))]
+    if hasattr(value, "terms"):  # settings
+        return [part for item in value.terms(exclude_defaults=True).items() for part in item]
     if is_dataclass(value) and not isinstance(value, type):
         own = ((field, getattr(value, field.name)) for field in fields(value))
         return [part for field, each in own if not _is_default(field, each) for part in (field.name, each)]

@@ -1,21 +1,29 @@
-"""Study files: YAML checked by pydantic. One file says what is profiled, searched, trained, and under which budget."""
+"""All settings: the same frozen models are keyword arguments in Python, sections of a study file, and CLI overrides.
+
+Functions take `settings: SearchSettings | None = None, **overrides` and call `SearchSettings.of(settings, **overrides)`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Number
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveFloat,
+    PrivateAttr,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -23,168 +31,320 @@ from pydantic import (
 from rankscope.errors import FileError, SettingsError, shown
 from rankscope.files import read_yaml
 
-if TYPE_CHECKING:
-    from rankscope.budget import ParameterBudget
-    from rankscope.control import ControllerConfig
-    from rankscope.performance import PerformanceModel
-    from rankscope.targets import TargetModule
-    from rankscope.training import TrainingConfig
+MAX_COUNT = 10**9  # of anything that is counted
+
+# Names that changed, by class; the old ones work for one release.
+RENAMED = {
+    "ProfileSettings": {"batches": "n_batches"},
+    "SearchSettings": {"trials": "n_trials", "seeds": "n_seeds", "groups": "n_groups"},
+    "ControllerSettings": {"margin": "hysteresis", "min_gain": "min_gain_ratio"},
+    "CompareSettings": {"seeds": "n_seeds", "tuning_seeds": "n_tuning_seeds"},
+}
+
+SamplerName = Literal["performance-model", "tpe", "random"]
+PrunerName = Literal["none", "median", "hyperband"]
+Grouping = Literal["depth", "gradient"]
+ControllerMode = Literal["off", "on", "auto"]
+RankChange = Literal["auto", "resize", "mask"]
+
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
-MOST = 10**9  # of anything that is counted
+def _as_tuple(value: Any) -> Any:
+    """A tuple of a list, or of a single text or number; pydantic's strict mode takes nothing else."""
+    if isinstance(value, int | float | str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
-Count = Annotated[int, Field(gt=0, le=MOST)]
-Rank = Annotated[int, Field(ge=1, le=MOST)]
+
+def _as_mode(value: Any) -> Any:
+    """YAML reads `on` and `off` as true and false."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
 
 
-class _Section(BaseModel):
-    """Keys with values: numbers are finite, and neither texts nor truth values. A section that is empty has its defaults."""
+Factors = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_tuple)]
+Rate = Annotated[float, Field(gt=0)]
+Rates = Annotated[
+    tuple[Rate, ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1),
+    AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates),
+]
+
+
+def _renamed(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with new names in place of old ones."""
+    names = RENAMED.get(model.__name__, {})
+    for old in names.keys() & values.keys():
+        _warn_renamed(old, names[old])
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(f"`{old}` is now `{new}`; the old name goes in the next release", FutureWarning, stacklevel=2)
+
+
+class Settings(BaseModel):
+    """The common base: frozen and strict. Numbers must be finite, and neither texts nor truth values.
+
+    Raises:
+        SettingsError: A name is unknown, or a value has the wrong type or is out of range.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    _free: ClassVar[frozenset[str]] = frozenset()  # fields on which results do not depend
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingsError(_first_problem(error, type(self))) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # sections of a study are validated without it
+
+    @classmethod
+    def of(cls, settings: Self | None = None, /, **overrides: Any) -> Self:
+        """Settings with some values replaced; without settings, the defaults.
+
+        Raises:
+            SettingsError: A name is unknown (the nearest known one is named), or a value is out of range.
+
+        >>> SearchSettings.of(SearchSettings(n_trials=20), fidelity=0.5).n_trials
+        20
+        """
+        if settings is not None and not isinstance(settings, cls):
+            raise SettingsError(f"`settings` must be {cls.__name__}, but got {shown(settings)}.")
+        return cls(**{**(dict(settings) if settings else {}), **_renamed(cls, overrides)})
+
+    def terms(self, *, exclude_defaults: bool = False) -> dict[str, Any]:
+        """The values on which results depend, for fingerprints; also without defaults, so that new fields change nothing."""
+        return self.model_dump(exclude=set(self._free), exclude_defaults=exclude_defaults)
+
     @model_validator(mode="before")
     @classmethod
-    def _empty_has_defaults(cls, values: Any) -> Any:
-        return {} if values is None else values
+    def _prepared(cls, values: Any) -> Any:
+        """An empty section has its defaults, old names get their new ones, and NumPy numbers become Python's."""
+        if values is None:
+            return {}
+        if not isinstance(values, dict):
+            return values
+        items = _renamed(cls, values).items()
+        return {key: each.item() if isinstance(each, Number) and hasattr(each, "item") else each for key, each in items}
 
 
-class BudgetSection(_Section):
-    """Either adapter parameters, or what uniform LoRA of a rank would use."""
+class BudgetSettings(Settings):
+    """The most adapter parameters: `parameters`, or what uniform LoRA of rank `uniform_rank` uses."""
 
-    parameters: Annotated[int, Field(gt=0, lt=2**63)] | None = None
-    uniform_rank: Rank | None = None
+    parameters: int | None = Field(None, gt=0, lt=2**63, description="Adapter parameters.")
+    uniform_rank: Count | None = Field(None, description="As many parameters as uniform LoRA of this rank uses.")
 
     @model_validator(mode="after")
-    def _exactly_one(self) -> BudgetSection:
+    def _exactly_one(self) -> Self:
         if (self.parameters is None) == (self.uniform_rank is None):
             raise ValueError("give either `parameters` or `uniform_rank`")
         return self
 
-    def resolve(self, targets: tuple[TargetModule, ...]) -> ParameterBudget:
-        """The budget in parameters."""
-        from rankscope.budget import ParameterBudget
 
-        if self.uniform_rank is not None:
-            return ParameterBudget.uniform(targets, self.uniform_rank)
-        assert self.parameters is not None
-        return ParameterBudget(self.parameters)
+class ProfileSettings(Settings):
+    """How a profile is taken."""
 
+    _free = frozenset({"keep_partial"})
 
-class ProfileSection(_Section):
-    """How the profile is taken; see `rankscope.profile`."""
-
-    batches: int | None = Field(None, ge=2, le=MOST)
-    head_steps: int = Field(100, ge=0, le=MOST)
-    sketch_size: int | None = Field(None, ge=2, le=MOST)
-    tolerance: float | None = Field(None, ge=0)
-    keep_directions: int = Field(0, ge=0, le=MOST)
-
-
-class AllocationSection(_Section):
-    """Which one-shot strategy `allocate` runs, and the bounds that search shares; see `rankscope.allocate`."""
-
-    strategy: str = "one-shot"
-    options: dict[str, Any] = {}
-    min_rank: int = Field(0, ge=0, le=MOST)
-    max_rank: Rank | None = None
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, int | float | str) else value
-
-
-class TrainingSection(_Section):
-    """The schedule; see `rankscope.TrainingConfig`. `learning_rate` may be a list: search tunes it for every allocation."""
-
-    steps: Count = 100
-    learning_rate: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_as_list), Field(min_length=1)] = [
-        1e-3
-    ]
-    head_learning_rate: float | None = Field(None, gt=0)
-    warmup_fraction: float = Field(0.1, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
-    gradient_accumulation: Count = 1
-    scaling: float = Field(2.0, gt=0)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    evaluate_every: Count | None = None
-
-    def resolve(self) -> TrainingConfig:
-        """The schedule at the first learning rate."""
-        from rankscope.training import TrainingConfig
-
-        values = self.model_dump()
-        return TrainingConfig(**{**values, "learning_rate": self.learning_rate[0]})
+    n_batches: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_COUNT,
+        description="Batches to profile. Default: all; of a task, an epoch of training batches.",
+    )
+    head_steps: Natural = Field(100, description="AdamW steps that warm up a fresh head before gradients are recorded.")
+    sketch_size: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_COUNT,
+        description="Singular values measured for each module; those beyond are estimated. Default: twice the mean rank "
+        "of the budget, at least 56, if that fits a quarter of the model's weights or 1 GiB.",
+    )
+    tolerance: float | None = Field(
+        None, ge=0, description="Stop when the leading 8 singular values change by at most this share. Default: never."
+    )
+    keep_directions: Natural = Field(
+        0, description="Leading singular vectors kept for each module, to initialise adapters from."
+    )
+    max_skipped: float = Field(
+        0.1, ge=0, le=1, description="Largest share of batches that may be skipped because their loss is not finite."
+    )
+    keep_partial: bool = Field(False, description="On Ctrl-C, keep the profile of the batches so far.")
 
 
-class SearchSection(_Section):
-    """The search; see `rankscope.search`. `storage` None: `search.db` (SQLite) in the output folder."""
+class AllocationSettings(Settings):
+    """The one-shot strategy, and the bounds on ranks, which also hold for the search."""
 
-    trials: Count = 60
-    seeds: Count = 1
-    confirm_fraction: float = Field(0.25, ge=0, lt=1)
-    fidelity: float = Field(1.0, gt=0, le=1)
-    sampler: Literal["performance-model", "tpe", "random"] = "performance-model"
-    grouping: Literal["depth", "gradient"] = "depth"
-    groups: Count = 3
-    storage: str | None = None
-    pruner: Literal["none", "median", "hyperband"] = "none"
+    strategy: str = Field("one-shot", description="The one-shot strategy.")
+    options: dict[str, Any] = Field({}, description="Options of the strategy.")
+    min_rank: Natural = Field(0, description="Smallest rank of a target module.")
+    max_rank: Count | None = Field(None, description="Largest rank of a target module. Default: its full rank.")
 
 
-def _on_off(value: Any) -> Any:
-    """YAML reads on and off as true and false."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+class TrainingSettings(Settings):
+    """How a model is fine-tuned: AdamW with linear warm-up and linear decay.
 
-
-class ControllerSection(_Section):
-    """Whether ranks move while `rankscope train` trains, and how; see `rankscope.ControllerConfig` and its `Policy`.
-
-    `auto`: on where the allocation to start from rests on no gradient (uniform, random).
+    >>> settings = TrainingSettings(steps=300, learning_rate=[1e-4, 5e-4])
+    >>> settings.learning_rates, settings.at(5e-4).peak_learning_rate
+    ((0.0001, 0.0005), 0.0005)
     """
 
-    mode: Annotated[Literal["off", "on", "auto"], BeforeValidator(_on_off)] = "off"
-    every: Count | None = None
-    freeze_fraction: float = Field(0.3, gt=0, le=1)
-    samples: Count = 8
-    margin: float = Field(0.3, ge=0)
-    min_gain: float = Field(0.5, ge=0)
-    cooldown: int = Field(0, ge=0, le=MOST)
-    coarse_fraction: float = Field(0.5, ge=0, le=1)
-    max_rank: Rank | None = None
+    steps: Count = Field(100, description="Optimizer steps.")
+    learning_rate: Annotated[
+        Annotated[Rate, Tag("float")] | Annotated[Rates, Tag("list[float]")],
+        Discriminator(lambda value: "list[float]" if isinstance(value, list | tuple) else "float"),
+    ] = Field(
+        1e-3, description="Peak learning rate. Of a list, search and comparison choose the best rate by validation."
+    )
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate of the task's head. Default: `learning_rate`."
+    )
+    warmup_fraction: float = Field(
+        0.1, ge=0, le=1, description="Share of the steps over which the rate rises from zero."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
+    gradient_accumulation: Count = Field(1, description="Batches for each optimizer step.")
+    scaling: float = Field(2.0, gt=0, description="LoRA's alpha / r: the factor on every update, whatever its rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of adapters.")
+    evaluate_every: Count | None = Field(
+        None, description="Steps between intermediate evaluations. Default: only at the end."
+    )
 
-    def resolve(self, performance_model: PerformanceModel | None = None) -> ControllerConfig:
-        """The controller's settings."""
-        from rankscope.control import ControllerConfig, Policy
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """All rates to choose from."""
+        return self.learning_rate if isinstance(self.learning_rate, tuple) else (self.learning_rate,)
 
-        policy = Policy(
-            margin=self.margin,
-            min_gain=self.min_gain,
-            cooldown=self.cooldown,
-            coarse_fraction=self.coarse_fraction,
-            max_rank=self.max_rank,
-        )
-        return ControllerConfig(
-            every=self.every,
-            freeze_fraction=self.freeze_fraction,
-            samples=self.samples,
-            policy=policy,
-            performance_model=performance_model,
-        )
+    @property
+    def peak_learning_rate(self) -> float:
+        """The only learning rate.
+
+        Raises:
+            SettingsError: There are several to choose from.
+        """
+        if isinstance(self.learning_rate, tuple):
+            raise SettingsError(f"`learning_rate` must be one number here, but got {self.learning_rate}; choose one.")
+        return self.learning_rate
+
+    def at(self, learning_rate: float) -> TrainingSettings:
+        """These settings at one learning rate."""
+        return self.of(self, learning_rate=learning_rate)
 
 
-class CompareSection(_Section):
-    """What `rankscope compare` compares; see `rankscope.compare`.
+class SearchSettings(Settings):
+    """How allocations are searched."""
 
-    `uniform_budgets`: factors of the budget at which uniform alone is trained too, to see how much it must grow.
+    _free = frozenset({"n_trials", "confirm_fraction", "storage", "pruner"})  # more of the same, or the same elsewhere
+
+    n_trials: Count = Field(60, description="Trainings in all, confirmation included.")
+    n_seeds: Count = Field(1, description="Training seeds of each trial; each counts as one of `n_trials`.")
+    confirm_fraction: float = Field(
+        0.25, ge=0, lt=1, description="Share of the trainings that re-train finalists on fresh seeds. 0: none."
+    )
+    fidelity: float = Field(1.0, gt=0, le=1, description="Share of the training steps that a trial takes.")
+    sampler: SamplerName = Field("performance-model", description="What proposes allocations.")
+    grouping: Grouping = Field(
+        "depth", description="What groups the blocks of a tower: their depth, or k-means over their gradients."
+    )
+    n_groups: Count = Field(3, description="Block groups in each tower.")
+    storage: str | None = Field(
+        None,
+        description="Where trials are kept, as Optuna takes it; relative SQLite paths start from the study file. "
+        "Default: `search.db` in the output folder.",
+    )
+    pruner: PrunerName = Field(
+        "none", description="What stops bad trials early; needs `training.evaluate_every` below the steps of a trial."
+    )
+
+
+class ControllerSettings(Settings):
+    """How ranks move during training, and when a move is worth making.
+
+    >>> ControllerSettings().every_of(1000), ControllerSettings().every_of(100), ControllerSettings(every=10).every_of(100)
+    (50, 7, 10)
     """
 
-    methods: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = [
-        "uniform", "one-shot", "random", "controller", "adalora", "eva",
-    ]  # fmt: skip
-    seeds: Count = 8
-    tuning_seeds: Count = 2
-    budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list), Field(min_length=1)] = [1.0]
-    uniform_budgets: Annotated[list[PositiveFloat], BeforeValidator(_as_list)] = []
+    _free = frozenset({"mode"})
+
+    mode: Annotated[ControllerMode, BeforeValidator(_as_mode)] = Field(
+        "off",
+        description="Whether ranks move in `rankscope train`. auto: if the initial allocation uses no gradient "
+        "(uniform, random).",
+    )
+    every: Count | None = Field(
+        None,
+        description="Optimizer steps between decisions. Default: 50; less in short runs, so that four decisions fit.",
+    )
+    freeze_fraction: float = Field(0.3, gt=0, le=1, description="Share of the run after which ranks stay fixed.")
+    samples: Count = Field(8, description="Steps before each decision whose gradients are recorded.")
+    rank_change: RankChange = Field(
+        "auto",
+        description="How ranks change: `resize` the factors, or `mask` them at fixed capacity. auto: masks under several "
+        "processes, DistributedDataParallel and torch.compile, and where the model already has masks.",
+    )
+    sketch_size: int | None = Field(
+        None,
+        ge=2,
+        le=MAX_COUNT,
+        description="Singular values of the gradient measured for each module. Default: twice the largest rank, "
+        "at least 16, if that fits a quarter of the model's weights or 1 GiB.",
+    )
+    hysteresis: float = Field(
+        0.3,
+        ge=0,
+        description="A transfer must gain this share more than it gives up; the share grows as the gradient's signal falls.",
+    )
+    min_gain_ratio: float = Field(
+        0.5,
+        ge=0,
+        description="Least gain of a move, as a share of the gradient energy, over the share of the budget it moves.",
+    )
+    cooldown: Natural = Field(0, description="Decisions during which a module that moved stays fixed.")
+    coarse_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the time until the freeze in which a decision may move all modules; later ones move one rank.",
+    )
+    max_rank: Count | None = Field(None, description="Largest rank of a module. Default: its full rank.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_was_rank_change(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("mode") in ("resize", "mask"):
+            _warn_renamed("mode", "rank_change")
+            values = {**values, "rank_change": values["mode"], "mode": "off"}
+        return values
+
+    def every_of(self, steps: int) -> int:
+        """Optimizer steps between decisions, in a run of `steps` steps."""
+        return self.every or max(1, min(50, int(self.freeze_fraction * steps) // 4))
+
+
+class CompareSettings(Settings):
+    """What is compared at equal parameters, on how many seeds."""
+
+    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
+        ("uniform", "one-shot", "random", "controller", "adalora", "eva"),
+        min_length=1,
+        description="Strategies, `uniform-rslora`, `qv-only`, `searched`, `controller`, `controller-STRATEGY`, `adalora`, "
+        "`eva`, `full`, `head`, or `path/to/file.py:function`.",
+    )
+    n_seeds: Count = Field(8, description="Reported runs of each method.")
+    n_tuning_seeds: Count = Field(2, description="Runs that choose each method's learning rate.")
+    budgets: Factors = Field(
+        (1.0,), min_length=1, description="Factors of the budget at which all methods are compared."
+    )
+    uniform_budgets: Factors = Field(
+        (), description="Further factors for uniform alone: how much must it grow to match the others?"
+    )
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -200,42 +360,43 @@ def _folder_name(name: str) -> str:
     return name
 
 
-class Study(_Section):
-    """A whole study file.
+class StudySettings(Settings):
+    """A whole study file."""
 
-    Attributes:
-        name: Of the study, its output folder and its Optuna study; default: the file's name.
-        task: A ready task's name, a mapping for a generic one, or `path/to/file.py:factory`.
-        targets: `all-linear`, a regex, or a list of names.
-        budget: The limit.
-        seed: Of profile, strategy, sampler and training.
-        base_dir: The folder that relative paths in the file start from.
-    """
+    name: Annotated[str, AfterValidator(_folder_name)] = Field(
+        "study", description="Name of the study, its output folder and its Optuna study. Default: the file's name."
+    )
+    task: str | dict[str, Any] = Field(
+        description="A ready task, a mapping for a generic one, or `path/to/file.py:factory`."
+    )
+    targets: str | list[str] = Field("all-linear", description="`all-linear`, a regex, or a list of module names.")
+    budget: BudgetSettings = Field(description="The most adapter parameters.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of profile, strategy, sampler and training.")
+    profile: ProfileSettings = ProfileSettings()
+    allocation: AllocationSettings = AllocationSettings()
+    training: TrainingSettings = TrainingSettings()
+    search: SearchSettings = SearchSettings()
+    controller: ControllerSettings = ControllerSettings()
+    compare: CompareSettings = CompareSettings()
 
-    name: Annotated[str, AfterValidator(_folder_name)]
-    task: str | dict[str, Any]
-    targets: str | list[str] = "all-linear"
-    budget: BudgetSection
-    seed: int = Field(0, ge=0, lt=2**31)  # scikit-learn takes no larger ones, and runs count on from it
-    profile: ProfileSection = ProfileSection()
-    allocation: AllocationSection = AllocationSection()
-    training: TrainingSection = TrainingSection()
-    search: SearchSection = SearchSection()
-    controller: ControllerSection = ControllerSection()
-    compare: CompareSection = CompareSection()
-    base_dir: Path = Field(Path(), exclude=True)
+    _base_dir: Path = PrivateAttr(Path())
+
+    @property
+    def base_dir(self) -> Path:
+        """The study file's folder; relative paths start from it."""
+        return self._base_dir
 
 
-def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Study:
-    """Reads and checks a study file.
+def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySettings:
+    """Read and check a study file.
 
     Args:
         path: The YAML file.
-        overrides: Values by dotted key, as in `{"search.trials": 20}`; they replace those of the file. None values
-            are passed over.
+        overrides: Values by dotted key, as in `{"search.n_trials": 20}`; they replace those of the file. A key of the
+            budget replaces the whole budget. None values are passed over.
 
     Raises:
-        SettingsError: The file is missing, not YAML, or a key is unknown or ill-typed; key, file and nearest key are named.
+        SettingsError: The file is missing or not YAML, or a key is unknown or ill-typed; file and nearest key are named.
     """
     path = Path(path)
     try:
@@ -248,26 +409,21 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     search = values.get("search")
     if isinstance(search, dict) and isinstance(search.get("storage"), str):
         search["storage"] = _from_folder(search["storage"], path.parent)
-    for dotted, value in (overrides or {}).items():
-        if value is not None:
-            _set(values, dotted, value, where=f"`{path}`")
-    if "base_dir" in values:
-        raise SettingsError(f"`{path}`: unknown key `base_dir`; {_hint(['base_dir'])}")
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if any(key.startswith("budget.") for key in given):
+        values["budget"] = {}
+    for dotted, value in given.items():
+        _set(values, dotted, value, where=f"`{path}`")
     try:
-        return Study.model_validate({"name": path.stem, **values, "base_dir": path.parent})
+        study = StudySettings.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        raise SettingsError(f"`{path}`: {_first_problem(error)}") from None
-
-
-def given_flags(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given, as `read_study` takes them: either key of the budget replaces the file's budget."""
-    flags = {key: value for key, value in overrides.items() if value is not None}
-    budget = {key: flags.pop(f"budget.{key}") for key in ("parameters", "uniform_rank") if f"budget.{key}" in flags}
-    return {**flags, "budget": budget} if budget else flags
+        raise SettingsError(f"`{path}`: {_first_problem(error, StudySettings)}") from None
+    study._base_dir = path.parent
+    return study
 
 
 def _from_folder(storage: str, folder: Path) -> str:
-    """The storage; a file of SQLite that is given by a relative path starts from the study file's folder."""
+    """The storage; a relative path of SQLite starts from the study file's folder."""
     scheme, found, file = storage.partition(":///")
     if not found or not re.fullmatch(r"sqlite(\+\w+)?", scheme) or not file or file.startswith((":", "file:")):
         return storage
@@ -285,13 +441,13 @@ def _set(values: dict[Any, Any], dotted: str, value: Any, *, where: str) -> None
     values[last] = value
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first problem, by its dotted key; pydantic's own message is a page."""
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem in one line, by its dotted key; pydantic's own message is a page."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"] if not _is_type(part)]
-    key = ".".join(parts) or "study"
+    key = ".".join(parts) or model.__name__.removesuffix("Settings").lower()
     if first["type"] == "extra_forbidden":
-        return f"unknown key `{key}`; {_hint(parts)}"
+        return f"unknown key `{key}`; {_hint(parts, model)}"
     if first["type"] == "missing":
         return f"the key `{key}` is missing; add it."
     message = first["msg"].removeprefix("Value error, ")
@@ -307,26 +463,27 @@ def _first_problem(error: ValidationError) -> str:
 
 def _is_type(part: object) -> bool:
     """Whether a part of pydantic's location is no key, but which of a union's types was tried."""
-    return part == "str" or str(part).startswith(("function-", "list[", "dict["))
+    return part in ("str", "float") or str(part).startswith(("function-", "list[", "dict[", "tuple["))
 
 
-def _hint(parts: list[str]) -> str:
+def _hint(parts: list[str], model: type[BaseModel]) -> str:
     """What an unknown key may have been meant for: one that is alike here, or the same in another section."""
-    section: Any = Study
+    section: Any = model
     for part in parts[:-1]:
         section = section.model_fields[part].annotation
-    known = [name for name in section.model_fields if name != "base_dir"]
+    known = list(section.model_fields)
     here = [".".join([*parts[:-1], name]) for name in difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.55)]
-    elsewhere = [name for name in _dotted_keys() if name.rpartition(".")[2] == parts[-1]]
+    elsewhere = [key for key, name in _dotted_keys(model) if name == parts[-1]]
     alike = bool(here) and difflib.SequenceMatcher(None, here[0].rpartition(".")[2], parts[-1]).ratio() > 0.75
     meant = here if alike or not elsewhere else elsewhere
-    return f"did you mean `{'` or `'.join(meant)}`?" if meant else f"known keys are {', '.join(known)}."
+    return f"did you mean `{'` or `'.join(dict.fromkeys(meant))}`?" if meant else f"known keys are {', '.join(known)}."
 
 
-def _dotted_keys() -> Iterator[str]:
-    for name, field in Study.model_fields.items():
+def _dotted_keys(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Every dotted key of the model, with each name, present or old, of its last part."""
+    for name, field in model.model_fields.items():
         section: Any = field.annotation
-        inner = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
-        yield from (f"{name}.{key}" for key in inner)
-        if name != "base_dir":
-            yield name
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from ((f"{name}.{key}", key) for key in section.model_fields)
+            yield from ((f"{name}.{new}", old) for old, new in RENAMED.get(section.__name__, {}).items())
+        yield name, name

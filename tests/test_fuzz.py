@@ -181,16 +181,16 @@ TARGETS = tuple(
 BUDGET = rs.ParameterBudget(96)
 STUDY = {
     "name": "a", "task": {"type": "causal-lm", "model": "m", "data": "d.csv"}, "targets": ["q_proj"], "budget": {"uniform_rank": 1}, "seed": 0,
-    "profile": {"batches": 4, "tolerance": 0.1}, "allocation": {"strategy": "one-shot", "options": {"power": 2}, "min_rank": 0},
-    "training": {"steps": 10, "learning_rate": [1e-3], "warmup_fraction": 0.1}, "search": {"trials": 3, "storage": "sqlite:///a.db"},
-    "controller": {"mode": "on", "every": 5, "margin": 0.1}, "compare": {"methods": ["uniform"], "seeds": 3, "budgets": [1.0]},
+    "profile": {"n_batches": 4, "tolerance": 0.1}, "allocation": {"strategy": "one-shot", "options": {"power": 2}, "min_rank": 0},
+    "training": {"steps": 10, "learning_rate": [1e-3], "warmup_fraction": 0.1}, "search": {"n_trials": 3, "storage": "sqlite:///a.db"},
+    "controller": {"mode": "on", "every": 5, "hysteresis": 0.1}, "compare": {"methods": ["uniform"], "n_seeds": 3, "budgets": [1.0]},
 }  # fmt: skip
 OVERRIDES = {
     "seed": 1,
-    "search.trials": 5,
+    "search.n_trials": 5,
     "training.learning_rate": 0.1,
     "budget": {"parameters": 5},
-    "profile.batches": 3,
+    "profile.n_batches": 3,
 }
 ROWS = [{"text": f"text {i}", "label": i % 2, "split": ("train", "validation", "test")[i % 3]} for i in range(12)]
 OPTION_VALUES = {"concentration": 0.5, "signal": True, "power": 2.0, "weights": {"gradient": 1.0, "fisher": 0.5}}

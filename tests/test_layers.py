@@ -13,13 +13,13 @@ PACKAGE = Path(rankscope.__file__).parent
 
 # One list a layer, its rows in order.
 LAYERS = [
-    ["errors", "plugins", "files"],
+    ["errors", "plugins", "files", "settings"],
     ["naming", "targets", "allocation", "budget"],
     ["distributed"],
     ["profiling", "lora"],
     ["performance"],
     ["strategies", "tasks", "control", "training", "searching"],
-    ["settings", "plotting", "comparison"],
+    ["plotting", "comparison"],
     ["cli"],
 ]
 ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}

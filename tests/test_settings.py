@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 
 import rankscope as rs
-from rankscope.comparison import DEFAULT_METHODS
-from rankscope.control import Policy
 from rankscope.errors import SettingsError
-from rankscope.searching.confirmation import CONFIRM_FRACTION
 from rankscope.settings import read_study
 
 MINIMAL = "task: digits-shift\nbudget: {uniform_rank: 1}\n"
-TARGETS = (rs.TargetModule(name="fc", in_features=10, out_features=20),)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -30,22 +26,23 @@ def test_the_committed_studies_are_valid(path: Path) -> None:
     assert study.base_dir == Path("studies")
 
 
-def test_defaults_are_those_of_the_python_functions(tmp_path: Path) -> None:
+def test_defaults_are_those_of_python(tmp_path: Path) -> None:
     study = read_study(write(tmp_path, MINIMAL))
-    assert study.training.resolve() == rs.TrainingConfig()
-    assert study.controller.resolve() == rs.ControllerConfig()
-    assert study.search.confirm_fraction == CONFIRM_FRACTION
-    assert tuple(study.compare.methods) == DEFAULT_METHODS
+    assert study.training == rs.TrainingSettings()
+    assert study.controller == rs.ControllerSettings()
+    assert study.search == rs.SearchSettings()
+    assert study.compare == rs.CompareSettings()
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
-    study = read_study(path, {"search.trials": 7, "seed": None, "training.learning_rate": 0.5})
-    assert (study.name, study.seed, study.search.trials) == ("study", 0, 7)
-    assert study.training.learning_rate == [0.5]
-    assert study.training.resolve() == rs.TrainingConfig(steps=100, learning_rate=0.5)
-    assert study.budget.resolve(TARGETS) == rs.ParameterBudget(30)
-    assert read_study(path, {"budget": {"parameters": 99}}).budget.resolve(TARGETS) == rs.ParameterBudget(99)
+    study = read_study(path, {"search.n_trials": 7, "seed": None, "training.learning_rate": 0.5})
+    assert (study.name, study.seed, study.search.n_trials) == ("study", 0, 7)
+    assert study.training.learning_rate == 0.5
+    assert study.training == rs.TrainingSettings(steps=100, learning_rate=0.5)
+    assert study.budget == rs.BudgetSettings(uniform_rank=1)
+    for overrides in ({"budget": {"parameters": 99}}, {"budget.parameters": 99}):
+        assert read_study(path, overrides).budget == rs.BudgetSettings(parameters=99)
 
 
 @pytest.mark.parametrize(
@@ -54,18 +51,18 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         (MINIMAL + "sead: 1", "unknown key `sead`; did you mean `seed`?"),
         (MINIMAL + "training: {stepz: 1}", "unknown key `training.stepz`; did you mean `training.steps`?"),
         (MINIMAL + "search: {xyz: 1}", "unknown key `search.xyz`; known keys are "
-         "trials, seeds, confirm_fraction, fidelity, sampler, grouping, groups, storage, pruner."),
+         "n_trials, n_seeds, confirm_fraction, fidelity, sampler, grouping, n_groups, storage, pruner."),
         (MINIMAL + "training: {steps: many}", "`training.steps`: input should be a valid integer, "
          "but got 'many'."),
-        (MINIMAL + "training: {learning_rate: -1}", "`training.learning_rate.0`: input should be greater than 0, but got -1."),
-        (MINIMAL + "trials: 3", "unknown key `trials`; did you mean `search.trials`?"),
-        (MINIMAL + "training: {margin: 3}", "unknown key `training.margin`; did you mean `controller.margin`?"),
+        (MINIMAL + "training: {learning_rate: -1}", "`training.learning_rate`: input should be greater than 0, but got -1."),
+        (MINIMAL + "trials: 3", "unknown key `trials`; did you mean `search.n_trials`?"),
+        (MINIMAL + "training: {margin: 3}", "unknown key `training.margin`; did you mean `controller.hysteresis`?"),
         (MINIMAL + "max_rank: 3", "unknown key `max_rank`; did you mean `allocation.max_rank` or `controller.max_rank`?"),
         (MINIMAL + "seeds: 3", "unknown key `seeds`; did you mean `seed`?"),
         (MINIMAL + "base_dir: x", "unknown key `base_dir`; known keys are name, task, targets, budget, seed, profile, allocation, training, search, controller, compare."),
         (MINIMAL + "search: 3", "`search`: must be a section of keys and values, but got 3."),
         (MINIMAL + "training: [1]", "`training`: must be a section of keys and values, but got [1]."),
-        (MINIMAL + "training: {learning_rate: .nan}", "`training.learning_rate.0`: input should be a finite number, but got nan."),
+        (MINIMAL + "training: {learning_rate: .nan}", "`training.learning_rate`: input should be a finite number, but got nan."),
         (MINIMAL + "training: {learning_rate: [1e-3, 1e400]}", "`training.learning_rate.1`: input should be a finite number, but got inf."),
         (MINIMAL + "training: {learning_rate: []}", "`training.learning_rate`: must hold at least one value, but got []."),
         (MINIMAL + "training: {weight_decay: -.inf}", "`training.weight_decay`: input should be a finite number, but got -inf."),
@@ -114,8 +111,8 @@ def test_sections_may_be_empty(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "search:\ntraining: {}\ncontroller:\n")
     assert read_study(path) == read_study(write(tmp_path, MINIMAL))
     path = write(tmp_path, MINIMAL + "search:\n")
-    assert read_study(path, {"search.trials": 5}).search.trials == 5
-    assert read_study(path, {"profile.batches": 5}).profile.batches == 5
+    assert read_study(path, {"search.n_trials": 5}).search.n_trials == 5
+    assert read_study(path, {"profile.n_batches": 5}).profile.n_batches == 5
 
 
 @pytest.mark.parametrize(("text", "value"), [("3", "3"), ("[1]", "[1]"), ("on", "True")])
@@ -123,7 +120,7 @@ def test_a_flag_into_what_is_no_section_is_told(text: str, value: str, tmp_path:
     path = write(tmp_path, MINIMAL + f"search: {text}\n")
     message = f"`{path}`: `search` must be a section of keys and values, but is {value}."
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        read_study(path, {"search.trials": 5})
+        read_study(path, {"search.n_trials": 5})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, True, "8", 10**30, [], {}])
@@ -159,10 +156,8 @@ def test_paths_start_from_the_study_file(tmp_path: Path) -> None:
 
 
 def test_a_controllers_mode_may_be_what_yaml_reads_as_true(tmp_path: Path) -> None:
-    study = read_study(write(tmp_path, MINIMAL + "controller: {mode: on, every: 7, margin: 0.1}\n"))
-    assert study.controller.mode == "on"
-    assert study.controller.resolve() == rs.ControllerConfig(every=7, policy=Policy(margin=0.1))
-    assert read_study(write(tmp_path, MINIMAL)).controller.resolve() == rs.ControllerConfig()
+    study = read_study(write(tmp_path, MINIMAL + "controller: {mode: on, every: 7, hysteresis: 0.1}\n"))
+    assert study.controller == rs.ControllerSettings(mode="on", every=7, hysteresis=0.1)
 
 
 def test_files_that_are_no_study(tmp_path: Path) -> None:

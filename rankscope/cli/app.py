@@ -32,9 +32,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def check_study(path: Path, overrides: Mapping[str, Any]) -> None:
     """Checks a study file with the flags that override it; a mistyped key is told before the command loads torch."""
-    from rankscope.settings import given_flags, read_study
+    from rankscope.settings import read_study
 
-    read_study(path, given_flags(overrides))
+    read_study(path, overrides)
 
 
 def reports_errors(command: Command) -> Command:
@@ -119,7 +119,7 @@ def _root(
 def profile_command(
     study: StudyPath,
     out: Out = None,
-    batches: Annotated[int | None, typer.Option(help="Overrides `profile.batches`.")] = None,
+    batches: Annotated[int | None, typer.Option(help="Overrides `profile.n_batches`.")] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="Overrides `profile.tolerance`: stop when leading singular values move by less."),
@@ -136,7 +136,7 @@ def profile_command(
 ) -> None:
     """Collect gradient, input and weight features of every target module into profile.parquet, and draw them."""
     overrides = {
-        "profile.batches": batches,
+        "profile.n_batches": batches,
         "profile.tolerance": tolerance,
         "profile.keep_directions": keep_directions,
         "seed": seed,
@@ -181,7 +181,7 @@ def allocate_command(
 def search_command(
     study: StudyPath,
     out: Out = None,
-    trials: Annotated[int | None, typer.Option(help="Overrides `search.trials`: trainings in all.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Overrides `search.n_trials`: trainings in all.")] = None,
     confirm_fraction: Annotated[
         float | None,
         typer.Option(help="Overrides `search.confirm_fraction`: share of the trainings for finalists on fresh seeds."),
@@ -203,7 +203,7 @@ def search_command(
 ) -> None:
     """Search with short fine-tuning trials; resumes an earlier run."""
     overrides = {
-        "search.trials": trials,
+        "search.n_trials": trials,
         "search.confirm_fraction": confirm_fraction,
         "search.fidelity": fidelity,
         "search.pruner": pruner,
@@ -273,7 +273,9 @@ def compare_command(
             "controller-STRATEGY, adalora, eva, full, head, or path/to/file.py:function.",
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Overrides `compare.seeds`: reported runs of each method.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Overrides `compare.n_seeds`: reported runs of each method.")
+    ] = None,
     budgets: Annotated[
         list[float] | None, typer.Option(metavar="FACTOR", help="Overrides `compare.budgets`: factors of the budget.")
     ] = None,
@@ -291,7 +293,7 @@ def compare_command(
     """Compare methods at equal parameters, each at its best learning rate; resumes an earlier run."""
     overrides = {
         "compare.methods": methods or None,
-        "compare.seeds": seeds,
+        "compare.n_seeds": seeds,
         "compare.budgets": budgets or None,
         "compare.uniform_budgets": uniform_budgets or None,
         "budget.uniform_rank": uniform_rank,

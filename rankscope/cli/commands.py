@@ -212,8 +212,8 @@ def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, j
     session = Session.open(path, out, overrides)
     section = session.study.compare
     first = FIRST_REPORTED_SEED + session.study.seed
-    seeds = range(first, first + section.seeds)
-    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + section.tuning_seeds)
+    seeds = range(first, first + section.n_seeds)
+    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + section.n_tuning_seeds)
     check_terms(seeds, tuning_seeds, section.budgets)  # before a profile is taken or a search resumed
     searched = _searched(session) if any(SEARCHED in name for name in section.methods) else None
     with progress() as bar:
@@ -226,9 +226,9 @@ def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, j
             profile=session.profile_at_hand() if need_profile(section.methods) else None,
             searched=None if searched is None else searched.best_allocation,
             search_steps=0 if searched is None else searched.steps,
-            controller=session.study.controller.resolve(),
-            training=session.study.training.resolve(),
-            learning_rates=session.study.training.learning_rate,
+            controller=session.controller_config(),
+            training=session.training_config(),
+            learning_rates=session.study.training.learning_rates,
             seeds=seeds,
             tuning_seeds=tuning_seeds,
             budgets=section.budgets,
@@ -419,16 +419,16 @@ def search_of(session: Session) -> SearchResult:
     section, bounds = session.study.search, session.study.allocation
     taken = session.profile_at_hand()
     with progress() as bar:
-        line = bar.add_task("searching", total=section.trials)
+        line = bar.add_task("searching", total=section.n_trials)
         return search(
             session.task,
             budget=session.budget,
             profile=taken,
-            n_trials=section.trials,
+            n_trials=section.n_trials,
             targets=session.targets,
-            training=session.study.training.resolve(),
-            learning_rates=session.study.training.learning_rate,
-            n_seeds=section.seeds,
+            training=session.training_config(),
+            learning_rates=session.study.training.learning_rates,
+            n_seeds=section.n_seeds,
             confirm_fraction=section.confirm_fraction,
             fidelity=section.fidelity,
             storage=session.storage,
@@ -436,12 +436,12 @@ def search_of(session: Session) -> SearchResult:
             seed=session.study.seed,
             sampler=section.sampler,
             grouping=section.grouping,
-            n_groups=section.groups,
+            n_groups=section.n_groups,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
             pruner=section.pruner,
             on_trial=lambda trial: bar.update(
-                line, description="searching", completed=(trial.number + 1) * section.seeds, total=section.trials
+                line, description="searching", completed=(trial.number + 1) * section.n_seeds, total=section.n_trials
             ),
             on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
         )
@@ -480,8 +480,8 @@ def run_train(
         repeats = repeat_all(
             session.task,
             methods,
-            session.study.training.resolve(),
-            learning_rates=session.study.training.learning_rate,
+            session.training_config(),
+            learning_rates=session.study.training.learning_rates,
             seeds=range(first, first + n_seeds),
             n_jobs=jobs,
             save_first_to=session.out / "adapter",
@@ -516,7 +516,7 @@ def _controller(session: Session, allocation: RankAllocation) -> ControllerConfi
         mode = "off" if allocation.strategy in NEEDS_PROFILE or allocation.strategy == SEARCHED else "on"
         why = "rest on gradients already" if mode == "off" else "rest on no gradient yet"
         stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
-    return session.study.controller.resolve(_belief(session)) if mode == "on" else None
+    return session.controller_config(_belief(session)) if mode == "on" else None
 
 
 def _belief(session: Session) -> PerformanceModel | None:
@@ -539,7 +539,7 @@ def _belief(session: Session) -> PerformanceModel | None:
         session.targets,
         session.budget,
         grouping=section.grouping,
-        n_groups=section.groups,
+        n_groups=section.n_groups,
         min_rank=bounds.min_rank,
         max_rank=bounds.max_rank,
     )

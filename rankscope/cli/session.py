@@ -22,15 +22,18 @@ from rich.table import Table
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
+from rankscope.control import ControllerConfig, Policy
 from rankscope.distributed import require_one_process
 from rankscope.errors import FileError
 from rankscope.files import FORMAT, digest, require_same
+from rankscope.performance import PerformanceModel
 from rankscope.profiling import Profile, read_profile
 from rankscope.searching import START_TRIALS, Finalist, Interval, SearchResult, Trial
-from rankscope.settings import Study, given_flags, read_study
+from rankscope.settings import BudgetSettings, StudySettings, read_study
 from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
+from rankscope.training import TrainingConfig
 
 NARROWEST = 12  # cells of a table's first column, whose texts wrap
 
@@ -118,7 +121,7 @@ def _require_writable(folder: Path) -> None:
         raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
 
 
-def _default_out(study: Study) -> Path:
+def _default_out(study: StudySettings) -> Path:
     return Path("out") / study.name
 
 
@@ -135,7 +138,7 @@ class Session:
 
     path: Path
     flags: Mapping[str, Any]
-    study: Study
+    study: StudySettings
     out: Path
 
     @classmethod
@@ -146,7 +149,7 @@ class Session:
             RankscopeError: torchrun started several copies of this process, or the file or a flag cannot be used.
         """
         require_one_process("a command")
-        flags = given_flags(overrides)
+        flags = {key: value for key, value in overrides.items() if value is not None}
         study = read_study(path, flags)
         quiet_libraries()
         out = out or _default_out(study)
@@ -184,7 +187,35 @@ class Session:
     @cached_property
     def budget(self) -> ParameterBudget:
         """The study's budget."""
-        return self.study.budget.resolve(self.targets)
+        return self._limit(self.study.budget)
+
+    def _limit(self, settings: BudgetSettings) -> ParameterBudget:
+        if settings.uniform_rank is not None:
+            return ParameterBudget.uniform(self.targets, settings.uniform_rank)
+        return ParameterBudget(settings.parameters or 0)
+
+    def training_config(self) -> TrainingConfig:
+        """The schedule at the first learning rate."""
+        training = self.study.training
+        return TrainingConfig(**training.at(training.learning_rates[0]).model_dump())
+
+    def controller_config(self, performance_model: PerformanceModel | None = None) -> ControllerConfig:
+        """The controller's settings."""
+        settings = self.study.controller
+        policy = Policy(
+            margin=settings.hysteresis,
+            min_gain=settings.min_gain_ratio,
+            cooldown=settings.cooldown,
+            coarse_fraction=settings.coarse_fraction,
+            max_rank=settings.max_rank,
+        )
+        return ControllerConfig(
+            every=settings.every,
+            freeze_fraction=settings.freeze_fraction,
+            samples=settings.samples,
+            policy=policy,
+            performance_model=performance_model,
+        )
 
     @property
     def storage(self) -> str:
@@ -214,7 +245,7 @@ class Session:
             taken = profile_task(
                 self.task,
                 targets=self.targets,
-                n_batches=section.batches,
+                n_batches=section.n_batches,
                 head_steps=section.head_steps,
                 budget=self.budget,
                 sketch_size=section.sketch_size,
@@ -252,7 +283,7 @@ class Session:
     def _profile_terms(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         """What a profile of this study depends on, if it is taken with these flags."""
         study = read_study(self.path, flags)
-        return {**self.facts, "profile": study.profile.model_dump(), "seed": study.seed}
+        return {**self.facts, "profile": study.profile.terms(), "seed": study.seed}
 
     def allocation_terms(self, made_by: Mapping[str, Any]) -> dict[str, Any]:
         """What an allocation of this study depends on.
@@ -263,13 +294,12 @@ class Session:
         study = read_study(self.path, made_by["flags"])
         section = study.allocation
         terms = {
-            **self.facts, "budget": study.budget.resolve(self.targets).limit, "seed": study.seed,
+            **self.facts, "budget": self._limit(study.budget).limit, "seed": study.seed,
             "min_rank": section.min_rank, "max_rank": section.max_rank,
         }  # fmt: skip
         if made_by["command"] == "search":
-            spent = {"trials", "confirm_fraction", "storage", "pruner"}  # more of the same, or the same elsewhere
             return terms | {
-                "training": study.training.model_dump(), "search": study.search.model_dump(exclude=spent),
+                "training": study.training.terms(), "search": study.search.terms(),
                 "profile": self._profile_fingerprint(),
             }  # fmt: skip
         name = made_by["strategy"] or section.strategy

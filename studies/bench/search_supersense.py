@@ -37,18 +37,21 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = read_study(STUDY)
-    training = replace(study.training.resolve(), **({"steps": 4} if quick else {}))
+    rates = study.training.learning_rates[:1] if quick else study.training.learning_rates
+    training = rs.TrainingConfig(
+        **{**dict(study.training), "learning_rate": rates[0], **({"steps": 4} if quick else {})}
+    )
     taken = rs.read_profile(Path(__file__).parents[2] / "data" / "rankbench" / "supersense.profile.parquet")
     CACHE.mkdir(exist_ok=True)
     result = rs.search(
         rs.load_task("supersense"),
-        budget=study.budget.resolve(taken.targets),
+        budget=rs.ParameterBudget.uniform(taken.targets, study.budget.uniform_rank),
         profile=taken,
-        n_trials=6 if quick else study.search.trials,
+        n_trials=6 if quick else study.search.n_trials,
         confirm_fraction=0.0 if quick else study.search.confirm_fraction,
         fidelity=0.5 if quick else study.search.fidelity,
         training=training,
-        learning_rates=study.training.learning_rate[:1] if quick else study.training.learning_rate,
+        learning_rates=rates,
         storage=None if quick else f"sqlite:///{CACHE}/search_supersense.db",
     )
     best = {name: _terms(result, name) for name in ("uniform", "one-shot", "recommended")}

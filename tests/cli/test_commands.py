@@ -20,7 +20,7 @@ task: digits-shift
 budget: {uniform_rank: 1}
 profile: {head_steps: 5}
 training: {steps: 4, learning_rate: 0.01}
-search: {trials: 9, confirm_fraction: 0.67}
+search: {n_trials: 9, confirm_fraction: 0.67}
 """
 
 
@@ -79,7 +79,7 @@ def test_the_whole_path(folder: Path) -> None:
 def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
     """From uniform; `auto` leaves what a profile has placed. Static runs come along as baselines, and the search screens."""
     study, out = folder / "moving.yaml", folder / "moving"
-    study.write_text(STUDY.replace("steps: 4", "steps: 14") + "controller: {margin: 0.0, freeze_fraction: 0.9}\n")
+    study.write_text(STUDY.replace("steps: 4", "steps: 14") + "controller: {hysteresis: 0.0, freeze_fraction: 0.9}\n")
     assert invoke("allocate", study, "--out", out, "--strategy", "uniform")[0] == 0
     status, text, errors = invoke("train", study, "--out", out, "--controller", "auto", "--baseline", "--json")
     assert status == 0
@@ -103,7 +103,7 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
 
 def test_compare_resumes_and_reports(folder: Path) -> None:
     study, out = folder / "compared.yaml", folder / "compared"
-    study.write_text(STUDY + "compare: {methods: [one-shot, head], seeds: 3, tuning_seeds: 1}\n")
+    study.write_text(STUDY + "compare: {methods: [one-shot, head], n_seeds: 3, n_tuning_seeds: 1}\n")
     status, text, errors = invoke("compare", study, "--out", out, "--uniform-budgets", "2")
     assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
     assert "compared, digits-shift: 3 seeds, points over uniform" in text
@@ -161,13 +161,13 @@ task: task.py:make
 budget: {uniform_rank: 1}
 profile: {head_steps: 1}
 training: {steps: 2, learning_rate: 0.01}
-search: {trials: 2, confirm_fraction: 0}
-compare: {methods: [one-shot], seeds: 1, tuning_seeds: 1}
+search: {n_trials: 2, confirm_fraction: 0}
+compare: {methods: [one-shot], n_seeds: 1, n_tuning_seeds: 1}
 """
 TASK = """
 from pathlib import Path
 import torch
-from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks.ready import DigitsShift
 
 class Noisy(DigitsShift):
     def train_batches(self, seed):
@@ -454,7 +454,7 @@ def test_help_has_an_example_and_version_prints(name: str) -> None:
 
 INTERRUPTED = """
 import signal
-from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks.ready import DigitsShift
 
 class Interrupted(DigitsShift):
     profiled = 0

@@ -27,7 +27,7 @@ task: digits-shift
 budget: {uniform_rank: 1}
 profile: {head_steps: 5}
 training: {steps: 2, learning_rate: 0.01}
-search: {trials: 3, confirm_fraction: 0}
+search: {n_trials: 3, confirm_fraction: 0}
 """
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (

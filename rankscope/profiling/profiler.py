@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import rankscope
 from rankscope.budget import ParameterBudget
-from rankscope.distributed import batch_device, gathered, process_count, several, sum_over_processes, whole
+from rankscope.distributed import batch_device, gathered, n_processes, sum_over_processes, whole
 from rankscope.errors import ModelError
 from rankscope.profiling.hooks import Observed, Observer, in_range
 from rankscope.profiling.sketch import (
@@ -449,7 +449,7 @@ def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     sum_over_processes(gradients)
     for gradient in gradients:
-        gradient /= process_count()
+        gradient /= n_processes()
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:
@@ -652,7 +652,7 @@ def _check_options(budget: Any, **options: Any) -> None:
             raise ModelError(f"`{name}` must be {number} {bounds}, but got {value!r}.")
     if budget is not None and not isinstance(budget, ParameterBudget):
         raise ModelError(f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`.")
-    if options["tolerance"] is not None and several():
+    if options["tolerance"] is not None and n_processes() > 1:
         raise ModelError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
 
 
@@ -690,13 +690,13 @@ def _sum_up(observer: Observer, tally: Tally) -> Tally:
     """Sums over all processes, in units of the first that has a batch: of its first batch's size, and of its scale."""
     tallies: list[Tally] = gathered(tally)
     together = Tally.together(tallies)
-    if several() and tally.losses:
+    if n_processes() > 1 and tally.losses:
         unit, scale = tally.first_size / together.first_size, together.scale / tally.scale
         for seen in observer.observed.values():
             for tensor in seen.store.tensors():
                 tensor.mul_(unit * scale)
             seen.squares.mul_(unit * scale**2)
-    if several():
+    if n_processes() > 1:
         observer.sum_over_processes()
     return together
 

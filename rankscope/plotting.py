@@ -334,17 +334,17 @@ def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
 
     Zero is what the levels above say; to the right of it, ranks are worth more than that.
     """
-    shown = [effect for effect in model.effects() if effect.level not in ("model", "profile", "module")]
-    levels = {level: [e for e in shown if e.level == level] for level in dict.fromkeys(e.level for e in shown)}
+    shown = model.coefficients().query("level not in ('model', 'profile', 'module')")
+    levels = {str(level): mine for level, mine in shown.groupby("level", sort=False)}
     counts = [len(mine) for mine in levels.values()]
     figure = _figure(4.6, 0.8 + 0.2 * sum(counts) + 0.35 * len(levels))
     panels = figure.subplots(len(levels), 1, squeeze=False, sharex=True, height_ratios=counts)[:, 0]
     width = float(normal.ppf(0.5 + confidence / 2.0))
     for axis, (level, mine) in zip(panels, levels.items(), strict=True):
-        errors = [width * effect.std for effect in mine]
-        axis.errorbar([e.mean for e in mine], range(len(mine)), xerr=errors, fmt="o", ms=4, lw=1.0, color="tab:blue")
+        errors = width * mine["std"]
+        axis.errorbar(mine["mean"], range(len(mine)), xerr=errors, fmt="o", ms=4, lw=1.0, color="tab:blue")
         axis.axvline(0.0, color="black", lw=0.6)
-        axis.set_yticks(range(len(mine)), [effect.name.removeprefix(f"{level}/") for effect in mine])
+        axis.set_yticks(range(len(mine)), mine["name"].str.removeprefix(f"{level}/"))
         axis.set_ylim(len(mine) - 0.5, -0.5)
         _label(axis, title=level)
     panels[-1].set_xlabel(f"θ, in standard deviations of the metric; {confidence:.0%} interval", fontsize=8)

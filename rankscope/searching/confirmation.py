@@ -198,7 +198,7 @@ def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = N
     means = metrics.mean(axis=1)
     if belief is not None:
         ranks = [finalist.trial.allocation.vector for finalist in finalists]
-        return finalists[int(np.argmax(belief.weigh(ranks, means, metrics.shape[1])))]
+        return finalists[int(np.argmax(belief.posterior_given_retests(ranks, means, metrics.shape[1])))]
     error = _standard_error(metrics)
     order = sorted(range(len(metrics)), key=lambda i: (_SIMPLICITY.get(finalists[i].trial.origin, 2), -means[i]))
     return next(finalists[i] for i in order if means[i] >= means.max() - error)

@@ -101,7 +101,7 @@ def test_water_filling_on_its_utilities_is_nearly_optimal(model: PerformanceMode
 
 def test_draws_scatter_around_the_mean(model: PerformanceModel) -> None:
     rng = np.random.default_rng(0)
-    draws = np.array([[model.sample_utilities(rng)[t.name][0] for t in TARGETS] for _ in range(200)])
+    draws = np.array([[model.sample(rng)[0][t.name][0] for t in TARGETS] for _ in range(200)])
     mean = np.array([model.utilities()[t.name][0] for t in TARGETS])
     assert (draws.std(axis=0) > 0).all()
     np.testing.assert_allclose(draws.mean(axis=0), mean, atol=4 * draws.std(axis=0).max() / np.sqrt(200))
@@ -182,9 +182,14 @@ def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
     chosen = ranks[:4]
     before = model.predict(chosen)
     new = before + np.array([0.5, 0.0, 0.0, -0.5])
-    np.testing.assert_allclose(model.weigh(chosen, before, 2), before, atol=0.02)
-    np.testing.assert_allclose(model.weigh(chosen, before + 3.0, 2), before, atol=0.3)  # a common shift says nothing
-    little, much = model.weigh(chosen, new, 1) - before, model.weigh(chosen, new, 1e6) - before
+    np.testing.assert_allclose(model.posterior_given_retests(chosen, before, 2), before, atol=0.02)
+    np.testing.assert_allclose(
+        model.posterior_given_retests(chosen, before + 3.0, 2), before, atol=0.3
+    )  # a common shift says nothing
+    little, much = (
+        model.posterior_given_retests(chosen, new, 1) - before,
+        model.posterior_given_retests(chosen, new, 1e6) - before,
+    )
     assert 0 < little[0] < much[0]
     np.testing.assert_allclose(much, [0.5, 0.0, 0.0, -0.5], atol=0.1)
 
@@ -232,9 +237,9 @@ def test_bad_observations(features: RankFeatures, change: dict, message: str) ->
         (lambda m: m.difference([[1.5] * 12], [[1] * 12]), WHOLE.format("1.5")),
         (lambda m: m.interval(OK_RANKS, 1.0), "`confidence` must lie between 0 and 1, but is 1."),
         (lambda m: m.interval(OK_RANKS, repeats=0), "`repeats` must be above 0, but is 0."),
-        (lambda m: m.weigh(OK_RANKS, OK_Y, -1), "`repeats` must be above 0, but is -1."),
-        (lambda m: m.weigh(OK_RANKS, [0.5, np.nan, 0.4], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
-        (lambda m: m.weigh(OK_RANKS, [0.5], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
+        (lambda m: m.posterior_given_retests(OK_RANKS, OK_Y, -1), "`repeats` must be above 0, but is -1."),
+        (lambda m: m.posterior_given_retests(OK_RANKS, [0.5, np.nan, 0.4], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
+        (lambda m: m.posterior_given_retests(OK_RANKS, [0.5], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
     ],
 )  # fmt: skip
 def test_bad_questions(model: PerformanceModel, call: Callable, message: str) -> None:
@@ -258,7 +263,9 @@ def test_the_mean_of_several_runs_has_less_noise_and_the_same_posterior(
     np.testing.assert_allclose(several.predict(ranks), single.predict(ranks), rtol=1e-3)
     fresh = single.predict(ranks[:4]) + np.array([3.0, 0.0, 0.0, -3.0])
     np.testing.assert_allclose(
-        several.weigh(ranks[:4], fresh, n_seeds), single.weigh(ranks[:4], fresh, 1), rtol=1e-3
+        several.posterior_given_retests(ranks[:4], fresh, n_seeds),
+        single.posterior_given_retests(ranks[:4], fresh, 1),
+        rtol=1e-3,
     )  # as many fresh runs weigh as much as one trial
 
 

@@ -1,11 +1,11 @@
-"""`RankAllocation`: one rank for each target module, with its exact parameter count, JSON form and PEFT form."""
+"""`RankAllocation`: one rank for each target module."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,6 @@ from rankscope.targets import Kind, TargetModule, fingerprint_targets
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-
 SCHEMA = 1
 
 
@@ -26,7 +25,7 @@ SCHEMA = 1
 class RankAllocation:
     """One rank for each target module; a rank of 0 leaves the module without an adapter.
 
-    Two allocations are equal, and hash alike, when their modules and ranks are; where they came from does not count.
+    Two allocations are equal when their modules and ranks are, whatever made them.
 
     Attributes:
         targets: The target modules, in the model's order.
@@ -46,15 +45,14 @@ class RankAllocation:
     budget: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        ranks: tuple[Any, ...] = tuple(self.vector)
-        if len(self.targets) != len(ranks):
+        targets, ranks = tuple(self.targets), tuple[Any, ...](self.vector)
+        if len(targets) != len(ranks):
             raise SettingsError(
-                f"`vector` must hold one rank for each of the {len(self.targets)} targets, but holds {len(ranks)}."
+                f"`vector` must hold one rank for each of the {len(targets)} targets, but holds {len(ranks)}."
             )
-        if len({target.name for target in self.targets}) != len(self.targets):
+        if len({target.name for target in targets}) != len(targets):
             raise SettingsError("`targets` must not name a module twice.")
-        for target, rank in zip(self.targets, ranks, strict=True):
+        for target, rank in zip(targets, ranks, strict=True):
             if isinstance(rank, bool) or not isinstance(rank, Integral):
                 raise SettingsError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
             if not 0 <= int(rank) <= max(target.full_rank, target.existing_rank or 0):
@@ -62,26 +60,17 @@ class RankAllocation:
                     f"the rank of `{target.name}` must lie between 0 and {target.full_rank} "
                     f"(its smaller side), but got {rank}."
                 )
+        object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "vector", tuple(int(rank) for rank in ranks))
 
     @classmethod
     def from_ranks(
-        cls,
-        targets: Sequence[TargetModule],
-        ranks: Mapping[str, int],
-        *,
-        strategy: str = "",
-        budget: int | None = None,
+        cls, targets: Sequence[TargetModule], ranks: Mapping[str, int], *, strategy: str = "", budget: int | None = None
     ) -> RankAllocation:
-        """An allocation from `{module name: rank}`; modules not named get rank 0.
-
-        Raises:
-            SettingsError: `ranks` names a module that is not among the targets.
-        """
+        """An allocation from `{module name: rank}`; target modules not named get rank 0."""
         if unknown := set(ranks) - {target.name for target in targets}:
             raise SettingsError(f"`ranks` must name target modules only, but names {sorted(unknown)[0]!r}.")
-        vector = tuple(ranks.get(target.name, 0) for target in targets)
-        return cls(tuple(targets), vector, strategy=strategy, budget=budget)
+        return cls(tuple(targets), tuple(ranks.get(t.name, 0) for t in targets), strategy=strategy, budget=budget)
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -95,16 +84,12 @@ class RankAllocation:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of modules and ranks: equal for equal allocations, in any process."""
+        """A short hash of modules and ranks, the same in any process."""
         text = fingerprint_targets(self.targets) + repr(sorted(self.ranks.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def difference(self, other: RankAllocation) -> dict[str, int]:
-        """The ranks that `self` has more (positive) or less (negative) than `other`, for modules that differ.
-
-        Raises:
-            SettingsError: The two are not over the same target modules.
-        """
+        """How many ranks more than `other` (negative: less) each module has whose ranks differ."""
         if {t.name for t in self.targets} != {t.name for t in other.targets}:
             raise SettingsError("`other` must be an allocation over the same target modules.")
         theirs = other.ranks
@@ -112,12 +97,13 @@ class RankAllocation:
 
     def renamed(self, strategy: str) -> RankAllocation:
         """The same allocation under another strategy's name."""
-        return replace(self, strategy=strategy)
+        return RankAllocation(self.targets, self.vector, strategy=strategy, budget=self.budget)
 
     # --- JSON --------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """The allocation as plain values, as `to_json` writes them."""
+        targets = [asdict(target) for target in self.targets]
         return {
             "schema": SCHEMA,
             "strategy": self.strategy,
@@ -125,7 +111,7 @@ class RankAllocation:
             "parameters": self.parameters,
             "ranks": dict(self.ranks),
             "model": fingerprint_targets(self.targets),
-            "targets": [_plain(target) for target in self.targets],
+            "targets": [{k: v for k, v in t.items() if (k, v) != ("existing_rank", None)} for t in targets],
         }
 
     @classmethod
@@ -135,14 +121,12 @@ class RankAllocation:
         Raises:
             FileError: Another schema, a key is missing, or the parameter count or fingerprint contradicts the rest.
         """
-        if value.get("schema") != SCHEMA:
-            raise FileError(
-                f"an allocation must have schema {SCHEMA}, but has {value.get('schema')!r}; write it again."
-            )
+        if (schema := value.get("schema")) != SCHEMA:
+            raise FileError(f"an allocation must have schema {SCHEMA}, but has {schema!r}; write it again.")
         try:
             targets = tuple(_target(target) for target in value["targets"])
             strategy, budget = value["strategy"], value["budget"]
-            if not isinstance(strategy, str) or not _is_size(0 if budget is None else budget):
+            if not isinstance(strategy, str) or not (budget is None or (type(budget) is int and budget >= 0)):
                 raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
             allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
             stated, model = value["parameters"], value["model"]
@@ -179,7 +163,7 @@ class RankAllocation:
         except SettingsError as error:
             raise FileError(f"`{path}` does not hold a valid allocation: {error}") from None
 
-    # --- PEFT (the work is done in rankscope.adapters, the only importer of peft) --------------------------------
+    # --- PEFT --------------------------------------------------------------------------------------------------
 
     def to_lora_config(self, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
         """A plain `peft.LoraConfig` with exactly these ranks; see `rankscope.lora.to_lora_config`."""
@@ -206,9 +190,10 @@ class RankAllocation:
 
 def _target(value: Any) -> TargetModule:
     target = TargetModule(**value)
-    texts = (target.name, target.tower, target.role)
     sizes = (target.in_features, target.out_features, target.block or 0, target.existing_rank or 0)
-    if not all(isinstance(text, str) for text in texts) or not all(_is_size(size) for size in sizes):
+    if not all(isinstance(text, str) for text in (target.name, target.tower, target.role)) or not all(
+        map(_is_size, sizes)
+    ):
         raise TypeError(f"a target of name {target.name!r}")
     if target.kind not in get_args(Kind):
         raise TypeError(f"a target of kind {target.kind!r}")
@@ -217,10 +202,3 @@ def _target(value: Any) -> TargetModule:
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _plain(target: TargetModule) -> dict[str, Any]:
-    values = asdict(target)
-    if target.existing_rank is None:
-        del values["existing_rank"]
-    return values

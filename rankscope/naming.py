@@ -1,24 +1,129 @@
-"""The tower, block and role of modules, read from their names; and which of them are output heads.
+"""The tower, block and role of a module, read from its dotted name.
 
-All of it is tables of patterns over dotted names: to teach a new architecture, add its words.
+The tables below are data: to support another architecture, add its words. A cell is a regex for part of a name.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 
-def _part(words: str) -> re.Pattern[str]:
-    """A pattern for one whole part of a dotted name."""
-    return re.compile(rf"(^|\.)({words})(\.|$)")
+def _rows(table: str, start: str = "", end: str = "") -> tuple[tuple[str, re.Pattern[str]], ...]:
+    """Each line of a table as its first word and a pattern for any of the others. The first match decides."""
+    lines = [line.split() for line in table.strip().splitlines()]
+    return tuple((label, re.compile(f"{start}({'|'.join(words)}){end}")) for label, *words in lines)
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+# Whole parts of a name above its block, in models of several modalities.
+_TOWERS = _rows(
+    r"""
+    projector  \w*projector mm_projection modality_projection \w*connector \w*merger\w* \w*aligner \w*resampler \w*abstractor
+    projector  (visual|vision|image|text|audio|speech|language|video|image_to_text|image_to_mm|text_to_mm)_proj(ection)?
+    projector  \w*q_?former multimodal\w* cross_modal\w* (vision|audio|speech)_adapter embed_(vision|audio) vision_embed_tokens
+    projector  (audio_)?enc_to_dec_proj img_projection\w* (up|down)_proj_for_\w+
+    audio      audio\w* speech(_\w+)? sound\w*
+    vision     vision\w* visual(_(?!bert)\w+)? image_(encoder|model|tower|embed) img_(encoder|processor) video(_\w+)? vqmodel
+    vision     backbone
+    language   language\w* text\w* llm
+    encoder    \w+_encoder
+    decoder    \w+_decoder
+    """,
+    start=r"(^|\.)",
+    end=r"(\.|$)",
+)
+
+_STACK = re.compile(r"(^|\.)(?:\w+_)?(encoder|decoder)\.")
+_ABOVE_BLOCKS = re.compile(r"(?:\d+\.)*[^\d](?:(?!\.\d+\.).)*\.?")
+
+# The last parts of a name. A name that matches nothing keeps its last part as its role.
+_ATTENTION = r"(\w*attn|\w*attention|attn_\w+|EncDecAttention|self)"
+_MLP = r"(\w*mlp|ffn\d?|ff|feed_forward\d?|DenseReluDense)"
+_ROLES = _rows(
+    rf"""
+    fc1           {_MLP}\.(in_proj|key|Wi|intermediate|linear_1|linear_in|layer_1)
+    fc2           {_MLP}\.(out_proj|value|Wo|output|linear_2|linear_out|layer_2)
+    out_proj      (mixer|mamba|ssm|conv)\.out_proj
+    qkv_proj      qkv qkv_proj [wW]qkv c_attn att_proj query_key_value queries_keys_values {_ATTENTION}\.in_proj
+    kv_proj       kv kv_proj to_kv keys_values key_value
+    q_proj        q_proj query q_lin q wq Wq q_attn query_proj q_head queries linear_q to_q to_query project_q projection_query
+    k_proj        k_proj key k_lin k wk Wk key_proj k_head keys linear_k to_k to_key project_k projection_key
+    v_proj        v_proj value v_lin v wv Wv value_proj v_head values linear_v to_v to_value project_v projection_value
+    o_proj        o_proj out_proj out_lin to_out attention_out o {_ATTENTION}\.(c_proj|output\.dense|dense|proj|wo|Wo|output)
+    o_proj        {_ATTENTION}\.(projection|projection_layer|post_proj|output_proj|linear_out)
+    gate_up_proj  gate_up_proj
+    gate_proj     gate_proj wi_0 w1 w_gate proj_up_gate
+    up_proj       up_proj wi_1 w3 proj_up
+    down_proj     down_proj w2 proj_down
+    fc1           fc1 c_fc wi Wi lin1 fc_in intermediate\.dense intermediate_dense dense_h_to_4h ffn\.0 linear1 dense1 linear_fc1
+    fc1           pwconv1 linear_up intermediate_query\.dense ffn
+    fc2           fc2 mlp\.c_proj wo Wo lin2 fc_out output\.dense output_dense dense_4h_to_h ffn\.2 linear2 dense2 linear_fc2
+    fc2           pwconv2 linear_down output_query\.dense ffn_output
+    pooler        pooler\.dense
+    """,
+    start=r"(^|\.)",
+    end=r"(\.linear)?$",
+)
+_CROSS_ATTENTION = re.compile(
+    r"(^|\.)(\w*cross_?att\w*|cross\w*|encoder_attn|EncDecAttention|encoder_decoder_attention|x_attn)\."
+)
+_EXPERT = re.compile(r"(experts?)\.\d+\.")
+# Numbers below these count parts of a block, not blocks.
+_INSIDE_BLOCK = re.compile(r"\w*(mlp|ffn|feed_forward|attn|attention|experts?|head|adapter|conv)\w*")
+
+# Output heads: at the top of the model, or anywhere in it.
+_HEAD = re.compile(
+    r"""^(\w*lm_head|embed_out|score|\w*classifier|qa_outputs|head|cls|\w*_head|\w*_predictor|\w*_predictions
+        |class_embed|bbox_embed|vocab_projector|vocab_transform|output_projection|logits_proj|logit_fc|proj_out
+        |sequence_summary|\w*_decoder_postnet|regressor|logits_dense|predict_(state|action|return))(\.|$)
+    |(^|\.)(lm_heads?|cls\.predictions|(speech_)?decoder_postnet|decoder\.output_projection)(\.|$)""",
+    re.VERBOSE,
+)
+_BEFORE_CLASSIFIER = {"projector", "dense", "feature_extractor"}  # beside a `classifier` at the top, as in wav2vec2
+_OUTPUT_EMBEDDING = re.compile(
+    r"(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_projection|proj_out|vocab_projector|predictions\.decoder|generator_lm_head)"
+)
+
+# Classes that read the weights of these children without calling them, so that an adapter there does nothing. Fused kernels
+# count, though they run only on a GPU or outside training.
+_WEIGHT_READERS = _rows(
+    r"""
+    MultiheadAttention                                                 .*
+    (Falcon)?MambaMixer                                                x_proj dt_proj out_proj
+    JambaMambaMixer                                                    dt_proj
+    (Mamba2|Bamba|FalconH1|NemotronHMamba2|Zamba2Mamba)Mixer           out_proj
+    GraniteMoeHybridMambaLayer                                         out_proj
+    WavLMAttention                                                     [qkv]_proj out_proj
+    \w*TDNNLayer                                                       kernel
+    \w*MHAttentionMap                                                  k_proj k_linear
+    MobileBertLMPredictionHead                                         dense
+    \w+Encoder                                                         rel_pos(_[xy])?_bias
+    """
+)
+# Subclasses of nn.Linear that return more than the product with their weight.
+_NOT_LINEAR = re.compile(r"\w*Router|\w*GroupedLinear|IdeficsDecoupledLinear")
+
+
+# --- questions ----------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Where a module sits: its stack of blocks, the numbers of its stage and block there, and its path in the block."""
+
+    stack: str
+    numbers: tuple[int, ...]
+    path: tuple[str, ...]
 
 
 def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, str]]:
     """Tower, block and role of each module, judged over all names of the model.
 
-    No two modules share all three, except the experts of one mixture.
+    No two modules share all three, except the experts of one mixture. Blocks are unique within a tower.
 
     >>> describe_modules(["layers.0.conv.0.proj", "layers.0.conv.1.proj"])
     {'layers.0.conv.0.proj': ('model', 0, 'conv_0_proj'), 'layers.0.conv.1.proj': ('model', 0, 'conv_1_proj')}
@@ -26,36 +131,20 @@ def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, s
     {'layers.0.experts.0.w1': ('model', 0, 'gate_proj'), 'layers.0.experts.1.w1': ('model', 0, 'gate_proj')}
     """
     towers = name_towers(names)
+    places = {name: locate(name) for name in names}
     roles = {name: name_role(name) for name in names}
     by_tower: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_tower[towers[name]].append(name)
     blocks: dict[str, int | None] = {}
     for members in by_tower.values():
-        blocks |= _number_blocks(members, roles)
+        blocks |= _number_blocks(members, places, roles)
     alike: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
     for name in names:
         alike[towers[name], blocks[name] is None, roles[name]].append(name)
     for members in alike.values():
-        roles |= _qualified(members, blocks, roles)
+        roles |= _longer_roles({name: places[name].path for name in members}, blocks, roles)
     return {name: (towers[name], blocks[name], roles[name]) for name in names}
-
-
-# --- heads --------------------------------------------------------------------------------------------------------
-
-# At the top of the model.
-_HEAD = re.compile(
-    r"(\w*lm_head|embed_out|score|\w*classifier|qa_outputs|head|cls|\w*_head|\w*_predictor|\w*_predictions|"
-    r"class_embed|bbox_embed|vocab_projector|vocab_transform|output_projection|logits_proj|logit_fc|proj_out|"
-    r"sequence_summary|\w*_decoder_postnet|regressor|logits_dense|predict_(state|action|return))(\.|$)"
-)
-# Anywhere in it.
-_INNER_HEAD = _part(r"lm_heads?|cls\.predictions|(speech_)?decoder_postnet|decoder\.output_projection")
-# Beside a `classifier` at the top, as in wav2vec2.
-_BEFORE_CLASSIFIER = {"projector", "dense", "feature_extractor"}
-_OUTPUT_EMBEDDING = re.compile(
-    r"(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_projection|proj_out|vocab_projector|predictions\.decoder|generator_lm_head)"
-)
 
 
 def find_heads(names: Collection[str]) -> set[str]:
@@ -67,7 +156,7 @@ def find_heads(names: Collection[str]) -> set[str]:
     set()
     """
     before = _BEFORE_CLASSIFIER if "classifier" in names else set()
-    return {name for name in names if _HEAD.match(name) or _INNER_HEAD.search(name) or name in before}
+    return {name for name in names if name in before or _HEAD.search(name)}
 
 
 def is_output_embedding(name: str) -> bool:
@@ -75,38 +164,18 @@ def is_output_embedding(name: str) -> bool:
     return _OUTPUT_EMBEDDING.fullmatch(name) is not None
 
 
+def computes_more(kind: str) -> bool:
+    """Whether a class of this name returns more than the product with its weight."""
+    return _NOT_LINEAR.fullmatch(kind) is not None
+
+
+def reads_weight(classes: Iterable[str], child: str) -> bool:
+    """Whether a module of these classes reads the weight of its child without calling it."""
+    readers = [reader for reader, children in _WEIGHT_READERS if children.fullmatch(child)]
+    return any(re.fullmatch(reader, kind) for reader in readers for kind in classes)
+
+
 # --- towers -------------------------------------------------------------------------------------------------------
-
-# The first that is found in a name gives its tower, in a model of several modalities.
-_TOWERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (tower, _part(words))
-    for tower, words in (
-        (
-            "projector",
-            r"\w*projector|mm_projection|modality_projection|\w*connector|\w*merger\w*|\w*aligner|\w*resampler|\w*abstractor|"
-            r"(visual|vision|image|text|audio|speech|language|video|image_to_text|image_to_mm|text_to_mm)_proj(ection)?|"
-            r"\w*q_?former|multimodal\w*|cross_modal\w*|(vision|audio|speech)_adapter|embed_(vision|audio)|vision_embed_tokens|"
-            r"(audio_)?enc_to_dec_proj|img_projection\w*|(up|down)_proj_for_\w+",
-        ),
-        ("audio", r"audio\w*|speech(_\w+)?|sound\w*"),
-        (
-            "vision",
-            r"vision\w*|visual(_(?!bert)\w+)?|image_(encoder|model|tower|embed)|img_(encoder|processor)|video(_\w+)?|vqmodel|"
-            r"backbone",
-        ),
-        ("language", r"language\w*|text\w*|llm"),
-        ("encoder", r"\w+_encoder"),
-        ("decoder", r"\w+_decoder"),
-    )
-)
-_STACK = re.compile(r"(^|\.)(?:\w+_)?(encoder|decoder)\.")
-# A block's parts are of its tower, whatever they are called (Zamba's `layers.2.mamba_decoder`).
-_ABOVE_BLOCKS = re.compile(r"(?:\d+\.)*[^\d](?:(?!\.\d+\.).)*\.?")
-
-
-def _above_blocks(name: str) -> str:
-    match = _ABOVE_BLOCKS.match(name)
-    return match.group() if match else name
 
 
 def name_towers(names: Collection[str]) -> dict[str, str]:
@@ -117,11 +186,11 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
     >>> name_towers(["vit.layers.0.fc1"])
     {'vit.layers.0.fc1': 'model'}
     """
-    heads = find_heads(names)
-    above = {n: _above_blocks(n) for n in names}
-    found = {n: next((tower for tower, pattern in _TOWERS if pattern.search(above[n])), None) for n in names}
+    # A block's parts belong to its tower, whatever they are called (Zamba's `layers.2.mamba_decoder`).
+    above = {n: match.group() if (match := _ABOVE_BLOCKS.match(n)) else n for n in names}
+    found = {n: _first(_TOWERS, above[n]) for n in names}
     stacks = {n: match.group(2) if (match := _STACK.search(above[n])) else "model" for n in names}
-    body = [n for n in names if n not in heads]
+    body = set(names) - find_heads(names)
     present, halves = {found[n] for n in body}, {stacks[n] for n in body}
     if len(present) > 1 and present & {"vision", "audio", "projector"}:
         rest = {stacks[n] for n in body if found[n] is None}
@@ -135,145 +204,74 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
     return stacks if {"encoder", "decoder"} <= halves else dict.fromkeys(names, "model")
 
 
+def _first(rows: Iterable[tuple[str, re.Pattern[str]]], name: str) -> str | None:
+    return next((label for label, pattern in rows if pattern.search(name)), None)
+
+
 # --- blocks -------------------------------------------------------------------------------------------------------
 
-# Numbers below these count parts of a block, not blocks.
-_INSIDE_BLOCK = re.compile(r"\w*(mlp|ffn|feed_forward|attn|attention|experts?|head|adapter|conv)\w*")
-_BASE = 1000  # a stage's blocks in `name_block`
 
+def locate(name: str) -> _Place:
+    """Splits a name at the numbers of its stage and block.
 
-def name_block(name: str) -> int | None:
-    """The number of the transformer block that a module sits in, by its name alone; None outside blocks.
+    A block's number is the first one that has parts below it; where blocks are counted within stages, as in Swin, the stage's
+    comes before it. Experts, and the parts of one block, are no blocks.
 
-    It is the first number in the name that has parts below it. Where blocks are counted within stages, as in Swin, the
-    stage counts 1000. Numbers of experts, or of the parts of one block, do not count.
-
-    >>> name_block("bert.encoder.layer.11.output.dense"), name_block("mm_projector.0")
-    (11, None)
-    >>> name_block("swin.encoder.layers.2.blocks.5.attention.q_proj"), name_block("encoder.block.3.layer.1.DenseReluDense.wi")
-    (2005, 3)
+    >>> locate("swin.encoder.layers.2.blocks.5.attention.q_proj")
+    _Place(stack='swin.encoder.layers', numbers=(2, 5), path=('attention', 'q_proj'))
     """
-    _, key = _locate(name)
-    if key is None:
-        return None
-    number = 0
-    for index in key:
-        number = number * _BASE + index
-    return number
-
-
-def _locate(name: str) -> tuple[str, tuple[int, ...] | None]:
-    """The stack of blocks that a module is in, and the numbers of its stage and block there."""
     parts = name.split(".")
-    counted = _block_parts(parts)
-    if not counted:
-        return "", None
-    return ".".join(parts[: counted[0]]), tuple(int(parts[index]) for index in counted)
-
-
-def _block_parts(parts: Sequence[str]) -> list[int]:
-    """Where in a name the numbers of its stage and block stand; a model inside nn.Sequential has one more in front."""
     counted: list[int] = []
     for index, part in enumerate(parts[:-1]):
         if part.isdecimal() and (not counted or _nests(parts, counted[-1], index)):
             counted.append(index)
-    return counted[: 3 if parts[0].isdecimal() else 2]
+    counted = counted[: 3 if parts[0].isdecimal() else 2]  # a model inside nn.Sequential has one more in front
+    below = ".".join(parts[counted[-1] + 1 if counted else 0 :])
+    return _Place(
+        stack=".".join(parts[: counted[0]]) if counted else "",
+        numbers=tuple(int(parts[index]) for index in counted),
+        path=tuple(_EXPERT.sub(r"\1.", below).split(".")),
+    )
 
 
 def _nests(parts: Sequence[str], outer: int, inner: int) -> bool:
     """Whether the inner number counts blocks within the stage that the outer one counts."""
-    between = parts[outer + 1 : inner]
+    above, between = parts[outer - 1] if outer else "", parts[outer + 1 : inner]
     if not between:
         return True
-    if any(_INSIDE_BLOCK.fullmatch(part) for part in (parts[outer - 1] if outer else "", *between)):
+    if any(_INSIDE_BLOCK.fullmatch(part) for part in (above, *between)):
         return False
-    word, above = between[-1], parts[outer - 1] if outer else ""
+    word = between[-1]
     return (
         word == "h"
         or word.endswith(("blocks", "layers", "stages"))
-        or (word in ("block", "layer") and above != "block" and above != "layers")
+        or (word in ("block", "layer") and above not in ("block", "layers"))
     )
 
 
-def _number_blocks(names: Iterable[str], roles: Mapping[str, str]) -> dict[str, int | None]:
-    """Block numbers that are unique within a tower: stages follow each other, and so do stacks that would collide."""
-    stacks: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+def _number_blocks(
+    names: Iterable[str], places: Mapping[str, _Place], roles: Mapping[str, str]
+) -> dict[str, int | None]:
+    """Block numbers of one tower. A plain stack keeps its own; stages, and stacks that would collide, are counted through."""
     blocks: dict[str, int | None] = dict.fromkeys(names)
+    stacks: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name in blocks:
-        stack, key = _locate(name)
-        if key is not None:
-            stacks[stack][name] = key
+        if places[name].numbers:
+            stacks[places[name].stack][name] = places[name].numbers
     taken: set[tuple[int, str]] = set()
+    n_blocks = 0
     for keys in stacks.values():
-        numbers = _flat(keys)
-        here = {(number, roles[name]) for name, number in numbers.items()}
-        offset = max(number for number, _ in taken) + 1 if here & taken else 0
-        taken |= {(number + offset, role) for number, role in here}
-        blocks |= {name: number + offset for name, number in numbers.items()}
+        depth = max(len(key) for key in keys.values())
+        padded = {name: key + (0,) * (depth - len(key)) for name, key in keys.items()}
+        order = {key: key[0] if depth == 1 else n for n, key in enumerate(sorted(set(padded.values())))}
+        offset = n_blocks if any((order[key], roles[name]) in taken for name, key in padded.items()) else 0
+        blocks |= {name: order[key] + offset for name, key in padded.items()}
+        taken |= {(order[key] + offset, roles[name]) for name, key in padded.items()}
+        n_blocks = max(n_blocks, *(order[key] + offset + 1 for key in order))
     return blocks
 
 
-def _flat(keys: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """One number for each (stage, block): a plain stack keeps its own, stages are counted through."""
-    depth = max(len(key) for key in keys.values())
-    if depth == 1:
-        return {name: key[0] for name, key in keys.items()}
-    padded = {name: key + (0,) * (depth - len(key)) for name, key in keys.items()}
-    order = {key: number for number, key in enumerate(sorted(set(padded.values())))}
-    return {name: order[key] for name, key in padded.items()}
-
-
 # --- roles --------------------------------------------------------------------------------------------------------
-
-_ATTENTION = r"(\w*attn|\w*attention|attn_\w+|EncDecAttention|self)"
-_MLP = r"(\w*mlp|ffn\d?|ff|feed_forward\d?|DenseReluDense)"
-# The first pattern found in the name gives its role; a name that fits none keeps its last part.
-_ROLES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (role, re.compile(rf"(^|\.)({pattern})(\.linear)?$"))
-    for role, pattern in (
-        ("fc1", rf"{_MLP}\.(in_proj|key|Wi|intermediate|linear_1|linear_in|layer_1)"),
-        ("fc2", rf"{_MLP}\.(out_proj|value|Wo|output|linear_2|linear_out|layer_2)"),
-        ("out_proj", r"(mixer|mamba|ssm|conv)\.out_proj"),
-        (
-            "qkv_proj",
-            rf"qkv|qkv_proj|[wW]qkv|c_attn|att_proj|query_key_value|queries_keys_values|{_ATTENTION}\.in_proj",
-        ),
-        ("kv_proj", r"kv|kv_proj|to_kv|keys_values|key_value"),
-        (
-            "q_proj",
-            r"q_proj|query|q_lin|q|wq|Wq|q_attn|query_proj|q_head|queries|linear_q|to_q|to_query|project_q|projection_query",
-        ),
-        ("k_proj", r"k_proj|key|k_lin|k|wk|Wk|key_proj|k_head|keys|linear_k|to_k|to_key|project_k|projection_key"),
-        (
-            "v_proj",
-            r"v_proj|value|v_lin|v|wv|Wv|value_proj|v_head|values|linear_v|to_v|to_value|project_v|projection_value",
-        ),
-        (
-            "o_proj",
-            rf"o_proj|out_proj|out_lin|to_out|attention_out|o|{_ATTENTION}\.(c_proj|output\.dense|dense|proj|wo|Wo|output|projection|"
-            r"projection_layer|post_proj|output_proj|linear_out)",
-        ),
-        ("gate_up_proj", r"gate_up_proj"),
-        ("gate_proj", r"gate_proj|wi_0|w1|w_gate|proj_up_gate"),
-        ("up_proj", r"up_proj|wi_1|w3|proj_up"),
-        ("down_proj", r"down_proj|w2|proj_down"),
-        (
-            "fc1",
-            r"fc1|c_fc|wi|Wi|lin1|fc_in|intermediate\.dense|intermediate_dense|dense_h_to_4h|ffn\.0|linear1|dense1|linear_fc1|"
-            r"pwconv1|linear_up|intermediate_query\.dense|ffn",
-        ),
-        (
-            "fc2",
-            r"fc2|mlp\.c_proj|wo|Wo|lin2|fc_out|output\.dense|output_dense|dense_4h_to_h|ffn\.2|linear2|dense2|linear_fc2|"
-            r"pwconv2|linear_down|output_query\.dense|ffn_output",
-        ),
-        ("pooler", r"pooler\.dense"),
-    )
-)
-_CROSS = re.compile(
-    r"(^|\.)(\w*cross_?att\w*|cross\w*|encoder_attn|EncDecAttention|encoder_decoder_attention|x_attn)\."
-)
-_EXPERT = re.compile(r"(experts?)\.\d+\.")
 
 
 def name_role(name: str) -> str:
@@ -282,25 +280,23 @@ def name_role(name: str) -> str:
     >>> [name_role(n) for n in ("h.0.attn.c_proj", "h.0.mlp.c_proj", "encoder.layer.0.attention.self.query")]
     ['o_proj', 'fc2', 'q_proj']
     """
-    role = next((role for role, pattern in _ROLES if pattern.search(name)), None) or _last_words(name)
-    return f"cross_{role}" if _CROSS.search(name) else role
+    role = _first(_ROLES, name)
+    if role is None:
+        path = locate(name).path
+        start = len(path) - 1
+        while start and (path[start].isdecimal() or path[start] == "layers"):  # a number needs the word before it
+            start -= 1
+        role = "_".join(path[start:])
+    return f"cross_{role}" if _CROSS_ATTENTION.search(name) else role
 
 
-def _last_words(name: str) -> str:
-    """The last part of a name; of a numbered one (`mlp.layers.0`), the words before its number, too."""
-    parts = _path_in_block(name)
-    start = len(parts) - 1
-    while start and (parts[start].isdecimal() or parts[start] == "layers"):
-        start -= 1
-    return "_".join(parts[start:])
+def _longer_roles(
+    paths: Mapping[str, tuple[str, ...]], blocks: Mapping[str, int | None], roles: Mapping[str, str]
+) -> dict[str, str]:
+    """Longer roles where two modules of a block would share one, by the parts of their paths that differ.
 
-
-def _qualified(names: Sequence[str], blocks: Mapping[str, int | None], roles: Mapping[str, str]) -> dict[str, str]:
-    """Longer roles where two modules of a block would share one, by the parts of their names that differ.
-
-    The experts of a mixture go on sharing theirs. All blocks of a tower are treated alike.
+    The experts of a mixture have one path, and go on sharing their role. All blocks of a tower are treated alike.
     """
-    paths = {name: _path_in_block(name) for name in names}
     in_block: dict[int | None, set[tuple[str, ...]]] = defaultdict(set)
     for name, path in paths.items():
         in_block[blocks[name]].add(path)
@@ -308,7 +304,7 @@ def _qualified(names: Sequence[str], blocks: Mapping[str, int | None], roles: Ma
         return {}
     distinct = set(paths.values())
     start = min(_shared(distinct), *(len(path) - 1 for path in distinct))
-    while start and any(path[start].isdecimal() for path in distinct):  # a number needs the word before it
+    while start and any(path[start].isdecimal() for path in distinct):
         start -= 1
     ends = _shared([path[start:-1][::-1] for path in distinct])
     longer = {path: "_".join(path[start : len(path) - 1 - ends]) for path in distinct}
@@ -317,18 +313,6 @@ def _qualified(names: Sequence[str], blocks: Mapping[str, int | None], roles: Ma
     return {name: f"{longer[path]}_{roles[name]}".lstrip("_") for name, path in paths.items()}
 
 
-def _path_in_block(name: str) -> tuple[str, ...]:
-    """The parts of a name below its block's number, without the numbers of experts."""
-    parts = name.split(".")
-    counted = _block_parts(parts)
-    return tuple(_EXPERT.sub(r"\1.", ".".join(parts[counted[-1] + 1 if counted else 0 :])).split("."))
-
-
 def _shared(paths: Iterable[Sequence[str]]) -> int:
     """How many first parts all paths share."""
-    shared = 0
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared += 1
-    return shared
+    return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))

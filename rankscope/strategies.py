@@ -1,16 +1,18 @@
 """Strategies: from targets, a budget and (most of them) a profile to an allocation, without a trial.
 
-Each strategy is one function of a `Request`; `allocate` is the door to all of them.
+A strategy is a function of a `Request`. It returns, for each module by name, either a score, in proportion to which the module
+gets its share of the parameters, or the gain of its first, second, … rank. `allocate` projects either onto the budget.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -18,71 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import Bound, ParameterBudget, allocate_marginal, allocate_proportional
+from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
 from rankscope.errors import ModelError, SettingsError, shown
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
 
 logger = logging.getLogger(__name__)
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a strategy is asked for.
-
-    Attributes:
-        targets: The target modules.
-        budget: The limit in parameters.
-        profile: A profile that covers the targets; None where there is none.
-        seed: For strategies that draw.
-        min_rank: The least rank, for all or by name.
-        max_rank: The greatest rank, for all or by name; None: full rank.
-        options: What the strategy takes besides, by name.
-    """
+    """What a strategy is asked for; `seed` is for those that draw."""
 
     targets: tuple[TargetModule, ...]
     budget: ParameterBudget
-    profile: Profile | None = None
-    seed: int = 0
-    min_rank: Bound = 0
-    max_rank: Bound = None
-    options: Mapping[str, Any]
+    limits: RankLimits
+    profile: Profile | None
+    seed: int
 
-    def proportional(self, scores: Mapping[str, float]) -> RankAllocation:
-        """The request's projection of scores."""
-        self._require_some(scores)
-        return allocate_proportional(self.targets, scores, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
-
-    def marginal(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
-        """The request's projection of marginal gains."""
-        self._require_some({name: float(np.max(values, initial=0.0)) for name, values in gains.items()})
-        return allocate_marginal(self.targets, gains, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
-
-    def _require_some(self, scores: Mapping[str, float]) -> None:
-        if self.targets and not any(scores[target.name] > 0 for target in self.targets):
-            raise SettingsError(
-                f"`targets` must hold a module that the profile gives a score above 0, but all {len(self.targets)} have 0, as "
-                f"`{self.targets[0].name}`; choose other targets, or another strategy."
-            )
-
-    def per_parameter(self, scores: Mapping[str, float]) -> RankAllocation:
-        """Parameters in proportion to scores, so ranks to the score per parameter."""
-        return self.proportional({t.name: scores[t.name] / t.rank_cost for t in self.targets})
-
-    def number(self, option: str, default: float) -> float:
-        """An option that is a number above 0 and finite."""
-        value = self.options.get(option, default)
-        if not _is_number(value) or not 0 < value < math.inf:
-            raise SettingsError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
-        return float(value)
-
-    def flag(self, option: str, default: bool) -> bool:
-        """An option that is on or off."""
-        value = self.options.get(option, default)
-        if not isinstance(value, bool):
-            raise SettingsError(f"`{option}` must be true or false, but got {shown(value)}.")
-        return value
-
+    @property
     def profiled(self) -> Profile:
         """The profile.
 
@@ -95,33 +52,35 @@ class Request:
         return self.profile
 
 
+Worth = Mapping[str, float] | Mapping[str, NDArray[np.float64]]
+Strategy = Callable[..., Worth]
+
+
 def allocate(
-    strategy: str,
+    strategy: str | Strategy,
     *,
     targets: Sequence[TargetModule],
     budget: ParameterBudget,
     profile: Profile | None = None,
     seed: int = 0,
-    min_rank: Bound = 0,
-    max_rank: Bound = None,
+    min_rank: int | Mapping[str, int] = 0,
+    max_rank: int | Mapping[str, int] | None = None,
     **options: Any,
 ) -> RankAllocation:
     """Computes an allocation without a trial.
 
-    Every strategy stays within the budget and the bounds, and leaves less over than the cheapest rank that could
-    still be placed.
+    It stays within the budget and the limits, and leaves less over than the cheapest rank that could still be placed.
 
     Args:
-        strategy: `"uniform"`, `"random"`, `"gradient-norm"`, `"fisher"`, `"sensitivity"`, `"activation"`, `"one-shot"` or
-            `"blend"`.
+        strategy: A name in `STRATEGIES` or of an entry point in the group `rankscope.strategies`, or a function like them.
         targets: The target modules.
         budget: The limit in parameters.
         profile: Needed by all but `uniform` and `random`.
         seed: For `random`.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        **options: `random` takes `concentration`, `gradient-norm` `signal`, `one-shot` `power` and `signal`, `blend`
-            `weights`.
+        **options: Of the strategy: `random` takes `concentration`, `gradient-norm` `signal`, `one-shot` `power` and `signal`,
+            `blend` `weights`.
 
     Raises:
         SettingsError: Nothing feasible, or an unknown strategy or option.
@@ -131,144 +90,133 @@ def allocate(
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
     {'fc1': 4, 'fc2': 4}
     """
-    name: Any = strategy  # a study file may hold anything
-    if not isinstance(name, str) or name not in STRATEGIES:
-        close = difflib.get_close_matches(str(name), STRATEGIES, n=1)
+    name, function = _find(strategy)
+    taken = list(inspect.signature(function).parameters)[1:]
+    if unknown := sorted(set(options) - set(taken)):
+        raise SettingsError(f"`{name}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
+    limits = RankLimits(min_rank, max_rank)
+    request = Request(targets=tuple(targets), budget=budget, limits=limits, profile=profile, seed=seed)
+    worth: Any = function(request, **options)
+    by_rank = any(np.ndim(value) for value in worth.values())
+    scores = {t.name: worth[t.name] if by_rank else worth[t.name] / t.rank_cost for t in targets}
+    if targets and not any(np.max(score, initial=0.0) > 0 for score in scores.values()):
         raise SettingsError(
-            f"`strategy` must be one of {', '.join(STRATEGIES)}, but got {shown(name)}"
+            f"`targets` must hold a module that the profile gives a score above 0, but all {len(targets)} have 0, as "
+            f"`{targets[0].name}`; choose other targets, or another strategy."
+        )
+    project = allocate_marginal if by_rank else allocate_proportional
+    return replace(project(targets, scores, budget, limits), strategy=name)
+
+
+def _find(strategy: str | Strategy) -> tuple[str, Strategy]:
+    if callable(strategy):
+        return getattr(strategy, "__name__", type(strategy).__name__), strategy
+    known: dict[str, Strategy] = dict(STRATEGIES)
+    if not isinstance(strategy, str) or strategy not in known:
+        close = difflib.get_close_matches(str(strategy), known, n=1)
+        raise SettingsError(
+            f"`strategy` must be one of {', '.join(known)}, but got {shown(strategy)}"
             + (f"; did you mean {close[0]!r}?" if close else ".")
         )
-    taken = OPTIONS.get(strategy, ())
-    if unknown := sorted(set(options) - set(taken)):
-        raise SettingsError(f"`{strategy}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
-    request = Request(
-        targets=tuple(targets),
-        budget=budget,
-        profile=profile,
-        seed=seed,
-        min_rank=min_rank,
-        max_rank=max_rank,
-        options=options,
-    )
-    return STRATEGIES[strategy](request).renamed(strategy)
+    return strategy, known[strategy]
 
 
-def uniform(request: Request) -> RankAllocation:
+# --- the strategies -----------------------------------------------------------------------------------------------
+
+
+def uniform(request: Request) -> dict[str, float]:
     """The same rank everywhere, as even as the budget allows: plain LoRA."""
-    return request.proportional(dict.fromkeys((t.name for t in request.targets), 1.0))
+    return {target.name: float(target.rank_cost) for target in request.targets}
 
 
-def random(request: Request) -> RankAllocation:
+def random(request: Request, concentration: float = 1.0) -> dict[str, float]:
     """Parameter shares drawn from a symmetric Dirichlet distribution.
 
-    Option `concentration` (default 1): small values give most parameters to few modules, large ones approach equal
-    shares.
+    A small `concentration` gives most parameters to few modules, a large one approaches equal shares.
     """
-    concentration = request.number("concentration", 1.0)
+    _require_positive("concentration", concentration)
     seed: Any = request.seed
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
         raise SettingsError(f"`seed` must be a whole number of 0 or more, but got {shown(seed)}.")
-    rng = np.random.default_rng(int(seed))
     names = sorted(target.name for target in request.targets)  # the draw must not depend on the targets' order
-    shares = dict(zip(names, rng.gamma(concentration, size=len(names)), strict=True))
-    floor = np.finfo(np.float64).tiny
-    return request.proportional({t.name: max(shares[t.name], floor) / t.rank_cost for t in request.targets})
+    shares = np.random.default_rng(int(seed)).gamma(concentration, size=len(names))
+    return dict(zip(names, np.maximum(shares, _TINY).tolist(), strict=True))
 
 
-def gradient_norm(request: Request) -> RankAllocation:
-    """Parameters in proportion to the gradient's Frobenius norm, so ranks to the norm per parameter.
-
-    Option `signal` (default False): the norm without the batches' noise.
-    """
-    profile, signal = request.profiled(), request.flag("signal", False)
-    return request.per_parameter(_signal_norms(profile) if signal else profile.column("gradient_norm"))
+def gradient_norm(request: Request, signal: bool = False) -> dict[str, float]:
+    """The gradient's Frobenius norm; with `signal`, without the noise between batches."""
+    _require_flag("signal", signal)
+    return _signal_norms(request.profiled) if signal else request.profiled.column("gradient_norm")
 
 
-def fisher(request: Request) -> RankAllocation:
-    """Parameters in proportion to the root of the empirical Fisher trace: the scale of single examples' gradients."""
-    return request.per_parameter(_fisher_roots(request.profiled()))
+def fisher(request: Request) -> dict[str, float]:
+    """The root of the empirical Fisher trace: the scale of single examples' gradients."""
+    return {name: math.sqrt(max(trace, 0.0)) for name, trace in request.profiled.column("fisher_trace").items()}
 
 
-def sensitivity(request: Request) -> RankAllocation:
-    """Parameters in proportion to sum |w g|: GoRA's rule (arXiv 2502.12171), with the sum where it takes the mean."""
-    values = request.profiled().column("sensitivity")
+def sensitivity(request: Request) -> dict[str, float]:
+    """The sum of |w g|: GoRA's rule (arXiv 2502.12171), with the sum where it takes the mean."""
+    values = request.profiled.column("sensitivity")
     if unread := [target.name for target in request.targets if math.isnan(values[target.name])]:
         raise ModelError(
             f"the profile must hold the sensitivity of every target, but lacks that of `{unread[0]}`, whose weight "
             "cannot be read; use another strategy."
         )
-    return request.per_parameter(values)
+    return values
 
 
-def activation(request: Request) -> RankAllocation:
-    """Each rank goes where it explains most of the inputs' variance: EVA's rule (arXiv 2410.07170), with parameters counted.
-
-    The gain of rank r is the share of the r-th principal component in the variance of the module's inputs.
-    """
-    profile = request.profiled()
-    variance, values = profile.column("activation_variance"), profile.input_variances()
-    return request.marginal({t.name: values[t.name] / max(variance[t.name], _TINY) for t in request.targets})
+def activation(request: Request) -> dict[str, NDArray[np.float64]]:
+    """The share of the r-th principal component in the inputs' variance: EVA's rule (arXiv 2410.07170), by parameters."""
+    variance = request.profiled.column("activation_variance")
+    return {name: values / max(variance[name], _TINY) for name, values in request.profiled.input_variances().items()}
 
 
-def one_shot(request: Request) -> RankAllocation:
-    """Water-filling on the gradient spectrum: each rank goes where it captures most gradient energy per parameter.
+def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> dict[str, NDArray[np.float64]]:
+    """The energy of the gradient that the r-th rank captures, sigma_r ** 2.
 
     The first step of LoRA with B = 0 and A along the gradient's leading right singular vectors moves the weight along
     the best rank-r part of the gradient, whose energy is the sum of its r leading squared singular values
-    (Eckart and Young 1936; LoRA-GA, arXiv 2407.05000, Thm 3.1). The gain of rank r is therefore sigma_r ** 2.
+    (Eckart and Young 1936; LoRA-GA, arXiv 2407.05000, Thm 3.1).
 
-    Options: `power` of the singular values (default 2), and `signal` (default True): only what the profile's batches agree
-    on.
+    Args:
+        request: With a profile.
+        power: Of the singular values.
+        signal: Take only the part of the gradient that the profile's batches agree on.
     """
-    power = request.number("power", 2.0)
-    profile = request.profiled()
-    _say_if_narrow(profile, request)
-    spectra = profile.spectra(signal=request.flag("signal", True))
-    top = max((float(np.max(spectra[t.name], initial=0.0)) for t in request.targets), default=0.0) or 1.0
-    return request.marginal({t.name: (spectra[t.name] / top) ** power for t in request.targets})  # only ratios count
-
-
-def blend(request: Request) -> RankAllocation:
-    """A weighted geometric mean of three views of what a module needs, its parameters in proportion to it.
-
-    Option `weights` (default `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`): exponents of the signal's norm, of
-    the root Fisher trace and of the sensitivity, each first divided by its mean over modules.
-    """
-    given = request.options.get("weights", _BLEND)
-    weights = {**dict.fromkeys(_BLEND, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
-    if set(weights) != set(_BLEND) or not all(_is_number(w) and 0 <= w < math.inf for w in weights.values()):
-        raise SettingsError(f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {shown(given)}.")
-    profile = request.profiled()
-    views = {
-        "gradient": _signal_norms(profile),
-        "fisher": _fisher_roots(profile),
-        "sensitivity": {name: 0.0 if math.isnan(v) else v for name, v in profile.column("sensitivity").items()},
-    }
-    scores = dict.fromkeys((target.name for target in request.targets), 1.0)
-    for view, values in views.items():
-        mean = max(float(np.mean([values[name] for name in scores])), _TINY)
-        with np.errstate(over="ignore"):  # an infinite score is refused where scores are checked
-            scores = {n: score * float(np.float64(values[n] / mean) ** weights[view]) for n, score in scores.items()}
-    return request.per_parameter(scores)
-
-
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return real and bool(abs(value) < sys.float_info.max)
-
-
-def _say_if_narrow(profile: Profile, request: Request) -> None:
-    """Warns where much of the spectra that a budget asks for is estimated: its mean rank is above what was sketched."""
-    if profile.table["exact"].all():
-        return
-    columns = int(profile.metadata["sketch_size"])
-    mean_rank = request.budget.limit / sum(target.rank_cost for target in request.targets)
-    if columns < mean_rank:
+    _require_positive("power", power)
+    _require_flag("signal", signal)
+    profile = request.profiled
+    columns = int(profile.metadata.get("sketch_size", 0))
+    mean_rank = request.budget.limit / max(sum(target.rank_cost for target in request.targets), 1)
+    if columns < mean_rank and not profile.table["exact"].all():
         logger.warning(
             "the profile's sketches have %d columns, but the budget's mean rank is %.0f: gains beyond %d are estimates; "
             "take the profile with `budget`",
             *(columns, mean_rank, columns),
         )
+    spectra = profile.spectra(signal=signal)
+    top = max((float(np.max(spectra[t.name], initial=0.0)) for t in request.targets), default=0.0) or 1.0
+    return {t.name: (spectra[t.name] / top) ** power for t in request.targets}  # only ratios count
+
+
+def blend(request: Request, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """A weighted geometric mean of the signal's norm, the root Fisher trace and the sensitivity, each over its mean.
+
+    The default weights are `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`; a view that is not named has weight 0.
+    """
+    given: Any = _BLEND if weights is None else weights
+    exponents = {**dict.fromkeys(_BLEND, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
+    if set(exponents) != set(_BLEND) or not all(_is_number(w) and 0 <= w < math.inf for w in exponents.values()):
+        raise SettingsError(f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {shown(given)}.")
+    profile = request.profiled
+    sensitivities = {name: 0.0 if math.isnan(v) else v for name, v in profile.column("sensitivity").items()}
+    views = {"gradient": _signal_norms(profile), "fisher": fisher(request), "sensitivity": sensitivities}
+    scores = dict.fromkeys((target.name for target in request.targets), 1.0)
+    for view, values in views.items():
+        mean = max(float(np.mean([values[name] for name in scores])), _TINY)
+        with np.errstate(over="ignore"):  # infinite scores are refused where scores are checked
+            scores = {n: score * float(np.float64(values[n] / mean) ** exponents[view]) for n, score in scores.items()}
+    return scores
 
 
 def _signal_norms(profile: Profile) -> dict[str, float]:
@@ -277,14 +225,23 @@ def _signal_norms(profile: Profile) -> dict[str, float]:
     return {name: norm * math.sqrt(shares[name]) for name, norm in profile.column("gradient_norm").items()}
 
 
-def _fisher_roots(profile: Profile) -> dict[str, float]:
-    return {name: math.sqrt(max(trace, 0.0)) for name, trace in profile.column("fisher_trace").items()}
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return real and bool(abs(value) < sys.float_info.max)
 
 
-_TINY = float(np.finfo(np.float64).tiny)
+def _require_positive(option: str, value: Any) -> None:
+    if not _is_number(value) or not value > 0:
+        raise SettingsError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
+
+
+def _require_flag(option: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SettingsError(f"`{option}` must be true or false, but got {shown(value)}.")
+
+
 _BLEND = {"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}
-
-STRATEGIES: Mapping[str, Callable[[Request], RankAllocation]] = {
+STRATEGIES: Mapping[str, Strategy] = {
     "uniform": uniform,
     "random": random,
     "gradient-norm": gradient_norm,
@@ -295,9 +252,3 @@ STRATEGIES: Mapping[str, Callable[[Request], RankAllocation]] = {
     "blend": blend,
 }
 NEEDS_PROFILE = frozenset(STRATEGIES) - {"uniform", "random"}
-OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "random": ("concentration",),
-    "gradient-norm": ("signal",),
-    "one-shot": ("power", "signal"),
-    "blend": ("weights",),
-}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rankscope as rs
-from rankscope.budget import allocate_marginal, allocate_proportional
+from rankscope.budget import RankLimits, allocate_marginal, allocate_proportional
 from rankscope.errors import SettingsError
 from tests.inventories import check_feasible, inventories, vit_inventory
 
@@ -49,10 +49,10 @@ def test_proportional_is_feasible_tight_and_independent_of_order(problem: tuple,
     targets, budget, low, high = problem
     scores = {t.name: data.draw(st.sampled_from([0.0, 0.1, 1.0, 1.0, 3.0, 50.0])) for t in targets}
     scores[targets[0].name] = 1.0
-    found = allocate_proportional(targets, scores, budget, min_rank=low, max_rank=high)
+    found = allocate_proportional(targets, scores, budget, RankLimits(low, high))
     check_feasible(found, budget, low, high)
     shuffled = tuple(data.draw(st.permutations(targets)))
-    again = allocate_proportional(shuffled, scores, budget, min_rank=low, max_rank=high)
+    again = allocate_proportional(shuffled, scores, budget, RankLimits(low, high))
     assert dict(again.ranks) == dict(found.ranks)
 
 
@@ -60,10 +60,10 @@ def test_proportional_is_feasible_tight_and_independent_of_order(problem: tuple,
 def test_marginal_is_feasible_tight_and_independent_of_order(problem: tuple, data: st.DataObject) -> None:
     targets, budget, low, high = problem
     gains = draw_gains(data, targets)
-    found = allocate_marginal(targets, gains, budget, min_rank=low, max_rank=high)
+    found = allocate_marginal(targets, gains, budget, RankLimits(low, high))
     check_feasible(found, budget, low, high)
     shuffled = tuple(data.draw(st.permutations(targets)))
-    assert dict(allocate_marginal(shuffled, gains, budget, min_rank=low, max_rank=high).ranks) == dict(found.ranks)
+    assert dict(allocate_marginal(shuffled, gains, budget, RankLimits(low, high)).ranks) == dict(found.ranks)
 
 
 def value(gains: dict[str, list[float]], ranks: dict[str, int]) -> float:
@@ -93,7 +93,7 @@ def test_marginal_is_optimal_within_bounds(targets: tuple, data: st.DataObject) 
     low = {t.name: data.draw(st.integers(0, 2)) for t in targets}
     high = {t.name: data.draw(st.integers(max(low[t.name], 1), 6)) for t in targets}
     limit = 12 * data.draw(st.integers(max(sum(low.values()), 1), 18))
-    found = allocate_marginal(targets, gains, rs.ParameterBudget(limit), min_rank=low, max_rank=high)
+    found = allocate_marginal(targets, gains, rs.ParameterBudget(limit), RankLimits(low, high))
     best = max(
         value(gains, dict(zip([t.name for t in targets], ranks, strict=True)))
         for ranks in itertools.product(*[range(low[t.name], high[t.name] + 1) for t in targets])
@@ -164,7 +164,7 @@ def test_proportional_is_exact_with_costs_and_bounds(problem: tuple, data: st.Da
         ranks[chosen] += 1
         left -= costs[chosen]
     named = {t.name: float(s) for t, s in zip(targets, scores, strict=True)}
-    assert list(allocate_proportional(targets, named, budget, min_rank=low, max_rank=high).vector) == ranks
+    assert list(allocate_proportional(targets, named, budget, RankLimits(low, high)).vector) == ranks
 
 
 @pytest.mark.parametrize("tiny", [1e-290, 1e-310, 5e-324, 0.0])
@@ -206,9 +206,9 @@ def test_an_inventory_of_a_70b_model() -> None:
     rng = np.random.default_rng(0)
     gains = {t.name: np.sort(rng.exponential(rng.exponential(), size=256))[::-1] for t in targets}
     budget = rs.ParameterBudget.uniform(targets, 32)
-    check_feasible(allocate_marginal(targets, gains, budget, max_rank=256), budget, 0, 256)
+    check_feasible(allocate_marginal(targets, gains, budget, RankLimits(max_rank=256)), budget, 0, 256)
     scores = {name: float(values[0]) for name, values in gains.items()}
-    check_feasible(allocate_proportional(targets, scores, budget, max_rank=256), budget, 0, 256)
+    check_feasible(allocate_proportional(targets, scores, budget, RankLimits(max_rank=256)), budget, 0, 256)
 
 
 VIT = vit_inventory()
@@ -248,11 +248,12 @@ FIRST = VIT[0].name
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
     options = {"targets": VIT, "budget": 6_912, **arguments}
     targets, budget = options.pop("targets"), rs.ParameterBudget(options.pop("budget"))
+    limits = RankLimits(options.pop("min_rank", 0), options.pop("max_rank", None))
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         if "gains" in options:
-            allocate_marginal(targets, options.pop("gains"), budget, **options)
+            allocate_marginal(targets, options["gains"], budget, limits)
         else:
-            allocate_proportional(targets, options.pop("scores", ONES), budget, **options)
+            allocate_proportional(targets, options.get("scores", ONES), budget, limits)
 
 
 @pytest.mark.parametrize("limit", [0, -3, 1.5, True, float("nan"), float("inf"), "many", None])

@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from rankscope.errors import RankscopeError
 from rankscope.files import read_json, read_parquet, read_tensors, read_yaml
 from rankscope.lora import load_adapter, restore_ranks, save_ranks
 from rankscope.settings import read_study
-from rankscope.strategies import OPTIONS, STRATEGIES
+from rankscope.strategies import STRATEGIES
 from rankscope.tasks.data import check_filled, read_table, split_rows
 
 ODD: list[Any] = [
@@ -341,7 +342,7 @@ def fuzz_task(rng: random.Random, folder: Path) -> None:
 def fuzz_strategy(rng: random.Random, folder: Path) -> None:
     strategy = rng.choice(sorted(STRATEGIES))
     targets = profile().targets
-    given: dict[str, Any] = {name: OPTION_VALUES[name] for name in OPTIONS.get(strategy, ())}
+    given: dict[str, Any] = {name: OPTION_VALUES[name] for name in list(signature(STRATEGIES[strategy]).parameters)[1:]}
     given |= {"min_rank": 0, "max_rank": {targets[0].name: 3}, "seed": 0}
     given = odd(given, rng)
     given = {str(name): value for name, value in given.items() if name not in ("targets", "budget", "profile", "name")}

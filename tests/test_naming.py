@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import pytest
 
-from rankscope.naming import describe_modules, find_heads, name_block, name_role, name_towers
+from rankscope.naming import describe_modules, find_heads, locate, name_role, name_towers
 
 
 @pytest.mark.parametrize(
@@ -35,13 +35,15 @@ from rankscope.naming import describe_modules, find_heads, name_block, name_role
         ("backbone.layers.0.mixer.in_proj", 0, "in_proj"),
         ("backbone.layers.0.mixer.out_proj", 0, "out_proj"),
         ("vision_tower.layers.1.q_proj.linear", 1, "q_proj"),
-        ("swin.encoder.layers.1.blocks.0.attention.q_proj", 1000, "q_proj"),
-        ("funnel.encoder.blocks.1.2.ffn.linear_1", 1002, "fc1"),
-        ("0.model.layers.3.self_attn.q_proj", 3, "q_proj"),
+        ("swin.encoder.layers.1.blocks.0.attention.q_proj", (1, 0), "q_proj"),
+        ("funnel.encoder.blocks.1.2.ffn.linear_1", (1, 2), "fc1"),
+        ("0.model.layers.3.self_attn.q_proj", (0, 3), "q_proj"),
     ],
 )
-def test_blocks_and_roles(name: str, block: int | None, role: str) -> None:
-    assert (name_block(name), name_role(name)) == (block, role)
+def test_blocks_and_roles(name: str, block: int | tuple[int, int] | None, role: str) -> None:
+    """Where a tuple is given, it is the numbers of the stage and of the block in it."""
+    numbers = () if block is None else block if isinstance(block, tuple) else (block,)
+    assert (locate(name).numbers, name_role(name)) == (numbers, role)
 
 
 BLIP_2 = {

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import ParameterBudget, allocate_marginal
+from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
 from rankscope.errors import ModelError
 from rankscope.targets import TargetModule
 
@@ -186,7 +186,7 @@ def _refill(
     lowest = {name: rank if name in held else min(rank, floor) for name, rank in present.items()}
     most = {name: rank if name in held else highest[name] for name, rank in present.items()}
     targets = tuple(s.target for s in signals)
-    return list(allocate_marginal(targets, gains, budget, min_rank=lowest, max_rank=most).vector)
+    return list(allocate_marginal(targets, gains, budget, RankLimits(lowest, most)).vector)
 
 
 def _best_transfer(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import Bound, ParameterBudget, allocate_marginal
+from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal
 from rankscope.errors import SettingsError
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
@@ -126,7 +126,8 @@ class HierarchicalSpace:
             gains: For each module by name, the gain of its first, second, … rank, not increasing.
         """
         if self.candidates is None:
-            return allocate_marginal(self.targets, gains, self.budget, min_rank=self.min_rank, max_rank=self.max_rank)
+            limits = RankLimits(self.min_rank, self.max_rank)
+            return allocate_marginal(self.targets, gains, self.budget, limits)
         totals = np.zeros(len(self.candidates))
         for target, ranks in zip(self.targets, np.array([c.vector for c in self.candidates]).T, strict=True):
             sums = np.concatenate([[0.0], np.cumsum(gains[target.name])])

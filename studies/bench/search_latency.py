@@ -20,7 +20,7 @@ from _harness import Claim, run_benchmark
 from searches import Synthetic
 
 import rankscope as rs
-from rankscope.budget import allocate_marginal
+from rankscope.budget import RankLimits, allocate_marginal
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
@@ -42,7 +42,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     targets = inventory()
     gains = {t.name: np.random.default_rng(i).gamma(1.0) / np.arange(1, 257) ** 2.0 for i, t in enumerate(targets)}
     budget = rs.ParameterBudget.uniform(targets, 16)
-    projected = seconds(lambda: allocate_marginal(targets, gains, budget, max_rank=256))
+    projected = seconds(lambda: allocate_marginal(targets, gains, budget, RankLimits(max_rank=256)))
     rows = [
         {"what": "proposal", "modules": 210, "trials": 500, "median_s": median(times), "slowest_s": max(times)},
         {"what": "scoring", "modules": 210, "candidates": len(candidates), "median_s": scored},

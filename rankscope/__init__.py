@@ -6,6 +6,7 @@ The public names below load on first use: `import rankscope` itself imports no t
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from rankscope.errors import RankscopeError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rankscope.settings import SearchSettings as SearchSettings
     from rankscope.settings import StudySettings as StudySettings
     from rankscope.settings import TrainingSettings as TrainingSettings
+    from rankscope.settings import read_study as read_study
     from rankscope.strategies import allocate as allocate
     from rankscope.targets import TargetModule as TargetModule
     from rankscope.targets import find_targets as find_targets
@@ -46,45 +48,36 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AllocationSettings": "rankscope.settings",
-    "BudgetSettings": "rankscope.settings",
-    "CompareSettings": "rankscope.settings",
-    "Comparison": "rankscope.comparison",
-    "ControllerConfig": "rankscope.control",
-    "ControllerSettings": "rankscope.settings",
-    "HierarchicalSpace": "rankscope.searching",
-    "ParameterBudget": "rankscope.budget",
-    "PerformanceModel": "rankscope.performance",
-    "PerformanceModelSampler": "rankscope.searching",
-    "Profile": "rankscope.profiling",
-    "ProfileSettings": "rankscope.settings",
-    "RankAllocation": "rankscope.allocation",
-    "RankController": "rankscope.control",
-    "RankControllerCallback": "rankscope.control",
-    "SearchResult": "rankscope.searching",
-    "SearchSettings": "rankscope.settings",
-    "StudySettings": "rankscope.settings",
-    "TargetModule": "rankscope.targets",
-    "Task": "rankscope.tasks",
-    "TrainingConfig": "rankscope.training",
-    "TrainingSettings": "rankscope.settings",
-    "allocate": "rankscope.strategies",
-    "compare": "rankscope.comparison",
-    "find_targets": "rankscope.targets",
-    "load_task": "rankscope.tasks",
-    "profile": "rankscope.profiling",
-    "rank_features": "rankscope.performance",
-    "read_profile": "rankscope.profiling",
-    "search": "rankscope.searching",
-    "suggest_allocation": "rankscope.searching",
-    "train": "rankscope.training",
-}
+_NAMES = {
+    "allocation": ["RankAllocation"],
+    "budget": ["ParameterBudget"],
+    "comparison": ["Comparison", "compare"],
+    "control": ["ControllerConfig", "RankController", "RankControllerCallback"],
+    "performance": ["PerformanceModel", "rank_features"],
+    "profiling": ["Profile", "profile", "read_profile"],
+    "searching": ["HierarchicalSpace", "PerformanceModelSampler", "SearchResult", "search", "suggest_allocation"],
+    "settings": [
+        "AllocationSettings", "BudgetSettings", "CompareSettings", "ControllerSettings", "ProfileSettings", "SearchSettings",
+        "StudySettings", "TrainingSettings", "read_study",
+    ],
+    "strategies": ["allocate"],
+    "targets": ["TargetModule", "find_targets"],
+    "tasks": ["Task", "load_task"],
+    "training": ["TrainingConfig", "train"],
+}  # fmt: skip
+_RENAMED: dict[str, str] = {}  # old public names, which work for one release; a name moves here from _NAMES
 
+_HOMES = {name: f"rankscope.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = ["RankscopeError", "__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(
+            f"`rankscope.{name}` is now `{new}`; the old name goes in the next release", FutureWarning, stacklevel=2
+        )
+        name = new
     if name not in _HOMES:
         raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

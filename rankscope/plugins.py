@@ -1,67 +1,97 @@
-"""Functions from a user's own file, as in `path/to/file.py:function`."""
+"""Code that users bring: `path/to/file.py:function`, `package.module:function`, and entry points of installed packages."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rankscope.errors import RankscopeError, one_line
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 USER_MODULE = "rankscope_user_"  # begins the names of modules from users' files
 
 
+def entry_points(kind: str) -> dict[str, EntryPoint]:
+    """What installed packages offer in the group `rankscope.{kind}` (strategies, tasks or methods), by name."""
+    from importlib.metadata import entry_points  # which takes 40 ms to import
+
+    return {point.name: point for point in entry_points(group=f"rankscope.{kind}")}
+
+
+def load_entry_point(point: EntryPoint, *, error: type[RankscopeError]) -> Any:
+    """What an entry point names.
+
+    Raises:
+        RankscopeError: Of the type `error`: it cannot be imported.
+    """
+    with user_errors(f"the entry point `{point.name}` ({point.value}) must load, but", error, everywhere=True):
+        return point.load()
+
+
 @contextmanager
 def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeError]) -> Iterator[Any]:
-    """Yields the function that `spec` names, while its module can be imported; what it raises becomes one line.
+    """Yield the function that `spec` names; errors that the function or its module raise become one line.
 
     Args:
-        spec: `path/to/file.py:function`.
+        spec: `path/to/file.py:function` or `package.module:function`.
         base: What relative paths start from.
         gives: What the function should give, for messages, as in "a task".
         error: What is raised.
 
     Raises:
-        RankscopeError: Of the type `error`: no such file or function, or the code raised something.
+        RankscopeError: Of the type `error`: no such file, module or function, or the code raised something.
     """
-    file, _, name = spec.rpartition(":")
-    path = base / file
-    if path.suffix != ".py" or not os.path.isfile(path):  # where Path.is_file would raise, this says no
+    place, _, name = spec.rpartition(":")
+    path = base / place
+    is_file = place.endswith(".py")
+    if is_file and not os.path.isfile(path):  # where Path.is_file would raise, this says no
         raise error(
             f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
         )
+    with ExitStack() as stack:
+        stack.enter_context(user_errors(f"`{spec}` must give {gives}, but", error, everywhere=True))
+        module = stack.enter_context(_imported(path)) if is_file else importlib.import_module(place)
+        function = getattr(module, name, None)
+        if function is None:
+            close = difflib.get_close_matches(name, vars(module), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "check the name."
+            raise error(f"`{path if is_file else place}` must define {name!r}, but does not; {hint}")
+        if not callable(function):
+            raise error(
+                f"`{spec}` must name a function, but is {type(function).__name__}; name one that gives {gives}."
+            )
+        yield function
+
+
+@contextmanager
+def _imported(path: Path) -> Iterator[ModuleType]:
+    """A user's file as a module, in `sys.modules` until the end."""
     module_spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{path.stem}", path)
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up while they are made
     try:
-        with user_errors(f"`{spec}` must give {gives}, but", error, everywhere=True):
-            module_spec.loader.exec_module(module)
-            function = getattr(module, name, None)
-            if function is None:
-                close = difflib.get_close_matches(name, vars(module), n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "check the name."
-                raise error(f"`{path}` must define {name!r}, but does not; {hint}")
-            if not callable(function):
-                raise error(
-                    f"`{spec}` must name a function, but is {type(function).__name__}; name one that gives {gives}."
-                )
-            yield function
-    finally:
-        # Out again: joblib sends the classes of a module that cannot be imported by value, which workers need here.
+        module_spec.loader.exec_module(module)
+        yield module
+    finally:  # joblib sends classes of modules that cannot be imported by value, as workers need
         sys.modules.pop(module.__name__, None)
 
 
 @contextmanager
 def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = False) -> Iterator[None]:
-    """What code from a user's file raises inside, `sys.exit` included, becomes one line with its file and line number.
+    """Turn errors of code from a user's file, `sys.exit` included, into one line with the file and line number.
 
     Args:
         what: How the line begins.

@@ -10,6 +10,7 @@ import rankscope as rs
 from rankscope.cli.app import app
 from rankscope.comparison.runner import Cell, _run_and_keep
 from rankscope.errors import TaskError
+from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.training import Lora
 
 TASK = """
@@ -56,3 +57,27 @@ def test_an_error_in_a_worker_names_the_line_too(folder: Path) -> None:
     cell = Cell(method=Lora(uniform), config=rs.TrainingConfig(steps=1), seed=0)
     with pytest.raises(TaskError, match=r"^the study's own code raised KeyError: 'y' \(mine\.py, line 14\); --debug"):
         Parallel(n_jobs=2)(delayed(_run_and_keep)(task, cell, None) for _ in range(2))
+
+
+def test_functions_of_packages_and_entry_points_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    with user_function("mine:Mine", Path(), gives="a task", error=TaskError) as factory:
+        assert factory().metric == "score"
+    for spec, message in {
+        "mine:Mein": r"^`mine` must define 'Mein', but does not; did you mean 'Mine'\?$",
+        "none.such:f": r"^`none.such:f` must give a task, but raised ModuleNotFoundError: No module named 'none'; --debug",
+        "none.py:f": r"^`none.py:f` must name a Python file, but there is no `none.py`; the path starts from ",
+    }.items():
+        with pytest.raises(TaskError, match=message), user_function(spec, Path(), gives="a task", error=TaskError):
+            pass
+    info = folder / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rankscope.tasks]\nmine = mine:Mine\ngone = mine:Gone\n")
+    points = entry_points("tasks")
+    assert load_entry_point(points["mine"], error=TaskError)().name == "mine"
+    with pytest.raises(
+        TaskError, match=r"^the entry point `gone` \(mine:Gone\) must load, but raised AttributeError: "
+    ):
+        load_entry_point(points["gone"], error=TaskError)
+    assert entry_points("strategies") == {}

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 import rankscope as rs
 from rankscope.errors import FileError
 from rankscope.files import digest, digest_source, require_same
-from rankscope.tasks import fingerprint_task
-from rankscope.tasks.text import TextClassification
+from rankscope.tasks import TextClassification, fingerprint_task
 from tests.tasks.models import save_bert, sentences
 
 
@@ -92,7 +91,7 @@ def test_the_first_difference_is_named(kept: dict[str, Any], message: str) -> No
 
 
 USERS = """
-from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks import DigitsShift
 
 FACTOR = 1.0
 

@@ -1,13 +1,19 @@
 """Tasks: where a search gets its model, data, loss and metric from."""
 
+from rankscope.tasks.data import data_folder
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
-from rankscope.tasks.ready import load_task
+from rankscope.tasks.ready import DigitsShift, load_task
+from rankscope.tasks.text import CausalLM, TextClassification
 
 __all__ = [
     "Batch",
+    "CausalLM",
+    "DigitsShift",
     "Split",
     "Task",
+    "TextClassification",
     "check_task",
+    "data_folder",
     "evaluate",
     "fingerprint_task",
     "load_task",

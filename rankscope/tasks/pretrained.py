@@ -1,4 +1,4 @@
-"""Loading pretrained models and tokenizers from local folders or hub ids: quietly, and with errors of one line."""
+"""Pretrained models: the base of the tasks on them, and loading that is quiet and gives errors of one line."""
 
 from __future__ import annotations
 
@@ -9,67 +9,101 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
-from rankscope.distributed import seeded
+from rankscope.distributed import batch_device, seeded
 from rankscope.errors import TaskError, one_line
 from rankscope.files import replacing_folder
+from rankscope.tasks.protocol import Batch, Split
 
 logger = logging.getLogger(__name__)
-
-
-def dequantised(folder: Path, gguf_file: str) -> Path:
-    """The folder beside `folder` with model and tokenizer in plain form, made now or at an earlier call.
-
-    `save_pretrained` refuses a model that was loaded from GGUF, so its weights move into a fresh one.
-
-    Args:
-        folder: Holds the GGUF file.
-        gguf_file: Its name.
-
-    Raises:
-        TaskError: It cannot be read, or the package gguf is missing.
-    """
-    plain = folder.with_name(f"{folder.name}-plain")
-    if plain.is_dir():
-        return plain
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise TaskError(
-            f"`{gguf_file}` needs the package gguf, but it is not installed; install rankscope[gguf]."
-        ) from None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    logger.warning("dequantising %s into %s, once", gguf_file, plain)
-    loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, folder, gguf_file=gguf_file)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    fresh = type(loaded)(config)
-    fresh.load_state_dict(loaded.state_dict())
-    with replacing_folder(plain) as temporary:
-        fresh.save_pretrained(temporary)
-        load_pretrained(AutoTokenizer.from_pretrained, folder, gguf_file=gguf_file).save_pretrained(temporary)
-    return plain
-
-
 T = TypeVar("T")
 
 
-def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0, **options: Any) -> T:
-    """`load(source, **options)`, with fresh weights (a new head) drawn from `seed`, the global generator left alone.
+class PretrainedTask(ABC):
+    """A task on a model that computes its own loss, and on rows that are batched by a `DataLoader`."""
+
+    batch_size: int
+
+    @property
+    @abstractmethod
+    def _loaded(self) -> nn.Module: ...
+
+    @property
+    @abstractmethod
+    def _rows(self) -> Mapping[Split, Sequence[Mapping[str, Any]]]:
+        """By split; each row has `labels` and what the model takes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out loaded weights and tokens: worker processes load their own."""
+        return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows", "_tokenizer")}
+
+    def build_model(self) -> nn.Module:
+        """Return the model, with a fresh head if the task has one. Weights are the same at every call."""
+        return deepcopy(self._loaded)
+
+    def train_batches(self, seed: int) -> DataLoader[Batch]:
+        """Return one epoch, in an order that depends on the seed only."""
+        order = torch.randperm(len(self._rows["train"]), generator=torch.Generator().manual_seed(seed))
+        return self._batches("train", order.tolist(), self.batch_size)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's own loss: the mean cross-entropy."""
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
+        rows: Any = self._rows[split]
+        # The loader would draw from torch's global generator, did it not have its own.
+        return DataLoader(rows, batch_size, sampler=order, collate_fn=self._collate, generator=torch.Generator())
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = default_collate(rows)
+        return batch
+
+    def _predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (n, classes) and labels (n,) that count."""
+        return logits, labels
+
+    def _totals(self, model: nn.Module, split: Split, batch_size: int) -> tuple[Tensor, Tensor, int]:
+        """Number of correct predictions, summed cross-entropy, and number of labels. The model keeps its mode."""
+        from accelerate.utils import send_to_device
+
+        rows, device, was_training = self._rows[split], batch_device(model), model.training
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))  # wastes least on padding
+        correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        model.eval()
+        try:
+            with torch.no_grad():
+                for batch in self._batches(split, order, batch_size):
+                    inputs = send_to_device(batch, device)
+                    labels = inputs.pop("labels")
+                    logits, labels = self._predictions(model(**inputs).logits, labels)
+                    correct += (logits.float().argmax(-1) == labels).sum()
+                    loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+                    count += len(labels)
+        finally:
+            model.train(was_training)
+        return correct, loss, count
+
+
+def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) -> T:
+    """Return `load(source, **options)`, with the weights that the checkpoint lacks drawn from a fixed seed.
 
     Args:
         load: A `from_pretrained`.
         source: A local folder, or a hub id.
-        seed: Of weights that the checkpoint lacks.
         **options: Passed on.
 
     Raises:
@@ -84,8 +118,8 @@ def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0
             f"`{source}` must be a model folder, but has no config.json; save the model there with save_pretrained."
         )
     try:
-        with seeded(seed), _quiet_transformers():
-            return load(source, local_files_only=path.is_dir() or is_offline() or not hub_answers(), **options)
+        with seeded(0), _quiet_transformers():
+            return load(source, local_files_only=path.is_dir() or not hub_answers(), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -95,7 +129,7 @@ def load_pretrained(load: Callable[..., T], source: str | Path, *, seed: int = 0
 
 
 def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | None = None, **options: Any) -> nn.Module:
-    """`load_pretrained` for a model, of which only a head may be missing from the checkpoint.
+    """Load a model of which only a head may be missing from the checkpoint.
 
     Args:
         load: A `from_pretrained` of a model.
@@ -104,7 +138,7 @@ def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | Non
         **options: Passed on.
 
     Raises:
-        TaskError: There is nothing that can be loaded, or it lacks other weights: these would be random, unnoticed.
+        TaskError: Nothing can be loaded, or other weights are missing, which transformers would draw at random.
     """
     model, report = load_pretrained(load, source, output_loading_info=True, **options)
     allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
@@ -121,24 +155,55 @@ def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | Non
     return model
 
 
+def dequantised(folder: Path, gguf_file: str) -> Path:
+    """Return the folder beside `folder` with the model of its GGUF file in plain form, made at the first call.
+
+    Raises:
+        TaskError: The file cannot be read, or the package gguf is missing.
+    """
+    plain = folder.with_name(f"{folder.name}-plain")
+    if plain.is_dir():
+        return plain
+    if find_spec("gguf") is None:
+        raise TaskError(f"`{gguf_file}` needs the package gguf, but it is not installed; install rankscope[gguf].")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.warning("dequantising %s into %s, once", gguf_file, plain)
+    loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, folder, gguf_file=gguf_file)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, folder, gguf_file=gguf_file)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    fresh = type(loaded)(loaded.config)  # `save_pretrained` refuses a model that was loaded from GGUF
+    fresh.load_state_dict(loaded.state_dict())
+    with replacing_folder(plain) as temporary:
+        fresh.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return plain
+
+
 def check_source(source: str | Path, *, base: Path = Path()) -> None:
-    """Checks, without a download, that there is a model that can be loaded.
+    """Check, without a download, that a model folder or hub id can be loaded.
 
     Args:
         source: A model folder, or a hub id.
-        base: Where a folder of this name was looked for.
+        base: Where a folder of this name was looked for, for the message.
 
     Raises:
-        TaskError: There is no such folder (the nearest is named), and it is no hub id, or the hub cannot be asked for it.
+        TaskError: There is no such folder (the nearest is named), and the hub cannot be asked for such a model.
     """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     if not str(source).strip():
         raise TaskError("`model` must be a model folder or hub id, but is empty.")
-    path = Path(source)
+    path, is_id = Path(source), not looks_like_path(source)
     if os.path.isdir(path):
         return
-    is_id = not looks_like_path(source)
-    if is_id and (_is_cached(str(source)) or (not is_offline() and hub_answers())):
-        return
+    try:
+        if is_id and (isinstance(try_to_load_from_cache(str(source), "config.json"), str) or hub_answers()):
+            return
+    except HFValidationError as error:
+        raise TaskError(f"`{source}` must be a model folder or hub id, but is neither: {one_line(error)}") from None
     parent = (base / path).parent
     near = difflib.get_close_matches(path.name, [p.name for p in parent.glob("*") if p.is_dir()], n=1)
     hint = f"did you mean `{path.with_name(near[0])}`?" if near else "check the path."
@@ -152,37 +217,20 @@ def looks_like_path(source: str | Path) -> bool:
     return path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
 
 
-def is_offline() -> bool:
-    """Whether the user keeps the hub's client from the network, by HF_HUB_OFFLINE."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
 @cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached; its client would try for a minute."""
+    """Whether HF_HUB_OFFLINE is unset and the hub answers within 5 seconds, where its client would try for a minute."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # the hub's client may know other certificates
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the hub's client may know other certificates
     return True
-
-
-def _is_cached(repo: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(repo, "config.json"), str)
-    except HFValidationError as error:
-        raise TaskError(f"`{repo}` must be a model folder or hub id, but is neither: {one_line(error)}") from None
 
 
 @contextmanager

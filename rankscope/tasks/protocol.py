@@ -1,90 +1,61 @@
-"""`profile_task`: the profile of a task's model on its training batches, behind its head."""
+"""The `Task` protocol, and what is done with any task: check, evaluate, fingerprint, profile."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
-from rankscope.distributed import batch_device, mixed_precision, placed
+from rankscope.distributed import mixed_precision, placed
 from rankscope.errors import TaskError, shown
 from rankscope.files import digest, digest_source
 from rankscope.profiling import Profile, profile
 from rankscope.targets import TargetModule
 
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """`model(**batch).loss`."""
-    loss = model(**batch).loss
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; yields the model's device, and gives the training mode back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield batch_device(model)
-    finally:
-        model.train(was_training)
-
-
 Batch = Mapping[str, Tensor]
 Split = Literal["train", "validation", "test"]
-N_BATCHES = 8  # whose content tells a task's data
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A model, its data, its loss and its metric.
+    """A model, its data, its loss and its metric. Higher values of `metric`, a key of `evaluate`'s result, are better.
 
-    A task may also have `head_modules`: full names of freshly initialised modules (a new classifier), which are trained
-    beside the adapters; `task_type`: PEFT's kind of model (`"CAUSAL_LM"`, …), which goes into saved adapters (a class
-    that plain PEFT cannot build names itself, as `rankscope.lora.load_adapter` expects); `model_kwargs`: what the
-    base model must be loaded with for them to fit; and `fingerprint_data()`: a hash of all its data, so that a result
-    is not reused after the data changed (default: of the first training batches, which do not tell when only validation
-    or test data changed). Its `evaluate` may take `split`: search and controllers see `"validation"` only, comparisons
-    report `"test"`.
-
-    Attributes:
-        name: Of the task.
-        metric: The key of `evaluate`'s result that counts; higher is better.
+    Optional attributes:
+        head_modules: Full names of fresh modules, such as a classifier, that are trained beside the adapters.
+        task_type: PEFT's task type, or for a class that plain PEFT cannot build, its full path. Saved adapters hold it.
+        model_kwargs: What `from_pretrained` of the base model needs so that a saved adapter fits.
+        fingerprint_data: Method that returns a hash of all data. Without it, the first training batches are hashed,
+            which misses a change of validation or test data.
     """
 
     name: str
     metric: str
 
     def build_model(self) -> nn.Module:
-        """The model, with the same weights at every call."""
+        """Return the model, with the same weights at every call."""
         ...
 
     def train_batches(self, seed: int) -> Iterable[Batch]:
-        """One epoch, in an order that the seed gives."""
+        """Return one epoch, in an order that depends on the seed only."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The scalar loss of one batch."""
+        """Return the scalar loss of one batch."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Metrics of the model; they hold `metric` and `"loss"`."""
+        """Return metrics, `metric` and `"loss"` among them.
+
+        With an argument `split`, searches and controllers pass `"validation"` only, and comparisons report `"test"`.
+        """
         ...
 
 
 def check_task(candidate: object) -> Task:
-    """The candidate, if it is a task.
-
-    Raises:
-        TaskError: Something is missing; it is named.
-    """
+    """Return the candidate if it is a task; else raise a TaskError that names what is missing."""
     if isinstance(candidate, type):
         raise TaskError(
             f"a task must be an object, but got the class {candidate.__name__}; make one: `{candidate.__name__}()`."
@@ -98,24 +69,17 @@ def check_task(candidate: object) -> Task:
     return candidate
 
 
-MOST = 2**31 - 1  # what every library below counts up to
-
-
 def check_counts(**counts: int) -> None:
-    """Checks options that count something, given by name.
-
-    Raises:
-        TaskError: One is not a whole number above 0, or is beyond 32 bits.
-    """
+    """Raise a TaskError unless all options, given by name, are whole numbers from 1 to 2^31 - 1."""
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise TaskError(f"`{name}` must be a whole number above 0, but got {shown(value)}.")
-        if value > MOST:
-            raise TaskError(f"`{name}` must be at most {MOST:,}, but got {shown(value)}.")
+        if value >= 2**31:  # tokenizers and torch count up to here
+            raise TaskError(f"`{name}` must be at most {2**31 - 1:,}, but got {shown(value)}.")
 
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:
-    """The task's metrics on one split; the model's outputs reach the task in float32.
+    """Return the task's metrics on one split. The model's outputs reach the task in float32.
 
     Raises:
         TaskError: The task has no such split, or its result lacks the metric or the loss.
@@ -133,27 +97,22 @@ def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[
 
 
 def fingerprint_task(task: Task, model: nn.Module | None = None) -> dict[str, Any]:
-    """What every result of a task depends on, as plain values: its options, and hashes of its code, data and weights.
+    """Return what every result of a task depends on: its options, and hashes of its code, data and weights.
 
-    The options are the arguments of its constructor that it keeps as attributes of the same name. The code is the source file
-    of a task of the user's own.
-
-    Args:
-        task: The task.
-        model: What `build_model` gives, where it is at hand.
+    Options are the constructor's arguments that the task keeps as attributes of the same name. Pass `model` to save a
+    call of `build_model`.
     """
-    model = task.build_model() if model is None else model
     kind = type(task)
     made_by = getattr(kind.__init__, "__code__", None)
     names = made_by.co_varnames[1 : made_by.co_argcount + made_by.co_kwonlyargcount] if made_by else ()
     kept = {name: getattr(task, name, None) for name in names if name not in ("model", "data")}
     options = {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
-    hash_data = getattr(task, "fingerprint_data", None)
+    hash_data = getattr(task, "fingerprint_data", lambda: digest(list(islice(task.train_batches(0), 8))))
     return {
         "task": {**options, "name": task.name, "metric": task.metric, "kind": kind.__qualname__},
         "code": digest_source(task.build_model, task.train_batches, task.loss, task.evaluate),
-        "data": digest(list(islice(task.train_batches(0), N_BATCHES))) if hash_data is None else hash_data(),
-        "weights": digest(model),
+        "data": hash_data(),
+        "weights": digest(task.build_model() if model is None else model),
     }
 
 
@@ -167,17 +126,17 @@ def profile_task(
     on_start: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Profile:
-    """Profiles a task's model on an epoch of its training batches, or its first, on the device and in the precision of training.
+    """Profile a task's model on its training batches, on the device and in the precision of training.
 
     Args:
-        task: Where model, batches and loss come from.
-        targets: Which modules; default: all that are found.
-        n_batches: So many batches; None: an epoch. The epoch's further batches train the head, since a head that has fitted a
-            profiled batch leaves less gradient in it.
+        task: The task.
+        targets: Target modules; default: all that are found.
+        n_batches: Batches to profile; None: an epoch. The rest of the epoch trains the head, since a head that has fitted
+            a profiled batch leaves less gradient in it.
         head_steps: AdamW steps on the task's head.
-        seed: Of the epoch's order and the sketches.
+        seed: For the order of the epoch and the sketches.
         on_start: Called with the number of batches.
-        **options: As `rankscope.profile` takes them.
+        **options: For `rankscope.profile`.
 
     >>> import rankscope as rs
     >>> profile_task(rs.load_task("digits-shift"), n_batches=2, head_steps=1).targets[0].name
@@ -186,7 +145,7 @@ def profile_task(
     head = tuple(getattr(task, "head_modules", ()))
     epoch = iter(task.train_batches(seed))
     batches = list(islice(epoch, n_batches))
-    rest = list(islice(epoch, head_steps if head else 0))
+    head_batches = list(islice(epoch, head_steps if head else 0)) or None
     if on_start:
         on_start(len(batches))
 
@@ -201,7 +160,7 @@ def profile_task(
         loss_fn=loss,
         head=head,
         head_steps=head_steps,
-        head_batches=rest or None,
+        head_batches=head_batches,
         seed=seed,
         **options,
     )

@@ -1,9 +1,8 @@
-"""`TextClassification`: a model with a fresh head on labelled texts."""
+"""Tasks on texts: classification with a fresh head, and next-token prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,64 +14,75 @@ from torch import Tensor, nn
 from rankscope.distributed import seeded
 from rankscope.errors import TaskError
 from rankscope.files import digest
-from rankscope.tasks.data import check_filled, read_table, split_rows
-from rankscope.tasks.language import TokenRows, check_positions, tokenize, tokenizer_files
-from rankscope.tasks.pretrained import load_model, load_pretrained
-from rankscope.tasks.protocol import Batch, Split, check_counts, evaluating, model_loss
+from rankscope.tasks.data import read_table, split_rows
+from rankscope.tasks.pretrained import PretrainedTask, load_model, load_pretrained
+from rankscope.tasks.protocol import Split, check_counts
 
 
-class MeanPooledClassifier(nn.Module):
-    """An encoder, the mean of its last hidden states over the attention mask, and a linear head.
+class TextTask(PretrainedTask):
+    """Texts by split, tokenised once by the model's own tokenizer, and padded on the right by transformers' collators."""
 
-    The encoder is held under its own `base_model_prefix`, so module names are those of transformers' classification models
-    (`bert.encoder.layer.0…`), and an allocation found here fits them too.
+    model: str | Path
+    max_length: int
+    gguf_file: str | None = None
+    _texts: Mapping[Split, list[str]]
 
-    Args:
-        encoder: A transformers model whose output has `last_hidden_state`.
-        n_labels: Classes.
-        seed: Of the head's initial weights.
-    """
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
 
-    def __init__(self, encoder: nn.Module, n_labels: int, *, seed: int = 0) -> None:
-        super().__init__()
-        self.config: Any = cast(Any, encoder.config)
-        self.name_or_path = str(getattr(encoder, "name_or_path", ""))  # PEFT's `base_model_name_or_path`
-        self._prefix = str(encoder.base_model_prefix)
-        setattr(self, self._prefix, encoder)
-        with seeded(seed):
-            self.classifier = nn.Linear(self.config.hidden_size, n_labels)
+        options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        tokenizer = load_pretrained(AutoTokenizer.from_pretrained, self.model, **options)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
+            raise TaskError(
+                f"`{self.model}` must hold the model's tokenizer, but has none; save it there with save_pretrained."
+            )
+        if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
+            tokenizer.pad_token_id = tokenizer.eos_token_id or 0
+        tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
+        return tokenizer
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-        """Logits (batch, n_labels), and the mean cross-entropy where `labels` (batch,) are given.
+    def _tokenised(self) -> dict[Split, list[list[int]]]:
+        """Token ids by split, cut to `max_length` or the tokenizer's own limit."""
+        most = min(self.max_length, self._tokenizer.model_max_length)
+        return {
+            split: self._tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+            for split, texts in self._texts.items()
+        }
 
-        Further options (`token_type_ids`, …) go to the encoder, unless they are None, as PEFT passes many.
-        """
-        from transformers.modeling_outputs import SequenceClassifierOutput
+    def _check_positions(self, config: Any) -> None:
+        positions = getattr(config, "max_position_embeddings", None)
+        longest = max(len(row["input_ids"]) for rows in self._rows.values() for row in rows)
+        if positions is not None and longest > positions:
+            raise TaskError(
+                f"`max_length` must be at most {positions:,}, the model's positions, but the longest text has {longest:,} "
+                "tokens; lower it."
+            )
 
-        encoder = getattr(self, self._prefix)
-        options = {key: value for key, value in options.items() if value is not None and key != "return_dict"}
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+    def fingerprint_data(self) -> str:
+        """Return a hash of all texts and labels, and of the tokenizer's files in a local model folder."""
+        suffixes = (".json", ".txt", ".model", ".jinja")
+        paths = [path for path in Path(self.model).glob("*") if path.suffix in suffixes]
+        files = {path.name: path.read_bytes() for path in paths if not path.name.endswith("index.json")}
+        labels = [self._labels] if hasattr(self, "_labels") else []
+        return digest([self._texts, *labels, files])
 
 
-class TextClassification:
-    """Labelled texts, classified by a model with a fresh head, which is trained beside the adapters.
+class TextClassification(TextTask):
+    """Labelled texts, classified by a model with a fresh head that is trained beside the adapters.
 
     Args:
         model: A local model folder or hub id.
-        data: A .parquet, .jsonl or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is; else
-            the rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
-        text_column: The column with the texts.
-        label_column: The column with the labels, of any one type.
-        pooling: `"model"`: the model's own class for classification, which plain PEFT loads again; `"mean"`: an encoder under
-            `MeanPooledClassifier`. Default: `"mean"` only where transformers has no class of its own for the model.
-        batch_size: Texts a training batch; the last of an epoch is smaller.
+        data: A .parquet, .jsonl, .json or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is;
+            otherwise rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
+        text_column: Column of the texts.
+        label_column: Column of the labels, of any one type.
+        pooling: `"model"`: transformers' classification class, which plain PEFT loads again; `"mean"`: an encoder under
+            `MeanPooledClassifier`. Default: `"mean"` only if transformers has no such class for the model.
+        batch_size: Texts in a training batch; the last of an epoch may be smaller.
         max_length: Tokens; longer texts are cut.
-        split_seed: Of the splits.
-        name: Of the task.
+        split_seed: Seed of the splits.
+        name: Name of the task.
 
     Raises:
         TaskError: Model or data cannot be loaded.
@@ -98,8 +108,7 @@ class TextClassification:
         check_counts(batch_size=batch_size, max_length=max_length)
         self.name, self.model, self.pooling = name, model, pooling
         self.batch_size, self.max_length = batch_size, max_length
-        table = read_table(data, (text_column, label_column))
-        check_filled(table, (text_column, label_column))
+        table = read_table(data, (text_column, label_column), filled=True)
         try:
             self.classes = sorted(table[label_column].unique().tolist())
         except TypeError:
@@ -110,20 +119,14 @@ class TextClassification:
             raise TaskError(
                 f"`{label_column}` must hold at least 2 classes, but holds {len(self.classes)}; check the column."
             )
-        self._texts: Mapping[Split, list[str]]
         parts = split_rows(table, key=text_column, seed=split_seed)
-        self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
         codes = {value: code for code, value in enumerate(self.classes)}
+        self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
         self._labels = {split: torch.tensor(rows[label_column].map(codes).to_numpy()) for split, rows in parts.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves loaded weights and tokens behind: worker processes load their own."""
-        return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows")}
 
     @cached_property
     def _mean_pooled(self) -> bool:
-        from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
         if self.pooling is not None:
             return self.pooling == "mean"
@@ -132,79 +135,175 @@ class TextClassification:
 
     @property
     def task_type(self) -> str:
-        """PEFT's kind of model; `MeanPooledClassifier` is none of its kinds, and names itself, so that PEFT refuses it."""
+        """PEFT's task type. PEFT has none for `MeanPooledClassifier` and refuses such an adapter by this name."""
         return f"{MeanPooledClassifier.__module__}.{MeanPooledClassifier.__name__}" if self._mean_pooled else "SEQ_CLS"
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
-        """What the base model's `from_pretrained` needs to be given for a trained adapter to fit."""
+        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
         config: Any = self._loaded.config
-        return self._labelling | ({} if self._mean_pooled else {"pad_token_id": config.pad_token_id})
+        return self._head_options | ({} if self._mean_pooled else {"pad_token_id": config.pad_token_id})
 
     @property
-    def _labelling(self) -> dict[str, Any]:
+    def _head_options(self) -> dict[str, Any]:
         labels = {code: str(label) for code, label in enumerate(self.classes)}
-        kind = "single_label_classification"  # whatever the checkpoint was trained for
-        return {"id2label": labels, "label2id": {label: code for code, label in labels.items()}, "problem_type": kind}
+        codes = {label: code for code, label in labels.items()}
+        return {"id2label": labels, "label2id": codes, "problem_type": "single_label_classification"}
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:
-        """The fresh head; that of a model's own class is all that it has outside its base, such as `classifier` or `score`."""
-        if self._mean_pooled:
-            return ("classifier",)
-        base = getattr(self._loaded, "base_model_prefix", "")
-        children = self._loaded.named_children()
+        """The fresh head: all modules with parameters outside the base model, such as `classifier` or `score`."""
+        base, children = self._loaded.base_model_prefix, self._loaded.named_children()
         return tuple(name for name, child in children if name != base and any(True for _ in child.parameters()))
 
     @cached_property
     def _loaded(self) -> nn.Module:
         from transformers import AutoModel, AutoModelForSequenceClassification
 
-        options = self._labelling
+        model: Any
         if self._mean_pooled:
-            encoder: Any = load_model(AutoModel.from_pretrained, self.model, fresh=r"pooler\.", **options)
+            encoder: Any = load_model(AutoModel.from_pretrained, self.model, fresh=r"pooler\.", **self._head_options)
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
-            model: Any = MeanPooledClassifier(encoder, len(self.classes))
+            model = MeanPooledClassifier(encoder, len(self.classes))
         else:
-            model = load_model(AutoModelForSequenceClassification.from_pretrained, self.model, **options)
-            if model.config.pad_token_id is None:  # decoders find a text's last token by it
-                model.config.pad_token_id = self._rows["train"].pad
-        check_positions(self._rows, model.config)
-        assert isinstance(model, nn.Module)
+            model = load_model(AutoModelForSequenceClassification.from_pretrained, self.model, **self._head_options)
+            if model.config.pad_token_id is None:  # decoders find the last token of a text by it
+                model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._check_positions(model.config)
+        return cast(nn.Module, model)
+
+    @cached_property
+    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
+        return {
+            split: [
+                {"input_ids": row, "labels": int(label)} for row, label in zip(ids, self._labels[split], strict=True)
+            ]
+            for split, ids in self._tokenised().items()
+        }
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        from transformers import DataCollatorWithPadding
+
+        return dict(DataCollatorWithPadding(self._tokenizer)(rows))
+
+    def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
+        """Return accuracy and mean cross-entropy."""
+        correct, loss, count = self._totals(model, split, 4 * self.batch_size)
+        return {"accuracy": float(correct) / count, "loss": float(loss) / count}
+
+
+class MeanPooledClassifier(nn.Module):
+    """An encoder, the mean of its last hidden states over the attention mask, and a linear head of `n_labels` classes.
+
+    The encoder, a transformers model, is held under its own `base_model_prefix`, so that module names
+    (`bert.encoder.layer.0…`) are those of transformers' classification models.
+    """
+
+    def __init__(self, encoder: nn.Module, n_labels: int) -> None:
+        super().__init__()
+        self.config: Any = cast(Any, encoder.config)
+        self.name_or_path = str(getattr(encoder, "name_or_path", ""))  # PEFT's `base_model_name_or_path`
+        self.base_model_prefix = str(encoder.base_model_prefix)
+        setattr(self, self.base_model_prefix, encoder)
+        with seeded(0):
+            self.classifier = nn.Linear(self.config.hidden_size, n_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        """Return logits (batch, n_labels), and the mean cross-entropy if `labels` (batch,) are given.
+
+        Other options (`token_type_ids`, …) go to the encoder, except those that are None: PEFT passes many.
+        """
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        options = {key: value for key, value in options.items() if value is not None and key != "return_dict"}
+        encoder = getattr(self, self.base_model_prefix)
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class CausalLM(TextTask):
+    """Texts continued by a causal language model. Its own head is kept and stays frozen.
+
+    Args:
+        model: A local model folder or hub id.
+        data: As for `TextClassification`. Texts of fewer than two tokens predict nothing and are left out.
+        text_column: Column of the texts.
+        batch_size: Texts in a training batch; the last of an epoch may be smaller.
+        max_length: Tokens; longer texts are cut.
+        gguf_file: Name of a GGUF file in the model folder, if the weights come as one.
+        split_seed: Seed of the splits.
+        name: Name of the task.
+
+    Raises:
+        TaskError: Model or data cannot be loaded.
+    """
+
+    metric = "token_accuracy"
+    head_modules = ()
+    task_type = "CAUSAL_LM"
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: str | Path | pd.DataFrame,
+        *,
+        text_column: str = "text",
+        batch_size: int = 8,
+        max_length: int = 256,
+        gguf_file: str | None = None,
+        split_seed: int = 0,
+        name: str = "causal-lm",
+    ) -> None:
+        check_counts(batch_size=batch_size, max_length=max_length)
+        self.name, self.model, self.gguf_file = name, model, gguf_file
+        self.batch_size, self.max_length = batch_size, max_length
+        table = read_table(data, (text_column,)).dropna(subset=text_column)
+        parts = split_rows(table, key=text_column, seed=split_seed)
+        self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @cached_property
+    def _loaded(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        model = load_model(AutoModelForCausalLM.from_pretrained, self.model, fresh=r"$", **self.model_kwargs)
+        self._check_positions(model.config)
         return model
 
     @cached_property
-    def _rows(self) -> dict[Split, TokenRows]:
-        return tokenize(self.model, self._texts, max_length=self.max_length)
+    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
+        rows = {
+            split: [{"input_ids": row, "labels": row} for row in ids if len(row) > 1]
+            for split, ids in self._tokenised().items()
+        }
+        if empty := [split for split, kept in rows.items() if not kept]:
+            raise TaskError(
+                f"the data must have texts of two tokens or more in every split, but {empty[0]!r} has none; "
+                "check texts and `max_length`."
+            )
+        return rows
 
-    def fingerprint_data(self) -> str:
-        """A hash of all texts and labels, by split, and of what tokenises them."""
-        return digest([self._texts, self._labels, tokenizer_files(self.model)])
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        from transformers import DataCollatorForSeq2Seq  # its labels are -100 at padding, and only there
 
-    def build_model(self) -> nn.Module:
-        """The encoder with its fresh head, the same at every call."""
-        return deepcopy(self._loaded)
+        return dict(DataCollatorForSeq2Seq(self._tokenizer)(rows))
 
-    def train_batches(self, seed: int) -> Iterator[Batch]:
-        """One epoch, shuffled by the seed, each batch padded to its longest text."""
-        labels = self._labels["train"]
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        for index in order.split(self.batch_size):
-            yield {**self._rows["train"].batch(index), "labels": labels[index]}
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy."""
-        return model_loss(model, batch)
+    def _predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        labels = labels[:, 1:]
+        kept = labels != -100
+        return logits[:, :-1][kept], labels[kept]
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
-        """Accuracy and mean cross-entropy; the model's training mode is kept."""
-        labels = self._labels[split]
-        with evaluating(model) as device:
-            correct, loss = torch.zeros((), device=device), torch.zeros((), device=device)
-            for index, batch in self._rows[split].by_length(4 * self.batch_size):
-                logits = model(**{key: value.to(device) for key, value in batch.items()}).logits.float()
-                target = labels[index].to(device)
-                correct += (logits.argmax(-1) == target).sum()
-                loss += nn.functional.cross_entropy(logits, target, reduction="sum")
-        return {"accuracy": float(correct) / len(labels), "loss": float(loss) / len(labels)}
+        """Return the share of tokens predicted right, cross-entropy per token, and perplexity."""
+        correct, loss, count = self._totals(model, split, self.batch_size)
+        mean = loss / count
+        # torch's exp: a diverged model has infinite perplexity, for which math.exp raises.
+        return {"token_accuracy": float(correct / count), "loss": float(mean), "perplexity": float(mean.exp())}

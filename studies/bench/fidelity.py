@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
 from rankscope.searching.confirmation import residual_variance
-from rankscope.tasks.data import data_folder
+from rankscope.tasks import data_folder
 
 Floats = NDArray[np.float64]
 PAIRS = (

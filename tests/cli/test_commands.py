@@ -167,7 +167,7 @@ compare: {methods: [one-shot], n_seeds: 1, n_tuning_seeds: 1}
 TASK = """
 from pathlib import Path
 import torch
-from rankscope.tasks.ready import DigitsShift
+from rankscope.tasks import DigitsShift
 
 class Noisy(DigitsShift):
     def train_batches(self, seed):
@@ -454,7 +454,7 @@ def test_help_has_an_example_and_version_prints(name: str) -> None:
 
 INTERRUPTED = """
 import signal
-from rankscope.tasks.ready import DigitsShift
+from rankscope.tasks import DigitsShift
 
 class Interrupted(DigitsShift):
     profiled = 0

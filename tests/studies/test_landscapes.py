@@ -6,7 +6,7 @@ import pytest
 from searches import LANDSCAPES, RankBench, Synthetic
 from searches.methods import repaired
 
-from rankscope.tasks.data import data_folder
+from rankscope.tasks import data_folder
 
 
 @pytest.mark.parametrize("name", LANDSCAPES)

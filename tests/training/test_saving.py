@@ -13,8 +13,7 @@ import rankscope as rs
 from rankscope.errors import FileError, TaskError
 from rankscope.lora import load_adapter
 from rankscope.tasks import Task, evaluate
-from rankscope.tasks.language import CausalLM
-from rankscope.tasks.text import MeanPooledClassifier, TextClassification
+from rankscope.tasks.text import CausalLM, MeanPooledClassifier, TextClassification
 from rankscope.training import save_adapter
 from tests.tasks.models import TINY, WORDS, save_bert, save_llama, save_tokenizer, sentences
 

@@ -15,7 +15,7 @@ from rankscope.budget import ParameterBudget, allocate_marginal
 from rankscope.profiling import read_profile
 from rankscope.searching.space import HierarchicalSpace, group_by_depth
 from rankscope.targets import TargetModule
-from rankscope.tasks.data import data_folder
+from rankscope.tasks import data_folder
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 SYNTHETIC_RANK = 4  # of the uniform allocation whose budget synthetic landscapes have

@@ -24,7 +24,7 @@ def allocations(draw: st.DrawFn) -> rs.RankAllocation:
     targets = draw(inventories())
     vector = tuple(draw(st.integers(0, t.full_rank)) for t in targets)
     return rs.RankAllocation(
-        targets, vector, strategy=draw(st.text(max_size=5)), budget=draw(st.none() | st.integers(1))
+        targets, vector, strategy=draw(st.text(max_size=5)), budget=draw(st.none() | st.integers(1, 2**63 - 1))
     )
 
 

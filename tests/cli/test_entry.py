@@ -58,7 +58,7 @@ def test_the_nearest_word_is_named(arguments: list[str], hint: str) -> None:
 
 TALKS = """
 from rankscope.cli import app as cli
-from rankscope.cli.options import reports_errors
+from rankscope.cli.app import reports_errors
 
 @cli.app.command("talk")
 @reports_errors
@@ -110,7 +110,7 @@ def test_a_terminal_without_our_signs_gets_their_codes() -> None:
 
 def test_a_narrow_terminal_cuts_no_figure() -> None:
     table = """
-from rankscope.cli.output import print_table
+from rankscope.cli.session import print_table
 print_table("[t]", ("method", "parameters", "test"), [("controller-one-shot", "6,912", "+0.0 [-12.0, +12.0]")])
 """
     done = subprocess.run(

@@ -275,7 +275,7 @@ WORKER = """
 import sys, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from rankscope.adapters import RankMasks, Resize, resize_adapters
+from rankscope.lora import RankMasks, Resize, resize_adapters
 from rankscope.errors import ModelError
 from tests.lora.live_models import tokens, trainable
 from tests.lora.test_masks import MASKABLE, masked_model

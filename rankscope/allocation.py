@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, write_json
-from rankscope.targets import Kind, TargetModule, fingerprint_targets
+from rankscope.targets import Kind, TargetModule, find_targets, fingerprint_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -173,19 +173,36 @@ class RankAllocation:
 
     @classmethod
     def from_lora_config(cls, config: LoraConfig, targets: Sequence[TargetModule]) -> RankAllocation:
-        """The ranks a `peft.LoraConfig` gives to these target modules; see `rankscope.lora.from_lora_config`."""
+        """The ranks that a `peft.LoraConfig` gives to these target modules; see `rankscope.lora.from_lora_config`."""
         from rankscope.lora import from_lora_config
 
-        return from_lora_config(config, targets)
+        return cls._of_adapters(targets, from_lora_config(config, targets), "lora-config")
 
     @classmethod
     def from_peft_model(
         cls, model: PeftModel, targets: Sequence[TargetModule] | None = None, *, adapter_name: str | None = None
     ) -> RankAllocation:
-        """The ranks that a PEFT model really carries; see `rankscope.lora.from_peft_model`."""
+        """The ranks that a PEFT model really carries; see `rankscope.lora.from_peft_model`.
+
+        Args:
+            model: Also as `torch.compile` or DistributedDataParallel wraps it.
+            targets: Modules without an adapter get rank 0. Default: the adapted modules.
+            adapter_name: Default: the active one.
+        """
         from rankscope.lora import from_peft_model
 
-        return from_peft_model(model, targets, adapter_name=adapter_name)
+        ranks = from_peft_model(model, adapter_name=adapter_name)
+        return cls._of_adapters(find_targets(model, list(ranks)) if targets is None else targets, ranks, "peft-model")
+
+    @classmethod
+    def _of_adapters(cls, targets: Sequence[TargetModule], ranks: Mapping[str, Any], strategy: str) -> RankAllocation:
+        """Of adapters that exist, whose ranks may be above the full one."""
+        known = []
+        for target in targets:
+            rank = ranks.get(target.name)
+            above = rank if type(rank) is int and rank > target.full_rank else None
+            known.append(replace(target, existing_rank=above))
+        return cls.from_ranks(known, ranks, strategy=strategy)
 
 
 def _target(value: Any) -> TargetModule:

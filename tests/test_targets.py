@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rankscope as rs
 from rankscope.errors import ModelError
-from rankscope.lora import from_lora_config
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets, fused_experts
 from tests.architectures import ARCHITECTURES, ATTENTION, BUILDERS, build
 
@@ -113,7 +112,7 @@ def test_a_lora_config_selects_what_peft_adapts(name: str, options: dict) -> Non
     assert {t.name for t in targets} == adapted
     assert config.to_dict() == LoraConfig(**copy.deepcopy(options)).to_dict()
     if "target_modules" in options:
-        assert set(from_lora_config(config, targets).ranks.values()) == {8}
+        assert set(rs.RankAllocation.from_lora_config(config, targets).ranks.values()) == {8}
 
 
 def test_configs_that_peft_refuses() -> None:
@@ -132,12 +131,12 @@ def test_configs_that_peft_refuses() -> None:
 def test_from_lora_config_needs_named_target_modules() -> None:
     message = "`config` must name its `target_modules`, but leaves them to PEFT's default for the model's architecture; set them to [t.name for t in find_targets(model, config)]."
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
-        from_lora_config(LoraConfig(task_type="CAUSAL_LM"), find_targets(build("llama")))
+        rs.RankAllocation.from_lora_config(LoraConfig(task_type="CAUSAL_LM"), find_targets(build("llama")))
 
 
 def test_all_linear_leaves_the_output_embedding_out_also_without_a_model() -> None:
     targets = find_targets(build("llama"), include=["heads"])
-    ranks = from_lora_config(LoraConfig(target_modules="all-linear", r=4), targets).ranks
+    ranks = rs.RankAllocation.from_lora_config(LoraConfig(target_modules="all-linear", r=4), targets).ranks
     assert (ranks["lm_head"], set(ranks.values())) == (0, {0, 4})
 
 

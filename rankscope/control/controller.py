@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rankscope.allocation import RankAllocation
@@ -40,10 +39,9 @@ from rankscope.lora import (
     adapter_layers,
     check_changeable,
     check_known,
-    check_whole,
     choose_adapter,
     factors,
-    from_peft_model,
+    is_ddp,
     masks_on,
     resize_adapters,
     unwrap_optimizer,
@@ -227,7 +225,7 @@ class LiveRanks:
     def __init__(self, model: Any, optimizer: Any, *, mode: Mode, adapter_name: str | None) -> None:
         if mode not in ("resize", "mask", "auto"):
             raise ModelError(f"`mode` must be 'resize', 'mask' or 'auto', but got {mode!r}.")
-        if mode == "resize" and _is_ddp(model):
+        if mode == "resize" and is_ddp(model):
             raise ModelError(
                 "`mode` must be 'mask' for a model in DistributedDataParallel, which keeps the parameters that it wrapped, but "
                 "is 'resize'; pass mode='mask', or control the model before it is wrapped."
@@ -242,16 +240,14 @@ class LiveRanks:
             )
         self.compiled = is_compiled(model)
         if mode == "auto":
-            fixed = self.masks is not None or n_processes() > 1 or self.compiled or _is_ddp(model)
+            fixed = self.masks is not None or n_processes() > 1 or self.compiled or is_ddp(model)
             mode = "mask" if fixed else "resize"
         self._optimizer = optimizer
         layers = adapter_layers(self.model, self.adapter)
-        check_changeable(self.model, layers, self.adapter)
-        if mode == "resize":
-            check_whole(layers, self.adapter)
+        check_changeable(self.model, layers, self.adapter, in_place=mode == "mask")
         check_known(optimizer)
         self._check_trained([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
-        self._full = from_peft_model(self.model, adapter_name=self.adapter)
+        self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
         self._masked = mode == "mask"
 
     def begin(self, ranks: RankAllocation, *, generator: torch.Generator) -> None:
@@ -280,14 +276,14 @@ class LiveRanks:
                 "they compute the same, and what that saves can go to others",
                 *(len(above), above[0].name, self._full.ranks[above[0].name], above[0].rank),
             )
-        self._full = from_peft_model(self.model, adapter_name=self.adapter)
+        self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
 
     @property
     def allocation(self) -> RankAllocation:
         """The present ranks, sleeping modules included."""
         if self.masks is not None:
             return RankAllocation.from_ranks(self._full.targets, self.masks.ranks)
-        return from_peft_model(self.model, self._full.targets, adapter_name=self.adapter)
+        return RankAllocation.from_peft_model(self.model, self._full.targets, adapter_name=self.adapter)
 
     @property
     def capacity(self) -> Mapping[str, int] | None:
@@ -380,10 +376,6 @@ def first_ranks(
             "wrap the model at a larger rank, and pass `start`."
         )
     return begin
-
-
-def _is_ddp(model: nn.Module) -> bool:
-    return any(isinstance(each, DistributedDataParallel) for each in (model, getattr(model, "_orig_mod", model)))
 
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average

@@ -1,35 +1,28 @@
 """Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
-from rankscope.lora.baselines import (
-    check_adalora_steps,
-    ranks_of_adalora,
-    step_adalora,
-    wrap_with_adalora,
-    wrap_with_eva,
-)
-from rankscope.lora.checkpoint import loaded_from, restore_ranks, restore_ranks_on_load, save_ranks
-from rankscope.lora.config import (
-    adapted_modules,
-    apply_allocation,
-    count_adapter_parameters,
-    from_lora_config,
-    from_peft_model,
-    load_adapter,
-    refused_by_peft,
-    save_lora_config,
-    to_lora_config,
-)
+from rankscope.lora.checkpoint import load_adapter, loaded_from, restore_ranks, restore_ranks_on_load, save_ranks
+from rankscope.lora.config import adapted_modules, from_lora_config, refused_by_peft, save_lora_config, to_lora_config
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.optimizer import check_known, unwrap_optimizer
 from rankscope.lora.resize import (
     Resize,
     adapter_layers,
     check_changeable,
-    check_whole,
     choose_adapter,
     factors,
+    from_peft_model,
+    is_ddp,
     resize_adapters,
     unwrap_peft_model,
+)
+from rankscope.lora.wrapping import (
+    apply_allocation,
+    check_adalora_steps,
+    count_adapter_parameters,
+    ranks_of_adalora,
+    step_adalora,
+    wrap_with_adalora,
+    wrap_with_eva,
 )
 
 __all__ = [
@@ -41,12 +34,12 @@ __all__ = [
     "check_adalora_steps",
     "check_changeable",
     "check_known",
-    "check_whole",
     "choose_adapter",
     "count_adapter_parameters",
     "factors",
     "from_lora_config",
     "from_peft_model",
+    "is_ddp",
     "load_adapter",
     "loaded_from",
     "masks_on",

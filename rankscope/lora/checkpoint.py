@@ -1,52 +1,63 @@
-"""True ranks beside a checkpoint (`ranks.json`), restored before its weights are loaded."""
+"""Checkpoints of adapters whose ranks changed: true ranks in `ranks.json`, restored before the weights are loaded."""
 
 from __future__ import annotations
 
 import os
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from torch import Tensor
+from peft import LoraConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankscope.errors import FileError, ModelError
 from rankscope.files import read_json, read_tensors, write_json
+from rankscope.lora.config import PEFT_PREFIX
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import (
+    FACTORS,
     Resize,
-    adapted_parameters,
     adapter_layers,
     choose_adapter,
     factors,
-    rank_of,
+    lora_layers,
+    ranks_of,
     resize_adapters,
     unwrap_peft_model,
 )
 
 RANKS_FILE = "ranks.json"
 SCHEMA = 1
-_LOADED = "adapters_loaded_from"
-_FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
-_MASKED_FACTORS = (".lora_A.weight", ".lora_B.weight")  # rank first and second
-_PREFIX = "base_model.model."
+_FACTOR_A = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.*)\.lora_(?:A\.weight|embedding_A)")
+
+# PEFT does not check a config's values: a wrong one raises whatever its first use raises.
+_PEFT_RAISES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+    re.error,
+)
 
 
 def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
-    """Writes the adapter's ranks (0 included) into a checkpoint's folder, atomically.
+    """Write the adapter's ranks (0 included) into a checkpoint's folder, atomically; return the path of `ranks.json`.
 
-    Of a model that carries masks these are the active ranks; the capacity and which components are active are written, too.
+    For a model that carries masks these are the active ranks; capacity and active components are written, too.
 
     Args:
         model: As it was when the checkpoint's weights were saved.
         folder: Where the adapter's weights are; PEFT has a subfolder for an adapter not called `default`.
-        adapter_name: Which adapter; may be left out where there is only one.
-
-    Returns:
-        The path of `ranks.json`.
+        adapter_name: May be left out if there is only one.
 
     Raises:
         ModelError: The model has no such adapter.
@@ -54,11 +65,9 @@ def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name
     model = unwrap_peft_model(model)
     adapter = choose_adapter(model, adapter_name)
     path = Path(folder) / RANKS_FILE
-    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter}
-    value["ranks"] = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
+    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter, "ranks": ranks_of(model, adapter)}
     if (masks := masks_on(model)) is not None:
-        value["capacity"], value["active"] = dict(value["ranks"]), masks.active
-        value["ranks"] |= masks.ranks
+        value |= {"capacity": value["ranks"], "ranks": value["ranks"] | masks.ranks, "active": masks.active}
     write_json(path, value)
     return path
 
@@ -70,32 +79,28 @@ def restore_ranks(
     optimizer: Optimizer | None = None,
     adapter_name: str | None = None,
 ) -> None:
-    """Gives the model the ranks of a checkpoint, so that the checkpoint's weights, and its optimizer's state, can be loaded.
+    """Give the model a checkpoint's ranks, so that the checkpoint's weights and optimizer state can be loaded.
 
-    The factors keep what fits of their values, to be overwritten by the weights. Where the checkpoint's config differs in
-    scaling, the model's stays. A checkpoint of masked ranks gives its masks to a model of the same capacity; its weights, which
-    are of the active ranks only, are for `restore_ranks_on_load` to place.
+    The model's scaling stays. Masked ranks need a model of the same capacity; `restore_ranks_on_load` places their weights.
 
     Args:
-        model: With the adapter on the same modules, at whatever ranks.
+        model: With the adapter on the same modules, at any ranks.
         folder: The checkpoint's, with its `ranks.json`.
-        optimizer: Where there is one already; one that is built afterwards has the right shapes by itself.
-        adapter_name: Which adapter; may be left out where there is only one.
+        optimizer: If there is one already.
+        adapter_name: May be left out if there is only one.
 
     Raises:
         FileError: There is no `ranks.json`, or it is of another schema.
         ModelError: It is of another model, or disagrees with the weights beside it; nothing is changed.
-        ModelError: An optimizer that does not own the parameters, or whose state cannot be carried.
     """
     model = unwrap_peft_model(model)
     adapter = choose_adapter(model, adapter_name)
     saved = _read(Path(folder) / RANKS_FILE)
-    ranks: Mapping[str, int] = saved["ranks"]
-    present = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
+    ranks, present = saved["ranks"], ranks_of(model, adapter)
     if odd := sorted(set(ranks) ^ set(present)):
         where = "the checkpoint" if odd[0] in ranks else "the model"
         remedy = "adapt the same modules"
-        if not any(ranks.get(name, 1) for name in odd):  # all are asleep
+        if not any(ranks.get(name, 1) for name in odd):
             remedy = (
                 "wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out"
             )
@@ -103,8 +108,12 @@ def restore_ranks(
             f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in {where} only "
             f"({len(odd)} such); {remedy}."
         )
-    if (weights := _ranks_of_weights(Path(folder), model, adapter)) is not None:
-        _check_weights(weights, ranks, folder)
+    if differs := _weights_differ(Path(folder), model, adapter, ranks):
+        name, in_weights, in_ranks = differs
+        raise ModelError(
+            f"`{folder}` must hold weights of the ranks in its {RANKS_FILE}, but `{name}` has rank {in_weights} in the weights "
+            f"and {in_ranks} there; it mixes two checkpoints: use another."
+        )
     masks = masks_on(model)
     if "active" not in saved:
         if masks is not None:
@@ -124,39 +133,34 @@ def restore_ranks(
 
 
 def restore_ranks_on_load(model: PeftModel) -> None:
-    """Makes `model.load_adapter` restore a checkpoint's ranks first, where the checkpoint has a `ranks.json`.
+    """Make `model.load_adapter` restore a checkpoint's ranks first, if the checkpoint has a `ranks.json`.
 
-    For transformers' Trainer, which calls `load_adapter` on resuming (before it builds the optimizer) and to load the
-    best model at the end, and offers no callback before either.
+    transformers' Trainer calls `load_adapter` on resuming and for the best model, and has no callback before either.
     """
-    model.load_adapter = types.MethodType(load_adapter, model)
+    model.load_adapter = types.MethodType(_load_with_ranks, model)
 
 
 def loaded_from(model: PeftModel, adapter_name: str) -> Path | None:
     """The folder that an adapter was last loaded from, since `restore_ranks_on_load`."""
-    folders: Mapping[str, Path] = getattr(unwrap_peft_model(model), _LOADED, {})
+    folders: dict[str, Path] = vars(unwrap_peft_model(model)).get("adapters_loaded_from", {})
     return folders.get(adapter_name)
 
 
-def load_adapter(
+def _load_with_ranks(
     self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """`PeftModel.load_adapter`, the ranks restored first.
-
-    Raises:
-        ModelError: As `restore_ranks`; also where there is no `ranks.json`, and the weights are of other ranks.
-    """
-    if adapter_name not in self.peft_config:
-        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
-    setattr(self, _LOADED, {**getattr(self, _LOADED, {}), adapter_name: Path(model_id)})
-    if not (Path(model_id) / RANKS_FILE).exists():
-        check_weights_fit(self, Path(model_id), adapter_name)
-        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
-    restore_ranks(self, model_id, adapter_name=adapter_name)
-    if (masks := masks_on(self)) is None:
-        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
-    weights = load_peft_weights(str(model_id), device="cpu")
-    return set_peft_model_state_dict(self, _at_capacity(self, masks, weights), adapter_name=adapter_name)
+    """`PeftModel.load_adapter`, the ranks restored first."""
+    if adapter_name in self.peft_config:
+        folder = Path(model_id)
+        self.adapters_loaded_from = {**vars(self).get("adapters_loaded_from", {}), adapter_name: folder}
+        if not (folder / RANKS_FILE).exists():
+            _check_weights_fit(self, folder, adapter_name)
+        else:
+            restore_ranks(self, folder, adapter_name=adapter_name)
+            if (masks := masks_on(self)) is not None:
+                weights = _at_capacity(self, masks, load_peft_weights(str(model_id), device="cpu"))
+                return set_peft_model_state_dict(self, weights, adapter_name=adapter_name)
+    return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
 
 def _at_capacity(model: PeftModel, masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -164,13 +168,39 @@ def _at_capacity(model: PeftModel, masks: RankMasks, weights: Mapping[str, Tenso
     placed = dict(weights)
     layers = adapter_layers(model, masks.adapter)
     for name, active in masks.active.items():
-        for dim, factor in enumerate(factors(layers[name], masks.adapter)):
-            whole = factor.detach().cpu().clone() if dim == 0 else torch.zeros(factor.shape, dtype=factor.dtype)
-            key = _PREFIX + name + _MASKED_FACTORS[dim]
+        a, b = (factor.detach().cpu() for factor in factors(layers[name], masks.adapter))
+        for dim, (part, full) in enumerate(zip(FACTORS, (a.clone(), torch.zeros_like(b)), strict=True)):
+            key = f"{PEFT_PREFIX}{name}.{part.container}.{part.attribute}"
             if active:
-                whole.index_copy_(dim, torch.tensor(active), weights[key].to(whole))
-            placed[key] = whole
+                full.index_copy_(dim, torch.tensor(active), weights[key].to(full))
+            placed[key] = full
     return placed
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+    """Wrap `model` (in place) with the adapter that `PeftModel.save_pretrained` left in a folder, trained modules included.
+
+    An adapter whose `task_type` names one of rankscope's own classes, which plain PEFT rejects, is loaded into that class only.
+
+    Raises:
+        FileError: The folder does not hold an adapter of this model.
+    """
+    path = Path(folder) / "adapter_config.json"
+    values = read_json(path, what="an adapter's config")
+    if "peft_type" not in values:
+        raise FileError(f"`{path}` must hold an adapter's config, but has no `peft_type`; save the adapter again.")
+    if values.get("task_type") == f"{type(model).__module__}.{type(model).__name__}":
+        values["task_type"] = None
+    try:
+        loaded = PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
+        if loaded.peft_config["default"].peft_type == PeftType.LORA:
+            _check_weights_fit(loaded, Path(folder), "default")  # PEFT loads what it finds
+    except _PEFT_RAISES as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise FileError(
+            f"`{folder}` must hold an adapter of this model, but cannot be loaded ({reason}); delete it."
+        ) from None
+    return loaded
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -189,13 +219,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _are_masks(active: Any, capacity: Any, ranks: Mapping[str, int]) -> bool:
-    if (
-        not isinstance(active, dict)
-        or not isinstance(capacity, dict)
-        or not active.keys() == capacity.keys() <= ranks.keys()
-    ):
+    if not isinstance(active, dict) or not isinstance(capacity, dict):
         return False
-    return all(
+    return active.keys() == capacity.keys() <= ranks.keys() and all(
         isinstance(indices, list)
         and type(capacity[name]) is int
         and all(type(index) is int and 0 <= index < capacity[name] for index in indices)
@@ -204,44 +230,32 @@ def _are_masks(active: Any, capacity: Any, ranks: Mapping[str, int]) -> bool:
     )
 
 
-def _check_weights(weights: Mapping[str, int], ranks: Mapping[str, int], folder: str | os.PathLike[str]) -> None:
-    """Refuses ranks that are not those of the weights in the same folder."""
-    for name in sorted({name for name, rank in ranks.items() if rank > 0} | set(weights)):
-        if ranks.get(name, 0) != weights.get(name, 0):
-            raise ModelError(
-                f"`{folder}` must hold weights of the ranks in its {RANKS_FILE}, but `{name}` has rank {weights.get(name, 0)} in "
-                f"the weights and {ranks.get(name, 0)} there; it mixes two checkpoints: use another."
-            )
+def _check_weights_fit(model: PeftModel, folder: Path, adapter: str) -> None:
+    if differs := _weights_differ(folder, model, adapter, ranks_of(model, adapter)):
+        name, in_weights, in_model = differs
+        raise ModelError(
+            f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "
+            f"{in_weights} there and {in_model} in the model; it was not finished, or is of another model: use another."
+        )
 
 
-def check_weights_fit(model: PeftModel, folder: Path, adapter: str) -> None:
-    """Refuses weights of other ranks than the model's."""
-    weights = _ranks_of_weights(folder, model, adapter)
-    if weights is None:
-        return
-    present = {name: rank_of(layer, adapter) for name, layer in adapter_layers(model, adapter).items()}
-    for name in sorted({*present, *weights}):
-        if present.get(name, 0) != (rank := weights.get(name, 0)):
-            raise ModelError(
-                f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "
-                f"{rank} there and {present.get(name, 0)} in the model; it was not finished, or is of another model: use another."
-            )
+def _weights_differ(
+    folder: Path, model: PeftModel, adapter: str, ranks: Mapping[str, int]
+) -> tuple[str, int, int] | None:
+    """The first module whose rank is another in the folder's weights, and both ranks; None without weights.
 
-
-def _ranks_of_weights(folder: Path, model: PeftModel, adapter: str) -> dict[str, int] | None:
-    """Read from the shapes alone, adapters on parameters left out; None in a folder without weights."""
+    Ranks are read from shapes alone, adapters on parameters left out.
+    """
     paths = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     if not (present := [path for path in paths if path.exists()]):
         return None
-    shapes = {
-        key: tensor.shape
-        for key, tensor in read_tensors(present[0], what="an adapter's weights", device="meta").items()
+    fused = {name.rpartition(".")[0] for name in lora_layers(model, adapter)[1]}
+    tensors = read_tensors(present[0], what="an adapter's weights", device="meta")
+    found = {
+        match[1]: len(tensor) for key, tensor in tensors.items() if (match := _FACTOR_A.fullmatch(key)) and tensor.ndim
     }
-    fused = {name.rpartition(".")[0] for name in adapted_parameters(model, adapter)}
-    ranks = {
-        key.removeprefix(_PREFIX).removesuffix(suffix): shape[0]
-        for key, shape in shapes.items()
-        for suffix in _FACTOR_A
-        if key.endswith(suffix) and shape
-    }
-    return {name: rank for name, rank in ranks.items() if name.replace(".base_layer", "") not in fused}
+    weights = {name: rank for name, rank in found.items() if name.replace(".base_layer", "") not in fused}
+    for name in sorted({*ranks, *weights}):
+        if ranks.get(name, 0) != weights.get(name, 0):
+            return name, weights.get(name, 0), ranks.get(name, 0)
+    return None

@@ -1,30 +1,31 @@
-"""Pure kernels on one adapter's factors: which components a smaller rank keeps, and what new components start as.
+"""Arithmetic on one adapter's factors: choose components to keep, compress them, and append new ones.
 
-An adapter's update is `s * B @ A` with A of shape (rank, inputs) and B of shape (outputs, rank); component i is row i of A with
-column i of B. A convolution's kernel is flattened into `inputs`.
+An adapter's update is `s * B @ A` with A of shape (rank, inputs) and B of shape (outputs, rank). Component i is row i of A
+and column i of B. A convolution's kernel is flattened into `inputs`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
 class RankMap(Protocol):
-    """How tensors shaped like a factor (gradients, an optimizer's moments) follow a change of rank."""
+    """How tensors shaped like a factor (gradients, optimizer moments) follow a change of rank."""
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
-        """The tensor after the change, along its rank dimension `dim`; `squared` for moments of squared gradients."""
+        """The tensor after the change along its rank dimension `dim`; `squared`: it holds squared gradients."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Components that stay as they are, in order, and zeros for `added` new ones behind them.
+    """Keeps components in the given order and appends `added` zeros.
 
     >>> Selection(kept=(2, 0), added=1).carry(torch.tensor([5.0, 6.0, 7.0]), 0)
     tensor([7., 5., 0.])
@@ -34,7 +35,7 @@ class Selection:
     added: int = 0
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
-        """Selects and pads; whether the tensor holds squares does not matter."""
+        """Select and pad."""
         index = torch.tensor(self.kept, dtype=torch.long, device=tensor.device)
         shape = list(tensor.shape)
         shape[dim] = self.added
@@ -43,33 +44,22 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """Components that are mixed: new component i is the sum over j of `matrix[i, j]` times old component j.
+    """Mixes components: new component i is the sum over j of `matrix[i, j]` times old component j.
 
-    Gradients follow exactly. Squared gradients follow as far as the old components' gradients are uncorrelated.
-
-    Attributes:
-        matrix: (new rank, old rank).
+    Gradients follow exactly; squared gradients only if the old components' gradients are uncorrelated.
     """
 
     matrix: Tensor
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
-        """Mixes along `dim`; squares are mixed by the squared matrix."""
+        """Multiply along `dim` by the matrix, or by its elementwise square."""
         matrix = self.matrix.square() if squared else self.matrix
         mixed: Tensor = torch.tensordot(matrix, tensor.to(matrix.dtype), dims=([1], [dim]))
         return mixed.movedim(0, dim).to(tensor.dtype).contiguous()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resized:
-    """New factors, and how what belongs to them follows.
-
-    Attributes:
-        a: (new rank, inputs).
-        b: (outputs, new rank).
-        a_map: For gradients and moments of A.
-        b_map: For gradients and moments of B.
-    """
+class Resized(NamedTuple):
+    """New factors A (rank, inputs) and B (outputs, rank), and the maps for gradients and moments of each."""
 
     a: Tensor
     b: Tensor
@@ -78,67 +68,57 @@ class Resized:
 
 
 def component_norms(a: Tensor, b: Tensor) -> Tensor:
-    """The Frobenius norm of each component's share of the update, `||b_i|| * ||a_i||`; (rank,), without the scaling.
+    """The Frobenius norm of each component, `||b_i|| * ||a_i||`; shape (rank,), without the scaling.
 
     >>> component_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.5]]))
     tensor([10.0000,  0.5000])
     """
-    a, b = _precise(a), _precise(b)
-    norms: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=0)
+    norms: Tensor = torch.linalg.vector_norm(_precise(a), dim=1) * torch.linalg.vector_norm(_precise(b), dim=0)
     return norms
 
 
-def drop_components(a: Tensor, b: Tensor, rank: int) -> Resized:
-    """Keeps the `rank` components of largest norm, in their order, as they are; at equal norms the earlier ones.
+def keep_components(a: Tensor, b: Tensor, kept: Sequence[int]) -> Resized:
+    """Keep these components, unchanged to the bit, with their gradients and moments."""
+    selection = Selection(kept=tuple(kept))
+    return Resized(selection.carry(a, 0), selection.carry(b, 1), selection, selection)
 
-    Moments and gradients of what is kept stay valid to the bit. The damage is at most the norms that are dropped.
-    """
+
+def drop_components(a: Tensor, b: Tensor, rank: int) -> Resized:
+    """Keep the `rank` components of largest norm, in their order; the earlier one on ties."""
     order = torch.argsort(component_norms(a, b), descending=True, stable=True)
-    selection = Selection(kept=tuple(sorted(order[:rank].tolist())))
-    return Resized(a=selection.carry(a, 0), b=selection.carry(b, 1), a_map=selection, b_map=selection)
+    return keep_components(a, b, sorted(order[:rank].tolist()))
 
 
 def truncate_svd(a: Tensor, b: Tensor, rank: int) -> Resized:
-    """The closest factors of a smaller rank: the truncated SVD of `B @ A` (Eckart and Young, 1936), from small matrices only.
+    """The truncated SVD of `B @ A` (Eckart and Young, 1936), in O((inputs + outputs) * rank^2).
 
-    With A^T = Qa Ra, B = Qb Rb and Rb Ra^T = U S V^T, the new factors are A' = c V^T Qa^T and B' = Qb U S / c. Rows of A' all
-    have A's root mean square row norm c, so that a component whose singular value is 0 still gets a gradient. Since
-    B' = B N with N = Ra^T V / c, and A' = M A with M = c V^T Ra^-T, the gradients become N^T dA and dB M^T, exactly.
-
-    Costs O((inputs + outputs) * rank^2).
+    With A^T = Qa Ra, B = Qb Rb and Rb Ra^T = U S V^T, the new factors are A' = c V^T Qa^T and B' = Qb U S / c. All rows of
+    A' have A's root mean square row norm c, so that components with singular value 0 still get a gradient. Since
+    A' = M A with M = c V^T Ra^-T and B' = B N with N = Ra^T V / c, the gradients become N^T dA and dB M^T, exactly.
     """
-    wide_a, wide_b = _precise(a), _precise(b)
+    wide_a = _precise(a)
     Qa, Ra = torch.linalg.qr(wide_a.T)
-    Qb, Rb = torch.linalg.qr(wide_b)
+    Qb, Rb = torch.linalg.qr(_precise(b))
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     norm = torch.linalg.matrix_norm(wide_a) / math.sqrt(len(a))
     c = torch.where(norm > 0, norm, torch.ones_like(norm))
     N = Ra.T @ Vh.T / c
     M = c * Vh @ torch.linalg.pinv(Ra.T)
-    return Resized(
-        a=(c * Vh @ Qa.T).to(a.dtype),
-        b=(Qb @ (U * S) / c).to(b.dtype),
-        a_map=Rotation(matrix=N.T.contiguous()),
-        b_map=Rotation(matrix=M),
-    )
+    new_a, new_b = (c * Vh @ Qa.T).to(a.dtype), (Qb @ (U * S) / c).to(b.dtype)
+    return Resized(new_a, new_b, Rotation(matrix=N.T.contiguous()), Rotation(matrix=M))
 
 
 def add_components(a: Tensor, b: Tensor, new_rows: Tensor, new_columns: Tensor) -> Resized:
-    """Appends components: (added, inputs) rows to A and (outputs, added) columns to B.
-
-    The update stays the same where, for each component, one of the two is zero.
-    """
+    """Append (added, inputs) rows to A and (outputs, added) columns to B; one of the two is zero in each component."""
     selection = Selection(kept=tuple(range(len(a))), added=len(new_rows))
-    return Resized(
-        a=torch.cat([a, new_rows.to(a)]), b=torch.cat([b, new_columns.to(b)], dim=1), a_map=selection, b_map=selection
-    )
+    return Resized(torch.cat([a, new_rows.to(a)]), torch.cat([b, new_columns.to(b)], dim=1), selection, selection)
 
 
 def kaiming_rows(added: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(added, inputs) rows as PEFT draws A: Kaiming uniform with a = sqrt(5), within 1 / sqrt(inputs) of 0.
+    """(added, inputs) rows as PEFT initialises A: Kaiming uniform with a = sqrt(5), within ±1 / sqrt(inputs).
 
-    Drawn on the generator's device, so that a CPU generator gives the same rows on every device.
+    They are drawn on the generator's device, so that a CPU generator gives the same rows on every device.
     """
     inputs = like.shape[1]
     device = like.device if generator is None else generator.device
@@ -147,5 +127,5 @@ def kaiming_rows(added: int, like: Tensor, generator: torch.Generator | None = N
 
 
 def _precise(tensor: Tensor) -> Tensor:
-    """Half precision has no QR, and its norms overflow early."""
+    """In float32 at least: half precision has no QR, and its norms overflow early."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

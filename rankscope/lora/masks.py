@@ -1,4 +1,4 @@
-"""Mask mode: adapters of fixed capacity whose ranks are switched on and off; for DDP, FSDP and torch.compile."""
+"""Masked ranks: adapters of fixed capacity whose components are switched on and off; for DDP, FSDP2 and torch.compile."""
 
 from __future__ import annotations
 
@@ -6,67 +6,57 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from rankscope.distributed import check_same, from_first_process, n_processes, whole
 from rankscope.errors import ModelError
-from rankscope.lora.factors import Resized, Selection, component_norms, kaiming_rows
-from rankscope.lora.optimizer import Replacement, carry_state, replace_parameters, unwrap_optimizer
+from rankscope.lora.config import PEFT_PREFIX
+from rankscope.lora.factors import Selection, component_norms, kaiming_rows, keep_components
+from rankscope.lora.optimizer import Replacement, replace_parameters
 from rankscope.lora.resize import (
     BIAS,
     FACTORS,
     MAGNITUDE,
     Resize,
-    Room,
     adapter_layers,
     check_changeable,
-    check_may_sleep,
+    check_config,
     check_resizes,
-    check_whole,
     choose_adapter,
     config_of,
-    entry_of,
     factor_parts,
     factors,
-    is_dormant,
+    is_inactive,
     replace_factors,
-    uncompiled,
     unwrap_peft_model,
 )
-from rankscope.targets import plain_name
-
-_BUFFER = "rank_mask"
+from rankscope.targets import plain_name, unwrapped
 
 
 class RankMasks:
     """The active ranks of a model's adapters, whose parameters keep their shapes.
 
-    Each adapter's present rank becomes its capacity. A mask (a buffer of zeros and ones, not saved) multiplies A's
-    output, so that an inactive component gets no gradient; its column of B is zero, so that it adds nothing, masked or
-    not: the function is that of an adapter truly resized, also where the model is saved as it is. A component that is
-    switched on starts as a new one does in `resize_adapters`, and has moments of 0.
+    An adapter's present rank becomes its capacity. A mask multiplies A's output, so that inactive components get no gradient;
+    their columns of B are zero, so that they add nothing. The function is that of a resized adapter. A component that is
+    switched on starts as in `resize_adapters`, with moments of 0.
 
-    Nothing changes its shape, so DDP and FSDP2 may wrap the model, before or afterwards, and `torch.compile` does not recompile.
-    On several processes, the first one's plan is broadcast, and all assert that they switch the same components. What
-    optimizers compute over a whole parameter (Adafactor's root mean squares) is over the capacity.
-
-    As long as the masks are on, `model.save_pretrained` writes the adapter at its true ranks, for plain PEFT.
+    Shapes do not change, so DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On
+    several processes the first one's plan is broadcast. Optimizer statistics over a whole parameter (Adafactor) cover the
+    capacity. While the masks are on, `model.save_pretrained` writes the adapter at its true ranks, for plain PEFT.
 
     Args:
-        model: The PEFT model itself, also one that is wrapped.
-        ranks: The active rank of each module; modules not named keep their capacity.
-        adapter_name: Which adapter; may be left out where there is only one.
+        model: The PEFT model.
+        ranks: The active rank of each module; other modules keep their capacity.
+        adapter_name: May be left out if there is only one.
 
     Raises:
-        ModelError: The model, one that carries masks already, a module that is not adapted, a rank beyond its capacity, or
-            an embedding's adapter, which has no module to hook.
+        ModelError: The model carries masks already, or adapts an embedding; an unknown module, or a rank beyond capacity.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(target_modules=["0", "1"], r=4))
@@ -80,30 +70,39 @@ class RankMasks:
         self, model: PeftModel, ranks: Mapping[str, int] | None = None, *, adapter_name: str | None = None
     ) -> None:
         self._model = unwrap_peft_model(model)
-        self._adapter = choose_adapter(self._model, adapter_name)
+        self.adapter = choose_adapter(self._model, adapter_name)
         if (other := masks_on(self._model)) is not None:
             raise ModelError(
                 f"`model` must not carry rank masks yet, but carries those of adapter {other.adapter!r}; go on with them "
                 "(masks_on), or `compress` them."
             )
-        layers = adapter_layers(self._model, self._adapter)
-        check_changeable(self._model, layers, self._adapter)
-        self._layers = {name: layer for name, layer in layers.items() if not is_dormant(layer, self._adapter)}
+        layers = adapter_layers(self._model, self.adapter)
+        check_changeable(self._model, layers, self.adapter, in_place=True)
+        self._layers = {name: layer for name, layer in layers.items() if not is_inactive(layer, self.adapter)}
         for name, layer in self._layers.items():
-            if factor_parts(layer, self._adapter) != FACTORS:
+            if factor_parts(layer, self.adapter) != FACTORS:
                 raise ModelError(f"masked ranks must be of linear or convolution layers, but `{name}` is an embedding.")
         asked = [Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()]
-        self._check(asked, {name: len(factors(layer, self._adapter)[0]) for name, layer in self._layers.items()})
-        self._hooks = [
-            _install(self._inner(name), len(factors(layer, self._adapter)[0])) for name, layer in self._layers.items()
-        ]
-        self._model.save_pretrained = self.save_pretrained
+        self._check(asked, {name: len(a) for name, (a, _) in self._factors.items()})
+        self._attach()
         self.resize(asked)
 
-    @property
-    def adapter(self) -> str:
-        """The adapter whose ranks are masked."""
-        return self._adapter
+    def _attach(self) -> None:
+        """Put on the masks, their hooks and `save_pretrained`; `remove` undoes it."""
+        self._inner: dict[str, Any] = {}
+        self._hooks = []
+        for name, (a, _) in self._factors.items():
+            inner = self._inner[name] = self._layers[name].lora_A[self.adapter]
+            inner.register_buffer("rank_mask", torch.ones(len(a), device=a.device), persistent=False)
+            self._hooks.append(inner.register_forward_hook(_mask_output))
+        self._model.rank_masks, self._model.save_pretrained = self, self.save_pretrained
+
+    def remove(self) -> None:
+        """Take the masks off; adapters keep their capacity, and all components get gradients again."""
+        for name, hook in zip(self._layers, self._hooks, strict=True):
+            hook.remove()
+            del self._inner[name].rank_mask
+        del self._model.rank_masks, self._model.save_pretrained
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -111,49 +110,36 @@ class RankMasks:
         return MappingProxyType({name: len(active) for name, active in self.active.items()})
 
     @property
-    def capacity(self) -> Mapping[str, int]:
-        """The most ranks that each module can have, by name; read-only."""
-        return MappingProxyType({name: len(self._mask(name)) for name in self._layers})
-
-    @property
     def active(self) -> dict[str, tuple[int, ...]]:
         """The indices of the active components of each module."""
         return {name: tuple(self._mask(name).nonzero().flatten().tolist()) for name in self._layers}
 
     def resize(
-        self,
-        resizes: Sequence[Resize],
-        optimizer: Optimizer | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, resizes: Sequence[Resize], optimizer: Optimizer | None = None, *, generator: torch.Generator | None = None
     ) -> None:
-        """As `resize_adapters`, within the capacity: all of the resizes happen or none.
-
-        Shrinking switches off the components of least norm. Every process must call it at the same step; what the first one
-        asks is what happens.
+        """As `resize_adapters`, within the capacity. Every process must call it at the same step.
 
         Raises:
-            ModelError: A resize that cannot be followed, or processes that have diverged.
-            ModelError: An optimizer that does not own the parameters, or whose state cannot be carried.
+            ModelError: A resize that cannot be followed, an optimizer whose state cannot be carried, or processes that differ.
         """
-        asked = from_first_process(_portable(resizes))
+        asked = _from_first_process(resizes)
         self._check(asked, self.ranks)
-        drawn = from_first_process(_portable([self._with_rows(resize, generator) for resize in asked]))
-        switches = {resize.name: self._plan(resize) for resize in drawn}
+        drawn = _from_first_process([self._with_rows(resize, generator) for resize in asked])
+        switches = {resize.name: self._switch(resize) for resize in drawn}
         check_same({name: switch.mask.tolist() for name, switch in switches.items()}, what="the masks")
-        replacements = [r for name, switch in switches.items() for r in self._replacements(name, switch)]
-        states = []
-        if optimizer is not None:
-            optimizer = unwrap_optimizer(optimizer)
-            states = carry_state(optimizer, replacements)
-
+        replace_parameters(
+            optimizer,
+            [
+                Replacement(old=factor, new=factor, dim=dim, map=switch.keep)
+                for name, switch in switches.items()
+                for dim, factor in enumerate(self._factors[name])
+            ],
+        )
         for name, switch in switches.items():
             self._commit(name, switch)
-        if optimizer is not None:
-            replace_parameters(optimizer, replacements, states)
 
     def restore(self, active: Mapping[str, Sequence[int]]) -> None:
-        """Sets the masks and nothing else, for weights that are loaded from a checkpoint of this capacity.
+        """Set the masks alone, for weights that are loaded from a checkpoint of this capacity.
 
         Args:
             active: What `active` was when the checkpoint was written.
@@ -163,48 +149,34 @@ class RankMasks:
         """
         if set(active) != set(self._layers):
             raise ModelError("`active` must name exactly the modules that are masked; it is of another model.")
-        capacity = self.capacity
         for name, indices in active.items():
-            if not all(0 <= index < capacity[name] for index in indices):
-                raise ModelError(
-                    f"`active` must hold components of `{name}` below {capacity[name]}, but holds {indices}."
-                )
+            if not all(0 <= index < (capacity := len(self._mask(name))) for index in indices):
+                raise ModelError(f"`active` must hold components of `{name}` below {capacity}, but holds {indices}.")
         for name, indices in active.items():
             self._mask(name).zero_()[list(indices)] = 1
 
     def compress(self, optimizer: Optimizer | None = None) -> None:
-        """Takes the masks off and gives the adapters their true ranks; in one process, with nothing wrapped.
+        """Take the masks off and give the adapters their true ranks; in one process, with nothing wrapped.
 
         Raises:
-            ModelError: No module has an active rank, or parameters are sharded.
-            ModelError: An optimizer that does not own the parameters, or whose state cannot be carried.
+            ModelError: No module has an active rank, parameters are sharded, or the optimizer's state cannot be carried.
         """
-        check_changeable(self._model, self._layers, self._adapter)
-        check_whole(self._layers, self._adapter)
+        check_changeable(self._model, self._layers, self.adapter)
         resized = {}
         for name, active in self.active.items():
-            a, b = (factor.detach().flatten(1) for factor in factors(self._layers[name], self._adapter))
-            selection = Selection(kept=active)
-            resized[name] = Resized(a=selection.carry(a, 0), b=selection.carry(b, 1), a_map=selection, b_map=selection)
-        replace_factors(self._model, optimizer, resized, adapter=self._adapter)
+            a, b = (factor.detach().flatten(1) for factor in self._factors[name])
+            resized[name] = keep_components(a, b, active)
+        replace_factors(self._model, optimizer, resized, adapter=self.adapter)
         self.remove()
-
-    def remove(self) -> None:
-        """Take the masks off; the adapters keep their capacity, and components that were off get gradients again."""
-        for name, hook in zip(self._layers, self._hooks, strict=True):
-            hook.remove()
-            delattr(self._inner(name), _BUFFER)
-        self._hooks.clear()
-        del self._model.save_pretrained
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
     ) -> None:
-        """Writes the adapter at its true ranks, for plain PEFT; the model stays masked. `model.save_pretrained` is this, too.
+        """Write the adapter at its true ranks, for plain PEFT; the model stays masked. `model.save_pretrained` is this, too.
 
         Args:
             folder: Where to.
-            state_dict: The model's, its tensors whole. None: it is taken, which every process must do under FSDP2.
+            state_dict: The model's, its tensors whole; None: it is taken, which every process must do under FSDP2.
             **options: As `PeftModel.save_pretrained` takes them.
 
         Raises:
@@ -214,96 +186,85 @@ class RankMasks:
             raise ModelError(
                 "at least one module must have a rank above 0 to be saved; PEFT has no adapter without modules."
             )
-        state = self._true_state_dict(self._model.state_dict() if state_dict is None else state_dict)
+        model, tuner = self._model, self._model.base_model
+        state = self._true_state_dict(model.state_dict() if state_dict is None else state_dict)
         options.setdefault("is_main_process", n_processes() == 1 or torch.distributed.get_rank() == 0)
-        masked = self._model.peft_config[self._adapter]
-        self._model.peft_config[self._adapter] = config_of(self._model, self._adapter, self.ranks)
+        config, compiled = model.peft_config[self.adapter], tuner.model
+        model.peft_config[self.adapter] = config_of(model, self.adapter, self.ranks)
+        tuner.model = unwrapped(compiled)  # PEFT saves the names of a model that is not compiled
         try:
-            with uncompiled(self._model):
-                type(self._model).save_pretrained(self._model, str(folder), state_dict=state, **options)
+            type(model).save_pretrained(model, str(folder), state_dict=state, **options)
         finally:
-            self._model.peft_config[self._adapter] = masked
+            model.peft_config[self.adapter], tuner.model = config, compiled
 
     # --- one module ------------------------------------------------------------------------------------------------
 
-    def _inner(self, name: str) -> nn.Module:
-        inner: nn.Module = entry_of(self._layers[name], "lora_A", self._adapter)
-        return inner
+    @property
+    def _factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        return {name: factors(layer, self.adapter) for name, layer in self._layers.items()}
 
     def _mask(self, name: str) -> Tensor:
-        mask: Tensor = getattr(self._inner(name), _BUFFER)
+        mask: Tensor = self._inner[name].rank_mask
         return mask
 
     def _check(self, resizes: Sequence[Resize], ranks: Mapping[str, int]) -> None:
-        rooms = {}
-        for name, layer in self._layers.items():
-            a = factors(layer, self._adapter)[0]
-            if a.ndim < 2:
-                raise ModelError(
-                    "masked ranks need parameters of their own shape, which FSDP1 flattens; use FSDP2 (fully_shard)."
-                )
-            rooms[name] = Room(rank=ranks[name], largest=len(a), inputs=a.shape[1:].numel())
-        check_resizes(resizes, rooms)
+        if any(a.ndim < 2 for a, _ in self._factors.values()):
+            raise ModelError(
+                "masked ranks need parameters of their own shape, which FSDP1 flattens; use FSDP2 (fully_shard)."
+            )
+        check_resizes(
+            resizes, {name: (ranks[name], len(a), a.shape[1:].numel()) for name, (a, _) in self._factors.items()}
+        )
         for resize in resizes:
-            layer = self._layers[resize.name]
-            if resize.rank == 0:
-                check_may_sleep(self._model.peft_config[self._adapter])
-            if resize.rank == 0 and any(part.of(layer, self._adapter) is not None for part in (BIAS, MAGNITUDE)):
+            if resize.rank > 0:
+                continue
+            check_config(self._model.peft_config[self.adapter], to_zero=True)
+            if any(part.of(self._layers[resize.name], self.adapter) is not None for part in (BIAS, MAGNITUDE)):
                 raise ModelError(
                     f"the masked rank of `{resize.name}` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
                 )
 
     def _with_rows(self, resize: Resize, generator: torch.Generator | None) -> Resize:
         """The resize with the rows of A that it adds."""
-        a = factors(self._layers[resize.name], self._adapter)[0]
+        a, _ = factors(self._layers[resize.name], self.adapter)
         added = resize.rank - int(self._mask(resize.name).sum())
         if resize.directions is not None or added <= 0:
             return resize
         like = torch.empty(0, a.shape[1:].numel(), device=a.device)
         return replace(resize, directions=kaiming_rows(added, like, generator))
 
-    def _plan(self, resize: Resize) -> _Switch:
-        """What is switched on and off, and the factors afterwards; nothing is changed yet."""
-        mask = self._mask(resize.name).bool()
-        a, b = (whole(factor.detach()) for factor in factors(self._layers[resize.name], self._adapter))
-        if resize.directions is not None and resize.rank > mask.sum():
-            born = (~mask).nonzero().flatten()[: len(resize.directions)]
+    def _switch(self, resize: Resize) -> _Switch:
+        """The module's next mask and factors; nothing is changed yet."""
+        before = self._mask(resize.name).bool()
+        a, b = (whole(factor.detach()) for factor in factors(self._layers[resize.name], self.adapter))
+        if resize.directions is not None and resize.rank > before.sum():
+            born = (~before).nonzero().flatten()[: len(resize.directions)]
             a = a.clone()
             a[born] = resize.directions.to(a).reshape(-1, *a.shape[1:])
-            after = mask.clone()
+            after, keep = before.clone(), _Keep(stays=before)
             after[born] = True
-            stays = mask
         else:
-            norms = component_norms(a.flatten(1), b.flatten(1)).masked_fill(~mask, -1.0)
-            after = torch.zeros_like(mask)
+            norms = component_norms(a.flatten(1), b.flatten(1)).masked_fill(~before, -1.0)
+            after = torch.zeros_like(before)
             after[torch.argsort(norms, descending=True, stable=True)[: resize.rank]] = True
-            stays = after
-        return _Switch(mask=after, a=a, b=_Keep(stays=stays).carry(b, 1), stays=stays)
-
-    def _replacements(self, name: str, switch: _Switch) -> list[Replacement]:
-        """The parameters in their own place, with moments only of what stays active."""
-        keep = _Keep(stays=switch.stays)
-        return [
-            Replacement(old=factor, new=factor, dim=dim, map=keep)
-            for dim, factor in enumerate(factors(self._layers[name], self._adapter))
-        ]
+            keep = _Keep(stays=after)
+        return _Switch(mask=after, a=a, b=keep.carry(b, 1), keep=keep)
 
     def _commit(self, name: str, switch: _Switch) -> None:
         with torch.no_grad():
-            for factor, value in zip(factors(self._layers[name], self._adapter), (switch.a, switch.b), strict=True):
+            for dim, (factor, value) in enumerate(zip(self._factors[name], (switch.a, switch.b), strict=True)):
                 factor.copy_(_like(value, factor))
-            for dim, factor in enumerate(factors(self._layers[name], self._adapter)):
                 if factor.grad is not None:
-                    factor.grad.copy_(_Keep(stays=switch.stays).carry(factor.grad, dim))
+                    factor.grad.copy_(switch.keep.carry(factor.grad, dim))
             self._mask(name).copy_(switch.mask)
 
     def _true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapter's active components; what FSDP2 shards of all that is trained is gathered."""
+        """The state with active components only; trained tensors that FSDP2 shards are gathered."""
         trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in state.items()}
         for name, active in self.active.items():
             for dim, part in enumerate(FACTORS):
-                key = f"base_model.model.{name}.{part.container}.{self._adapter}.{part.attribute}"
+                key = f"{PEFT_PREFIX}{name}.{part.container}.{self.adapter}.{part.attribute}"
                 if active:
                     state[key] = Selection(kept=active).carry(state[key], dim)
                 else:
@@ -312,24 +273,14 @@ class RankMasks:
 
 
 def masks_on(model: PeftModel) -> RankMasks | None:
-    """The masks that a model carries; None where there are none."""
-    owner = getattr(unwrap_peft_model(model).save_pretrained, "__self__", None)
-    return owner if isinstance(owner, RankMasks) else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Switch:
-    """One module's next mask, its factors under it, and the components that are active before and after."""
-
-    mask: Tensor
-    a: Tensor
-    b: Tensor
-    stays: Tensor
+    """The masks that a model carries; None if there are none."""
+    masks: RankMasks | None = vars(unwrap_peft_model(model)).get("rank_masks")
+    return masks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Keep:
-    """A `RankMap` that zeroes all but some components, in place of shape changes."""
+    """A `RankMap` that zeroes all components but some, and keeps shapes."""
 
     stays: Tensor
 
@@ -337,26 +288,29 @@ class _Keep:
         values = whole(tensor)
         shape = [1] * values.ndim
         shape[dim] = -1
-        zero = torch.zeros((), dtype=values.dtype, device=values.device)
-        return _like(torch.where(self.stays.to(values.device).reshape(shape), values, zero), tensor)
+        kept = torch.where(self.stays.to(values.device).reshape(shape), values, torch.zeros_like(values))
+        return _like(kept, tensor)
 
 
-def _portable(resizes: Sequence[Resize]) -> Sequence[Resize]:
-    """Resizes that can be sent to other processes, whose devices are others."""
-    if n_processes() == 1:
-        return resizes
-    return [replace(r, directions=None if r.directions is None else r.directions.cpu()) for r in resizes]
+class _Switch(NamedTuple):
+    """One module's next mask, its factors under it, and the components that keep their gradients and moments."""
+
+    mask: Tensor
+    a: Tensor
+    b: Tensor
+    keep: _Keep
 
 
-def _install(inner: nn.Module, capacity: int) -> RemovableHandle:
-    weight = next(inner.parameters())
-    inner.register_buffer(_BUFFER, torch.ones(capacity, device=weight.device), persistent=False)
-    return inner.register_forward_hook(_mask_output)
+def _from_first_process(resizes: Sequence[Resize]) -> Sequence[Resize]:
+    """Sent through the CPU, since other processes have other devices."""
+    return from_first_process(
+        [replace(r, directions=None if r.directions is None else r.directions.cpu()) for r in resizes]
+    )
 
 
-def _mask_output(inner: nn.Module, _: Any, output: Tensor) -> Tensor:
+def _mask_output(inner: Any, _: Any, output: Tensor) -> Tensor:
     """Components stand last in a linear's output, and second in a convolution's."""
-    mask: Tensor = getattr(inner, _BUFFER).to(output.dtype)
+    mask: Tensor = inner.rank_mask.to(output.dtype)
     if isinstance(inner, nn.modules.conv._ConvNd):
         mask = mask.reshape(-1, *[1] * len(inner.kernel_size))
     return output * mask

@@ -18,7 +18,6 @@ from rankscope.errors import TrainingError
 from rankscope.lora import (
     apply_allocation,
     check_adalora_steps,
-    from_peft_model,
     ranks_of_adalora,
     step_adalora,
     wrap_with_adalora,
@@ -274,8 +273,8 @@ class AdaLora:
             steps=config.steps,
             share=self.share,
             settled=self.settled,
-            dropout=config.lora_dropout,
-            modules_to_save=getattr(task, "head_modules", ()),
+            lora_dropout=config.lora_dropout,
+            modules_to_save=list(getattr(task, "head_modules", ())) or None,
         )
         return adapted
 
@@ -316,14 +315,14 @@ class Eva:
             rank=self.rank,
             scaling=config.scaling,
             rho=self.rho,
-            dropout=config.lora_dropout,
-            modules_to_save=getattr(task, "head_modules", ()),
+            lora_dropout=config.lora_dropout,
+            modules_to_save=list(getattr(task, "head_modules", ())) or None,
         )
         return adapted
 
     def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
         """The ranks that EVA gave stay."""
-        return Static(from_peft_model(model, self.targets).renamed(self.name))
+        return Static(RankAllocation.from_peft_model(model, self.targets).renamed(self.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +385,7 @@ class _RunningAdaLora:
     @property
     def allocation(self) -> RankAllocation:
         """The ranks that are not masked."""
-        return ranks_of_adalora(self._model, self._targets)
+        return RankAllocation.from_ranks(self._targets, ranks_of_adalora(self._model), strategy="AdaLoRA")
 
     def step(self, loss: Tensor) -> None:
         self._step += 1

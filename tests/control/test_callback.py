@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import rankscope as rs
 from rankscope.control.trainer import STATE_FILE
 from rankscope.errors import ModelError
-from rankscope.lora import count_adapter_parameters, from_peft_model, masks_on
+from rankscope.lora import count_adapter_parameters, masks_on
 from rankscope.tasks import Task
 from tests.control.trainers import MASKED, Rows, build, controller_of, ends_the_same, trainer, weights
 
@@ -61,7 +61,7 @@ def test_ranks_move_and_resuming_ends_the_same(
     whole.save_model(str(tmp_path / "adapter"))
     plain = loaded(digits, tmp_path / "adapter")
     ranks = {name: rank for name, rank in controller.allocation.ranks.items() if rank}
-    assert dict(from_peft_model(plain).ranks) == ranks
+    assert dict(rs.RankAllocation.from_peft_model(plain).ranks) == ranks
     torch.testing.assert_close(logits(plain, digits), logits(whole.model, digits), rtol=0, atol=1e-6 if settings else 0)
 
 
@@ -120,7 +120,7 @@ def test_the_best_model_comes_back_with_its_ranks(
     run.train()
     best = loaded(digits, Path(run.state.best_model_checkpoint))
     targets = rs.find_targets(digits.build_model())
-    assert controller_of(run).allocation.vector == from_peft_model(best, targets).vector
+    assert controller_of(run).allocation.vector == rs.RankAllocation.from_peft_model(best, targets).vector
     torch.testing.assert_close(
         logits(run.model, digits), logits(best, digits), rtol=0, atol=1e-3 if settings else 0
     )  # logits of some 20
@@ -364,7 +364,7 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
         trainer(digits, tmp_path / "run", model=model).train(resume_from_checkpoint=str(odd))
 
     (odd / "ranks.json").unlink()
-    plain = from_peft_model(loaded(digits, checkpoint), rs.find_targets(digits.build_model())).ranks
+    plain = rs.RankAllocation.from_peft_model(loaded(digits, checkpoint), rs.find_targets(digits.build_model())).ranks
     name, rank = next((name, rank) for name, rank in plain.items() if rank != 1)
     with refuses(
         ModelError,

@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 
 import rankscope as rs
-from rankscope.lora import from_peft_model
 from rankscope.tasks import Task
 from tests.control.small_models import LAYERS, Net, adamw, batch, control, net
 from tests.control.trainers import MASKED, Rows, build, controller_of, losses_of, trainer
@@ -173,7 +172,7 @@ def test_two_processes_decide_and_end_as_one(tmp_path: Path, wrapper: str) -> No
     assert found["loss"] == pytest.approx(expected.loss.item(), rel=1e-3)
     torch.manual_seed(0)
     plain = PeftModel.from_pretrained(Net(), str(tmp_path / "adapter")).eval()
-    assert list(from_peft_model(plain, rs.find_targets(Net(), LAYERS)).vector) == found["ranks"][-1]
+    assert list(rs.RankAllocation.from_peft_model(plain, rs.find_targets(Net(), LAYERS)).vector) == found["ranks"][-1]
     torch.testing.assert_close(plain(**batch(0)).logits, expected.logits, rtol=1e-2, atol=1e-2)
 
 
@@ -207,7 +206,7 @@ def test_the_trainer_on_two_processes(digits: Task, tmp_path: Path) -> None:
         ("adapter", two["ranks"][2]),
     ):
         plain = PeftModel.from_pretrained(digits.build_model(), str(tmp_path / "two" / folder))
-        assert list(from_peft_model(plain, targets).vector) == ranks
+        assert list(rs.RankAllocation.from_peft_model(plain, targets).vector) == ranks
     images = Rows(digits).images[:16]
     with torch.no_grad():
         logits = [model.eval()(pixel_values=images).logits for model in (plain, one.model)]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import rankscope as rs
 from rankscope.control import Policy
-from rankscope.lora import count_adapter_parameters, from_peft_model
+from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.trainers import controller_of, ends_the_same
 
@@ -75,7 +75,7 @@ def test_sft(tmp_path: Path) -> None:
     whole.save_model(str(tmp_path / "adapter"))
     plain = PeftModel.from_pretrained(build("llama"), str(tmp_path / "adapter")).eval()
     assert count_adapter_parameters(plain) == count_adapter_parameters(whole.model) == controller.allocation.parameters
-    assert from_peft_model(plain).ranks == {n: r for n, r in controller.allocation.ranks.items() if r}
+    assert rs.RankAllocation.from_peft_model(plain).ranks == {n: r for n, r in controller.allocation.ranks.items() if r}
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, whole.model.eval()(ids).logits)

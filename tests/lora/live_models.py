@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rankscope as rs
-from rankscope.lora import from_peft_model
 
 
 class Kinds(nn.Module):
@@ -68,7 +67,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def ranks(model: PeftModel) -> dict[str, int]:
-    return dict(from_peft_model(model).ranks)
+    return dict(rs.RankAllocation.from_peft_model(model).ranks)
 
 
 def layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import rankscope as rs
 from rankscope.control import Policy
 from rankscope.errors import ModelError, RankscopeError, SettingsError
-from rankscope.lora import RankMasks, Resize, apply_allocation, from_peft_model, resize_adapters
+from rankscope.lora import RankMasks, Resize, apply_allocation, resize_adapters
 from tests.lora.live_models import stir
 
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -57,7 +57,7 @@ def loaded(model: PeftModel, fresh: nn.Module, folder: Path, adapter: str = "def
 def moved(model: PeftModel, adapter: str = "default") -> PeftModel:
     """Trained, resized up, down, to 0 and back, and trained between."""
     optimizer = adamw(model)
-    first, second, third, fourth = list(from_peft_model(model, adapter_name=adapter).ranks)[:4]
+    first, second, third, fourth = list(rs.RankAllocation.from_peft_model(model, adapter_name=adapter).ranks)[:4]
     for ranks in ({first: 7, second: 0, third: 2}, {second: 3}, {fourth: 0}):
         train(model, optimizer)
         asked = [Resize(name=name, rank=rank) for name, rank in ranks.items()]
@@ -90,8 +90,12 @@ def test_plain_peft_loads_the_same_function(options: dict, tmp_path: Path) -> No
     model = moved(wrapped(**options), adapter := options.get("adapter", "default"))
     again = loaded(model, base(), tmp_path, adapter)
     assert torch.equal(outputs(again), outputs(model))
-    adapted = {name: rank for name, rank in from_peft_model(model, adapter_name=adapter).ranks.items() if rank}
-    assert dict(from_peft_model(again).ranks) == adapted
+    adapted = {
+        name: rank
+        for name, rank in rs.RankAllocation.from_peft_model(model, adapter_name=adapter).ranks.items()
+        if rank
+    }
+    assert dict(rs.RankAllocation.from_peft_model(again).ranks) == adapted
 
 
 def test_plain_peft_loads_the_same_function_in_bf16_and_with_tied_modules(tmp_path: Path) -> None:
@@ -133,7 +137,7 @@ def test_what_cannot_move_is_refused_and_left_as_it_was(options: dict, message: 
         with pytest.raises(ModelError) as error:
             refused()
         assert str(error.value) == message or "must be plain LoRA or DoRA for its ranks to change" in str(error.value)
-    assert set(from_peft_model(model).vector) == {4}
+    assert set(rs.RankAllocation.from_peft_model(model).vector) == {4}
 
 
 def test_tied_adapters_are_refused() -> None:
@@ -157,7 +161,7 @@ def test_modules_of_rank_0_are_plain_lora_where_nothing_moves(options: dict, tmp
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_the_controller_keeps_modules_whose_bias_is_trained(bias: str, tmp_path: Path) -> None:
     model = wrapped(bias=bias)
-    controller = _controlled(model, rs.ParameterBudget(from_peft_model(model).parameters))
+    controller = _controlled(model, rs.ParameterBudget(rs.RankAllocation.from_peft_model(model).parameters))
     assert "moved" in set(controller.decisions["action"])
     assert min(controller.allocation.vector) == 1
     assert torch.equal(outputs(loaded(model, base(), tmp_path)), outputs(model))
@@ -165,7 +169,7 @@ def test_the_controller_keeps_modules_whose_bias_is_trained(bias: str, tmp_path:
 
 def test_masked_magnitudes_stay_under_the_controller() -> None:
     model = wrapped(use_dora=True)
-    start = rs.RankAllocation(from_peft_model(model).targets, (1,) * 6)
+    start = rs.RankAllocation(rs.RankAllocation.from_peft_model(model).targets, (1,) * 6)
     budget = rs.ParameterBudget(start.parameters)
     assert min(_controlled(model, budget, mode="mask", start=start).allocation.vector) == 1
 
@@ -211,17 +215,17 @@ def test_a_shared_config_is_never_written_to(masked: bool, tmp_path: Path) -> No
 
 def test_ranks_above_the_full_one_are_read_cut_and_controlled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = wrapped(r=40)
-    present = from_peft_model(model)
+    present = rs.RankAllocation.from_peft_model(model)
     assert set(present.vector) == {40}
     assert present.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert rs.RankAllocation.from_lora_config(model.peft_config["default"], rs.find_targets(base())).ranks[QUERY] == 40
     assert rs.RankAllocation.from_json(present.to_json(tmp_path / "a.json")) == present
-    assert set(from_peft_model(apply_allocation(base(), present)).vector) == {40}
+    assert set(rs.RankAllocation.from_peft_model(apply_allocation(base(), present)).vector) == {40}
     optimizer = adamw(model)
     train(model, optimizer)
     before = outputs(model)
     rs.RankController(model, optimizer, budget=rs.ParameterBudget(present.parameters), every=2, total_steps=12)
-    assert set(from_peft_model(model).vector) == {32}
+    assert set(rs.RankAllocation.from_peft_model(model).vector) == {32}
     torch.testing.assert_close(outputs(model), before)
     assert (
         "6 modules had ranks above their smaller side (`model.layers.0.self_attn.q_proj`: 40 above 32), which no update "
@@ -235,8 +239,8 @@ def test_which_of_several_active_adapters_is_asked() -> None:
     model.base_model.set_adapter(["default", "b"])
     message = "`adapter_name` must say which of the active adapters ['default', 'b'] is meant, but is None."
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        from_peft_model(model)
-    assert set(from_peft_model(model, adapter_name="b").vector) == {3}
+        rs.RankAllocation.from_peft_model(model)
+    assert set(rs.RankAllocation.from_peft_model(model, adapter_name="b").vector) == {3}
 
 
 def test_adapters_of_other_ranks_are_combined(tmp_path: Path) -> None:
@@ -246,14 +250,14 @@ def test_adapters_of_other_ranks_are_combined(tmp_path: Path) -> None:
     stir(model)
     model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "both", combination_type="cat")
     model.set_adapter("both")
-    assert from_peft_model(model).ranks[QUERY] == 9
+    assert rs.RankAllocation.from_peft_model(model).ranks[QUERY] == 9
 
 
 def test_multihead_attention_is_refused() -> None:
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     message = "`model` must carry adapters on modules of one weight, but `attention` is an nn.MultiheadAttention; adapt others."
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        from_peft_model(get_peft_model(net, LoraConfig(target_modules=["attention", "linear"])))
+        rs.RankAllocation.from_peft_model(get_peft_model(net, LoraConfig(target_modules=["attention", "linear"])))
 
 
 def test_an_adapter_deleted_while_modules_sleep_can_be_added_again() -> None:
@@ -262,7 +266,7 @@ def test_an_adapter_deleted_while_modules_sleep_can_be_added_again() -> None:
     resize_adapters(model, None, [Resize(name=QUERY, rank=0)], adapter_name="other")
     model.delete_adapter("other")
     model.add_adapter("other", LoraConfig(r=3, target_modules=NAMES))
-    assert set(from_peft_model(model, adapter_name="other").vector) == {3}
+    assert set(rs.RankAllocation.from_peft_model(model, adapter_name="other").vector) == {3}
 
 
 def test_an_adapter_that_is_loaded_to_be_trained_is_resized_on(tmp_path: Path) -> None:

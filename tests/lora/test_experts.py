@@ -17,7 +17,6 @@ from rankscope.lora import (
     Resize,
     apply_allocation,
     count_adapter_parameters,
-    from_peft_model,
     resize_adapters,
     restore_ranks,
     save_ranks,
@@ -74,7 +73,7 @@ def test_peft_builds_the_ranks_and_loads_them_again(family: str, tmp_path: Path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_fused_experts_stay_as_they_are(family: str, tmp_path: Path) -> None:
     model = get_peft_model(tiny(family), LoraConfig(r=2, target_modules="all-linear"))
-    ranks = from_peft_model(model).ranks
+    ranks = rs.RankAllocation.from_peft_model(model).ranks
     assert not any("experts" in name for name in ranks)
     fused = {n: p.shape for n, p in model.named_parameters() if ".experts." in n and "lora_" in n}
     resize_adapters(model, None, [Resize(name=name, rank=(5, 0, 3)[i % 3]) for i, name in enumerate(ranks)])
@@ -85,7 +84,7 @@ def test_adapters_on_fused_experts_stay_as_they_are(family: str, tmp_path: Path)
     save_ranks(model, tmp_path)
     again = get_peft_model(tiny(family), LoraConfig(r=2, target_modules="all-linear"))
     restore_ranks(again, tmp_path)
-    assert from_peft_model(again) == from_peft_model(model)
+    assert rs.RankAllocation.from_peft_model(again) == rs.RankAllocation.from_peft_model(model)
 
 
 def test_experts_and_linear_modules_are_controlled_apart() -> None:
@@ -94,7 +93,7 @@ def test_experts_and_linear_modules_are_controlled_apart() -> None:
     )
     model = get_peft_model(tiny("mixtral"), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    budget = rs.ParameterBudget(from_peft_model(model).parameters)
+    budget = rs.ParameterBudget(rs.RankAllocation.from_peft_model(model).parameters)
     controller = rs.RankController(model, optimizer, budget=budget, every=2, total_steps=8, freeze_fraction=0.9)
     tokens = torch.randint(3, 60, (2, 10), generator=torch.Generator().manual_seed(1))
     for _ in range(8):
@@ -104,7 +103,7 @@ def test_experts_and_linear_modules_are_controlled_apart() -> None:
         controller.step(loss)
         optimizer.zero_grad()
     assert len(controller.decisions) == 3
-    assert set(controller.allocation.ranks) == set(from_peft_model(model).ranks)
+    assert set(controller.allocation.ranks) == set(rs.RankAllocation.from_peft_model(model).ranks)
     experts = get_peft_model(
         tiny("mixtral"), LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
     )
@@ -113,7 +112,7 @@ def test_experts_and_linear_modules_are_controlled_apart() -> None:
         "`model.layers.0.mlp.experts.down_proj`; it has ['default']."
     )
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        from_peft_model(experts)
+        rs.RankAllocation.from_peft_model(experts)
 
 
 def test_what_peft_takes_for_experts_is_no_target_and_refused() -> None:
@@ -154,7 +153,7 @@ def test_eva_saves_its_ranks_for_plain_peft(family: str, tmp_path: Path) -> None
     tokens = torch.randint(3, 60, (4, 10), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
     wrapped = wrap_with_eva(model, rs.find_targets(model), batches, rank=2, scaling=2.0)
-    assert len(set(from_peft_model(wrapped).vector)) > 1
+    assert len(set(rs.RankAllocation.from_peft_model(wrapped).vector)) > 1
     stir(wrapped)
     assert torch.equal(saved_and_loaded(wrapped, tiny(family), tmp_path), outputs(wrapped))
 
@@ -169,7 +168,7 @@ def test_eva_of_an_encoder_and_a_decoder() -> None:
         rank=2,
         scaling=2.0,
     )
-    assert len(set(from_peft_model(wrapped).vector)) > 1
+    assert len(set(rs.RankAllocation.from_peft_model(wrapped).vector)) > 1
 
 
 def test_eva_names_targets_without_inputs() -> None:

@@ -20,8 +20,6 @@ from rankscope.lora import (
     Resize,
     apply_allocation,
     count_adapter_parameters,
-    from_lora_config,
-    from_peft_model,
     load_adapter,
     resize_adapters,
     to_lora_config,
@@ -55,8 +53,8 @@ def test_peft_builds_exactly_the_ranks_and_their_cost(name: str, seed: int) -> N
     lora = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad)
     assert allocation.parameters == lora == count_adapter_parameters(model)
     assert set(scalings(model).values()) == {2.0}
-    assert from_peft_model(model, allocation.targets) == allocation
-    assert from_lora_config(to_lora_config(allocation), allocation.targets) == allocation
+    assert rs.RankAllocation.from_peft_model(model, allocation.targets) == allocation
+    assert rs.RankAllocation.from_lora_config(to_lora_config(allocation), allocation.targets) == allocation
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -127,7 +125,9 @@ def test_names_are_anchored_and_escaped() -> None:
 def test_from_lora_config_reads_as_peft_builds(options: dict) -> None:
     targets = rs.find_targets(build("llama"))
     ranks = built_ranks(get_peft_model(build("llama"), LoraConfig(**options)))
-    assert {n: r for n, r in from_lora_config(LoraConfig(**options), targets).ranks.items() if r} == ranks
+    assert {
+        n: r for n, r in rs.RankAllocation.from_lora_config(LoraConfig(**options), targets).ranks.items() if r
+    } == ranks
 
 
 def test_each_adapter_of_a_model_has_its_ranks() -> None:
@@ -135,21 +135,25 @@ def test_each_adapter_of_a_model_has_its_ranks() -> None:
     one, two = random_allocation(targets, 1), random_allocation(targets, 2)
     model = apply_allocation(build("vit"), one)
     model.add_adapter("second", to_lora_config(two))
-    assert from_peft_model(model, targets) == one
-    assert from_peft_model(model, targets, adapter_name="second") == two
-    assert set(from_peft_model(model).ranks.values()) == {r for r in one.vector if r}
+    assert rs.RankAllocation.from_peft_model(model, targets) == one
+    assert rs.RankAllocation.from_peft_model(model, targets, adapter_name="second") == two
+    assert set(rs.RankAllocation.from_peft_model(model).ranks.values()) == {r for r in one.vector if r}
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_modules_of_rank_0_sleep_and_can_wake(name: str) -> None:
     allocation = random_allocation(rs.find_targets(build(name)), 3)
     model = apply_allocation(build(name), allocation, dormant=True)
-    assert from_peft_model(model) == from_peft_model(model, allocation.targets) == allocation
+    assert (
+        rs.RankAllocation.from_peft_model(model)
+        == rs.RankAllocation.from_peft_model(model, allocation.targets)
+        == allocation
+    )
     assert allocation.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert from_lora_config(model.peft_config["default"], allocation.targets) == allocation
+    assert rs.RankAllocation.from_lora_config(model.peft_config["default"], allocation.targets) == allocation
     everywhere = {n: max(r, 1) for n, r in allocation.ranks.items()}
     resize_adapters(model, None, [Resize(name=n, rank=r) for n, r in everywhere.items()])
-    assert dict(from_peft_model(model, allocation.targets).ranks) == everywhere
+    assert dict(rs.RankAllocation.from_peft_model(model, allocation.targets).ranks) == everywhere
     assert set(scalings(model).values()) == {2.0}
 
 
@@ -215,13 +219,13 @@ def test_models_that_do_not_fit() -> None:
     with pytest.raises(
         SettingsError, match=r"^`model` must be a peft\.PeftModel, but is a ViTForImageClassification; wrap it"
     ):
-        from_peft_model(build("vit"))
+        rs.RankAllocation.from_peft_model(build("vit"))
     with pytest.raises(
         SettingsError, match=r"^`model` must carry a LoRA adapter 'other', but has none; it has \['default'\]\.$"
     ):
-        from_peft_model(apply_allocation(build("vit"), allocation), adapter_name="other")
+        rs.RankAllocation.from_peft_model(apply_allocation(build("vit"), allocation), adapter_name="other")
     with pytest.raises(SettingsError, match=r"^adapter 'default' must be LoRA to be read as ranks, but is ADALORA\.$"):
-        from_peft_model(get_peft_model(build("vit"), ADALORA))
+        rs.RankAllocation.from_peft_model(get_peft_model(build("vit"), ADALORA))
     with pytest.raises(
         SettingsError, match=r"^`model` must be a base model, but is a PeftModel already; pass `model\.unload\(\)`\.$"
     ):
@@ -229,13 +233,13 @@ def test_models_that_do_not_fit() -> None:
     with pytest.raises(
         SettingsError, match=r"^`config` must adapt at least one of the 12 target modules, but adapts none\.$"
     ):
-        from_lora_config(LoraConfig(target_modules=["nothing"]), allocation.targets)
+        rs.RankAllocation.from_lora_config(LoraConfig(target_modules=["nothing"]), allocation.targets)
 
 
 def test_a_wrapped_peft_model_is_read() -> None:
     allocation = random_allocation(rs.find_targets(build("vit")), 0)
     model = torch.compile(apply_allocation(build("vit"), allocation), backend="eager")
-    assert from_peft_model(model, allocation.targets) == allocation
+    assert rs.RankAllocation.from_peft_model(model, allocation.targets) == allocation
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_a_wrapped_peft_model_is_read() -> None:
 def test_ranks_that_a_config_cannot_mean(options: dict, message: str) -> None:
     targets = rs.find_targets(Convolutions(), ["table"])
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        from_lora_config(LoraConfig(target_modules=["table"], **options), targets)
+        rs.RankAllocation.from_lora_config(LoraConfig(target_modules=["table"], **options), targets)
 
 
 def test_one_pattern_for_each_distinct_rank() -> None:
@@ -261,10 +265,10 @@ def test_one_pattern_for_each_distinct_rank() -> None:
     allocation = rs.RankAllocation(targets, tuple(ranks.tolist()))
     config = allocation.to_lora_config()
     assert len(config.rank_pattern) == len(config.alpha_pattern) == 19
-    assert from_lora_config(config, targets) == allocation
+    assert rs.RankAllocation.from_lora_config(config, targets) == allocation
     old = {f"^{re.escape(name)}": rank for name, rank in allocation.ranks.items()}  # one for each module, as before
     config.rank_pattern = old
-    assert from_lora_config(config, targets) == allocation
+    assert rs.RankAllocation.from_lora_config(config, targets) == allocation
 
 
 ADALORA = AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10)

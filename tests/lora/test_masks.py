@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 
+import rankscope as rs
 from rankscope.errors import ModelError
-from rankscope.lora import RankMasks, Resize, from_peft_model, masks_on, resize_adapters
+from rankscope.lora import RankMasks, Resize, masks_on, resize_adapters
 from tests.lora.live_models import kinds_model, layers, tokens, train_step, trainable
 
 CAPACITY = 5
@@ -62,7 +63,7 @@ def test_trains_as_a_resized_twin(sequence: list[dict[str, int]], name: str) -> 
         asked = resizes(plan, dict(masks.ranks), step)
         masks.resize(asked, optimizer)
         resize_adapters(twin, other, asked)
-        assert dict(masks.ranks) == dict(from_peft_model(twin).ranks)
+        assert dict(masks.ranks) == dict(rs.RankAllocation.from_peft_model(twin).ranks)
         for _ in range(3):
             step += 1
             assert train_step(model, optimizer, step) == pytest.approx(train_step(twin, other, step), rel=1e-9)
@@ -130,7 +131,7 @@ def test_saves_true_ranks_for_plain_peft(tmp_path: Path, dora: bool) -> None:
     for folder, expected in (("true", true), ("model's", true), ("capacity", dict.fromkeys(MASKABLE, CAPACITY))):
         base = kinds_model(target_modules=list(MASKABLE)).unload()
         other = PeftModel.from_pretrained(base, str(tmp_path / folder), autocast_adapter_dtype=False).eval()
-        assert dict(from_peft_model(other).ranks) == expected
+        assert dict(rs.RankAllocation.from_peft_model(other).ranks) == expected
         torch.testing.assert_close(other(tokens()), before, rtol=1e-13, atol=1e-13)
 
 
@@ -141,7 +142,7 @@ def test_a_copy_saves_itself(tmp_path: Path) -> None:
     masks_on(twin).resize([Resize(name="linear", rank=1)])
     twin.save_pretrained(str(tmp_path))
     base = kinds_model(target_modules=list(MASKABLE)).unload()
-    assert from_peft_model(PeftModel.from_pretrained(base, str(tmp_path))).ranks["linear"] == 1
+    assert rs.RankAllocation.from_peft_model(PeftModel.from_pretrained(base, str(tmp_path))).ranks["linear"] == 1
     assert masks_on(model).ranks["linear"] == 2
 
 
@@ -156,7 +157,7 @@ def test_compresses_in_place_with_the_optimizer() -> None:
     linear = model.get_base_model().linear
     moments = optimizer.state[linear.lora_A["default"].weight]["exp_avg"][list(masks.active["linear"])]
     masks.compress(optimizer)
-    assert dict(from_peft_model(model).ranks) == expected
+    assert dict(rs.RankAllocation.from_peft_model(model).ranks) == expected
     torch.testing.assert_close(model(tokens()), before)
     assert torch.equal(optimizer.state[linear.lora_A["default"].weight]["exp_avg"], moments)
     assert not list(model.get_base_model().linear.named_buffers())
@@ -352,7 +353,11 @@ def test_two_processes_switch_alike(tmp_path: Path, mode: str) -> None:
     output, ranks, _ = torch.load(folder / "outputs.pt")
     base = kinds_model(torch.float32, target_modules=list(MASKABLE)).unload()
     other = PeftModel.from_pretrained(base, str(folder)).eval()
-    assert dict(from_peft_model(other).ranks) == ranks == {"linear": 5, "transposed": 4, "convolution": 2}
+    assert (
+        dict(rs.RankAllocation.from_peft_model(other).ranks)
+        == ranks
+        == {"linear": 5, "transposed": 4, "convolution": 2}
+    )
     torch.testing.assert_close(other(tokens(0)), output, rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from rankscope.lora.resize import name_fields, names_regex, value_patterns
+from rankscope.lora.config import name_fields, names_regex, value_patterns
 
 parts = st.sampled_from(["a", "b", "0", "1", "11", "a_b", "a+", "(b", "^", "ab"])
 names = st.lists(st.lists(parts, min_size=1, max_size=4).map(".".join), min_size=1, max_size=12, unique=True)

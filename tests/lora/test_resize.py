@@ -16,7 +16,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import ModelError
-from rankscope.lora import Resize, count_adapter_parameters, from_peft_model, resize_adapters
+from rankscope.lora import Resize, count_adapter_parameters, resize_adapters
 from tests.lora.live_models import (
     KINDS,
     Kinds,
@@ -252,7 +252,7 @@ def test_parameter_count_and_config_follow_on_a_real_model(tmp_path: Path) -> No
     plan = {target.name: index % 4 for index, target in enumerate(targets)}
     resize_adapters(model, None, resizes(plan))
     allocation = rs.RankAllocation.from_ranks(targets, plan)
-    assert from_peft_model(model, targets) == allocation
+    assert rs.RankAllocation.from_peft_model(model, targets) == allocation
     assert count_adapter_parameters(model) == allocation.parameters == sum(p.numel() for p in trainable(model))
     assert rs.RankAllocation.from_lora_config(model.peft_config["default"], targets) == allocation
     stir(model)
@@ -306,7 +306,7 @@ def test_one_of_several_adapters() -> None:
     resize_adapters(model, None, resizes({"linear": 0}), adapter_name="default")
     resize_adapters(model, None, resizes({"linear": 5}), adapter_name="default")
     assert {n: p for n, p in model.named_parameters() if ".other" in n} == before
-    assert dict(from_peft_model(model, adapter_name="other").ranks) == {"linear": 2}
+    assert dict(rs.RankAllocation.from_peft_model(model, adapter_name="other").ranks) == {"linear": 2}
     assert ranks(model)["linear"] == 5
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import rankscope as rs
 from rankscope.errors import FileError, ModelError
 from rankscope.lora import (
     RankMasks,
     Resize,
-    from_peft_model,
     masks_on,
     resize_adapters,
     restore_ranks,
@@ -267,7 +267,7 @@ def test_resuming_goes_on_as_if_never_interrupted(
     whole, folder = uninterrupted
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
-    assert from_peft_model(resumed.model) == from_peft_model(whole.model)
+    assert rs.RankAllocation.from_peft_model(resumed.model) == rs.RankAllocation.from_peft_model(whole.model)
     ours, theirs = adapter_state(resumed.model), adapter_state(whole.model)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -291,7 +291,10 @@ def test_the_best_model_loads_at_its_own_ranks(tmp_path: Path) -> None:
     run.args.greater_is_better = True
     run.train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-3")
-    assert {n: r for n, r in from_peft_model(run.model).ranks.items() if r != 2} == {"body.linear": 0, "body.table": 4}
+    assert {n: r for n, r in rs.RankAllocation.from_peft_model(run.model).ranks.items() if r != 2} == {
+        "body.linear": 0,
+        "body.table": 4,
+    }
     plain = PeftModel.from_pretrained(Classifier(), str(tmp_path / "checkpoint-3"))
     ours, theirs = adapter_state(run.model), adapter_state(plain)
     assert ours.keys() == theirs.keys()

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rankscope.lora import Resize, count_adapter_parameters, from_peft_model, resize_adapters
+import rankscope as rs
+from rankscope.lora import Resize, count_adapter_parameters, resize_adapters
 
 RATE, DECAY, BETAS, EPSILON, SCALING = 0.01, 0.05, (0.9, 0.999), 1e-8, 2.0
 WIDTHS = {"first": (6, 9), "second": (9, 7), "untouched": (7, 5)}
@@ -129,7 +130,7 @@ def test_two_hundred_resizes_end_as_predicted(seed: int) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
     assert theirs[-20:].mean() < 0.7 * theirs[:20].mean()  # it did learn
     torch.testing.assert_close(model(x), reference.forward(x), rtol=1e-9, atol=1e-11)
-    assert dict(from_peft_model(model).ranks) == ranks
+    assert dict(rs.RankAllocation.from_peft_model(model).ranks) == ranks
     assert count_adapter_parameters(model) == sum(sum(WIDTHS[n]) * r for n, r in ranks.items())
     assert [id(p) for p in model.get_base_model().untouched.parameters() if p.requires_grad] == untouched
     assert len(optimizer.param_groups[0]["params"]) == len(parameters)

@@ -1,0 +1,279 @@
+"""Base models wrapped with adapters: LoRA of an allocation, and PEFT's AdaLoRA and EVA to compare with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from torch import Tensor, nn
+
+from rankscope.errors import ModelError, SettingsError
+from rankscope.lora.config import PEFT_PREFIX, alpha_for, name_fields, taken_for_experts, to_lora_config
+from rankscope.lora.resize import (
+    Resize,
+    check_block_names,
+    check_config,
+    config_of,
+    is_offloaded,
+    lora_layers,
+    ranks_of,
+    resize_adapters,
+)
+from rankscope.targets import TargetModule, unwrapped
+
+if TYPE_CHECKING:
+    from rankscope.allocation import RankAllocation
+
+_SHARE_BEFORE = 0.1  # of AdaLoRA's steps, before ranks fall
+_FEWEST_STEPS = 10
+_FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
+
+
+def apply_allocation(
+    model: nn.Module, allocation: RankAllocation, *, dormant: bool = False, **peft_kwargs: Any
+) -> PeftModel:
+    """Wrap `model` (in place) with LoRA of exactly these ranks, and check that PEFT built what was asked.
+
+    Args:
+        model: The base model.
+        allocation: For its target modules.
+        dormant: True: modules of rank 0 get an inactive adapter, which `resize_adapters` can activate.
+        **peft_kwargs: As `to_lora_config` takes them.
+
+    Raises:
+        SettingsError: PEFT built other ranks or another parameter count: the allocation is for another model.
+    """
+    if dormant and "lora_alpha" in peft_kwargs:
+        raise SettingsError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
+    model = unwrapped(model)  # PEFT takes the name of torch.compile's wrapper for a part of every module's
+    if isinstance(model, PeftModel):
+        raise SettingsError("`model` must be a base model, but is a PeftModel already; pass `model.unload()`.")
+    present = dict(model.named_modules())
+    check_block_names(present)
+    if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
+        raise SettingsError(
+            f"`allocation` must be for this model, but {type(model).__name__} has no module {missing[0]!r} "
+            f"({len(missing)} missing in all); find targets on this model and allocate again."
+        )
+    inactive = [Resize(name=name, rank=0) for name, rank in allocation.ranks.items() if rank == 0 and dormant]
+    if inactive:
+        allocation = replace(allocation, vector=tuple(max(rank, 1) for rank in allocation.vector))
+    config = to_lora_config(allocation, **peft_kwargs)
+    if dormant:
+        check_config(config, to_zero=bool(inactive))
+    peft_model = _wrap(model, config, allocation.ranks)
+    resize_adapters(peft_model, None, inactive)
+    return peft_model
+
+
+def _wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **options: Any) -> PeftModel:
+    """`get_peft_model`, and the check that PEFT adapts exactly these modules at these ranks.
+
+    Raises:
+        SettingsError: It would not, or did not; the model is as it was, but for weights that an initialisation changes.
+    """
+    names = [name for name, rank in ranks.items() if rank]
+    if offloaded := [name for name in names if is_offloaded(model.get_submodule(name))]:
+        raise SettingsError(
+            f"the weights of `{offloaded[0]}` must be in memory to be adapted, but are offloaded ({len(offloaded)} such), "
+            "and PEFT would make an adapter without values; load the model without offloading."
+        )
+    if config.peft_type == PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
+        raise SettingsError(
+            f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
+            f"{type(model).__name__}; give it rank 0."
+        )
+    peft_model = get_peft_model(model, config, **options)
+    modules, parameters = lora_layers(peft_model, "default")
+    built = {name: layer.r["default"] for name, layer in (modules | parameters).items()}
+    if odd := sorted(name for name in {*built, *names} if built.get(name, 0) != ranks.get(name, 0)):
+        peft_model.unload()
+        raise SettingsError(
+            f"PEFT must build exactly the ranks asked for, but `{odd[0]}` got {built.get(odd[0], 0)} instead of "
+            f"{ranks.get(odd[0], 0)} ({len(odd)} such); leave it out of the target modules."
+        )
+    return peft_model
+
+
+def count_adapter_parameters(model: nn.Module) -> int:
+    """The LoRA parameters in a model, counted by `numel` over the factors A and B."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if _FACTOR.search(name))
+
+
+# --- AdaLoRA (Zhang et al., arXiv 2303.10512) ---------------------------------------------------------------------
+
+
+def wrap_with_adalora(
+    model: nn.Module,
+    targets: Sequence[TargetModule],
+    *,
+    rank: int,
+    initial_rank: int,
+    alpha: float,
+    steps: int,
+    share: float = 1.0,
+    settled: float,
+    **peft_kwargs: Any,
+) -> PeftModel:
+    """Wrap `model` (in place) with AdaLoRA on these modules.
+
+    Args:
+        model: The base model.
+        targets: What to adapt.
+        rank: The mean rank at the end.
+        initial_rank: Of every module at the beginning.
+        alpha: The update's scaling is `alpha / initial_rank`.
+        steps: Of the run; ranks begin to fall after a tenth of them.
+        share: Fraction of `rank` to keep: AdaLoRA counts ranks, not parameters, and may end above a budget in parameters.
+        settled: Fraction of the steps after which no rank falls any more.
+        **peft_kwargs: Other fields of `AdaLoraConfig`.
+
+    Raises:
+        ModelError: Too few steps for ranks to be scored before they fall.
+    """
+    check_adalora_steps(steps)
+    ranks = {target.name: initial_rank for target in targets}
+    config = AdaLoraConfig(
+        target_r=rank,
+        init_r=initial_rank,
+        lora_alpha=alpha,
+        total_step=steps,
+        tinit=round(_SHARE_BEFORE * steps),
+        tfinal=steps - round(settled * steps),
+        deltaT=max(1, steps // 100),
+        **name_fields(ranks),
+        **peft_kwargs,
+    )
+    wrapped = _wrap(model, config, ranks)
+    wrapped.base_model.rankallocator.target_bgt = round(share * rank * len(targets))
+    return wrapped
+
+
+def check_adalora_steps(steps: int) -> None:
+    """Raise `ModelError` if a run is too short for ranks to be scored before they fall."""
+    if steps < _FEWEST_STEPS:
+        raise ModelError(f"`steps` must be at least {_FEWEST_STEPS} for AdaLoRA, but got {steps}; train longer.")
+
+
+def step_adalora(model: Any, step: int) -> None:
+    """What AdaLoRA does after the optimizer's `step`-th step (from 1), while gradients are still there."""
+    model.base_model.update_and_allocate(step)
+
+
+def ranks_of_adalora(model: Any) -> dict[str, int]:
+    """The ranks that are not masked; each also has one singular value, which is not counted."""
+    (config,) = model.peft_config.values()
+    if not config.rank_pattern:
+        return dict.fromkeys(lora_layers(model, "default")[0], config.init_r)
+    return {name.split(".lora_E")[0].removeprefix(PEFT_PREFIX): sum(mask) for name, mask in config.rank_pattern.items()}
+
+
+# --- EVA (Paischer et al., arXiv 2410.07170) ----------------------------------------------------------------------
+
+
+def wrap_with_eva(
+    model: nn.Module,
+    targets: Sequence[TargetModule],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    rank: int,
+    scaling: float,
+    rho: float = 2.0,
+    **peft_kwargs: Any,
+) -> PeftModel:
+    """Wrap `model` (in place) with LoRA whose ranks and rows of A come from the modules' inputs.
+
+    Args:
+        model: The base model.
+        targets: What to adapt.
+        batches: Repeated until the directions have settled.
+        rank: The mean over modules; EVA may leave a module without any.
+        scaling: Factor on the update at this rank.
+        rho: The largest rank is `rho * rank`; 1: no redistribution.
+        **peft_kwargs: Other fields of `LoraConfig`.
+
+    Raises:
+        ModelError: The first batch does not reach one of the targets.
+    """
+    ranks = {target.name: rank for target in targets}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha_for(rank, scaling, rslora=False),
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=rho),
+        **name_fields(ranks),
+        **peft_kwargs,
+    )
+    wrapped = _wrap(model, config, ranks, low_cpu_mem_usage=True)
+    inputs = _Inputs(PEFT_PREFIX + name for name in ranks)
+    initialize_lora_eva_weights(
+        wrapped,
+        [_without_class_labels(batch) for batch in batches],
+        forward_fn=inputs.forward,
+        prepare_model_inputs_fn=_tokens_seen,
+        prepare_layer_inputs_fn=inputs.rows,
+        show_progress_bar=False,
+    )
+    wrapped.peft_config["default"] = config_of(wrapped, "default", ranks_of(wrapped, "default"))
+    return wrapped
+
+
+class _Inputs:
+    """The modules' inputs as EVA sees them; PEFT's own functions mask any input as if it were (batch, length, width)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._unseen = dict.fromkeys(names)
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
+        outputs = model(**batch)
+        if self._unseen:
+            name = next(iter(self._unseen)).removeprefix(PEFT_PREFIX)
+            raise ModelError(
+                f"EVA needs the inputs of every target module, but the first batch does not reach `{name}` "
+                f"({len(self._unseen)} such); leave it out of the targets, or give batches that do."
+            )
+        return outputs
+
+    def rows(self, inputs: Any, seen: Tensor | None, name: str) -> Tensor:
+        """(n, width): the inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
+        self._unseen.pop(name, None)
+        values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
+        rows = values.reshape(-1, values.shape[-1])
+        if seen is None or values.shape[:-1] not in (seen.shape, (seen.numel(),)):
+            return rows
+        kept: Tensor = rows[seen.flatten().to(rows.device)]
+        return kept
+
+
+def _tokens_seen(batch: Mapping[str, Any], config: LoraConfig) -> Tensor | None:
+    """(batch, length): the tokens that are neither padding nor without a label; None if there are none."""
+    if (tokens := batch.get("input_ids")) is None:
+        return None
+    seen: Tensor = batch.get("attention_mask", torch.ones_like(tokens)).bool()
+    labels = batch.get("labels")
+    if labels is not None and labels.shape == tokens.shape and config.eva_config.use_label_mask:
+        seen = seen & (labels != config.eva_config.label_mask_value)
+    return seen
+
+
+def _without_class_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A model needs its labels only where they are tokens that a decoder reads."""
+    tokens = batch.get("input_ids", batch.get("decoder_input_ids"))
+    return {
+        key: value
+        for key, value in batch.items()
+        if key != "labels" or (tokens is not None and value.ndim == tokens.ndim)
+    }

@@ -25,19 +25,17 @@ from rankscope.cli.session import (
     stderr,
 )
 from rankscope.comparison import (
-    NO_DIFFERENCE,
     REFERENCE,
-    SAME_RUNS,
     SEARCHED,
     Repeats,
     allocations,
     at_budget,
     check_terms,
     compare,
+    format_row,
     insert_table,
     need_profile,
     paired_difference,
-    points_over_uniform,
     read_comparison,
     repeat_all,
     summarise,
@@ -275,7 +273,8 @@ def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_j
     card = None if into is None else insert_table(_read_text(into), to_markdown(table), where=str(into))
     targets = _targets_of(folders[0], runs) if len(folders) == 1 else ()
     command = "rankscope report " + " ".join(map(str, folders))
-    files = write_report(out or folders[0], runs, table, targets=targets, command=command)
+    kept = folders[0] if len(folders) == 1 else None
+    files = write_report(out or folders[0], runs, table, targets=targets, pictures_in=kept, command=command)
     if into is not None and card is not None:
         with replacing(into) as temporary:
             temporary.write_text(card, encoding="utf-8", newline="")
@@ -334,7 +333,7 @@ def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
                 _print_methods(group)
         uniform = rows[rows["method"] == REFERENCE]
         if len(uniform) > 1 or len(uniform) == len(rows):
-            levels = [_level(row) for _, row in uniform.iterrows()]
+            levels = [_cells(row, "parameters", "rate", "points") for _, row in uniform.iterrows()]
             print_table(f"{_name(rows.iloc[0])}: uniform by parameters", ("parameters", "rate", "test"), levels)
     _print_growth(table)
     print_files(files)
@@ -353,29 +352,22 @@ def _print_methods(group: pd.DataFrame) -> None:
     noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
     title = f"{_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
     header = ("method", "parameters", "rate", "test, 95 % interval", "differs")
-    print_table(title, header, [_method_row(row) for _, row in group.iterrows()])
+    columns = ("method", "parameters", "rate", "points", "differs")
+    print_table(title, header, [_cells(row, *columns) for _, row in group.iterrows()])
 
 
-def _method_row(row: pd.Series) -> tuple[str, ...]:
-    parameters, rate, test = _level(row)
-    if row["method"] == REFERENCE:
-        return REFERENCE, parameters, rate, test, ""
-    alike = row["verdict"] in (NO_DIFFERENCE, SAME_RUNS)
-    verdict = "no" if alike else str(row["verdict"]).partition(":")[0]
-    return str(row["method"]), parameters, rate, points_over_uniform(row), verdict
-
-
-def _level(row: pd.Series) -> tuple[str, str, str]:
-    return f"{row['parameters']:,}", f"{row['learning_rate']:.3g}", f"{100 * row['test']:.1f} %"
+def _cells(row: pd.Series, *columns: str) -> list[str]:
+    texts = format_row(row)
+    return [texts[name] for name in columns]
 
 
 def _print_growth(table: pd.DataFrame) -> None:
     """By how much uniform must grow to match the best at the study's budget, where that was measured."""
-    limited = at_budget(table).query("budget > 0 and equivalent.notna()")
+    limited = at_budget(table).query("budget > 0 and uniform_budget_multiplier.notna()")
     for study, group in limited.groupby("study", sort=False):
         best = group.sort_values("test").iloc[-1]
         if best["method"] != REFERENCE:
-            times = float(best["equivalent"])
+            times = float(best["uniform_budget_multiplier"])
             needs = "more parameters than were tried" if times == float("inf") else f"{times:.2g} x the parameters"
             print_line(f"{study}: uniform needs {needs} to match {best['method']}")
 

@@ -13,19 +13,17 @@ from rankscope.comparison.runner import (
     compare,
     known_methods,
     need_profile,
-    read_comparison,
     repeat_all,
     run_all,
     run_cell,
 )
 from rankscope.comparison.statistics import paired_difference, rank_methods
 from rankscope.comparison.summary import (
-    NO_DIFFERENCE,
-    SAME_RUNS,
     allocations,
     at_budget,
+    format_row,
     insert_table,
-    points_over_uniform,
+    read_comparison,
     summarise,
     to_markdown,
 )
@@ -33,9 +31,7 @@ from rankscope.searching import Interval
 
 __all__ = [
     "DEFAULT_METHODS",
-    "NO_DIFFERENCE",
     "REFERENCE",
-    "SAME_RUNS",
     "SEARCHED",
     "Cell",
     "Comparison",
@@ -46,11 +42,11 @@ __all__ = [
     "at_budget",
     "check_terms",
     "compare",
+    "format_row",
     "insert_table",
     "known_methods",
     "need_profile",
     "paired_difference",
-    "points_over_uniform",
     "rank_methods",
     "read_comparison",
     "repeat_all",

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +26,7 @@ from rankscope.budget import ParameterBudget
 from rankscope.control import ControllerConfig, count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError
-from rankscope.files import FORMAT, digest, parse_json, read_json, read_parquet, replacing, require_same, write_json
+from rankscope.files import FORMAT, digest, read_json, read_parquet, replacing, require_same, write_json
 from rankscope.plugins import user_errors, user_function
 from rankscope.profiling import Profile
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, allocate
@@ -600,54 +599,6 @@ class Comparison:
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary)
         return Path(path)
-
-
-def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The runs of `comparison.parquet`; of schema 1, which names no study, the task's name is the study's.
-
-    Raises:
-        FileError: The file is missing, cannot be read, has another schema, lacks columns, or cannot be reported.
-    """
-    table = read_parquet(path, what="a comparison", schema=_COLUMNS)
-    schemas = set(table.column("schema").to_pylist())
-    if not schemas <= {1, SCHEMA}:
-        raise FileError(f"`{path}` must hold a comparison of schema {SCHEMA}, but holds another; compare again.")
-    runs: pd.DataFrame = table.to_pandas().drop(columns="schema")
-    if "study" not in runs:
-        runs.insert(0, "study", runs["task"])
-    if problem := _problem(runs):
-        raise FileError(f"`{path}` must hold a comparison, but {problem}; compare again.")
-    return runs
-
-
-def _problem(runs: pd.DataFrame) -> str | None:
-    """What keeps runs from being reported, in words; None where nothing does."""
-    reported = runs[runs["role"] == REPORTED]
-    if reported.empty:
-        return "holds no reported run"
-    if not runs["study"].map(lambda name: isinstance(name, str)).all():
-        return "its column `study` holds no text"
-    if not np.isfinite(reported[["factor", "learning_rate", "validation", "test"]].to_numpy()).all():
-        return "a reported run lacks its factor, learning rate or metric"
-    if not reported["ranks"].map(_is_ranks).all():
-        return "its column `ranks` holds no JSON of ranks"
-    if reported.duplicated(["study", "factor", "method", "seed"]).any():
-        return "holds a run twice"
-    uniform = reported[(reported["method"] == REFERENCE) & (reported["factor"] == 1.0)]
-    if set(reported["study"]) != set(uniform["study"]):
-        return f"holds no run of `{REFERENCE}` at the study's budget"
-    seeds = reported.groupby(["study", "factor", "method"])["seed"].agg(frozenset)
-    if seeds.groupby(level=["study", "factor"]).nunique().max() > 1:
-        return "its methods were trained on different seeds"
-    return None
-
-
-def _is_ranks(text: str) -> bool:
-    try:
-        found = parse_json(text, where="`ranks`", what="ranks")
-    except FileError:
-        return False
-    return found is None or (isinstance(found, dict) and all(type(rank) is int for rank in found.values()))
 
 
 def compare(

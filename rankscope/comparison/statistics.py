@@ -1,25 +1,22 @@
-"""Statistics of paired runs: intervals, tests, what seeds alone do, ranks over tasks, and how much uniform must grow."""
+"""Statistics of paired runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
 
-Floats = NDArray[np.float64]
-
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
-    """Mean of the differences seed by seed, with Student's paired t interval.
+    """Mean of the differences seed by seed, with Student's paired t interval (see `t_interval` for where there is none).
 
-    Simulated coverage at 5, 8 and 16 pairs is 95 % for normal differences and for differences of accuracies, also near 100 %
-    accuracy; it falls to 92 % where differences are strongly skewed (skewness 1.4). See `t_interval` for where there is none.
+    Simulated coverage at 5, 8 and 16 pairs is 95 % for normal differences and for differences of accuracies, also near
+    100 % accuracy; it falls to 92 % where differences are strongly skewed (skewness 1.4).
 
     >>> paired_difference([0.8, 0.91, 0.84], [0.7, 0.8, 0.75]).text()
     '+0.100 [+0.075, +0.125]'
@@ -31,23 +28,22 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, confide
 
 
 def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> float:
-    """Two-sided p-value of a sign-flip permutation test of the mean difference; exact up to 13 pairs (by scipy).
-
-    NaN for fewer than 3 pairs, with which no difference can be told.
+    """Two-sided p-value of a sign-flip permutation test of the mean difference, exact up to 13 pairs; NaN below 3 pairs.
 
     >>> paired_p_value([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     0.25
     """
     from scipy.stats import permutation_test
 
-    def mean_difference(x: Floats, y: Floats, axis: int) -> Floats:
-        return np.asarray(np.mean(x - y, axis=axis))
-
     if len(ours) < FEWEST_PAIRS:
         return math.nan
     samples = (np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float))
     if np.allclose(*samples):
         return 1.0
+
+    def mean_difference(x: Any, y: Any, axis: int) -> Any:
+        return np.mean(x - y, axis=axis)
+
     found = permutation_test(
         samples, mean_difference, permutation_type="samples", vectorized=True, rng=np.random.default_rng(seed)
     )
@@ -55,7 +51,7 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values: below 0.05 each, the whole family errs with at most 5 %.
+    """Holm's (1979) adjusted p-values: rejecting those below 0.05 errs anywhere in the family with at most 5 %.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -67,10 +63,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seed_noise(metric: Sequence[float]) -> float:
-    """How far the means of two groups of so many seeds of ONE method lie apart, 95 % of the time at most.
-
-    1.96 sqrt(2 / n) times the standard deviation over the seeds; NaN for fewer than 2.
-    """
+    """How far the means of two groups of so many seeds of one method lie apart, 95 % of the time at most; NaN below 2."""
     return 1.96 * math.sqrt(2.0 / len(metric)) * stdev(metric) if len(metric) > 1 else math.nan
 
 
@@ -80,7 +73,7 @@ class Ranking(NamedTuple):
     Attributes:
         mean_ranks: By method; 1 is best; ties share.
         critical_difference: Mean ranks further apart than this differ (Nemenyi, 5 %).
-        p_value: Friedman's: all methods alike; NaN for fewer than 3 methods or 2 tasks.
+        p_value: Friedman's, of all methods being alike; NaN for fewer than 3 methods or 2 tasks.
     """
 
     mean_ranks: dict[str, float]
@@ -89,7 +82,7 @@ class Ranking(NamedTuple):
 
 
 def rank_methods(scores: Mapping[str, Sequence[float]]) -> Ranking:
-    """Ranks methods by their scores, (n_tasks,) each, higher is better (Demsar, JMLR 7, 2006).
+    """Rank methods by their scores, (n_tasks,) each, higher is better (Demsar, JMLR 7, 2006).
 
     >>> rank_methods({"a": [0.9, 0.8], "b": [0.7, 0.8], "c": [0.1, 0.2]}).mean_ranks
     {'a': 1.25, 'b': 1.75, 'c': 3.0}
@@ -104,20 +97,13 @@ def rank_methods(scores: Mapping[str, Sequence[float]]) -> Ranking:
     return Ranking(dict(zip(scores, ranks.tolist(), strict=True)), float(critical), p_value)
 
 
-def equivalent_factor(score: float, factors: Sequence[float], uniform: Sequence[float]) -> float:
-    """By how much uniform LoRA's parameters must grow to reach a score.
+def uniform_budget_multiplier(score: float, factors: Sequence[float], uniform: Sequence[float]) -> float:
+    """The factor of the budget at which uniform LoRA reaches a score.
 
-    Uniform's scores are made monotone (isotonic regression) and joined by straight lines over log parameters.
+    Uniform's scores at ascending `factors` are made monotone (isotonic regression) and joined by straight lines over log
+    parameters. The result is `factors[0]` where uniform is that good already, and infinity where it never is.
 
-    Args:
-        score: To reach.
-        factors: Of the budget, ascending, (n,).
-        uniform: Uniform's score at each, (n,).
-
-    Returns:
-        `factors[0]` at most where uniform is that good already; infinity where it never is.
-
-    >>> equivalent_factor(0.85, [1, 2, 4], [0.8, 0.9, 0.95]).__round__(3)
+    >>> uniform_budget_multiplier(0.85, [1, 2, 4], [0.8, 0.9, 0.95]).__round__(3)
     1.414
     """
     from sklearn.isotonic import IsotonicRegression
@@ -129,5 +115,4 @@ def equivalent_factor(score: float, factors: Sequence[float], uniform: Sequence[
     if score > curve[-1]:
         return math.inf
     after = int(np.searchsorted(curve, score))
-    share = (score - curve[after - 1]) / (curve[after] - curve[after - 1])
-    return float(np.exp(logs[after - 1] + share * (logs[after] - logs[after - 1])))
+    return float(np.exp(np.interp(score, curve[after - 1 : after + 1], logs[after - 1 : after + 1])))

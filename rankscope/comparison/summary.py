@@ -1,112 +1,158 @@
-"""A comparison as one Markdown table, a row a method, a column a task; and its place in a README or a model card."""
+"""Tables of a comparison: runs read back, one row per method with its difference to uniform, and rows as text."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
-from rankscope.comparison.runner import REFERENCE, REPORTED
-from rankscope.comparison.statistics import equivalent_factor, holm, paired_difference, paired_p_value, seed_noise
-from rankscope.errors import SettingsError
+from rankscope.comparison.runner import REFERENCE, REPORTED, SCHEMA
+from rankscope.comparison.statistics import (
+    holm,
+    paired_difference,
+    paired_p_value,
+    seed_noise,
+    uniform_budget_multiplier,
+)
+from rankscope.errors import FileError, SettingsError
+from rankscope.files import parse_json, read_parquet
 from rankscope.searching import FEWEST_PAIRS, Interval
 
 SIGNIFICANCE = 0.05
 NO_DIFFERENCE = "no difference"
 SAME_RUNS = "same runs as uniform"
-_BESIDE = [
-    "method",
-    "variant",
-    "budget",
-    "cost_steps",
-    "wall_seconds",
-    "peak_memory",
-    "revision",
-]  # the outcome of a run
+BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
+
+_TEXTS = ("task", "metric", "method", "variant", "role", "revision", "ranks")
+_INTEGERS = ("budget", "seed", "steps", "parameters", "n_moved", "cost_steps", "schema")
+_NUMBERS = ("factor", "learning_rate", "validation", "wall_seconds")
+_COLUMNS = pa.schema(
+    [
+        *(pa.field(name, pa.string(), nullable=False) for name in _TEXTS),
+        *(pa.field(name, pa.int64(), nullable=False) for name in _INTEGERS),
+        *(pa.field(name, pa.float64(), nullable=False) for name in _NUMBERS),
+        pa.field("test", pa.float64()),
+        pa.field("peak_memory", pa.int64()),
+    ]
+)
+# What two methods with the same runs may differ in.
+_BESIDE = {"method", "variant", "budget", "cost_steps", "wall_seconds", "peak_memory", "revision"}
+
+
+def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """The runs of `comparison.parquet`. Schema 1 has no column `study`; it gets the task's name.
+
+    Raises:
+        FileError: The file is missing or broken, has another schema, or holds runs that cannot be compared.
+    """
+    table = read_parquet(path, what="a comparison", schema=_COLUMNS)
+    if not set(table.column("schema").to_pylist()) <= {1, SCHEMA}:
+        raise FileError(f"`{path}` must hold a comparison of schema {SCHEMA}, but holds another; compare again.")
+    runs: pd.DataFrame = table.to_pandas().drop(columns="schema")
+    if "study" not in runs:
+        runs.insert(0, "study", runs["task"])
+    if problem := _problem(runs):
+        raise FileError(f"`{path}` must hold a comparison, but {problem}; compare again.")
+    return runs
+
+
+def _problem(runs: pd.DataFrame) -> str | None:
+    """Why these runs cannot be summarised; None if they can."""
+    reported = runs[runs["role"] == REPORTED]
+    if reported.empty:
+        return "holds no reported run"
+    if not runs["study"].map(lambda name: isinstance(name, str)).all():
+        return "its column `study` holds no text"
+    if not np.isfinite(reported[["factor", "learning_rate", "validation", "test"]].to_numpy()).all():
+        return "a reported run lacks its factor, learning rate or metric"
+    if not reported["ranks"].map(_is_ranks).all():
+        return "its column `ranks` holds no JSON of ranks"
+    if reported.duplicated(["study", "factor", "method", "seed"]).any():
+        return "holds a run twice"
+    if set(reported["study"]) != set(at_budget(reported).query("method == @REFERENCE")["study"]):
+        return f"holds no run of `{REFERENCE}` at the study's budget"
+    seeds = reported.groupby(["study", "factor", "method"])["seed"].agg(frozenset)
+    if seeds.groupby(level=["study", "factor"]).nunique().max() > 1:
+        return "its methods were trained on different seeds"
+    return None
+
+
+def _is_ranks(text: str) -> bool:
+    try:
+        found = parse_json(text, where="`ranks`", what="ranks")
+    except FileError:
+        return False
+    return found is None or (isinstance(found, dict) and all(type(rank) is int for rank in found.values()))
+
+
+def at_budget(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the study's own budget."""
+    return table[table["factor"] == 1.0]
+
+
+def allocations(runs: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """By method, the ranks at the end of its first reported run at the study's budget; methods without ranks are left out."""
+    chosen = at_budget(runs).query("role == @REPORTED").groupby("method", sort=False).first()
+    found = {str(name): json.loads(ranks) for name, ranks in chosen["ranks"].items()}
+    return {name: ranks for name, ranks in found.items() if ranks is not None}
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a study, budget factor and method, in their order in `runs`.
+    """One row per study, budget factor and method, in their order in `runs`.
 
     Args:
-        runs: As `Comparison.runs` has them. Without `study`, the task's name is the study's; a study that holds several tasks
-            is several.
+        runs: `Comparison.runs`, of one study or several. Where a study holds several tasks, each task is a study of its own.
 
     Returns:
-        Columns `study`, `task`, `factor`, `method`, `variant`, `learning_rate`, `budget`, `parameters` (the most of a seed),
-        `seeds`, `validation`, `test` (means), `deviation` (over seeds), `difference`, `low`, `high` (to uniform at the same
-        factor, paired t at 95 %; NaN where there is no interval, as with fewer than 3 seeds), `p` (sign-flip permutation; NaN
-        with fewer than 3 seeds), `p_holm` (over the methods of a study and factor), `verdict` (`better`, `worse`, `no
-        difference`, `same runs as uniform`, or why there is none), `noise` (`seed_noise` of uniform), `relative` (difference
-        over uniform), `seconds` (a run), `peak_memory`, `cost_steps`, `equivalent` (the factor by which uniform must grow; NaN
-        without further budgets of uniform).
+        Columns of the runs (`study`, `task`, `factor`, `variant`, `learning_rate`, `budget`, `cost_steps`, `method`), and:
+        `parameters` (largest of all seeds); `over_budget`; `seeds` (their number); `validation`, `test` (means); `deviation` of
+        `test` over seeds; `difference` to uniform at the same factor, paired, with its 95 % interval `low`, `high`; `p` of a
+        sign-flip permutation test and `p_holm` (over the methods of a study and factor); these are NaN with fewer than 3
+        seeds; `noise` (`seed_noise` of uniform); `relative` (difference over uniform's metric); `seconds` (median run);
+        `peak_memory`; `verdict` (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none);
+        `uniform_budget_multiplier` (how many times the parameters uniform needs; NaN where it has one budget only).
 
     Raises:
-        SettingsError: A study lacks reported runs of uniform at its own budget, with which all others are compared.
+        SettingsError: A study has no reported run of uniform at its own budget.
     """
-    runs = _labelled(runs)
+    study = runs["study"] if "study" in runs else runs["task"]
+    several = runs.groupby(study)["task"].transform("nunique") > 1
+    runs = runs.assign(study=study.where(~several, study + ", " + runs["task"]))
     reported = runs[runs["role"] == REPORTED]
-    uniform = reported[(reported["method"] == REFERENCE) & (reported["factor"] == 1.0)]
-    if lacking := [*set(runs["study"]) - set(uniform["study"])] or ["no study"] * runs.empty:
+    compared = set(at_budget(reported).query("method == @REFERENCE")["study"])
+    if lacking := [*set(runs["study"]) - compared] or ["no study"] * runs.empty:
         raise SettingsError(
             f"`runs` must hold reported runs of `{REFERENCE}` at the budget of each study, but `{min(lacking)}` has none; "
             "compare again."
         )
     groups = [group for _, group in reported.groupby(["study", "factor"], sort=False)]
-    tables = [_judged(_rows(group)) for group in groups if REFERENCE in set(group["method"])]
-    return _with_equivalents(pd.concat(tables, ignore_index=True))
+    table = pd.concat([_compared(group) for group in groups if REFERENCE in set(group["method"])], ignore_index=True)
+    return table.assign(uniform_budget_multiplier=[_multiplier(row, table) for _, row in table.iterrows()])
 
 
-def at_budget(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the study's own budget, of runs or of a table of theirs."""
-    return table[table["factor"] == 1.0]
-
-
-def points_over_uniform(row: pd.Series) -> str:
-    """A row's difference to uniform in points with its interval, as text; runs above the budget are not compared."""
-    if row["over_budget"]:
-        return "over the budget"
-    if row["verdict"] == SAME_RUNS:
-        return SAME_RUNS
-    return Interval(row["difference"], row["low"], row["high"]).text(scale=100, digits=1)
-
-
-def allocations(runs: pd.DataFrame, factor: float = 1.0) -> dict[str, dict[str, int]]:
-    """The ranks that each method's first reported run ended with, by method, of those that have ranks."""
-    chosen = runs[(runs["role"] == REPORTED) & (runs["factor"] == factor)].groupby("method", sort=False).first()
-    found = {str(name): json.loads(ranks) for name, ranks in chosen["ranks"].items()}
-    return {name: ranks for name, ranks in found.items() if ranks is not None}
-
-
-def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs, each study under a name of its own."""
-    study = runs["study"] if "study" in runs else runs["task"]
-    several = runs.groupby(study)["task"].transform("nunique") > 1
-    return runs.assign(study=study.where(~several, study + ", " + runs["task"]))
-
-
-def _rows(group: pd.DataFrame) -> pd.DataFrame:
-    """Of one study and factor: the figures of every method."""
+def _compared(group: pd.DataFrame) -> pd.DataFrame:
+    """Of one study and factor: every method beside uniform."""
     by_method = {str(name): rows.sort_values("seed") for name, rows in group.groupby("method", sort=False)}
     uniform = by_method[REFERENCE]
     outcome = [name for name in group if name not in _BESIDE]
-    rows = []
+    theirs = uniform["test"].tolist()
+    rows: list[dict[str, Any]] = []
     for name, mine in by_method.items():
-        first = mine.iloc[0]
-        row = {
-            key: first[key] for key in ("study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps")
-        }
-        difference = paired_difference(mine["test"].tolist(), uniform["test"].tolist())
-        over = bool(first["budget"]) and int(mine["parameters"].max()) > int(first["budget"])
+        first, ours, parameters = mine.iloc[0], mine["test"].tolist(), int(mine["parameters"].max())
+        difference = paired_difference(ours, theirs)
+        labels = ("study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps")
         rows.append(
-            row
+            {key: first[key] for key in labels}
             | {
                 "method": name,
-                "parameters": int(mine["parameters"].max()),
-                "over_budget": over,
-                "same_runs": mine[outcome].to_dict("list") == uniform[outcome].to_dict("list"),
+                "parameters": parameters,
+                "over_budget": bool(0 < first["budget"] < parameters),
                 "seeds": len(mine),
                 "validation": mine["validation"].mean(),
                 "test": mine["test"].mean(),
@@ -114,26 +160,22 @@ def _rows(group: pd.DataFrame) -> pd.DataFrame:
                 "difference": difference.mean,
                 "low": difference.low,
                 "high": difference.high,
-                "p": paired_p_value(mine["test"].tolist(), uniform["test"].tolist()),
-                "noise": seed_noise(uniform["test"].tolist()),
+                "p": paired_p_value(ours, theirs),
+                "noise": seed_noise(theirs),
                 "relative": difference.mean / uniform["test"].mean(),
                 "seconds": mine["wall_seconds"].median(),
                 "peak_memory": mine["peak_memory"].max(),
+                "same_runs": mine[outcome].to_dict("list") == uniform[outcome].to_dict("list"),
             }
         )
-    return pd.DataFrame(rows)
-
-
-def _judged(table: pd.DataFrame) -> pd.DataFrame:
-    """With Holm's correction over all methods but uniform, and a verdict in words."""
+    table = pd.DataFrame(rows)
     tested = (table["method"] != REFERENCE) & table["p"].notna()
-    adjusted = np.full(len(table), np.nan)
-    adjusted[tested] = holm(table.loc[tested, "p"].tolist())
-    verdicts = [_verdict(row, p) for (_, row), p in zip(table.iterrows(), adjusted, strict=True)]
-    return table.assign(p_holm=adjusted, verdict=verdicts).drop(columns="same_runs")
+    table["p_holm"] = np.nan
+    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
+    return table.assign(verdict=[_verdict(row) for _, row in table.iterrows()]).drop(columns="same_runs")
 
 
-def _verdict(row: pd.Series, p_holm: float) -> str:
+def _verdict(row: pd.Series) -> str:
     if row["method"] == REFERENCE:
         return ""
     if row["over_budget"]:
@@ -142,75 +184,86 @@ def _verdict(row: pd.Series, p_holm: float) -> str:
         return SAME_RUNS
     if row["seeds"] < FEWEST_PAIRS:
         return "too few seeds"
-    if p_holm >= SIGNIFICANCE:
+    if row["p_holm"] >= SIGNIFICANCE:
         return NO_DIFFERENCE
     return "better" if row["difference"] > 0 else "worse"
 
 
-def _with_equivalents(table: pd.DataFrame) -> pd.DataFrame:
-    values = []
-    for _, row in table.iterrows():
-        uniform = table[(table["study"] == row["study"]) & (table["method"] == REFERENCE)].sort_values("factor")
-        values.append(_growth(row, uniform) if len(uniform) > 1 else np.nan)
-    return table.assign(equivalent=values)
-
-
-def _growth(row: pd.Series, uniform: pd.DataFrame) -> float:
+def _multiplier(row: pd.Series, table: pd.DataFrame) -> float:
+    uniform = table[(table["study"] == row["study"]) & (table["method"] == REFERENCE)].sort_values("factor")
+    if len(uniform) < 2:
+        return math.nan
     factors: Sequence[float] = uniform["factor"].tolist()
-    return equivalent_factor(float(row["test"]), factors, uniform["test"].tolist()) / float(row["factor"])
+    return uniform_budget_multiplier(float(row["test"]), factors, uniform["test"].tolist()) / float(row["factor"])
 
 
-BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
+def format_row(row: pd.Series) -> dict[str, str]:
+    """A row of `summarise` as text. Terminal, HTML and Markdown each show some of its columns.
+
+    `points` is the difference to uniform in points with its interval; of uniform, the metric itself.
+    """
+    reference, judged = row["method"] == REFERENCE, not row["over_budget"] and row["verdict"] != SAME_RUNS
+    difference = Interval(row["difference"], row["low"], row["high"])
+    points = "over the budget" if row["over_budget"] else SAME_RUNS
+    multiplier, verdict = row["uniform_budget_multiplier"], str(row["verdict"])
+    texts = {
+        "method": str(row["method"]),
+        "variant": f"{row['method']} ({row['variant']})" if row["variant"] else str(row["method"]),
+        "parameters": f"{row['parameters']:,}",
+        "rate": f"{row['learning_rate']:.3g}",
+        "test": f"{row['test']:.4f}",
+        "deviation": _number(row["deviation"], ".4f"),
+        "points": difference.text(scale=100, digits=1) if judged else points,
+        "differs": "no" if verdict in (NO_DIFFERENCE, SAME_RUNS) else verdict.partition(":")[0],
+        "difference": f"{100 * row['difference']:+.2f}",
+        "interval": "-" if math.isnan(difference.low) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+        "p": _number(row["p_holm"], ".3f"),
+        "verdict": verdict,
+        "needs": "more than tried" if math.isinf(multiplier) else _number(multiplier, ".2g", " x the parameters"),
+        "seconds": f"{row['seconds']:.1f} s",
+        "memory": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
+        "search": f"{row['cost_steps']:,}" if row["cost_steps"] else "",
+    }
+    own = {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": ""}
+    return texts | own if reference else texts
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return "-" if math.isnan(value) else format(value, form) + unit
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """The table at the study's budget: uniform's metric, and the others' points over it with a 95 % interval.
+    """The table at the study's budget as Markdown, one column per study: uniform's metric, and the others' points over it.
 
-    Bold: better or worse than uniform by a permutation test with Holm's correction. In italics, and last: methods without a
-    budget (full fine-tuning, the head alone). Runs that ended above the budget are not compared. The last column is the mean
-    over the studies of the difference over uniform's metric, of methods that every study has, within the budget.
+    Bold: better or worse than uniform. In italics, and last: methods without a budget (full fine-tuning, the head alone). The
+    last column is the mean of `relative` over the studies, of methods that are within the budget in all of them.
 
     Args:
-        table: What `summarise` makes of the runs, of one study or several.
+        table: What `summarise` gives.
     """
     table = at_budget(table)
     studies = list(dict.fromkeys(table["study"]))
     unlimited = set(table.loc[table["budget"] == 0, "method"])
-    methods = sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited)
-    cells = {(row["method"], row["study"]): _cell(row) for _, row in table.iterrows()}
     seeds = table.groupby("study", sort=False)["seeds"].first()
-    header = ["method", *(f"{study}, {seeds[study]} seeds" for study in studies), "mean relative gain"]
-    lines = [_line(header), _line(["---", *["---:"] * (len(studies) + 1)])]
-    for method in methods:
-        gains = table.loc[(table["method"] == method) & ~table["over_budget"], "relative"]
+    lines = [["method", *(f"{study}, {seeds[study]} seeds" for study in studies), "mean relative gain"]]
+    lines.append(["---", *["---:"] * (len(studies) + 1)])
+    for method in sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited):
+        rows = table[table["method"] == method].set_index("study", drop=False)
+        cells = {study: format_row(row)["points"] for study, row in rows.iterrows()}
+        bold = {study for study, row in rows.iterrows() if row["verdict"] in ("better", "worse")}
+        gains = rows.loc[~rows["over_budget"], "relative"]
         mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(studies) and method != REFERENCE else ""
         name = method.replace("|", r"\|")  # a user's own method is named after its file
-        shown = f"*{name}*" if method in unlimited else name
-        lines.append(_line([shown, *(cells.get((method, study), "") for study in studies), mean]))
-    return "\n".join(lines)
-
-
-def _cell(row: pd.Series) -> str:
-    if row["method"] == REFERENCE:
-        return f"{100 * row['test']:.1f} %"
-    text = points_over_uniform(row)
-    return f"**{text}**" if row["verdict"] in ("better", "worse") else text
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        cells = {study: f"**{text}**" if study in bold else text for study, text in cells.items()}
+        lines.append([f"*{name}*" if method in unlimited else name, *(cells.get(each, "") for each in studies), mean])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def insert_table(text: str, table: str, *, where: str) -> str:
-    r"""The text with the table between its two marker lines, in the place of what was there.
-
-    Args:
-        text: Of a README or a model card.
-        table: As `to_markdown` makes it.
-        where: What to call the text in errors.
+    r"""The text with `table` between its two marker lines, in the place of what was there.
 
     Raises:
-        SettingsError: The text does not hold each marker once, in their order.
+        SettingsError: The text does not hold each marker once, in their order; `where` names the text.
 
     >>> insert_table(f"# Mine\n{BEGIN}\nold\n{END}\n", "new", where="card.md").splitlines()[2]
     'new'

@@ -1,4 +1,4 @@
-"""Rank allocation against uniform LoRA and the peers at equal parameters and steps, over tasks; learning rate tuned for each.
+"""Rank allocation against uniform LoRA and other baselines at equal parameters and steps, over tasks, at the best rate of each.
 
     python studies/bench/comparison.py --out studies/results/comparison.json
     rankscope report studies/results/{digits-shift,supersense,sentiment,glosses,word-order} --out out/evidence --into README.md
@@ -24,9 +24,10 @@ from rankscope.comparison import at_budget, summarise
 
 TASKS = ("digits-shift", "supersense", "sentiment", "glosses", "word-order")
 OURS = ("one-shot", "gradient-norm", "controller", "controller-one-shot")
-PEERS = ("eva", "adalora")
+BASELINES = ("eva", "adalora")
 COLUMNS = ["task", "factor", "method", "variant", "learning_rate", "parameters", "seeds", "validation", "test", "deviation",
-           "difference", "low", "high", "p_holm", "verdict", "noise", "relative", "equivalent"]  # fmt: skip
+           "difference", "low", "high", "p_holm", "verdict", "noise", "relative",
+           "uniform_budget_multiplier"]  # fmt: skip
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
@@ -38,7 +39,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
 
 
 def on_digits(runs: pd.DataFrame, table: pd.DataFrame) -> list[Claim]:
-    """Points over uniform and peers, and the factor by which uniform must grow, of the method that is best on validation."""
+    """Of the method that is best on validation: points over the baselines, and how many times the parameters uniform needs."""
     table = table[table["task"] == TASKS[0]]
     best = best_on_validation(table)
     scores = scores_of(runs)
@@ -48,11 +49,11 @@ def on_digits(runs: pd.DataFrame, table: pd.DataFrame) -> list[Claim]:
         Claim.at_least(f"digits-shift: {best} minus uniform, low end, points", 100 * gain.low, 0.0),
     ]
     claims += [
-        Claim.at_least(f"digits-shift: {best} minus {peer}, points", 100 * minus(scores, best, peer).mean, 0.0)
-        for peer in PEERS
-        if peer in scores
+        Claim.at_least(f"digits-shift: {best} minus {baseline}, points", 100 * minus(scores, best, baseline).mean, 0.0)
+        for baseline in BASELINES
+        if baseline in scores
     ]
-    factor = float(at_budget(table).set_index("method").loc[best, "equivalent"])
+    factor = float(at_budget(table).set_index("method").loc[best, "uniform_budget_multiplier"])
     if not math.isnan(factor):
         claims.append(Claim.at_least(f"digits-shift: uniform must grow by to match {best}", factor, 3.0))
     return claims

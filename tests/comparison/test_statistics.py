@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rankscope.comparison import paired_difference, rank_methods
-from rankscope.comparison.statistics import equivalent_factor, holm, paired_p_value, seed_noise
+from rankscope.comparison.statistics import holm, paired_p_value, seed_noise, uniform_budget_multiplier
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -115,10 +115,10 @@ def test_seed_noise_is_what_two_groups_differ_by() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0.0, 1.0), min_size=3, max_size=6, unique=True), st.floats(0.0, 1.0))
-def test_uniform_at_the_equivalent_factor_has_the_score(scores: list[float], score: float) -> None:
+def test_uniform_at_the_multiple_has_the_score(scores: list[float], score: float) -> None:
     curve = sorted(scores)
     factors = [2.0**n for n in range(len(curve))]
-    found = equivalent_factor(score, factors, curve)
+    found = uniform_budget_multiplier(score, factors, curve)
     if score > curve[-1]:
         assert found == math.inf
     elif score <= curve[0]:
@@ -128,4 +128,4 @@ def test_uniform_at_the_equivalent_factor_has_the_score(scores: list[float], sco
 
 
 def test_noise_in_uniforms_curve_is_smoothed() -> None:
-    assert equivalent_factor(0.85, [1, 2, 4], [0.8, 0.86, 0.84]) == pytest.approx(2.0)
+    assert uniform_budget_multiplier(0.85, [1, 2, 4], [0.8, 0.86, 0.84]) == pytest.approx(2.0)

@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rankscope.comparison import summarise
-from rankscope.comparison.summary import points_over_uniform
+from rankscope.comparison import format_row, summarise
 from rankscope.errors import SettingsError
 
 SEEDS = 8
@@ -48,7 +47,7 @@ def test_verdicts() -> None:
     assert table.loc["good", "low"] < 0.03 < table.loc["good", "high"] + 0.002
     assert table.loc["good", "relative"] == pytest.approx(0.03 / 0.8, abs=0.003)
     assert table.loc["good", "p"] <= table.loc["good", "p_holm"] <= 0.05
-    assert table["equivalent"].isna().all()
+    assert table["uniform_budget_multiplier"].isna().all()
 
 
 def test_too_few_seeds_get_no_verdict() -> None:
@@ -59,9 +58,9 @@ def test_too_few_seeds_get_no_verdict() -> None:
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_have_neither_interval_nor_test(seeds: int) -> None:
     runs = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.9)])
-    found = summarise(runs[runs["seed"] < seeds]).set_index("method").loc["good"]
+    found = summarise(runs[runs["seed"] < seeds]).set_index("method", drop=False).loc["good"]
     assert found[["low", "high", "p", "p_holm"]].isna().all()
-    assert points_over_uniform(found).endswith(" [-]")
+    assert format_row(found)["points"].endswith(" [-]")
 
 
 def test_the_same_runs_as_uniforms_are_said_to_be_the_same() -> None:
@@ -74,9 +73,9 @@ def test_the_same_runs_as_uniforms_are_said_to_be_the_same() -> None:
             *({**row, "method": "x", "ranks": "{}"} for row in other),
         ]
     )
-    table = summarise(runs).set_index("method")
-    assert points_over_uniform(table.loc["controller"]) == table.loc["controller", "verdict"] == "same runs as uniform"
-    assert (points_over_uniform(table.loc["x"]), table.loc["x", "verdict"]) == ("+0.0 [-]", "no difference")
+    table = summarise(runs).set_index("method", drop=False)
+    assert format_row(table.loc["controller"])["points"] == table.loc["controller", "verdict"] == "same runs as uniform"
+    assert (format_row(table.loc["x"])["points"], table.loc["x", "verdict"]) == ("+0.0 [-]", "no difference")
 
 
 def test_studies_and_tasks_are_not_pooled() -> None:
@@ -110,7 +109,7 @@ def test_how_much_uniform_must_grow() -> None:
             *rows("uniform", 0.9, factor=4.0, parameters=400),
         ]
     )
-    table = summarise(runs).set_index(["method", "factor"])["equivalent"]
+    table = summarise(runs).set_index(["method", "factor"])["uniform_budget_multiplier"]
     assert table["good", 1.0] == pytest.approx(2.0, rel=0.1)
     assert table["best", 1.0] == math.inf
     assert table["uniform", 4.0] == pytest.approx(1.0)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,13 @@ from rankscope.targets import TargetModule
 Bound = int | Mapping[str, int] | None
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 _warn_once = lru_cache(maxsize=256)(logger.warning)  # a search projects thousands of times onto one budget
 _LARGEST = np.iinfo(np.int64).max
+_NO_TARGETS = "`targets` must hold at least one target module, but is empty."
+_WRONG_GAINS = "`gains` of `{}` must be a list of finite numbers that are not negative."
+_WRONG_SCORES = "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,7 @@ class ParameterBudget:
 
     @classmethod
     def uniform(cls, targets: Sequence[TargetModule], rank: int) -> ParameterBudget:
-        """What plain LoRA of this rank uses on every target module; above a module's full rank, its full rank counts.
-
-        Raises:
-            SettingsError: `rank` is no whole number from 1 on, or there are no targets.
+        """What plain LoRA of this rank uses on every target module. Above a module's full rank, its full rank counts.
 
         >>> ParameterBudget.uniform([TargetModule(name="fc1", in_features=64, out_features=256)], rank=8)
         ParameterBudget(limit=2560)
@@ -60,7 +59,8 @@ class ParameterBudget:
         whole = _whole(rank)
         if whole is None or whole < 1:
             raise SettingsError(f"`rank` must be a whole number of at least 1, but got {shown(rank)}.")
-        _require(targets)
+        if not targets:
+            raise SettingsError(_NO_TARGETS)
         limit = sum(target.rank_cost * min(whole, target.full_rank) for target in targets)
         if low := [target for target in targets if target.full_rank < whole]:
             _warn_once(
@@ -74,7 +74,7 @@ class ParameterBudget:
 class RankLimits:
     """The least and the greatest rank of each module: one number for all, or numbers by name.
 
-    Modules that a mapping leaves out may have any rank from 0 to their full rank, which also caps `max_rank`.
+    Modules that a mapping leaves out may have any rank from 0 to their full rank, which caps all.
 
     >>> RankLimits(max_rank={"fc1": 4}).arrays([TargetModule(name=n, in_features=8, out_features=8) for n in ("fc1", "fc2")])
     (array([0, 0]), array([4, 8]))
@@ -84,14 +84,27 @@ class RankLimits:
     max_rank: Bound = None
 
     def arrays(self, targets: Sequence[TargetModule]) -> tuple[Ints, Ints]:
-        """Least and greatest ranks, one entry a target.
+        """The least and the greatest ranks, one entry a target.
 
         Raises:
-            SettingsError: A limit is no whole number from 0 on, is for no target, or leaves a module without a rank.
+            SettingsError: A limit is no whole number from 0 on, names no target, or leaves a module without a rank.
         """
         full = np.array([target.full_rank for target in targets], dtype=np.int64)
-        lowest = self._array("min_rank", self.min_rank, targets, np.zeros_like(full))
-        highest = np.minimum(self._array("max_rank", self.max_rank, targets, full.copy()), full)
+        lowest, highest = np.zeros_like(full), full.copy()
+        index = {target.name: i for i, target in enumerate(targets)}
+        for label, bound, values in (("min_rank", self.min_rank, lowest), ("max_rank", self.max_rank, highest)):
+            same = {} if bound is None or isinstance(bound, Mapping) else dict.fromkeys(index, bound)
+            for name, value in (bound if isinstance(bound, Mapping) else same).items():
+                whole = _whole(value)
+                if name not in index:
+                    raise SettingsError(f"`{label}` must name target modules only, but names {name!r}.")
+                if whole is None:
+                    of = "" if same else f" of `{name}`"
+                    raise SettingsError(f"`{label}`{of} must be a whole number, but got {shown(value)}.")
+                if whole < 0:
+                    raise SettingsError(f"`{label}` must not be negative, but got {shown(whole)}.")
+                values[index[name]] = min(whole, _LARGEST)
+        highest = np.minimum(highest, full)
         if (lowest > highest).any():
             worst = int(np.argmax(lowest > highest))
             raise SettingsError(
@@ -99,35 +112,6 @@ class RankLimits:
                 f"but got {lowest[worst]}."
             )
         return lowest, highest
-
-    @staticmethod
-    def _array(label: str, limit: Any, targets: Sequence[TargetModule], values: Ints) -> Ints:
-        if limit is None:
-            return values
-        by_name = limit if isinstance(limit, Mapping) else dict.fromkeys((target.name for target in targets), limit)
-        indices = {target.name: index for index, target in enumerate(targets)}
-        if unknown := set(by_name) - set(indices):
-            raise SettingsError(f"`{label}` must name target modules only, but names {min(map(repr, unknown))}.")
-        for name, value in by_name.items():
-            whole = _whole(value)
-            if whole is None:
-                of = f" of `{name}`" if isinstance(limit, Mapping) else ""
-                raise SettingsError(f"`{label}`{of} must be a whole number, but got {shown(value)}.")
-            if whole < 0:
-                raise SettingsError(f"`{label}` must not be negative, but got {shown(whole)}.")
-            values[indices[name]] = min(whole, _LARGEST)
-        return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """Checked inputs of both projections, one entry a module; `places` orders modules that tie."""
-
-    costs: Ints
-    lowest: Ints
-    highest: Ints
-    places: Ints
-    limit: int
 
 
 def allocate_marginal(
@@ -139,7 +123,7 @@ def allocate_marginal(
     """Water-filling: the ranks with the highest gain per parameter first, until the budget is full.
 
     Exact for diminishing gains when all costs are equal, else within one rank of the optimum. Ties go to the lower rank, then
-    are spread evenly over towers, depth and roles. What is left over is less than any rank that could still be placed.
+    are spread evenly over towers, depth and roles. What is left over pays for no further rank.
 
     Args:
         targets: The target modules.
@@ -149,47 +133,33 @@ def allocate_marginal(
         limits: Least and greatest ranks.
 
     Raises:
-        SettingsError: No allocation is feasible, or gains are missing, negative, increasing, not finite, or all zero.
+        SettingsError: No allocation is feasible, or the gains are not as above, or all zero.
     """
-    problem = _check(targets, budget, limits)
-    names = [target.name for target in targets]
-    curves = [_curve(_lookup(gains, name, "gains"), name) for name in names]
+    costs, lowest, highest, places, limit = _problem(targets, budget, limits)
+    curves = _arrays(targets, gains, "gains", _WRONG_GAINS, ndim=1)
     if not any(curve[0] > 0 for curve in curves if curve.size):
         raise SettingsError(
             "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
         )
-    left = problem.limit - int(problem.costs @ problem.lowest)
-    highest = np.minimum(problem.highest, problem.lowest + left // problem.costs)
+    left = limit - int(costs @ lowest)
+    highest = np.minimum(highest, lowest + left // costs)
     # Curves may reach up to full rank. Look only as far as ranks may go: further where a module takes all it was shown.
-    reach = np.full(len(targets), 2 * (left // int(problem.costs.sum())) + 8)
+    reach = np.full(len(targets), 2 * (left // int(costs.sum())) + 8)
     while True:
-        horizon = np.minimum(highest, problem.lowest + reach)
-        ranks = _water_fill(curves, names, problem, horizon, left)
+        horizon = np.minimum(highest, lowest + reach)
+        # One row for each rank that might be placed: its module, its number there, its gain.
+        module = np.repeat(np.arange(len(targets)), horizon)
+        rank = np.arange(module.size) - np.repeat(np.cumsum(horizon) - horizon, horizon)
+        gain = _gains(targets, curves, horizon, module, rank)
+        mantissa, exponent = np.frexp(gain / costs[module])
+        density = np.ldexp(np.round(mantissa, 12), exponent)  # ties stay ties after a rounding error in the last bit
+        order = np.lexsort((rank * len(targets) + places[module], -density))
+        ranks = lowest.copy()
+        _place(module[order[rank[order] >= lowest[module[order]]]], ranks, left, costs)
         short = (ranks == horizon) & (horizon < highest)
         if not short.any():
             return RankAllocation(tuple(targets), tuple(ranks.tolist()), budget=budget.limit)
         reach[short] *= 4
-
-
-def _water_fill(curves: list[Floats], names: list[str], problem: _Problem, horizon: Ints, left: int) -> Ints:
-    """Ranks up to `horizon`, those of the highest gain per parameter first, at `left` parameters above the least ranks."""
-    # One row for each rank that might be placed: its module, which rank it is, its gain.
-    module = np.repeat(np.arange(len(names)), horizon)
-    rank = np.arange(module.size) - np.repeat(np.cumsum(horizon) - horizon, horizon)
-    gain = np.zeros(module.size)
-    listed = np.array([curve.size for curve in curves])
-    gain[rank < listed[module]] = np.concatenate([curve[:high] for curve, high in zip(curves, horizon, strict=True)])
-    if (wrong := ~np.isfinite(gain) | (gain < 0)).any():
-        name = names[module[np.argmax(wrong)]]
-        raise SettingsError(f"`gains` of `{name}` must be a list of finite numbers that are not negative.")
-    first = np.array([curve[0] if curve.size else 0.0 for curve in curves])[module]
-    if (wrong := (np.diff(gain) > 1e-12 * first[1:]) & (rank[1:] > 0)).any():
-        raise SettingsError(f"`gains` of `{names[module[1:][np.argmax(wrong)]]}` must not increase with the rank.")
-    density = _rounded(gain / problem.costs[module])
-    order = np.lexsort((rank * len(names) + problem.places[module], -density))
-    ranks = problem.lowest.copy()
-    _place(module[order[rank[order] >= ranks[module[order]]]], ranks, left, problem.costs)
-    return ranks
 
 
 def allocate_proportional(
@@ -212,45 +182,37 @@ def allocate_proportional(
     Raises:
         SettingsError: No allocation is feasible, or scores are missing, negative, not finite, or all zero.
     """
-    problem = _check(targets, budget, limits)
-    wrong = "`scores` must be finite, not negative and not all zero; take the profile again on data with a loss."
-    values = _numbers([_lookup(scores, target.name, "scores") for target in targets], wrong)
+    costs, lowest, highest, places, limit = _problem(targets, budget, limits)
+    values = np.array(_arrays(targets, scores, "scores", _WRONG_SCORES, ndim=0))
     if not np.isfinite(values).all() or (values < 0).any() or not values.any():
-        raise SettingsError(wrong)
-    ideal = _ideal_ranks(values / values.max(), problem)
-    ranks = np.floor(ideal + 1e-9).astype(np.int64)
-    left = problem.limit - int(problem.costs @ ranks)
-    order = np.lexsort((problem.places, -np.round(ideal - ranks, 9)))
-    while (open_ := order[(ranks[order] < problem.highest[order]) & (problem.costs[order] <= left)]).size:
+        raise SettingsError(_WRONG_SCORES)
+    values /= values.max()
+
+    def ideal(scale: float) -> Floats:
+        return np.clip(scale * values, lowest, highest).astype(np.float64)
+
+    def cost(scale: float) -> float:
+        return float(costs @ ideal(scale))
+
+    # The cost is linear in c between those c at which a module meets one of its limits.
+    positive = np.maximum(values, 1e-300)  # scores may underflow; the ends must not overflow
+    ends = np.unique([0.0, *(lowest / positive), *(highest / positive)])
+    after = bisect_right(ends, float(limit), key=cost)
+    low, high = ends[[after - 1, min(after, len(ends) - 1)]]
+    scale = low if low == high else low + (high - low) * (limit - cost(low)) / (cost(high) - cost(low))
+
+    ranks = np.floor(ideal(scale) + 1e-9).astype(np.int64)
+    left = limit - int(costs @ ranks)
+    order = np.lexsort((places, -np.round(ideal(scale) - ranks, 9)))
+    while (open_ := order[(ranks[order] < highest[order]) & (costs[order] <= left)]).size:
         # Rounds that every open module can take part in go in at once.
-        spent = int(problem.costs[open_].sum())
-        if rounds := min(left // spent, int((problem.highest - ranks)[open_].min())):
+        spent = int(costs[open_].sum())
+        if rounds := min(left // spent, int((highest - ranks)[open_].min())):
             ranks[open_] += rounds
             left -= rounds * spent
         else:
-            left = _place(open_, ranks, left, problem.costs)
+            left = _place(open_, ranks, left, costs)
     return RankAllocation(tuple(targets), tuple(ranks.tolist()), budget=budget.limit)
-
-
-def _ideal_ranks(scores: Floats, problem: _Problem) -> Floats:
-    """clip(c * scores, lowest, highest) at the c where it costs the budget.
-
-    The cost is linear in c between those c at which a module meets a bound, so c is interpolated between two of them.
-    """
-
-    def at(scale: float) -> Floats:
-        return np.clip(scale * scores, problem.lowest, problem.highest).astype(np.float64)
-
-    def cost(scale: float) -> float:
-        return float(problem.costs @ at(scale))
-
-    positive = np.maximum(scores, 1e-300)  # scores may underflow; their bounds must not overflow
-    ends = np.unique([0.0, *(problem.lowest / positive), *(problem.highest / positive)])
-    after = bisect_right(ends, float(problem.limit), key=cost)
-    if after == len(ends):
-        return at(ends[-1])
-    low, high = ends[after - 1 : after + 1]
-    return at(low + (high - low) * (problem.limit - cost(low)) / (cost(high) - cost(low)))
 
 
 def _place(order: Ints, ranks: Ints, left: int, costs: Ints) -> int:
@@ -265,13 +227,17 @@ def _place(order: Ints, ranks: Ints, left: int, costs: Ints) -> int:
     return left
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
+# --- checked inputs -----------------------------------------------------------------------------------------------
 
 
-def _check(targets: Sequence[TargetModule], budget: ParameterBudget, limits: RankLimits) -> _Problem:
-    _require(targets)
-    costs = np.array([target.rank_cost for target in targets], dtype=np.int64)
+def _problem(
+    targets: Sequence[TargetModule], budget: ParameterBudget, limits: RankLimits
+) -> tuple[Ints, Ints, Ints, Ints, int]:
+    """Costs, least and greatest ranks, places of the modules when they tie, and the parameters that can be spent."""
+    if not targets:
+        raise SettingsError(_NO_TARGETS)
     lowest, highest = limits.arrays(targets)
+    costs = np.array([target.rank_cost for target in targets], dtype=np.int64)
     needed, most = int(costs @ lowest), sum(target.rank_cost * target.full_rank for target in targets)
     if needed > budget.limit:
         what = "`min_rank`" if isinstance(limits.min_rank, Mapping) else f"rank {limits.min_rank}"
@@ -289,12 +255,7 @@ def _check(targets: Sequence[TargetModule], budget: ParameterBudget, limits: Ran
             f"`budget` is {shown(budget.limit)} parameters, but {len(targets)} target modules hold {most:,} at full "
             "rank; the rest stays unused: lower it, or add targets."
         )
-    return _Problem(costs, lowest, highest, _spread_places(tuple(targets)), min(budget.limit, most))
-
-
-def _require(targets: Sequence[TargetModule]) -> None:
-    if not targets:
-        raise SettingsError("`targets` must hold at least one target module, but is empty.")
+    return costs, lowest, highest, _spread_places(tuple(targets)), min(budget.limit, most)
 
 
 def _whole(value: Any) -> int | None:
@@ -306,32 +267,35 @@ def _whole(value: Any) -> int | None:
     return int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else None
 
 
-def _lookup(values: Mapping[str, T], name: str, label: str) -> T:
-    try:
-        return values[name]
-    except KeyError:
-        raise SettingsError(f"`{label}` must cover every target module, but `{name}` is missing.") from None
+def _arrays(
+    targets: Sequence[TargetModule], values: Mapping[str, Any], label: str, wrong: str, ndim: int
+) -> list[Floats]:
+    """The score, or the gains, of each target; `wrong` is the message where they are no numbers."""
+    arrays: list[Floats] = []
+    for name in (target.name for target in targets):
+        if name not in values:
+            raise SettingsError(f"`{label}` must cover every target module, but `{name}` is missing.")
+        try:
+            arrays.append(np.asarray(values[name], dtype=np.float64))
+        except (TypeError, ValueError, OverflowError):
+            raise SettingsError(wrong.format(name)) from None
+        if arrays[-1].ndim != ndim:
+            raise SettingsError(wrong.format(name))
+    return arrays
 
 
-def _numbers(values: Any, wrong: str) -> Floats:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        raise SettingsError(wrong) from None
-
-
-def _curve(values: Any, name: str) -> Floats:
-    wrong = f"`gains` of `{name}` must be a list of finite numbers that are not negative."
-    curve = _numbers(values, wrong)
-    if curve.ndim != 1:
-        raise SettingsError(wrong)
-    return curve
-
-
-def _rounded(values: Floats) -> Floats:
-    """Values to 12 digits of their mantissa: equal ones must stay ties after a rounding error in the last bit."""
-    mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.round(mantissa, 12), exponent)
+def _gains(targets: Sequence[TargetModule], curves: list[Floats], horizon: Ints, module: Ints, rank: Ints) -> Floats:
+    """The gain of each row up to the horizon, checked in one pass: there may be thousands, of thousands of ranks each."""
+    gain = np.zeros(module.size)
+    listed = np.array([curve.size for curve in curves])
+    gain[rank < listed[module]] = np.concatenate([curve[:high] for curve, high in zip(curves, horizon, strict=True)])
+    if (wrong := ~np.isfinite(gain) | (gain < 0)).any():
+        raise SettingsError(_WRONG_GAINS.format(targets[module[np.argmax(wrong)]].name))
+    first = np.array([curve[0] if curve.size else 0.0 for curve in curves])[module]
+    if (wrong := (np.diff(gain) > 1e-12 * first[1:]) & (rank[1:] > 0)).any():
+        name = targets[module[1:][np.argmax(wrong)]].name
+        raise SettingsError(f"`gains` of `{name}` must not increase with the rank.")
+    return gain
 
 
 # --- ties ---------------------------------------------------------------------------------------------------------
@@ -370,7 +334,6 @@ def _places_in_stack(targets: Sequence[TargetModule]) -> Ints:
     period = n_roles // common
     shifts = (roles - visits) % common
     turns = shifts * period + (roles - visits - shifts) // common * pow(n_blocks // common, -1, period) % period
-
     # Several modules of a role in one block (experts) take turns at even distances, from another one in each block on.
     cells = depths * n_roles + roles
     number, size = _numbered(cells, np.lexsort((names, cells)))
@@ -396,7 +359,7 @@ def _stride(n_blocks: int, n_roles: int) -> int:
 
 
 def _numbered(groups: Ints, order: Ints) -> tuple[Ints, Ints]:
-    """The number of each entry within its group, from 0 on in the given order, which is sorted by group; and the group's size."""
+    """The number of each entry in its group, along an order that is sorted by group; and the size of its group."""
     sizes = np.bincount(groups)
     numbers = np.empty(groups.size, dtype=np.int64)
     numbers[order] = np.arange(groups.size) - (np.cumsum(sizes) - sizes)[groups[order]]

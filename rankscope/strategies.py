@@ -1,7 +1,7 @@
 """Strategies: from targets, a budget and (most of them) a profile to an allocation, without a trial.
 
-A strategy is a function of a `Request`. It returns, for each module by name, either a score, in proportion to which the module
-gets its share of the parameters, or the gain of its first, second, … rank. `allocate` projects either onto the budget.
+A strategy is a function of a `Request`. It returns, by module name, either a score, in proportion to which the module gets its
+share of the parameters, or the gain of its first, second, … rank. `allocate` projects either onto the budget.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -20,12 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
+from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
 from rankscope.errors import ModelError, SettingsError, shown
+from rankscope.plugins import entry_points, load_entry_point
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
 
 logger = logging.getLogger(__name__)
+
+Scores = Mapping[str, float]
+Gains = Mapping[str, NDArray[np.float64]]
+Strategy = Callable[..., Scores | Gains]
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -41,19 +46,11 @@ class Request:
 
     @property
     def profiled(self) -> Profile:
-        """The profile.
-
-        Raises:
-            ModelError: There is none, or it does not cover the targets.
-        """
+        """The profile; a `ModelError` where there is none, or it does not cover the targets."""
         if self.profile is None:
             raise ModelError("this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`.")
         self.profile.require(self.targets)
         return self.profile
-
-
-Worth = Mapping[str, float] | Mapping[str, NDArray[np.float64]]
-Strategy = Callable[..., Worth]
 
 
 def allocate(
@@ -63,24 +60,22 @@ def allocate(
     budget: ParameterBudget,
     profile: Profile | None = None,
     seed: int = 0,
-    min_rank: int | Mapping[str, int] = 0,
-    max_rank: int | Mapping[str, int] | None = None,
+    min_rank: Bound = 0,
+    max_rank: Bound = None,
     **options: Any,
 ) -> RankAllocation:
     """Computes an allocation without a trial.
 
-    It stays within the budget and the limits, and leaves less over than the cheapest rank that could still be placed.
-
     Args:
-        strategy: A name in `STRATEGIES` or of an entry point in the group `rankscope.strategies`, or a function like them.
+        strategy: A name in `STRATEGIES`, that of an entry point in the group `rankscope.strategies`, or a function like theirs.
         targets: The target modules.
         budget: The limit in parameters.
         profile: Needed by all but `uniform` and `random`.
         seed: For `random`.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        **options: Of the strategy: `random` takes `concentration`, `gradient-norm` `signal`, `one-shot` `power` and `signal`,
-            `blend` `weights`.
+        **options: Further arguments of the strategy: `random` takes `concentration`, `gradient-norm` `signal`, `one-shot`
+            `power` and `signal`, `blend` `weights`.
 
     Raises:
         SettingsError: Nothing feasible, or an unknown strategy or option.
@@ -97,44 +92,46 @@ def allocate(
     limits = RankLimits(min_rank, max_rank)
     request = Request(targets=tuple(targets), budget=budget, limits=limits, profile=profile, seed=seed)
     worth: Any = function(request, **options)
-    by_rank = any(np.ndim(value) for value in worth.values())
-    scores = {t.name: worth[t.name] if by_rank else worth[t.name] / t.rank_cost for t in targets}
-    if targets and not any(np.max(score, initial=0.0) > 0 for score in scores.values()):
+    if not isinstance(worth, Mapping):
+        raise SettingsError(
+            f"`{name}` must return a score, or the gains of ranks, by module name, but returned a {type(worth).__name__}."
+        )
+    by_rank = np.ndim(next(iter(worth.values()), 0.0)) > 0
+    worth = {t.name: worth[t.name] if by_rank else worth[t.name] / t.rank_cost for t in targets if t.name in worth}
+    if worth and not any(np.max(value, initial=0.0) > 0 for value in worth.values()):
         raise SettingsError(
             f"`targets` must hold a module that the profile gives a score above 0, but all {len(targets)} have 0, as "
             f"`{targets[0].name}`; choose other targets, or another strategy."
         )
     project = allocate_marginal if by_rank else allocate_proportional
-    return replace(project(targets, scores, budget, limits), strategy=name)
+    return project(targets, worth, budget, limits).renamed(name)
 
 
-def _find(strategy: str | Strategy) -> tuple[str, Strategy]:
+def _find(strategy: Any) -> tuple[str, Strategy]:
     if callable(strategy):
         return getattr(strategy, "__name__", type(strategy).__name__), strategy
-    known: dict[str, Strategy] = dict(STRATEGIES)
-    if not isinstance(strategy, str) or strategy not in known:
-        close = difflib.get_close_matches(str(strategy), known, n=1)
-        raise SettingsError(
-            f"`strategy` must be one of {', '.join(known)}, but got {shown(strategy)}"
-            + (f"; did you mean {close[0]!r}?" if close else ".")
-        )
-    return strategy, known[strategy]
+    if isinstance(strategy, str) and strategy in STRATEGIES:
+        return strategy, STRATEGIES[strategy]
+    installed = entry_points("strategies")
+    if isinstance(strategy, str) and strategy in installed:
+        return strategy, load_entry_point(installed[strategy], error=SettingsError)
+    known = [*STRATEGIES, *installed]
+    close = difflib.get_close_matches(str(strategy), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise SettingsError(f"`strategy` must be one of {', '.join(known)}, but got {shown(strategy)}{hint}")
 
 
 # --- the strategies -----------------------------------------------------------------------------------------------
 
 
-def uniform(request: Request) -> dict[str, float]:
+def uniform(request: Request) -> Scores:
     """The same rank everywhere, as even as the budget allows: plain LoRA."""
     return {target.name: float(target.rank_cost) for target in request.targets}
 
 
-def random(request: Request, concentration: float = 1.0) -> dict[str, float]:
-    """Parameter shares drawn from a symmetric Dirichlet distribution.
-
-    A small `concentration` gives most parameters to few modules, a large one approaches equal shares.
-    """
-    _require_positive("concentration", concentration)
+def random(request: Request, concentration: float = 1.0) -> Scores:
+    """A symmetric Dirichlet draw. A small `concentration` favours few modules; a large one approaches equal shares."""
+    _check_positive("concentration", concentration)
     seed: Any = request.seed
     if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
         raise SettingsError(f"`seed` must be a whole number of 0 or more, but got {shown(seed)}.")
@@ -143,18 +140,18 @@ def random(request: Request, concentration: float = 1.0) -> dict[str, float]:
     return dict(zip(names, np.maximum(shares, _TINY).tolist(), strict=True))
 
 
-def gradient_norm(request: Request, signal: bool = False) -> dict[str, float]:
+def gradient_norm(request: Request, signal: bool = False) -> Scores:
     """The gradient's Frobenius norm; with `signal`, without the noise between batches."""
-    _require_flag("signal", signal)
+    _check_flag("signal", signal)
     return _signal_norms(request.profiled) if signal else request.profiled.column("gradient_norm")
 
 
-def fisher(request: Request) -> dict[str, float]:
+def fisher(request: Request) -> Scores:
     """The root of the empirical Fisher trace: the scale of single examples' gradients."""
     return {name: math.sqrt(max(trace, 0.0)) for name, trace in request.profiled.column("fisher_trace").items()}
 
 
-def sensitivity(request: Request) -> dict[str, float]:
+def sensitivity(request: Request) -> Scores:
     """The sum of |w g|: GoRA's rule (arXiv 2502.12171), with the sum where it takes the mean."""
     values = request.profiled.column("sensitivity")
     if unread := [target.name for target in request.targets if math.isnan(values[target.name])]:
@@ -165,57 +162,54 @@ def sensitivity(request: Request) -> dict[str, float]:
     return values
 
 
-def activation(request: Request) -> dict[str, NDArray[np.float64]]:
-    """The share of the r-th principal component in the inputs' variance: EVA's rule (arXiv 2410.07170), by parameters."""
+def activation(request: Request) -> Gains:
+    """The r-th principal component's share of the variance of the inputs: EVA's rule (arXiv 2410.07170), per parameter."""
     variance = request.profiled.column("activation_variance")
     return {name: values / max(variance[name], _TINY) for name, values in request.profiled.input_variances().items()}
 
 
-def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> dict[str, NDArray[np.float64]]:
-    """The energy of the gradient that the r-th rank captures, sigma_r ** 2.
+def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains:
+    """The gradient energy that the r-th rank captures, sigma_r ** 2; with `signal`, of what the profile's batches agree on.
 
     The first step of LoRA with B = 0 and A along the gradient's leading right singular vectors moves the weight along
     the best rank-r part of the gradient, whose energy is the sum of its r leading squared singular values
     (Eckart and Young 1936; LoRA-GA, arXiv 2407.05000, Thm 3.1).
-
-    Args:
-        request: With a profile.
-        power: Of the singular values.
-        signal: Take only the part of the gradient that the profile's batches agree on.
     """
-    _require_positive("power", power)
-    _require_flag("signal", signal)
+    _check_positive("power", power)
+    _check_flag("signal", signal)
     profile = request.profiled
-    columns = int(profile.metadata.get("sketch_size", 0))
     mean_rank = request.budget.limit / max(sum(target.rank_cost for target in request.targets), 1)
-    if columns < mean_rank and not profile.table["exact"].all():
+    if not profile.table["exact"].all() and (columns := int(profile.metadata["sketch_size"])) < mean_rank:
         logger.warning(
-            "the profile's sketches have %d columns, but the budget's mean rank is %.0f: gains beyond %d are estimates; "
-            "take the profile with `budget`",
-            *(columns, mean_rank, columns),
+            f"the profile's sketches have {columns} columns, but the budget's mean rank is {mean_rank:.0f}: gains beyond "
+            f"{columns} are estimates; take the profile with `budget`"
         )
     spectra = profile.spectra(signal=signal)
     top = max((float(np.max(spectra[t.name], initial=0.0)) for t in request.targets), default=0.0) or 1.0
     return {t.name: (spectra[t.name] / top) ** power for t in request.targets}  # only ratios count
 
 
-def blend(request: Request, weights: Mapping[str, float] | None = None) -> dict[str, float]:
-    """A weighted geometric mean of the signal's norm, the root Fisher trace and the sensitivity, each over its mean.
+def blend(request: Request, weights: Mapping[str, float] | None = None) -> Scores:
+    """A weighted geometric mean of the gradient signal's norm, the root Fisher trace and the sensitivity, each over its mean.
 
-    The default weights are `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`; a view that is not named has weight 0.
+    The default `weights` are `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`; those left out are 0.
     """
-    given: Any = _BLEND if weights is None else weights
-    exponents = {**dict.fromkeys(_BLEND, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
-    if set(exponents) != set(_BLEND) or not all(_is_number(w) and 0 <= w < math.inf for w in exponents.values()):
-        raise SettingsError(f"`weights` must give {', '.join(_BLEND)} numbers of 0 or more, but got {shown(given)}.")
-    profile = request.profiled
-    sensitivities = {name: 0.0 if math.isnan(v) else v for name, v in profile.column("sensitivity").items()}
-    views = {"gradient": _signal_norms(profile), "fisher": fisher(request), "sensitivity": sensitivities}
+    default = {"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}
+    given: Any = default if weights is None else weights
+    powers = {**dict.fromkeys(default, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
+    if set(powers) != set(default) or not all(_is_number(power) and power >= 0 for power in powers.values()):
+        raise SettingsError(f"`weights` must give {', '.join(default)} numbers of 0 or more, but got {shown(given)}.")
+    sensitivities = request.profiled.column("sensitivity")
+    views: dict[str, Scores] = {
+        "gradient": _signal_norms(request.profiled),
+        "fisher": fisher(request),
+        "sensitivity": {name: 0.0 if math.isnan(value) else value for name, value in sensitivities.items()},
+    }
     scores = dict.fromkeys((target.name for target in request.targets), 1.0)
     for view, values in views.items():
         mean = max(float(np.mean([values[name] for name in scores])), _TINY)
         with np.errstate(over="ignore"):  # infinite scores are refused where scores are checked
-            scores = {n: score * float(np.float64(values[n] / mean) ** exponents[view]) for n, score in scores.items()}
+            scores = {name: s * float(np.float64(values[name] / mean) ** powers[view]) for name, s in scores.items()}
     return scores
 
 
@@ -230,17 +224,16 @@ def _is_number(value: Any) -> bool:
     return real and bool(abs(value) < sys.float_info.max)
 
 
-def _require_positive(option: str, value: Any) -> None:
-    if not _is_number(value) or not value > 0:
+def _check_positive(option: str, value: Any) -> None:
+    if not (_is_number(value) and value > 0):
         raise SettingsError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
 
 
-def _require_flag(option: str, value: Any) -> None:
+def _check_flag(option: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise SettingsError(f"`{option}` must be true or false, but got {shown(value)}.")
 
 
-_BLEND = {"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}
 STRATEGIES: Mapping[str, Strategy] = {
     "uniform": uniform,
     "random": random,

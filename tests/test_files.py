@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from rankscope.errors import FileError, RankscopeError, TaskError
-from rankscope.files import read_json, read_parquet, read_tensors, read_yaml, replacing, replacing_folder, write_json
+from rankscope.files import read_json, read_parquet, read_tensors, read_yaml, replacing, write_json
 
 
 def test_success_replaces_and_failure_leaves_the_old_file(tmp_path: Path) -> None:
@@ -34,10 +34,10 @@ def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
 def test_folders_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for content in ("old", "new"):
-        with replacing_folder(path) as fresh:
+        with replacing(path, folder=True) as fresh:
             (fresh / content).touch()
     assert [file.name for file in path.iterdir()] == ["new"]
-    with pytest.raises(RuntimeError, match="^half-way$"), replacing_folder(path) as fresh:
+    with pytest.raises(RuntimeError, match="^half-way$"), replacing(path, folder=True) as fresh:
         (fresh / "half").touch()
         raise RuntimeError("half-way")
     assert [file.name for file in path.iterdir()] == ["new"]
@@ -101,7 +101,7 @@ def test_json_may_be_what_windows_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", ["new", "old"])
 def test_a_folder_that_cannot_be_replaced_stays(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder"
-    with replacing_folder(path) as fresh:
+    with replacing(path, folder=True) as fresh:
         (fresh / "old").touch()
     rename = Path.rename
 
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_replaced_stays(failing: str, tmp_path: Path, mo
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", broken)
-    with pytest.raises(OSError, match="^disk full$"), replacing_folder(path) as fresh:
+    with pytest.raises(OSError, match="^disk full$"), replacing(path, folder=True) as fresh:
         (fresh / "new").touch()
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
@@ -129,7 +129,7 @@ def test_a_folder_that_can_be_put_nowhere_is_kept_aside(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", broken)
-    with pytest.raises(OSError, match="^disk gone$"), replacing_folder(path):
+    with pytest.raises(OSError, match="^disk gone$"), replacing(path, folder=True):
         pass
     assert len(list(tmp_path.glob(".folder-*/old/old"))) == 1
 
@@ -140,7 +140,7 @@ def test_targets_of_the_wrong_kind_are_told_before_the_work(tmp_path: Path) -> N
     file.touch()
     with pytest.raises(IsADirectoryError), replacing(folder):
         pytest.fail("the work was begun")
-    with pytest.raises(NotADirectoryError), replacing_folder(file):
+    with pytest.raises(NotADirectoryError), replacing(file, folder=True):
         pytest.fail("the work was begun")
     assert sorted(tmp_path.iterdir()) == [file, folder]
 
@@ -151,7 +151,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(file)
     (tmp_path / "b").symlink_to(folder)
     write_json(tmp_path / "a", {"a": 1})
-    with replacing_folder(tmp_path / "b") as fresh:
+    with replacing(tmp_path / "b", folder=True) as fresh:
         (fresh / "new").touch()
     assert read_json(file, what="a value") == {"a": 1}
     assert [each.name for each in folder.iterdir()] == ["new"]

@@ -1,6 +1,7 @@
 """One conformance suite for all strategies, and each rule worked by hand."""
 
 import re
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 
 import rankscope as rs
 from rankscope.errors import ModelError, SettingsError
-from rankscope.strategies import NEEDS_PROFILE, STRATEGIES
+from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, Request, Strategy
 from rankscope.targets import fingerprint_targets
 from tests.inventories import check_feasible, vit_inventory
 
@@ -244,3 +245,41 @@ def test_targets_without_any_score_are_named() -> None:
             rs.allocate(
                 strategy, targets=VIT[:2], budget=rs.ParameterBudget(10_000), profile=make_profile(VIT, spectra)
             )
+
+
+def test_a_strategy_may_be_a_function_of_scores_or_gains() -> None:
+    """Scores share parameters out, gains are filled up: as `fisher` and `one-shot` do by hand above."""
+    profile = make_profile(TWO, {"narrow": [3.0, 1.0], "wide": [4.0, 6.0]})
+
+    def squares(request: Request, power: float = 1.0) -> dict[str, float]:
+        return {t.name: request.profiled.column("fisher_trace")[t.name] ** (power / 2) for t in request.targets}
+
+    def fixed(request: Request) -> dict[str, np.ndarray]:
+        return {"narrow": np.array([16.0, 4.0]), "wide": np.array([36.0, 4.0]), "absent": np.array([99.0])}
+
+    found = rs.allocate(squares, targets=TWO, budget=rs.ParameterBudget(280), profile=profile)
+    assert (found.vector, found.strategy) == ((6, 4), "squares")
+    found = rs.allocate(squares, targets=TWO, budget=rs.ParameterBudget(280), profile=profile, power=4.0)
+    assert found.vector == (4, 5)  # 3.4 and 5.3 by 81 : 256; only the narrow module's next rank fits
+    assert rs.allocate(fixed, targets=TWO, budget=rs.ParameterBudget(60)).vector == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        (lambda request: None, {}, "`<lambda>` must return a score, or the gains of ranks, by module name, but returned a NoneType."),
+        (lambda request: {"narrow": 1.0}, {}, "`scores` must cover every target module, but `wide` is missing."),
+        (lambda request: {"narrow": [1.0]}, {}, "`gains` must cover every target module, but `wide` is missing."),
+        (lambda request, tau=1: {}, {"power": 1}, "`<lambda>` takes tau, but got 'power'."),
+    ],
+)  # fmt: skip
+def test_mistakes_of_a_users_function_are_named(strategy: Strategy, options: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        rs.allocate(strategy, targets=TWO, budget=rs.ParameterBudget(100), **options)
+
+
+def test_an_installed_package_may_bring_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("even", "rankscope.strategies:uniform", "rankscope.strategies")
+    monkeypatch.setattr("rankscope.strategies.entry_points", lambda kind: {"even": point})
+    found = rs.allocate("even", targets=TWO, budget=rs.ParameterBudget(120))
+    assert (found.vector, found.strategy) == ((2, 2), "even")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from rankscope.distributed import batch_device, seeded
 from rankscope.errors import TaskError, one_line
-from rankscope.files import replacing_folder
+from rankscope.files import replacing
 from rankscope.tasks.protocol import Batch, Split
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def dequantised(folder: Path, gguf_file: str) -> Path:
         del loaded.config.quantization_config
     fresh = type(loaded)(loaded.config)  # `save_pretrained` refuses a model that was loaded from GGUF
     fresh.load_state_dict(loaded.state_dict())
-    with replacing_folder(plain) as temporary:
+    with replacing(plain, folder=True) as temporary:
         fresh.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return plain

@@ -19,7 +19,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.control import ControllerConfig
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
 from rankscope.errors import TrainingError
-from rankscope.files import replacing_folder, write_json
+from rankscope.files import replacing, write_json
 from rankscope.tasks import Batch, Task, evaluate
 from rankscope.training.methods import Lora, Method, Running, TrainingConfig, TrainingResult
 
@@ -38,7 +38,7 @@ def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -
         folder: Where to.
     """
     options: dict[str, Any] = dict(getattr(task, "model_kwargs", {}))
-    with replacing_folder(folder) as temporary:
+    with replacing(folder, folder=True) as temporary:
         model.save_pretrained(str(temporary))  # type: ignore[operator]
         if options:
             write_json(temporary / OPTIONS_FILE, options)

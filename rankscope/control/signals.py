@@ -30,14 +30,11 @@ from rankscope.profiling import (
     POOLED_BATCHES,
     SUPPORTED,
     Decomposition,
-    GradientStore,
+    GradientHooks,
     LocalHook,
-    Observer,
     RandomMatrices,
     energy_tail,
     in_range,
-    module_device,
-    new_gradient_store,
     thin_svd,
 )
 from rankscope.targets import TargetModule, base_modules
@@ -71,17 +68,6 @@ def _basis(matrix: Tensor) -> Tensor:
 
 Floats = NDArray[np.float64]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
-
-
-@dataclass(slots=True)
-class _Sums:
-    """One module's gradients, summed over the batches of a window."""
-
-    store: GradientStore
-    squares: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.store.tensors(), self.squares]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +117,9 @@ class GradientWindow:
         self._model = model
         self._targets = tuple(target for target in targets if target.kind in SUPPORTED)
         present = dict(base_modules(model))
-        self._modules = {target.name: present[target.name] for target in self._targets}
+        self._modules = {target: present[target.name] for target in self._targets}
         self._matrices = RandomMatrices(k=sketch_size, seed=seed)
-        self._sums = {target.name: self._zeros(target) for target in self._targets}
+        self._sums = GradientHooks(self._modules, self._matrices, inputs=False).accumulators
         self._factor: float | None = None
         self._copied: set[str] = set()  # modules whose inputs change in place
         self._weights: list[float] = []
@@ -155,8 +141,7 @@ class GradientWindow:
                 batches are weighted by it.
         """
         self.close()
-        observer = Observer(
-            self._targets,
+        observer = GradientHooks(
             self._modules,
             self._matrices,
             inputs=False,
@@ -177,14 +162,14 @@ class GradientWindow:
             len(self._copied) > step.n_copied
         ):  # a gradient is lost, where the present inputs are not those that were used
             return
-        observed = step.observer.observed
+        observed = step.observer.accumulators
         finite = torch.isfinite(_total([seen.squares for seen in observed.values()]))
         for name, seen in observed.items():
             for kept, new in zip(self._sums[name].tensors(), seen.tensors(), strict=True):
                 kept += torch.where(finite.to(new.device), new, torch.zeros_like(new))
         self._unread.append((finite, [step.weight] * step.passes))
 
-    def _fits(self, observer: Observer) -> bool:
+    def _fits(self, observer: GradientHooks) -> bool:
         """Whether float32 holds the squares of the gradients; where not, later steps are multiplied by a power of two.
 
         Asked once, of the first sampled step that is finite and not zero. Every process must ask.
@@ -203,8 +188,7 @@ class GradientWindow:
     def clear(self) -> None:
         """Forgets what was seen."""
         for sums in self._sums.values():
-            for tensor in sums.tensors():
-                tensor.zero_()
+            sums.clear()
         self._read()
         self._weights.clear()
 
@@ -225,7 +209,7 @@ class GradientWindow:
         return measured
 
     def _measure(self, factors: Factors, weights: Floats) -> Measured | None:
-        found = {name: sums.store.decompose() for name, sums in self._sums.items()}
+        found = {name: sums.decompose() for name, sums in self._sums.items()}
         energy, noise = self._energies(found, weights)
         if not energy.any():
             return None
@@ -283,20 +267,17 @@ class GradientWindow:
         """The energy of each module's mean gradient, and what of it is noise; (n,) each."""
         total = float(weights.sum())
         energy = np.array([max(each.energy, 0.0) for each in found.values()]) / total**2
-        measured = np.array([float(s.store.measure(s.store.tensors())) for s in self._sums.values()]) / total**2
+        measured = np.array([float(s.measure(s.kept)) for s in self._sums.values()]) / total**2
         squares = np.array([float(sums.squares) for sums in self._sums.values()]) / total
         return energy, noise_of_mean(measured, squares, float((weights**2).sum()) / total**2)
-
-    def _zeros(self, target: TargetModule) -> _Sums:
-        device = module_device(self._modules[target.name])
-        store = new_gradient_store(target.in_features, target.out_features, self._matrices, device)
-        return _Sums(store, torch.zeros((), device=device))
 
 
 class _Step:
     """The hooks of one sampled step."""
 
-    def __init__(self, model: nn.Module, observer: Observer, weight: float, *, n_copied: int, compiled: bool) -> None:
+    def __init__(
+        self, model: nn.Module, observer: GradientHooks, weight: float, *, n_copied: int, compiled: bool
+    ) -> None:
         self.observer, self.weight, self.n_copied, self.passes = observer, weight, n_copied, 0
         self._stack = ExitStack()
         if compiled:

@@ -1,16 +1,14 @@
-"""Profiling: gradient sketches, the hooks that feed them, and the store that keeps their features."""
+"""Profiles: gradients and inputs of the target modules, seen by hooks and kept as sketches."""
 
-from rankscope.profiling.hooks import LocalHook, Observer, in_range, module_device
-from rankscope.profiling.profiler import profile
+from rankscope.profiling.hooks import SUPPORTED, GradientHooks, LocalHook, in_range, is_compiled
+from rankscope.profiling.profiler import head_warmed, profile
 from rankscope.profiling.sketch import (
-    SUPPORTED,
     Decomposition,
-    GradientStore,
+    GradientAccumulator,
     RandomMatrices,
     bytes_of_weights,
-    is_compiled,
     largest_sketch_size,
-    new_gradient_store,
+    new_accumulator,
     thin_svd,
 )
 from rankscope.profiling.statistics import POOLED_BATCHES, energy_tail
@@ -27,20 +25,20 @@ __all__ = [
     "POOLED_BATCHES",
     "SUPPORTED",
     "Decomposition",
-    "GradientStore",
+    "GradientAccumulator",
+    "GradientHooks",
     "LocalHook",
-    "Observer",
     "Profile",
     "RandomMatrices",
     "bytes_of_weights",
     "cumulative_energy",
     "energy_tail",
     "group_energy",
+    "head_warmed",
     "in_range",
     "is_compiled",
     "largest_sketch_size",
-    "module_device",
-    "new_gradient_store",
+    "new_accumulator",
     "pooled_signal",
     "profile",
     "rank_modules",

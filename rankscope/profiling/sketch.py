@@ -1,14 +1,14 @@
-"""Sketches of a module's weight gradient: streamed from inputs and output gradients, never as large as the weight.
+"""Streaming sketches of weight gradients and of module inputs.
 
-The gradient of a linear module is G = sum_n delta_n x_n^T (out x in). Two random projections of it are kept,
+A linear module's gradient is G = sum_n delta_n x_n^T (out x in). Two random projections of it are kept,
 
     Y = G Omega   and   Z = Psi G,
 
-and from them the leading singular triples follow: Q = orth(Y), X = (Psi Q)^+ Z, G ~ Q X
+from which the leading singular triples follow: Q = orth(Y), X = (Psi Q)^+ Z, G ~ Q X
 (Tropp, Yurtsever, Udell, Cevher, "Practical sketching algorithms for low-rank matrix approximation", 2017, Alg. 4).
-Both are linear in G, so the sketch of a sum, over batches or processes, is the sum of sketches. Omega is Gaussian. Psi is
-a count sketch (Clarkson and Woodruff 2013): it adds coordinates up in l buckets under random signs, which costs one pass
-over the deltas and no memory, and on real gradients reconstructs as well as a Gaussian of l rows.
+Both are linear in G, so sketches add up over batches and processes. Omega is Gaussian. Psi is a count sketch (Clarkson and
+Woodruff 2013): it sums coordinates into l buckets under random signs. That takes one pass over the deltas and no memory, and
+on real gradients it reconstructs as well as a Gaussian of l rows.
 """
 
 from __future__ import annotations
@@ -16,110 +16,28 @@ from __future__ import annotations
 import bisect
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankscope.distributed import whole
-from rankscope.targets import TargetModule, base_layer
+from rankscope.distributed import sum_over_processes
+from rankscope.errors import SettingsError
+from rankscope.targets import TargetModule
 
-logger = logging.getLogger(__name__)
-
-
-SUPPORTED = ("linear", "conv1d", "conv2d")
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile` wraps the model or a part of it, or `Module.compile` compiled one in place."""
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
-
-
-@contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Runs what torch.compile made of any part of the model as it was before, since compiled code passes over new hooks."""
-    if is_compiled(model):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
-
-
-def solvable(tensor: Tensor) -> Tensor:
-    """The tensor where torch.linalg's solvers run: on its device, but for MPS, which lacks them."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
-
-
-def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, k), S (k,) and Vh (k, n), with k = min(m, n); `torch.linalg.svd` of a thin matrix, whatever its device.
-
-    On a GPU the SVD proper is that of the triangular factor, taken on the CPU: cuSOLVER needs tens of milliseconds for it.
-    """
-    if matrix.device.type == "cpu":
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left, values, right
-    if len(matrix) < matrix.shape[1]:
-        left, values, right = thin_svd(matrix.T)
-        return right.T, values, left.T
-    basis, core = torch.linalg.qr(matrix)
-    left, values, right = (part.to(matrix.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
-    return basis @ left, values, right
-
-
-def row_blocks(matrix: Tensor, on_cpu: int) -> tuple[Tensor, ...]:
-    """The matrix in blocks of rows, so that copies of a block are small: `on_cpu` rows, or 64 MB where a block costs launches."""
-    size = on_cpu if matrix.device.type == "cpu" else max(on_cpu, 2**24 // max(matrix.shape[1], 1))
-    blocks: tuple[Tensor, ...] = matrix.split(size)
-    return blocks
-
-
-def as_rows(module: nn.Module, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, in) and (n, out) with the weight gradient sum_n deltas_n inputs_n^T; positions and patches are rows."""
-    module = base_layer(module)
-    if isinstance(module, nn.Conv2d):
-        if inputs.ndim == 3:
-            inputs, deltas = inputs[None], deltas[None]
-        inputs, deltas = _patches(module, inputs), deltas.flatten(2).transpose(1, 2)
-    return inputs.reshape(-1, inputs.shape[-1]), deltas.reshape(-1, deltas.shape[-1])
-
-
-def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """(batch, positions, channels * height * width) as the kernel sees them."""
-    around = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = nn.functional.pad(inputs, around, mode=mode)
-    columns = nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-    return columns.transpose(1, 2)
-
-
-def dense_weight(module: nn.Module) -> Tensor | None:
-    """The weight as (out, in), dequantised where bitsandbytes holds it; None where it cannot be read, as on the meta device."""
-    module = base_layer(module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
-    weight = whole(weight.detach())
-    if hasattr(module.weight, "quant_state") or hasattr(module.weight, "SCB"):
-        from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-        weight = dequantize_bnb_weight(module.weight, state=getattr(module, "state", None)).detach()
-    if not weight.is_floating_point() or weight.is_meta:
-        return None
-    if type(module).__name__ == "Conv1D":
-        return weight.T
-    return weight.flatten(1)
-
-
-SKETCH_SIZE = 56  # k, at least, if memory allows
+SKETCH_SIZE = 56  # columns k that every profile wants, if memory allows
 LEAST_SIZE = 8  # whatever memory allows
-SKETCH_SHARE = 0.25  # of the bytes that the model's weights take
-SKETCH_BYTES = 2**30  # that sketches may take in any case
+SKETCH_SHARE = 0.25  # of the bytes of the model's weights
+SKETCH_BYTES = 2**30  # allowed in any case
+INPUT_ROWS = 2048  # converted to float32 at a time
 Increment = tuple[Tensor, ...]
+Size = TypeVar("Size", int, NDArray[np.float64])
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +48,8 @@ class Decomposition:
         left: Leading left singular vectors, (out, k).
         values: Leading singular values, (k,), descending.
         right: Leading right singular vectors, (k, in).
-        energy: ||G||_F^2; in expectation that of `GradientStore.measure`, but less scattered.
-        error: Standard error of each leading singular value, in its units; 0 where the gradient was kept whole.
+        energy: ||G||_F^2; in expectation that of `GradientAccumulator.measure`, with less variance.
+        error: Standard error of each leading singular value; 0 if the gradient was kept whole.
     """
 
     left: Tensor
@@ -141,164 +59,140 @@ class Decomposition:
     error: float
 
 
-class GradientStore(Protocol):
-    """What the profiler needs: turn one call into an increment, add increments up, decompose the sum."""
-
-    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
-        """What sum_n deltas_n inputs_n^T adds to the store; `inputs` is (n, in), `deltas` is (n, out)."""
-        ...
-
-    def add(self, increment: Increment) -> None:
-        """Adds it."""
-        ...
-
-    def measure(self, increment: Increment) -> Tensor:
-        """||G||_F^2 of one increment, exact or without bias; a scalar that stays on the device."""
-        ...
-
-    def tensors(self) -> Increment:
-        """What is kept, itself an increment: these are summed over processes."""
-        ...
-
-    def decompose(self) -> Decomposition:
-        """The leading singular triples and the energy of all that was added."""
-        ...
-
-
 class RandomMatrices:
-    """The random matrices of every size, made once and shared by all modules of that size.
+    """The random matrices of all sizes, shared by the modules of each size. Equal seeds give equal matrices on any device.
 
     Args:
         k: Columns of the narrow sketch: how many singular triples can be found. The wide one has l = 4 k rows: with 3 k,
             single modules are off by half as much again.
-        seed: Equal seeds give equal matrices on every device and process.
+        seed: Of the random numbers.
     """
 
     def __init__(self, *, k: int, seed: int) -> None:
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise SettingsError(f"`seed` must be a whole number from 0 to {2**32 - 1}, but got {seed!r}.")
         self.k, self.l, self.seed = k, 4 * k, seed
-        self._made: dict[tuple[str, int, torch.device], Tensor] = {}
+        self._drawn: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def omega(self, size: int, device: torch.device) -> Tensor:
-        """Omega, (size, k), independent standard normal."""
-        return self._get("omega", size, (size, self.k), device)
+        """Omega, (size, k), standard normal."""
+        return self._get("omega", size, device, lambda generator: torch.randn(size, self.k, generator=generator))
 
     def signs(self, size: int, device: torch.device) -> Tensor:
-        """The signs of Psi, (size,), independent and fair."""
-        return self._get("signs", size, (size,), device)
+        """The signs of Psi, (size,)."""
+        return self._get(
+            "signs", size, device, lambda generator: torch.randint(2, (size,), generator=generator) * 2.0 - 1
+        )
 
-    def _get(self, which: str, size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        if (which, size, device) not in self._made:
-            generator = torch.Generator().manual_seed(2 * (self.seed * 1_000_003 + size) + (which == "signs"))
-            if which == "omega":
-                made = torch.randn(shape, generator=generator)
-            else:
-                made = torch.randint(2, shape, generator=generator).float() * 2.0 - 1.0
-            self._made[which, size, device] = made.to(device)
-        return self._made[which, size, device]
-
-
-@dataclass(slots=True)
-class ExactGradient:
-    """The gradient itself, for modules so small that a sketch would save less than half."""
-
-    gradient: Tensor
-
-    @classmethod
-    def zeros(
-        cls, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> ExactGradient:
-        """A store of the zero gradient."""
-        return cls(torch.zeros(out_features, in_features, device=device, dtype=dtype))
-
-    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
-        """See `GradientStore`."""
-        return ((deltas.T @ inputs).to(self.gradient.dtype),)
-
-    def add(self, increment: Increment) -> None:
-        """See `GradientStore`."""
-        self.gradient += increment[0]
-
-    def measure(self, increment: Increment) -> Tensor:
-        """See `GradientStore`."""
-        return increment[0].square().sum()
-
-    def tensors(self) -> Increment:
-        """See `GradientStore`."""
-        return (self.gradient,)
-
-    def decompose(self) -> Decomposition:
-        """See `GradientStore`."""
-        left, values, right = thin_svd(solvable(self.gradient))
-        return Decomposition(left, values, right, float(self.gradient.square().sum()), 0.0)
+    def _get(self, which: str, size: int, device: torch.device, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        key = (which, size, device)
+        if key not in self._drawn:
+            seed = 2 * (self.seed * 1_000_003 + size) + (which == "signs")
+            self._drawn[key] = draw(torch.Generator().manual_seed(seed)).to(device)
+        return self._drawn[key]
 
 
-@dataclass(slots=True)
-class SketchedGradient:
-    """Two-sided sketch (Y, Z) of a gradient, or of its transpose where `in > out`.
+# --- gradients ---------------------------------------------------------------------------------------------------
 
-    The narrow sketch Y (k columns) lies on the longer side and the wide one Z (l rows) on the shorter, which costs
-    k * max(in, out) + l * min(in, out) numbers. Omega and the signs of Psi are shared by all modules of one size.
+
+class GradientAccumulator(ABC):
+    """The sum of one module's weighted batch gradients.
 
     Attributes:
-        narrow: Y, (max(in, out), k).
-        wide: Z, (l, min(in, out)).
-        omega: (min(in, out), k).
-        signs: Of Psi, (max(in, out),).
-        transposed: Whether it is G^T that is sketched.
+        kept: What is linear in the gradient; `increment` returns as many tensors.
+        squares: Sum over batches of weight times ||mean gradient||_F^2, a scalar.
+        batches: How many were added.
     """
 
-    narrow: Tensor
-    wide: Tensor
-    omega: Tensor
-    signs: Tensor
-    transposed: bool
+    def __init__(self, *kept: Tensor) -> None:
+        self.kept: Increment = kept
+        self.squares = kept[0].new_zeros(())
+        self.batches = 0
 
-    @classmethod
-    def zeros(
-        cls,
+    @abstractmethod
+    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
+        """What sum_n deltas_n inputs_n^T adds to `kept`; `inputs` is (n, in), `deltas` is (n, out)."""
+
+    @abstractmethod
+    def decompose(self) -> Decomposition:
+        """Leading singular triples and energy of the sum."""
+
+    def measure(self, increment: Increment) -> Tensor:
+        """||G||_F^2, a scalar on the device. Unbiased if sketched: Psi's columns are unit vectors of independent signs."""
+        return increment[-1].square().sum()
+
+    def add(self, increment: Increment, weight: float = 1.0) -> None:
+        """Add a batch's gradient, which is already multiplied by the batch's weight."""
+        self.squares += self.measure(increment) / weight
+        for total, part in zip(self.kept, increment, strict=True):
+            total += part
+        self.batches += 1
+
+    def scale(self, gradient: float, weight: float) -> None:
+        """Multiply all gradients, and all batch weights, by factors."""
+        for tensor in self.kept:
+            tensor *= gradient * weight
+        self.squares *= weight * gradient**2
+
+    def tensors(self) -> Increment:
+        """All that is summed over batches and processes."""
+        return (*self.kept, self.squares)
+
+    def clear(self) -> None:
+        """Set every sum to zero."""
+        for tensor in self.tensors():
+            tensor.zero_()
+        self.batches = 0
+
+
+class ExactGradient(GradientAccumulator):
+    """The whole gradient, (out, in), of a module so small that a sketch would save less than half."""
+
+    def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
+        """See `GradientAccumulator`."""
+        return ((deltas.T @ inputs).to(self.squares.dtype),)
+
+    def decompose(self) -> Decomposition:
+        """See `GradientAccumulator`."""
+        gradient = self.kept[0]
+        return Decomposition(*thin_svd(solvable(gradient)), float(gradient.square().sum()), 0.0)
+
+
+class SketchedGradient(GradientAccumulator):
+    """Two-sided sketch (Y, Z) of a gradient, or of its transpose if in > out.
+
+    The narrow sketch Y, (max(in, out), k), lies on the longer side and the wide one Z, (l, min(in, out)), on the shorter.
+    """
+
+    def __init__(
+        self,
         in_features: int,
         out_features: int,
         matrices: RandomMatrices,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-    ) -> SketchedGradient:
-        """A sketch of the zero gradient."""
+    ) -> None:
         short, long = sorted((in_features, out_features))
-        return cls(
-            narrow=torch.zeros(long, matrices.k, device=device, dtype=dtype),
-            wide=torch.zeros(matrices.l, short, device=device, dtype=dtype),
-            omega=matrices.omega(short, device),
-            signs=matrices.signs(long, device),
-            transposed=in_features > out_features,
-        )
+        self.narrow = torch.zeros(long, matrices.k, device=device, dtype=dtype)
+        self.wide = torch.zeros(matrices.l, short, device=device, dtype=dtype)
+        self.omega, self.signs = matrices.omega(short, device), matrices.signs(long, device)
+        self.transposed = in_features > out_features
+        super().__init__(self.narrow, self.wide)
 
     def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
-        """See `GradientStore`."""
+        """See `GradientAccumulator`."""
         rows, columns = (inputs, deltas) if self.transposed else (deltas, inputs)  # G = rows^T columns
         narrow = rows.T @ (columns @ self.omega.to(columns.dtype))
         return narrow.to(self.narrow.dtype), (self.compress(rows).T @ columns).to(self.wide.dtype)
 
-    def add(self, increment: Increment) -> None:
-        """See `GradientStore`."""
-        self.narrow += increment[0]
-        self.wide += increment[1]
-
-    def measure(self, increment: Increment) -> Tensor:
-        """E ||Psi G||^2 = ||G||^2, since Psi's columns are unit vectors of independent signs. See `GradientStore`."""
-        return increment[1].square().sum()
-
-    def tensors(self) -> Increment:
-        """See `GradientStore`."""
-        return self.narrow, self.wide
-
     def decompose(self) -> Decomposition:
-        """See `GradientStore`. The fit X = Q^T G + (Psi Q)^+ Psi R, where R = G - Q Q^T G is what the range Q misses.
+        """The fit is X = Q^T G + (Psi Q)^+ Psi R, where R = G - Q Q^T G is what the range Q misses.
 
-        For R's columns of any direction outside Q, with P = Psi Q and D = Psi Psi^T (the buckets' sizes, diagonal), X carries
-        (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too much, and the fit's residual has tr (I - P P^+) D / (n - k) ||R||^2.
+        For columns of R in any direction outside Q, with P = Psi Q and D = Psi Psi^T (the bucket sizes, diagonal), the energy
+        of X is (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too large, and the residual's is tr (I - P P^+) D / (n - k) ||R||^2.
 
-        A leading direction v loses about ||R||^2 / k to R, of which the fit scatters a k-th of that excess onto its own left
-        vector: hence the error of a singular value, to first order (tests/profiling/test_real_gradients.py has MiniLM's).
+        A leading direction loses about ||R||^2 / k to R. The fit scatters a k-th of the excess onto its own left vector, which
+        gives the standard error of a singular value to first order (tests/profiling/test_real_gradients.py).
         """
         wide = solvable(self.wide)
         basis = torch.linalg.qr(solvable(self.narrow)).Q
@@ -315,11 +209,10 @@ class SketchedGradient:
         left = basis @ left
         if self.transposed:
             left, right = right.T, left.T
-        error = math.sqrt(max(missed * excess, 0.0)) / k
-        return Decomposition(left, values, right, energy, error)
+        return Decomposition(left, values, right, energy, math.sqrt(max(missed * excess, 0.0)) / k)
 
     def compress(self, rows: Tensor) -> Tensor:
-        """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign, in blocks of rows to save memory."""
+        """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign, a block of rows at a time."""
         long, l = self.signs.numel(), self.wide.shape[0]
         signs = self.signs.to(rows.dtype)
         pieces = []
@@ -330,16 +223,30 @@ class SketchedGradient:
         return torch.cat(pieces)
 
 
-def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weight_bytes: int) -> tuple[int, int]:
-    """The size k that a budget asks for, and the largest of it that fits the memory bound.
+def new_accumulator(
+    in_features: int,
+    out_features: int,
+    matrices: RandomMatrices,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> GradientAccumulator:
+    """A sketch, or the gradient itself if a sketch would save less than half of it."""
+    short, long = sorted((in_features, out_features))
+    if 2 * _sketch_numbers(matrices.k, short, long) > short * long:
+        return ExactGradient(torch.zeros(out_features, in_features, device=device, dtype=dtype))
+    return SketchedGradient(in_features, out_features, matrices, device, dtype)
 
-    Asked for are twice the mean rank of a budget, and 56 at least. All sketches together may take a quarter of the memory of
-    the model's weights, or 1 GiB where that is more; below a size of 8 they do not shrink.
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weight_bytes: int) -> tuple[int, int]:
+    """The size k that a budget calls for, and the largest up to it within the memory bound.
 
     Args:
         targets: The target modules.
-        limit: The budget, in adapter parameters; None: 56 will do.
-        weight_bytes: Of the model's weights.
+        limit: The budget, in adapter parameters: it calls for twice its mean rank, and 56 at least. None: 56.
+        weight_bytes: Memory of the model's weights.
     """
     mean_rank = 0.0 if limit is None else limit / max(sum(target.rank_cost for target in targets), 1)
     wanted = max(SKETCH_SIZE, min(math.ceil(2 * mean_rank), max(target.full_rank for target in targets)))
@@ -347,14 +254,19 @@ def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weigh
 
 
 def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_bytes: int, *, copies: int = 1) -> int:
-    """The largest size up to the one that is wanted at which all sketches, in so many copies, fit the memory bound.
+    """The largest size up to `wanted` at which that many copies of all sketches fit the memory bound.
 
-    A warning says where that is less than what is wanted.
+    The bound is a quarter of the memory of the model's weights, or 1 GiB if that is more; sizes below 8 are never chosen.
+    A warning says if the bound binds.
     """
-    sides = np.array([sorted((t.in_features, t.out_features)) for t in targets], dtype=np.float64)
+    short, long = np.sort([(t.in_features, t.out_features) for t in targets], axis=1).T.astype(np.float64)
+
+    def memory(size: int) -> float:
+        whole, sketch = short * long, _sketch_numbers(size, short, long)
+        return 4.0 * float(np.where(2 * sketch > whole, whole, sketch).sum())
+
     bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES) / copies
-    larger = range(LEAST_SIZE + 1, wanted + 1)
-    size = LEAST_SIZE + bisect.bisect_right(larger, bound, key=lambda size: _sketch_bytes(sides, size))
+    size = LEAST_SIZE + bisect.bisect_right(range(LEAST_SIZE + 1, wanted + 1), bound, key=memory)
     if size < wanted:
         logger.warning(
             "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
@@ -364,32 +276,125 @@ def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_byt
     return size
 
 
+def _sketch_numbers(k: int, short: Size, long: Size) -> Size:
+    """How many numbers a sketch keeps."""
+    return k * long + 4 * k * short
+
+
 def bytes_of_weights(model: nn.Module) -> int:
-    """The memory that the model's parameters take."""
+    """Memory of the model's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def _sketch_bytes(sides: NDArray[np.float64], size: int) -> float:
-    """Memory of all gradient stores of one size; `sides` are (n, 2), the shorter first."""
-    whole = sides.prod(axis=1)
-    sketch = size * sides[:, 1] + 4 * size * sides[:, 0]
-    return 4.0 * float(np.where(2 * sketch > whole, whole, sketch).sum())
+# --- inputs ------------------------------------------------------------------------------------------------------
 
 
-def new_gradient_store(
-    in_features: int,
-    out_features: int,
-    matrices: RandomMatrices,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> GradientStore:
-    """A sketch of the zero gradient, or the gradient itself where a sketch would save less than half of it."""
-    short, long = sorted((in_features, out_features))
-    if 2 * (matrices.k * long + matrices.l * short) > in_features * out_features:
-        return ExactGradient.zeros(in_features, out_features, device, dtype)
-    return SketchedGradient.zeros(in_features, out_features, matrices, device, dtype)
+class InputSketch:
+    """The covariance C of a module's inputs, from sums about the running mean m of the rows x.
+
+    All sums are float32. With raw sums, the variance of a channel with a large mean would be a difference of large numbers:
+    mere rounding in bfloat16. Parts are merged as in Chan, Golub and LeVeque 1983.
+
+    Attributes:
+        omega: (in, k), independent standard normal.
+        count: Number of rows, an integer scalar.
+        mean: m, (in,).
+        squares: sum ||x - m||^2, a scalar.
+        product: sum (x - m) (x - m)^T Omega, (in, k).
+    """
+
+    def __init__(self, omega: Tensor) -> None:
+        self.omega = omega
+        self.count = torch.zeros((), dtype=torch.int64, device=omega.device)
+        self.mean, self.squares, self.product = (
+            omega.new_zeros(len(omega)),
+            omega.new_zeros(()),
+            torch.zeros_like(omega),
+        )
+
+    def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add rows, (n, in), of any floating type; those with 0 in the mask, (n,), are padding and do not count."""
+        masks = [None] * len(inputs) if mask is None else mask.eq(0)[:, None].split(INPUT_ROWS)
+        for part, padding in zip(inputs.split(INPUT_ROWS), masks, strict=False):
+            self._add(part.float(), padding)
+
+    def _add(self, rows: Tensor, padding: Tensor | None) -> None:
+        n = torch.full_like(self.count, len(rows))
+        if padding is not None:
+            n -= padding.sum()
+            rows = rows.masked_fill(padding, 0.0)
+        mean = rows.sum(dim=0) / n.clamp_min(1)
+        rows = rows - mean
+        if padding is not None:
+            rows = rows.masked_fill(padding, 0.0)
+        apart, total = mean - self.mean, self.count + n
+        between = self.count * (n / total.clamp_min(1))
+        self.squares += rows.square().sum() + between * apart.square().sum()
+        self.product += rows.T @ (rows @ self.omega) + between * torch.outer(apart, apart @ self.omega)
+        self.mean += apart * (n / total.clamp_min(1))
+        self.count = total
+
+    def over_processes(self) -> InputSketch:
+        """A sketch of the rows of all processes; every process must call it."""
+        total = InputSketch(self.omega)
+        total.count += self.count
+        total.mean += self.mean * self.count
+        sum_over_processes([total.count, total.mean])
+        total.mean /= total.count.clamp_min(1)
+        apart = self.mean - total.mean
+        total.squares += self.squares + self.count * apart.square().sum()
+        total.product += self.product + self.count * torch.outer(apart, apart @ self.omega)
+        sum_over_processes([total.squares, total.product])
+        return total
+
+    def second_moment(self) -> float:
+        """Mean ||x||^2."""
+        return self.variance() + float(self.mean.square().sum())
+
+    def variance(self) -> float:
+        """Tr C."""
+        return float(self.squares / self.count.clamp_min(1))
+
+    def effective_rank(self) -> float:
+        """(tr C)^2 / ||C||_F^2 (the participation ratio), with ||C||_F^2 = E ||C Omega||_F^2 / k."""
+        squared = float((self.product / self.count.clamp_min(1)).square().sum()) / self.omega.shape[1]
+        return self.variance() ** 2 / squared if squared else 0.0
+
+    def variances(self) -> Tensor:
+        """Leading eigenvalues of C, descending, at least 0 (Nystrom: Halko, Martinsson, Tropp 2011, sec. 5.5): EVA's signal."""
+        omega, sketch = solvable(self.omega), solvable(self.product / self.count.clamp_min(1))
+        basis = torch.linalg.qr(sketch).Q
+        core = torch.linalg.lstsq((basis.T @ omega).T, (basis.T @ sketch).T).solution
+        values: Tensor = torch.linalg.eigvalsh((core + core.T) / 2.0)
+        return values.flip(0).clamp_min(0.0)
 
 
-def is_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no number is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+# --- linear algebra ----------------------------------------------------------------------------------------------
+
+
+def solvable(tensor: Tensor) -> Tensor:
+    """The tensor on a device that torch.linalg's solvers support: its own, or the CPU for MPS."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,) and Vh (k, n) with k = min(m, n), on any device.
+
+    For a matrix on a GPU the triangular factor is decomposed on the CPU: cuSOLVER takes tens of milliseconds for it.
+    """
+    if matrix.device.type == "cpu":
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    if len(matrix) < matrix.shape[1]:
+        left, values, right = thin_svd(matrix.T)
+        return right.T, values, left.T
+    basis, core = torch.linalg.qr(matrix)
+    left, values, right = (part.to(matrix.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
+    return basis @ left, values, right
+
+
+def row_blocks(matrix: Tensor, on_cpu: int) -> tuple[Tensor, ...]:
+    """The matrix in blocks of rows, so that copies of a block are small: `on_cpu` rows, or 64 MB on other devices."""
+    size = on_cpu if matrix.device.type == "cpu" else max(on_cpu, 2**24 // max(matrix.shape[1], 1))
+    blocks: tuple[Tensor, ...] = matrix.split(size)
+    return blocks

@@ -1,10 +1,10 @@
-"""What a profile says of each module, as pure functions of gradients, activations and weights; each names its source."""
+"""Pure functions from gradients and weights to a profile's features. Each names its source."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from rankscope.profiling.sketch import row_blocks
 
-_ROWS = 256  # of a weight at a time, to save memory
-_LOGARITHM = 1e-12  # a power whose integral is that of 1 / x
-_ROUNDING = 1e-7  # of float32 sums: less than this share of the energy is not an estimate
-POOLED_BATCHES = 8  # the share of all modules together counts as much as this many batches of one's own
+BLOCK_ROWS = 256  # of a weight at a time, to save memory
+_ROUNDING = 1e-7  # of float32 sums: a smaller share of the energy is not an estimate
+POOLED_BATCHES = 8  # the pooled share of signal counts as much as this many batches
+
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class SignalAndNoise:
+class SignalAndNoise(NamedTuple):
     """Where a mean gradient's energy comes from.
 
     Attributes:
-        signal: ||E g||_F^2, without bias, so it may be slightly negative.
-        noise: What the mean over all examples still has of noise: tr Cov(g) / examples.
+        signal: ||E g||_F^2, unbiased, so it may be slightly negative.
+        noise: tr Cov(g) / examples: the noise left in the mean over all examples.
         fisher_trace: E ||g||_F^2 over single examples, the trace of the empirical Fisher matrix.
     """
 
@@ -37,17 +37,17 @@ class SignalAndNoise:
 def split_energy(
     energy: float, squares: float, sizes: Sequence[float], *, measured: float | None = None
 ) -> SignalAndNoise:
-    """Splits the energy of a mean gradient by the scatter between batches (one-way analysis of variance).
+    """Split the energy of a mean gradient by the scatter between batches (one-way analysis of variance).
 
-    A batch of n_b examples has the mean gradient G_b, with E ||G_b||^2 = ||E g||^2 + tr Cov(g) / n_b. So
-    sum_b n_b ||G_b||^2 - N ||G||^2 has the expectation (B - 1) tr Cov(g), for independent examples. This compares every batch
-    with every other: it is the U-statistic of <G_b, G_b'> over all pairs (McCandlish et al., arXiv 1812.06162, App. A.1).
+    A batch of n_b examples has a mean gradient G_b with E ||G_b||^2 = ||E g||^2 + tr Cov(g) / n_b. So for independent examples
+    E [sum_b n_b ||G_b||^2 - N ||G||^2] = (B - 1) tr Cov(g). This is the U-statistic of <G_b, G_b'> over all pairs of batches
+    (McCandlish et al., arXiv 1812.06162, App. A.1).
 
     Args:
         energy: ||G||_F^2 of the mean over all examples.
         squares: sum_b n_b ||G_b||_F^2.
         sizes: n_b, at least two.
-        measured: ||G||_F^2 by the same estimator as in `squares`, where that is another than `energy`'s: its error cancels.
+        measured: ||G||_F^2 by the estimator that `squares` uses, if `energy` uses another: its error then cancels.
 
     >>> split_energy(energy=1.0, squares=8.0, sizes=[4, 4])  # both batches have the same gradient: no noise
     SignalAndNoise(signal=1.0, noise=0.0, fisher_trace=1.0)
@@ -58,11 +58,11 @@ def split_energy(
     return SignalAndNoise(signal, variance / total, signal + variance)
 
 
-def signal_shares(signal: NDArray[np.float64], energy: NDArray[np.float64], n_batches: int) -> NDArray[np.float64]:
-    """Each module's share of signal in its gradient energy, in [0, 1], drawn towards that of all modules together.
+def signal_shares(signal: Floats, energy: Floats, n_batches: int) -> Floats:
+    """Each module's share of signal in its gradient energy, in [0, 1], shrunk towards the pooled share of all modules.
 
-    With few batches a module's own share scatters as much as shares differ between modules, so the pooled share counts as
-    much as `POOLED_BATCHES` batches (an empirical-Bayes estimate in the manner of Efron and Morris 1975).
+    With few batches a module's own share scatters as much as shares differ between modules. The pooled share counts as
+    `POOLED_BATCHES` batches (an empirical-Bayes estimate in the manner of Efron and Morris 1975).
 
     Args:
         signal: (modules,) squared norms of the expected gradients.
@@ -72,27 +72,24 @@ def signal_shares(signal: NDArray[np.float64], energy: NDArray[np.float64], n_ba
     pooled = signal.sum() / energy.sum() if energy.sum() > 0 else 0.0
     own = np.divide(signal, energy, out=np.full_like(signal, pooled), where=energy > 0)
     weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
-    shares = weight * np.clip(own, 0.0, 1.0) + (1.0 - weight) * np.clip(pooled, 0.0, 1.0)
-    return np.asarray(shares, dtype=np.float64)
+    return np.asarray(weight * np.clip(own, 0.0, 1.0) + (1.0 - weight) * np.clip(pooled, 0.0, 1.0), dtype=np.float64)
 
 
-def energy_tail(
-    energies: NDArray[np.float64], total: float, size: int, length: int | None = None
-) -> NDArray[np.float64]:
-    """Estimates the spectrum beyond its leading k energies from what they leave of the total: a decreasing power law.
+def energy_tail(energies: Floats, total: float, size: int, length: int | None = None) -> Floats:
+    """Estimate the spectrum beyond its leading k energies from what they leave of the total: a decreasing power law.
 
-    The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 is the one
-    at which indices k + 1 to `size` sum to what is left, so the tail does not increase, starts at or below e_k, and has the
-    right total. Where even a flat tail at e_k holds less than is left (a sketch underrates its last values), it is flat.
+    The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 makes
+    indices k + 1 to `size` sum to what is left, so the tail starts at or below e_k and has the right total. If even a flat tail
+    at e_k holds less than what is left (a sketch underrates its last values), the tail is flat.
 
     Args:
         energies: (k,) leading squared singular values, or eigenvalues of a covariance; not increasing.
-        total: Of the whole spectrum. What is left must exceed float32's rounding of it, or the tail is zero.
-        size: How many the whole spectrum has.
-        length: Up to which index to go; default: `size`.
+        total: Sum of the whole spectrum. If `energies` leave no more than float32's rounding of it, the tail is zero.
+        size: Length of the whole spectrum.
+        length: Last index to return; default: `size`.
 
     Returns:
-        The energies of indices k + 1 to `length`; empty where k is as large.
+        The energies of indices k + 1 to `length`.
 
     >>> energies = 1.0 / np.arange(1, 101) ** 1.5
     >>> energy_tail(energies[:40], energies.sum(), 100)[[0, 9, 59]].round(5), energies[[40, 49, 99]].round(5)
@@ -107,7 +104,7 @@ def energy_tail(
     start, end = math.log1p(0.5 / k), math.log((size + 0.5) / k)
 
     def integral(exponent: float) -> float:
-        b = (1.0 - exponent) or _LOGARITHM
+        b = (1.0 - exponent) or 1e-12  # a power with the integral of 1 / x
         return math.exp(b * start) * math.expm1(b * (end - start)) / b
 
     if share >= integral(0.0):
@@ -116,7 +113,7 @@ def energy_tail(
     for _ in range(80):
         middle = (low + high) / 2.0
         low, high = (middle, high) if integral(middle) > share else (low, middle)
-    b, edges = (1.0 - high) or _LOGARITHM, np.log((np.arange(k, k + tail.size + 1) + 0.5) / k)
+    b, edges = (1.0 - high) or 1e-12, np.log((np.arange(k, k + tail.size + 1) + 0.5) / k)
     return np.asarray(last * k * np.exp(b * edges[:-1]) * np.expm1(b * np.diff(edges)) / b, dtype=np.float64)
 
 
@@ -133,16 +130,12 @@ def effective_rank(values: Tensor) -> float:
 def stable_rank(weight: Tensor, *, iterations: int = 30) -> float:
     """||W||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007), with sigma_1 by power iteration from a fixed start.
 
-    Args:
-        weight: (out, in).
-        iterations: Of the power method; it approaches sigma_1 from below.
-
     >>> round(stable_rank(torch.eye(5)), 3)
     5.0
     """
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(weight.shape[1], generator=generator).to(weight.device)
-    blocks = row_blocks(weight, _ROWS)
+    blocks = row_blocks(weight, BLOCK_ROWS)
     image: list[Tensor] = []
     for _ in range(iterations):
         direction = direction / direction.norm().clamp_min(torch.finfo(torch.float32).tiny)
@@ -155,17 +148,17 @@ def stable_rank(weight: Tensor, *, iterations: int = 30) -> float:
 
 def frobenius_norm(weight: Tensor) -> float:
     """||W||_F in single precision, without a copy of the weight."""
-    return float(torch.stack([part.float().norm() for part in row_blocks(weight, _ROWS)]).norm())
+    return float(torch.stack([part.float().norm() for part in row_blocks(weight, BLOCK_ROWS)]).norm())
 
 
 def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
-    """Sum |w_ij g_ij|, the first-order change of the loss when single weights are removed (Molchanov et al. 2017; AdaLoRA, GoRA).
+    """Sum |w_ij g_ij|, the first-order change of the loss when single weights are removed (Molchanov et al. 2017; AdaLoRA).
 
     Args:
         weight: (out, in).
-        basis: (out, k), and
-        core: (k, in): the gradient as basis @ core. Where it is sketched, the part beyond its leading k directions is missing.
+        basis: (out, k), with
+        core: (k, in), the gradient's leading k directions: basis @ core.
     """
-    blocks = row_blocks(weight, _ROWS)
+    blocks = row_blocks(weight, BLOCK_ROWS)
     parts = zip(blocks, basis.split(len(blocks[0])), strict=True)
     return float(torch.stack([(part.float() * (rows @ core)).abs().sum() for part, rows in parts]).sum())

@@ -1,4 +1,4 @@
-"""What a profile says in short: where the gradient's energy is, by module, tower and role, and how concentrated."""
+"""`Profile`: per-module features of one model on one data set. Its schema, its file and its summaries."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -19,81 +20,110 @@ from numpy.typing import NDArray
 
 from rankscope.errors import FileError, ModelError, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
-from rankscope.profiling.statistics import energy_tail
+from rankscope.profiling.statistics import Floats, energy_tail
 from rankscope.targets import TargetModule, fingerprint_targets
 
 logger = logging.getLogger(__name__)
 
+SCHEMA_VERSION = 4
+Vectors = NDArray[np.float32]
 
-SCHEMA = 4
-_KEY = b"rankscope"
-_TEXT, _WHOLE, _NUMBER, _NUMBERS, _VECTORS = (
-    pa.string(), pa.int64(), pa.float64(), pa.list_(pa.float64()), pa.list_(pa.float32())
-)  # fmt: skip
-# Name, type, what it holds; one row a target module, in the model's order.
-COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
-    ("module", _TEXT, "full dotted name"),
-    ("tower", _TEXT, "see `rankscope.targets.TargetModule`"),
-    ("block", _WHOLE, "block index inside the tower; null outside blocks"),
-    ("role", _TEXT, "see `rankscope.targets.TargetModule`"),
-    ("kind", _TEXT, "see `rankscope.targets.TargetModule`"),
-    ("in_features", _WHOLE, "shape"),
-    ("out_features", _WHOLE, "shape"),
-    ("rank_cost", _WHOLE, "parameters that one more rank adds"),
-    ("gradient_norm", _NUMBER, "Frobenius norm of the mean gradient G of the loss"),
-    ("signal_energy", _NUMBER, "squared norm of the expected gradient, without bias (may be slightly negative)"),
-    ("noise_energy", _NUMBER, "squared norm of what the mean of this many batches still has of noise"),
-    ("signal_share", _NUMBER, "share of signal in the gradient's energy, drawn towards that of all modules, in [0, 1]"),
-    ("fisher_trace", _NUMBER, "trace of the empirical Fisher matrix: mean squared gradient norm of single examples"),
-    ("gradient_rank", _NUMBER, "effective rank of G (participation ratio of its leading singular values)"),
-    ("singular_values", _NUMBERS, "leading singular values of G, descending; `Profile.spectra` goes on to full rank"),
-    ("singular_error", _NUMBER, "standard error of each leading singular value, from the sketch; 0 where exact"),
-    ("signal_values", _NUMBERS, "singular_values times the root of signal_share"),
-    ("exact", pa.bool_(), "whether the gradient was kept whole (small modules) or sketched"),
-    ("sensitivity", _NUMBER, "sum of abs(w * g) over the weight's elements; null where the weight cannot be read"),
-    ("weight_norm", _NUMBER, "Frobenius norm of the frozen weight, dequantised; null where it cannot be read"),
-    ("weight_rank", _NUMBER, "stable rank of the frozen weight; null where it cannot be read"),
-    ("activation_moment", _NUMBER, "mean squared norm of an input row"),
-    ("activation_variance", _NUMBER, "trace of the inputs' covariance"),
-    ("activation_rank", _NUMBER, "effective rank of the inputs' covariance (participation ratio)"),
-    ("activation_values", _NUMBERS, "leading eigenvalues of the inputs' covariance, descending"),
-    ("left_directions", _VECTORS, "leading left singular vectors of G, one after the other; null unless kept"),
-    ("right_directions", _VECTORS, "leading right singular vectors of G, one after the other; null unless kept"),
-)
-_MAY_BE_NULL = {"block", "sensitivity", "weight_norm", "weight_rank", "left_directions", "right_directions"}
-_FIELDS = pa.schema([pa.field(name, kind, nullable=name in _MAY_BE_NULL) for name, kind, _ in COLUMNS])
-METADATA: Mapping[str, tuple[type, str]] = {
-    "schema": (int, "of the columns"),
-    "model": (str, "fingerprint of the target modules"),
-    "weights": (str, "fingerprint of the model's weights"),
-    "data": (str, "fingerprint of the batches"),
-    "targets": (int, "target modules"),
-    "skipped": (dict, "modules that cannot be profiled, and why"),
-    "without_gradient": (list, "modules that the loss does not depend on"),
-    "batches": (int, "batches that count"),
-    "skipped_batches": (int, "batches whose loss was not finite"),
-    "interrupted": (bool, "whether Ctrl-C ended it"),
-    "tokens": (int, "tokens in the batches"),
-    "loss": (float, "mean over examples"),
-    "seed": (int, "of the sketches"),
-    "head_steps": (int, "steps that the head was trained for"),
-    "sketch_size": (int, "columns of the gradient sketches"),
-    "sketch_wanted": (int, "what `sketch_size` would be if memory allowed"),
-    "versions": (dict, "of packages"),
-}
+
+@dataclass(slots=True, kw_only=True)
+class ModuleFeatures:
+    """One row of a profile's table: the features of one target module. G is the mean gradient of the loss over examples."""
+
+    module: str  # full dotted name
+    tower: str  # see `rankscope.TargetModule`
+    block: int | None  # inside the tower; null outside blocks
+    role: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank_cost: int  # parameters that one more rank adds
+    gradient_norm: float  # ||G||_F
+    signal_energy: float  # squared norm of the expected gradient, unbiased (may be slightly negative)
+    noise_energy: float  # of gradient_norm squared, what is noise of this many batches
+    signal_share: float = 0.0  # of signal in the gradient's energy, shrunk towards that of all modules, in [0, 1]
+    fisher_trace: float  # trace of the empirical Fisher matrix: mean squared gradient norm of single examples
+    gradient_rank: float  # effective rank of G (participation ratio of its leading singular values)
+    singular_values: list[float]  # leading ones of G, descending; `Profile.spectra` estimates the others
+    singular_error: float  # standard error of each leading singular value, from the sketch; 0 if exact
+    signal_values: list[float] = field(default_factory=list)  # singular_values times the root of signal_share
+    exact: bool  # whether the gradient was kept whole (small modules) or sketched
+    sensitivity: float | None = None  # sum of |w g| over the weight's elements; null if the weight cannot be read
+    weight_norm: float | None = None  # Frobenius norm of the frozen weight, dequantised
+    weight_rank: float | None = None  # its stable rank
+    activation_moment: float = 0.0  # mean squared norm of an input row
+    activation_variance: float = 0.0  # trace of the inputs' covariance
+    activation_rank: float = 0.0  # its effective rank (participation ratio)
+    activation_values: list[float] = field(default_factory=list)  # its leading eigenvalues, descending
+    left_directions: Vectors | None = None  # leading left singular vectors of G, one after the other; null unless kept
+    right_directions: Vectors | None = None  # leading right ones
+
+    def scale(self, factor: float) -> None:
+        """Multiply the gradient, which is linear in the loss, by a factor."""
+        self.gradient_norm *= factor
+        self.singular_error *= factor
+        self.sensitivity = None if self.sensitivity is None else self.sensitivity * factor
+        self.singular_values = [value * factor for value in self.singular_values]
+        self.signal_values = [value * factor for value in self.signal_values]
+        self.signal_energy *= factor * factor
+        self.noise_energy *= factor * factor
+        self.fisher_trace *= factor * factor
+
+
+class Metadata(TypedDict):
+    """Where a profile comes from: a JSON object under the key `rankscope` of the Parquet file's metadata."""
+
+    schema: int  # version of the columns
+    model: str  # fingerprint of the target modules
+    weights: str  # fingerprint of the model's weights
+    data: str  # fingerprint of the batches
+    targets: int
+    skipped: dict[str, str]  # modules that cannot be profiled, and why
+    without_gradient: list[str]  # modules that the loss does not depend on
+    batches: int
+    skipped_batches: int  # whose loss was not finite
+    interrupted: bool  # by Ctrl-C
+    tokens: int
+    loss: float  # mean over examples
+    seed: int
+    head_steps: int
+    sketch_size: int  # columns of the gradient sketches
+    sketch_wanted: int  # what `sketch_size` would be if memory allowed
+    versions: dict[str, str]  # of packages
+
+
+def _field(name: str, hint: Any) -> pa.Field:
+    kinds: dict[Any, pa.DataType] = {
+        str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(),
+        list[float]: pa.list_(pa.float64()), Vectors: pa.list_(pa.float32()),
+    }  # fmt: skip
+    nullable = isinstance(hint, UnionType)
+    return pa.field(name, kinds[get_args(hint)[0] if nullable else hint], nullable=nullable)
+
+
+SCHEMA = pa.schema([_field(name, hint) for name, hint in get_type_hints(ModuleFeatures).items()])
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """The features of every target module, and how they were taken.
+    """The features of every target module, and how they were measured.
 
     Attributes:
-        table: One row a target module, with the columns of `COLUMNS`.
-        metadata: Where it comes from: the keys of `METADATA`.
+        table: One row a target module, in the model's order, with the columns of `ModuleFeatures`.
+        metadata: The keys of `Metadata`, and any others.
     """
 
     table: pd.DataFrame
     metadata: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, rows: Sequence[ModuleFeatures], metadata: Metadata) -> Profile:
+        """The profile of these rows."""
+        frame = pd.DataFrame([{name: getattr(row, name) for name in SCHEMA.names} for row in rows])
+        return cls(frame.astype({"block": "Int64"}), metadata)
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
@@ -113,17 +143,22 @@ class Profile:
 
     def column(self, name: str) -> dict[str, float]:
         """One feature by module name."""
-        return {module: float(value) for module, value in zip(self.table["module"], self.table[name], strict=True)}
+        return dict(zip(self.table["module"], map(float, self.table[name]), strict=True))
 
-    def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, NDArray[np.float64]]:
+    def lists(self, name: str) -> dict[str, Floats]:
+        """One list column by module name."""
+        lists = (np.asarray(values, dtype=np.float64) for values in self.table[name])
+        return dict(zip(self.table["module"], lists, strict=True))
+
+    def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, Floats]:
         """Singular values of each module's gradient by name, descending, up to full rank.
 
-        The leading ones were measured. Beyond them (`sketch_size` of the metadata, in large modules) stands an estimate from
-        the energy that they leave of `gradient_norm` squared; see `rankscope.profiling.statistics.energy_tail`.
+        The leading ones were measured. Those beyond (`sketch_size` of the metadata, in large modules) are estimated from the
+        energy that is left; see `energy_tail`.
 
         Args:
-            signal: The part that the batches agree on; False: raw, inflated by noise. Where the batches agree on nothing in any
-                module, a warning is logged and the raw values stand in.
+            signal: The part that the batches agree on; False: raw, inflated by noise. If the batches agree on nothing in any
+                module, a warning is logged and the raw values are returned.
             length: At most so many values of each module; default: all.
         """
         shares = self.signal_shares() if signal else dict.fromkeys(self.table["module"], 1.0)
@@ -136,11 +171,10 @@ class Profile:
             spectra[name] = np.concatenate([measured[name][:length], np.minimum(tail, measured[name][-1:])])
         return spectra
 
-    def input_variances(self, *, length: int | None = None) -> dict[str, NDArray[np.float64]]:
+    def input_variances(self, *, length: int | None = None) -> dict[str, Floats]:
         """Eigenvalues of the covariance of each module's inputs by name, descending, up to full rank.
 
-        The leading half of `sketch_size` was measured; those beyond are estimated from what they leave of the trace, as in
-        `spectra`.
+        The leading half of `sketch_size` was measured; those beyond are estimated from what they leave of the trace.
 
         Args:
             length: At most so many values of each module; default: all.
@@ -159,7 +193,7 @@ class Profile:
         return bool((self.table["signal_share"] * self.table["gradient_norm"] > 0).any())
 
     def signal_shares(self) -> dict[str, float]:
-        """The share of signal in each module's gradient energy by name; 1, with a warning, where no module has any."""
+        """The share of signal in each module's gradient energy by name; 1, with a warning, if no module has any."""
         if self.has_signal:
             return self.column("signal_share")
         logger.warning(
@@ -169,7 +203,7 @@ class Profile:
         )
         return dict.fromkeys(self.table["module"], 1.0)
 
-    def directions(self, module: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def directions(self, module: str) -> tuple[Vectors, Vectors]:
         """Leading left (r, out) and right (r, in) singular vectors of one module's gradient.
 
         Raises:
@@ -183,15 +217,8 @@ class Profile:
         left, right = (np.asarray(row[f"{side}_directions"].iloc[0], dtype=np.float32) for side in ("left", "right"))
         return left.reshape(-1, int(row["out_features"].iloc[0])), right.reshape(-1, int(row["in_features"].iloc[0]))
 
-    def lists(self, column: str) -> dict[str, NDArray[np.float64]]:
-        """One list column by module name."""
-        return {
-            module: np.asarray(values, dtype=np.float64)
-            for module, values in zip(self.table["module"], self.table[column], strict=True)
-        }
-
     def require(self, targets: tuple[TargetModule, ...]) -> None:
-        """Checks that every target module was profiled, with the same shape.
+        """Check that every target module was profiled, with the same shape.
 
         Raises:
             ModelError: One was not.
@@ -205,16 +232,16 @@ class Profile:
             )
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the profile, atomically; returns the path."""
-        table = pa.Table.from_pandas(self.table, schema=_FIELDS, preserve_index=False)
-        metadata = {**(table.schema.metadata or {}), _KEY: json.dumps(dict(self.metadata)).encode()}
+        """Write the profile, atomically; returns the path."""
+        table = pa.Table.from_pandas(self.table, schema=SCHEMA, preserve_index=False)
+        metadata = {**(table.schema.metadata or {}), b"rankscope": json.dumps(dict(self.metadata)).encode()}
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
         return Path(path)
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
-    """Reads what `Profile.to_parquet` wrote.
+    """Read what `Profile.to_parquet` wrote.
 
     Raises:
         FileError: The file is missing, truncated, no profile, or of another schema.
@@ -225,63 +252,58 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     rankscope.errors.FileError: `nowhere.parquet` must hold a profile, but there is no such file; check the path.
     """
     table = read_parquet(path, what="a profile")
-    stored = (table.schema.metadata or {}).get(_KEY)
+    stored = (table.schema.metadata or {}).get(b"rankscope")
     if stored is None:
         raise FileError(f"`{path}` must hold a profile, but is a Parquet file of something else; check the path.")
     metadata = parse_json(stored, where=f"`{path}`", what="a profile's metadata")
     found = metadata.get("schema") if isinstance(metadata, dict) else metadata
-    if found != SCHEMA:
+    if found != SCHEMA_VERSION:
         raise FileError(
-            f"`{path}` must have profile schema {SCHEMA}, but has {shown(found)}: it is of another version of "
+            f"`{path}` must have profile schema {SCHEMA_VERSION}, but has {shown(found)}: it is of another version of "
             "rankscope; take the profile again, or read its columns with pandas."
         )
-    frame = with_checked_columns(table, _FIELDS, path, what="a profile").select(_FIELDS.names).to_pandas()
-    frame["block"] = frame["block"].astype("Int64")
-    if ill := _ill_metadata(metadata) or _ill_values(frame):
-        raise FileError(f"`{path}` must hold a profile, but {ill}; take the profile again.")
-    profile = Profile(frame, metadata)
+    frame = with_checked_columns(table, SCHEMA, path, what="a profile").select(SCHEMA.names).to_pandas()
+    if problem := _problem(metadata, frame):
+        raise FileError(f"`{path}` must hold a profile, but {problem}; take the profile again.")
+    profile = Profile(frame.astype({"block": "Int64"}), metadata)
     if metadata["model"] != fingerprint_targets(profile.targets):
         raise FileError(f"`{path}` must match its own model fingerprint, but was edited; take the profile again.")
     return profile
 
 
-def _ill_metadata(metadata: Mapping[str, Any]) -> str | None:
-    """What is wrong with the metadata."""
-    for key, (kind, _) in METADATA.items():
-        value = metadata.get(key)
-        if not (type(value) is kind or (kind is float and type(value) is int)):
+def _problem(metadata: Mapping[str, Any], frame: pd.DataFrame) -> str | None:
+    """What is wrong with metadata, or with values of the right types."""
+    for key, hint in get_type_hints(Metadata).items():
+        value, kind = metadata.get(key), get_origin(hint) or hint
+        if type(value) is not kind and (kind, type(value)) != (float, int):
             return f"its metadata have {shown(value)} under `{key}`"
-    return None
-
-
-def _ill_values(frame: pd.DataFrame) -> str | None:
-    """What is wrong with values of the right types."""
-    if not len(frame):
+    if frame.empty:
         return "it has no modules"
     sides = frame[["in_features", "out_features"]]
-    if (
-        frame["module"].duplicated().any()
-        or (sides < 1).any(axis=None)
-        or (frame["rank_cost"] != sides.sum(axis=1)).any()
-    ):
+    costs_fit = (sides >= 1).all(axis=None) and (frame["rank_cost"] == sides.sum(axis=1)).all()
+    if frame["module"].duplicated().any() or not costs_fit:
         return "its modules are named twice or have wrong shapes"
-    for name, kind, _ in COLUMNS:
-        if kind == _NUMBER:
-            lowest = -math.inf if name in ("signal_energy", "noise_energy") else 0.0
-            values = frame[name].dropna().to_numpy() if name in _MAY_BE_NULL else frame[name].to_numpy()
-            if not (np.isfinite(values) & (values >= lowest)).all():
-                return f"column `{name}` has values that cannot be"
-        elif kind == _NUMBERS:
-            most = frame["in_features"] if name == "activation_values" else sides.min(axis=1)
-            for values, length in zip(frame[name], most, strict=True):
-                if len(values) > length or not (np.isfinite(values) & (values >= 0) & (values <= values[:1])).all():
-                    return f"column `{name}` has values that cannot be"
-    if (
-        any(map(len, frame["signal_values"]))
-        and (frame["singular_values"].map(len) != frame["signal_values"].map(len)).any()
-    ):
+    for column in SCHEMA:
+        values = frame[column.name].dropna() if column.nullable else frame[column.name]
+        if column.type == pa.float64():
+            lowest = -math.inf if column.name in ("signal_energy", "noise_energy") else 0.0
+            fits = (np.isfinite(values) & (values >= lowest)).all()
+        elif column.type == pa.list_(pa.float64()):
+            most = frame["in_features"] if column.name == "activation_values" else sides.min(axis=1)
+            fits = (values.map(len) <= most).all() and all(
+                (np.isfinite(each) & (each >= 0) & (each <= each[:1])).all() for each in values
+            )
+        else:
+            continue
+        if not fits:
+            return f"column `{column.name}` has values that cannot be"
+    lengths = frame["signal_values"].map(len)
+    if lengths.any() and (frame["singular_values"].map(len) != lengths).any():
         return "`signal_values` and `singular_values` differ in length"
     return None
+
+
+# --- summaries ---------------------------------------------------------------------------------------------------
 
 
 def rank_modules(profile: Profile) -> pd.DataFrame:
@@ -322,7 +344,7 @@ def pooled_signal(profile: Profile) -> float:
     return max(float(signal / (signal + noise)), 0.0)
 
 
-def cumulative_energy(profile: Profile) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def cumulative_energy(profile: Profile) -> tuple[Floats, Floats]:
     """Parameters spent and share of gradient energy captured when ranks are taken by energy per parameter.
 
     Returns:

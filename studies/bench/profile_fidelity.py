@@ -26,8 +26,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import rankscope as rs
-from rankscope.profiling import profile
-from rankscope.profiling.profiler import head_warmed
+from rankscope.profiling import head_warmed, profile
 from rankscope.tasks import Task
 
 MODELS = ("digits-shift", "supersense", "glosses")

@@ -12,9 +12,8 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import ModelError
-from rankscope.profiling import hooks as observer
-from rankscope.profiling.hooks import ActivationSketch
-from rankscope.profiling.sketch import RandomMatrices
+from rankscope.profiling import GradientHooks, RandomMatrices
+from rankscope.profiling.sketch import InputSketch
 from rankscope.targets import base_modules
 
 
@@ -198,9 +197,7 @@ def test_compiled_models_have_the_profile_of_plain_ones(how: str) -> None:
 def test_a_model_can_be_copied_and_saved_while_it_is_observed() -> None:
     model = Blocks()
     targets = rs.find_targets(model)
-    watched = observer.Observer(
-        targets, {t.name: model.get_submodule(t.name) for t in targets}, RandomMatrices(k=4, seed=0)
-    )
+    watched = GradientHooks({t: model.get_submodule(t.name) for t in targets}, RandomMatrices(k=4, seed=0))
     with watched.hooked():
         watched.begin_batch(1.0)
         saved = io.BytesIO()
@@ -209,11 +206,11 @@ def test_a_model_can_be_copied_and_saved_while_it_is_observed() -> None:
         for copied in (copy.deepcopy(model), torch.load(saved, weights_only=False)):
             copied(rows()[0]).sum().backward()
         watched.end_batch()
-        assert not any(seen.batches or seen.calls for seen in watched.observed.values())
+        assert not any(sums.batches for sums in watched.accumulators.values())
         watched.begin_batch(1.0)
         model(rows()[0]).sum().backward()
         watched.end_batch()
-        assert all(seen.batches == 1 for seen in watched.observed.values())
+        assert all(sums.batches == 1 for sums in watched.accumulators.values())
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
@@ -309,15 +306,15 @@ def test_modules_of_no_width_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sketch_size": 0}, "`sketch_size` must be a whole number of 2 or more, but got 0."),
-        ({"sketch_size": 1}, "`sketch_size` must be a whole number of 2 or more, but got 1."),
-        ({"sketch_size": 8.5}, "`sketch_size` must be a whole number of 2 or more, but got 8.5."),
+        ({"sketch_size": 0}, "`sketch_size`: input should be greater than or equal to 2, but got 0."),
+        ({"sketch_size": 1}, "`sketch_size`: input should be greater than or equal to 2, but got 1."),
+        ({"sketch_size": 8.5}, "`sketch_size`: input should be a valid integer, but got 8.5."),
         ({"budget": 100}, "`budget` must be a ParameterBudget, but got 100; pass `ParameterBudget(100)`."),
-        ({"n_batches": -1}, "`n_batches` must be a whole number of 2 or more, but got -1."),
-        ({"head_steps": -1}, "`head_steps` must be a whole number of 0 or more, but got -1."),
-        ({"keep_directions": -1}, "`keep_directions` must be a whole number of 0 or more, but got -1."),
-        ({"max_skipped": 1.5}, "`max_skipped` must be a number from 0 to 1, but got 1.5."),
-        ({"tolerance": float("nan")}, "`tolerance` must be a number of 0 or more, but got nan."),
+        ({"n_batches": -1}, "`n_batches`: input should be greater than or equal to 2, but got -1."),
+        ({"head_steps": -1}, "`head_steps`: input should be greater than or equal to 0, but got -1."),
+        ({"keep_directions": -1}, "`keep_directions`: input should be greater than or equal to 0, but got -1."),
+        ({"max_skipped": 1.5}, "`max_skipped`: input should be less than or equal to 1, but got 1.5."),
+        ({"tolerance": float("nan")}, "`tolerance`: input should be a finite number, but got nan."),
         ({"seed": 2**70}, "`seed` must be a whole number from 0 to 4294967295, but got 1180591620717411303424."),
         ({"seed": True}, "`seed` must be a whole number from 0 to 4294967295, but got True."),
         ({"loss_fn": lambda m, b: (m(b).sum(), m(b))}, "`loss_fn` must return a scalar tensor, but returned tuple; return the loss alone."),
@@ -327,7 +324,7 @@ def test_modules_of_no_width_are_left_out() -> None:
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_one_line(options: dict, message: str) -> None:
-    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(rs.RankscopeError, match=f"^{re.escape(message)}$"):
         rs.profile(Blocks(), rows(), **{"loss_fn": mean_square, **options})
 
 
@@ -358,7 +355,7 @@ def test_input_variances_do_not_suffer_from_means(mean: float, dtype: torch.dtyp
     x = torch.randn(6000, 32, generator=generator)
     x[:, 0] += mean
     x, mask = x.to(dtype), torch.rand(6000, generator=generator) > 0.3
-    sketched = ActivationSketch.zeros(RandomMatrices(k=56, seed=0).omega(32, torch.device("cpu"))[:, :28])
+    sketched = InputSketch(RandomMatrices(k=56, seed=0).omega(32, torch.device("cpu"))[:, :28])
     for part, kept in zip(x.split(2500), mask.split(2500), strict=True):
         sketched.add(part, kept)
     exact = torch.cov(x[mask].double().T, correction=0)

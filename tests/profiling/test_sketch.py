@@ -6,10 +6,10 @@ import torch
 
 from rankscope.profiling.sketch import (
     ExactGradient,
-    GradientStore,
+    GradientAccumulator,
     RandomMatrices,
     SketchedGradient,
-    new_gradient_store,
+    new_accumulator,
 )
 from rankscope.profiling.statistics import split_energy
 
@@ -20,8 +20,8 @@ def matrices(k: int = 8, seed: int = 0) -> RandomMatrices:
     return RandomMatrices(k=k, seed=seed)
 
 
-def numel(store: GradientStore) -> int:
-    return sum(tensor.numel() for tensor in store.tensors())
+def numel(store: GradientAccumulator) -> int:
+    return sum(tensor.numel() for tensor in store.kept)
 
 
 def decaying(out: int, in_: int, rate: float, generator: torch.Generator) -> torch.Tensor:
@@ -35,7 +35,7 @@ def decaying(out: int, in_: int, rate: float, generator: torch.Generator) -> tor
 def sketch_of(gradient: torch.Tensor, tests: RandomMatrices) -> SketchedGradient:
     """A sketch fed with `gradient` as a sum of outer products: deltas are its rows' unit vectors."""
     out, in_ = gradient.shape
-    store = SketchedGradient.zeros(in_, out, tests, CPU)
+    store = SketchedGradient(in_, out, tests, CPU)
     store.add(store.increment(gradient, torch.eye(out)))
     return store
 
@@ -70,17 +70,17 @@ def test_matrices_of_low_rank_are_recovered_exactly(out: int, in_: int) -> None:
 def test_streaming_equals_the_whole_and_increments_measure_the_energy() -> None:
     generator = torch.Generator().manual_seed(2)
     x, delta = torch.randn(30, 60, generator=generator), torch.randn(30, 80, generator=generator)
-    whole, parts = (SketchedGradient.zeros(60, 80, tests, CPU) for tests in [matrices()] * 2)
+    whole, parts = (SketchedGradient(60, 80, tests, CPU) for tests in [matrices()] * 2)
     whole.add(whole.increment(x, delta))
     for rows in torch.arange(30).split(7):
         parts.add(parts.increment(x[rows], delta[rows]))
     torch.testing.assert_close(parts.narrow, whole.narrow)
     torch.testing.assert_close(parts.wide, whole.wide)
-    assert float(whole.measure(whole.tensors())) == pytest.approx(float((delta.T @ x).square().sum()), rel=0.5)
+    assert float(whole.measure(whole.kept)) == pytest.approx(float((delta.T @ x).square().sum()), rel=0.5)
 
 
 def test_compression_is_a_signed_sum_into_buckets() -> None:
-    store = SketchedGradient.zeros(30, 70, matrices(k=4), CPU)
+    store = SketchedGradient(30, 70, matrices(k=4), CPU)
     psi = store.compress(torch.eye(70)).T  # (l, long)
     assert psi.shape == (16, 70)
     assert (psi != 0).sum(dim=0).tolist() == [1] * 70
@@ -106,7 +106,7 @@ def test_signal_energy_is_unbiased_under_noise(sketched: bool) -> None:
     found, raw, fisher = [], [], []
     for seed in range(300):
         tests = matrices(k=4, seed=seed)
-        store = SketchedGradient.zeros(70, 50, tests, CPU) if sketched else ExactGradient.zeros(70, 50, CPU)
+        store = SketchedGradient(70, 50, tests, CPU) if sketched else ExactGradient(torch.zeros(50, 70))
         squares = 0.0
         for size in sizes:
             gradient = signal + 0.1 / size**0.5 * torch.randn(50, 70, generator=generator)
@@ -114,7 +114,7 @@ def test_signal_energy_is_unbiased_under_noise(sketched: bool) -> None:
             squares += float(store.measure(increment)) / size
             store.add(increment)
         energy = store.decompose().energy / sum(sizes) ** 2
-        measured = float(store.measure(store.tensors())) / sum(sizes) ** 2
+        measured = float(store.measure(store.kept)) / sum(sizes) ** 2
         split = split_energy(energy, squares, sizes, measured=measured)
         assert split.signal + split.noise == pytest.approx(energy)
         found.append(split.signal)
@@ -129,7 +129,7 @@ def test_signal_energy_is_unbiased_under_noise(sketched: bool) -> None:
 def test_bfloat16_inputs_are_accumulated_in_float32() -> None:
     generator = torch.Generator().manual_seed(6)
     x, delta = torch.randn(40, 60, generator=generator), torch.randn(40, 80, generator=generator)
-    full, half = (SketchedGradient.zeros(60, 80, matrices(), CPU) for _ in range(2))
+    full, half = (SketchedGradient(60, 80, matrices(), CPU) for _ in range(2))
     full.add(full.increment(x, delta))
     half.add(half.increment(x.bfloat16(), delta.bfloat16()))
     assert half.narrow.dtype == torch.float32
@@ -138,8 +138,8 @@ def test_bfloat16_inputs_are_accumulated_in_float32() -> None:
 
 def test_small_modules_are_kept_whole_and_large_ones_are_not() -> None:
     tests = matrices(k=32)
-    assert isinstance(new_gradient_store(64, 256, tests, CPU), ExactGradient)
-    large = new_gradient_store(4096, 4096, tests, CPU)
+    assert isinstance(new_accumulator(64, 256, tests, CPU), ExactGradient)
+    large = new_accumulator(4096, 4096, tests, CPU)
     assert isinstance(large, SketchedGradient)
     assert numel(large) == 32 * 4096 + 128 * 4096 < 4096 * 4096 / 25
 
@@ -147,7 +147,7 @@ def test_small_modules_are_kept_whole_and_large_ones_are_not() -> None:
 def test_no_store_is_larger_than_the_gradient() -> None:
     for size in (1, 7, 64, 200, 384, 390, 576, 1000, 1536, 4096):
         for other in (1, 33, 64, 192, 384, 1536, 11008):
-            assert numel(new_gradient_store(size, other, matrices(k=48), CPU)) <= size * other
+            assert numel(new_accumulator(size, other, matrices(k=48), CPU)) <= size * other
 
 
 def test_equal_seeds_give_equal_matrices() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankscope.profiling.hooks import ActivationSketch
+from rankscope.profiling.sketch import InputSketch
 from rankscope.profiling.statistics import (
     effective_rank,
     frobenius_norm,
@@ -64,7 +64,7 @@ def test_sensitivity_is_the_first_order_change_of_the_loss() -> None:
 def test_activation_features_are_those_of_the_exact_covariance() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(500, 60, generator=generator) @ torch.diag(0.8 ** torch.arange(60.0)) + 2.0
-    sketch = ActivationSketch.zeros(torch.randn(60, 24, generator=generator))
+    sketch = InputSketch(torch.randn(60, 24, generator=generator))
     for part in x.split(70):
         sketch.add(part)
     covariance = torch.cov(x.T, correction=0)
@@ -74,7 +74,7 @@ def test_activation_features_are_those_of_the_exact_covariance() -> None:
     torch.testing.assert_close(sketch.variances()[:6], values[:6], rtol=0.02, atol=0)
     ranks = []
     for seed in range(200):
-        again = ActivationSketch.zeros(torch.randn(60, 24, generator=torch.Generator().manual_seed(seed)))
+        again = InputSketch(torch.randn(60, 24, generator=torch.Generator().manual_seed(seed)))
         again.add(x)
         ranks.append(again.variance() ** 2 / again.effective_rank())  # the unbiased part: ||C||^2
     error = np.std(ranks, ddof=1) / np.sqrt(len(ranks))

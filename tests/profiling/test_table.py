@@ -15,7 +15,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import FileError, ModelError
-from rankscope.profiling import table as store
+from rankscope.profiling.table import SCHEMA, Metadata
 
 LISTS = [
     "singular_values",
@@ -68,8 +68,8 @@ def test_polars_and_duckdb_read_it_without_rankscope(profile: rs.Profile, tmp_pa
 
 def test_files_have_the_columns_and_metadata_of_the_schema(profile: rs.Profile, tmp_path: Path) -> None:
     table = pq.read_table(profile.to_parquet(tmp_path / "profile.parquet"))
-    assert table.column_names == [name for name, _, _ in store.COLUMNS]
-    assert set(profile.metadata) == set(store.METADATA)
+    assert table.column_names == SCHEMA.names
+    assert set(profile.metadata) == set(Metadata.__annotations__)
 
 
 def with_metadata(table: pa.Table, **changes: object) -> pa.Table:
@@ -85,13 +85,13 @@ def with_column(table: pa.Table, name: str, values: list, kind: pa.DataType | No
 BROKEN = {
     "metadata that are no JSON": lambda t: t.replace_schema_metadata({b"rankscope": b"{"}),
     "metadata that are a list": lambda t: t.replace_schema_metadata({b"rankscope": b"[]"}),
-    **{f"no {key} in the metadata": lambda t, key=key: with_metadata(t, **{key: "gone"}) for key in store.METADATA},
+    **{f"no {key} in the metadata": lambda t, key=key: with_metadata(t, **{key: "gone"}) for key in Metadata.__annotations__},
     "skipped as a list": lambda t: with_metadata(t, skipped=[]),
     "batches as a flag": lambda t: with_metadata(t, batches=True),
     "a huge schema": lambda t: with_metadata(t, schema=10**300),
-    **{f"no column {name}": lambda t, name=name: t.drop_columns([name]) for name, _, _ in store.COLUMNS},
+    **{f"no column {name}": lambda t, name=name: t.drop_columns([name]) for name in SCHEMA.names},
     **{f"texts in column {name}": lambda t, name=name: with_column(t, name, ["x", "y"])
-       for name, kind, _ in store.COLUMNS if kind != pa.string()},
+       for name in SCHEMA.names if SCHEMA.field(name).type != pa.string()},
     "a null among norms": lambda t: with_column(t, "gradient_norm", [1.0, None]),
     "a null among values": lambda t: with_column(t, "singular_values", [[1.0, None], [1.0]]),
     "an infinite norm": lambda t: with_column(t, "gradient_norm", [1.0, float("inf")]),

@@ -251,7 +251,7 @@ class Cell:
     def made_from(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """What the run's results depend on, given the task's fingerprints: they tell it from all others of a folder."""
         return {
-            "format": FORMAT, **task, "method": digest(self.method), "training": asdict(self.config), "seed": self.seed,
+            "format": FORMAT, **task, "method": digest(self.method), "training": self.config.terms(), "seed": self.seed,
             "with_test": self.with_test,
         }  # fmt: skip
 
@@ -305,7 +305,7 @@ def run_cell(task: Task, cell: Cell) -> Run:
         method=cell.method.name,
         variant=cell.method.variant,
         seed=cell.seed,
-        learning_rate=cell.config.learning_rate,
+        learning_rate=cell.config.peak_learning_rate,
         steps=cell.config.steps,
         validation=result.metrics[task.metric],
         test=test,
@@ -515,7 +515,7 @@ def repeat_all(
     return [
         Repeats(
             method=terms.method,
-            learning_rate=terms.config.learning_rate,
+            learning_rate=terms.config.peak_learning_rate,
             runs=tuple(runs[i * n : (i + 1) * n]),
             tuning=tuple(run for each in tried[i] for run in each),
         )
@@ -527,7 +527,7 @@ def _grid(candidate: Variants, config: TrainingConfig, learning_rates: Sequence[
     """Every variant at every rate."""
     variants = candidate if isinstance(candidate, Sequence) else [candidate]
     return [
-        Cell(method=as_method(variant), config=replace(config, learning_rate=rate), seed=0, with_test=False)
+        Cell(method=as_method(variant), config=config.at(rate), seed=0, with_test=False)
         for variant in variants
         for rate in learning_rates
     ]
@@ -662,7 +662,7 @@ def compare(
     {'uniform': 2, 'head': 2}
     """
     training = training or TrainingConfig()
-    rates = list(learning_rates or [training.learning_rate])
+    rates = list(learning_rates or training.learning_rates)
     names = list(dict.fromkeys([REFERENCE, *methods]))
     check_terms(seeds, tuning_seeds, budgets)
     if profile is None and need_profile(names):
@@ -695,7 +695,7 @@ def compare(
     ]
     made_from = {
         "format": FORMAT, **fingerprint_task(task), "study": study or task.name, "targets": fingerprint_targets(targets),
-        "budget": budget.limit, "training": asdict(training), "learning_rates": rates, "seeds": list(seeds),
+        "budget": budget.limit, "training": training.terms(), "learning_rates": rates, "seeds": list(seeds),
     }  # fmt: skip
     return Comparison(pd.DataFrame(rows), _first_decisions(entries, repeats), made_from)
 

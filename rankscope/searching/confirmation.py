@@ -7,7 +7,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
@@ -414,7 +414,7 @@ def _affordable_seeds(study: optuna.Study, finalists: Sequence[Trial], n_runs: i
 def _metric(task: Task, trial: Trial, training: TrainingConfig, seed: int) -> float | None:
     """The validation metric of one run; None where it diverges."""
     try:
-        _, result = train(task, trial.allocation, replace(training, learning_rate=trial.learning_rate), seed=seed)
+        _, result = train(task, trial.allocation, training.at(trial.learning_rate), seed=seed)
     except TrainingError as error:
         logger.warning("trial %d is no finalist: on seed %d %s", trial.number, seed, error)
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -255,7 +255,7 @@ class Objective:
         def on_evaluation(step: int, metrics: Mapping[str, float]) -> None:
             report(step, metrics[self.task.metric], self.training.steps)
 
-        config = replace(self.training, learning_rate=rate)
+        config = self.training.at(rate)
         results: list[TrainingResult] = []
         try:
             for number, seed in enumerate(self.seeds, start=1):
@@ -460,7 +460,7 @@ def search(
     exploring, confirming = split_budget(n_trials, confirm_fraction, n_seeds)
     training = training or TrainingConfig()
     short = _shortened(training, fidelity)
-    rates = tuple(learning_rates or (training.learning_rate,))
+    rates = tuple(learning_rates or training.learning_rates)
     targets = tuple(targets) if targets is not None else profile.targets
     profile.require(targets)
     space = make_space(
@@ -510,7 +510,7 @@ def _shortened(training: TrainingConfig, fidelity: float) -> TrainingConfig:
     """The schedule of a trial."""
     if not 0.0 < fidelity <= 1.0:
         raise SettingsError(f"`fidelity` must lie in (0, 1], but got {fidelity:g}.")
-    return replace(training, steps=max(1, round(fidelity * training.steps)))
+    return training.of(training, steps=max(1, round(fidelity * training.steps)))
 
 
 def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | None]:
@@ -542,7 +542,7 @@ def _about(
         "metric": task.metric,
         "model": fingerprint_targets(space.targets),
         "budget": space.budget.limit,
-        "training": asdict(training),
+        "training": training.terms(),
         "trial_steps": trial_steps,
         "learning_rates": list(rates),
         "n_seeds": n_seeds,

@@ -1,17 +1,8 @@
-"""Fine-tuning runs: one loop for search, train and compare alike, and the methods that it can run."""
+"""Fine-tuning: one loop for search, train and compare, and the methods it can run."""
 
-from rankscope.training.loop import save_adapter, train
-from rankscope.training.methods import (
-    AdaLora,
-    Eva,
-    FullFineTuning,
-    HeadOnly,
-    Lora,
-    Method,
-    Running,
-    TrainingConfig,
-    TrainingResult,
-)
+from rankscope.settings import TrainingSettings as TrainingConfig
+from rankscope.training.loop import TrainingResult, save_adapter, train
+from rankscope.training.methods import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, Running
 
 __all__ = [
     "AdaLora",

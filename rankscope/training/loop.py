@@ -1,4 +1,4 @@
-"""The training loop: one compact loop in plain torch, whatever the method."""
+"""Fine-tuning in one plain torch loop, whatever the method, and saving what was trained."""
 
 from __future__ import annotations
 
@@ -8,164 +8,161 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
-from rankscope.control import ControllerConfig
+from rankscope.control import ControllerConfig, RankController
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
 from rankscope.errors import TrainingError
 from rankscope.files import replacing, write_json
+from rankscope.settings import TrainingSettings
 from rankscope.tasks import Batch, Task, evaluate
-from rankscope.training.methods import Lora, Method, Running, TrainingConfig, TrainingResult
+from rankscope.training.methods import Lora, Method, Running
 
-OPTIONS_FILE = "model_kwargs.json"
+_CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
 _LOADERS = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
 
+OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
-def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -> Path:
-    """Saves a trained model by its own `save_pretrained`, with a README that says how to load it.
 
-    What the base model must be loaded with (`id2label`, …) goes to `model_kwargs.json`. The folder is replaced as a whole.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """The result of one run.
 
-    Args:
-        model: What `train` gave.
-        task: What it was trained on.
-        folder: Where to.
+    Attributes:
+        history: Validation metrics by step, those at the end last.
+        train_loss: Mean training loss over the last tenth of the steps.
+        parameters: Adapter parameters at the end of the run; without adapters, trainable parameters outside the head.
+        wall_seconds: Duration, evaluation included.
+        allocation: Ranks at the end of the run; None without adapters.
+        decisions: One row for each decision of the controller; None without one.
     """
-    options: dict[str, Any] = dict(getattr(task, "model_kwargs", {}))
-    with replacing(folder, folder=True) as temporary:
-        model.save_pretrained(str(temporary))  # type: ignore[operator]
-        if options:
-            write_json(temporary / OPTIONS_FILE, options)
-        (temporary / "README.md").write_text(_readme(model, task, options), encoding="utf-8")
-    return Path(folder)
 
+    history: Mapping[int, Mapping[str, float]]
+    train_loss: float
+    parameters: int
+    wall_seconds: float
+    allocation: RankAllocation | None = None
+    decisions: pd.DataFrame | None = None
 
-def _readme(model: nn.Module, task: Task, options: dict[str, Any]) -> str:
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    source = json.dumps(getattr(base, "name_or_path", "") or "")
-    loader = _LOADERS.get(getattr(task, "task_type", None) or "")
-    how = ["With `folder` the path of this folder:", "", "```python", *_code(loader, options), "```"]
-    if loader is None:
-        kind = f"{type(base).__module__}.{type(base).__name__}"
-        how = [f"Build the base model, a `{kind}`, then `rankscope.lora.load_adapter(base, folder)`."]
-    return "\n".join(
-        ["---", f"base_model: {source}", "library_name: peft", "---", f"# LoRA for `{task.name}`", "", *how, ""]
-    )
-
-
-def _code(loader: str | None, options: dict[str, Any]) -> list[str]:
-    lines = [f"from peft import {loader}", ""]
-    if options:
-        lines = ["import json", *lines, f'options = json.load(open(f"{{folder}}/{OPTIONS_FILE}"))']
-    if "id2label" in options:  # JSON knows no keys but strings
-        lines.append('options["id2label"] = {int(code): label for code, label in options["id2label"].items()}')
-    return [*lines, f"model = {loader}.from_pretrained(folder{', **options' if options else ''})"]
-
-
-CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Validation metrics at the end; they hold the task's metric and `"loss"`."""
+        return self.history[max(self.history)]
 
 
 def train(
     task: Task,
     method: RankAllocation | Method,
-    config: TrainingConfig,
+    settings: TrainingSettings | None = None,
     *,
     seed: int = 0,
     controller: ControllerConfig | None = None,
-    on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
     on_step: Callable[[int], None] | None = None,
+    **overrides: Any,
 ) -> tuple[nn.Module, TrainingResult]:
-    """Fine-tunes the task's model: with LoRA of an allocation's ranks, or by another method.
+    """Fine-tune the task's model with LoRA of an allocation's ranks, or with another method.
 
-    The model goes to the best device, unless its task placed it (see `rankscope.distributed`). GPUs that have bfloat16 multiply
-    matrices in it; what is trained is float32, also where the model's weights are not.
+    The model runs on the best device, unless the task has placed it. GPUs that support bfloat16 use it for matrix products.
+    What is trained is float32, also if the model's weights are not.
 
     Args:
-        task: Where model, data, loss and metric come from.
+        task: The task.
         method: The ranks, or a `rankscope.training.Method`.
-        config: The schedule.
-        seed: Of the adapters' initial values, dropout and the order of the data. The global generators are left alone.
+        settings: How to train.
+        seed: For the initial adapters, dropout and the order of the data. The global generators are left alone.
         controller: Moves an allocation's ranks during the run, within its budget; None: they stay.
-        on_evaluation: Called with step and validation metrics; may raise to stop the run (a pruner does).
+        on_evaluation: Called with step and validation metrics. It may raise to stop the run, as a pruner does.
         on_step: Called with the step.
+        **overrides: Single settings.
 
     Returns:
         The adapted model, and the result.
 
     Raises:
         TrainingError: The loss or the metric is not finite.
-        SettingsError: The allocation is not for this model.
+        SettingsError: A setting is unknown or out of range, or the allocation is not for this model.
         RankscopeError: torchrun, or another launcher, runs several copies of this process.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
     >>> targets = rs.find_targets(task.build_model())
     >>> uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
-    >>> model, result = rs.train(task, uniform, rs.TrainingConfig(steps=2, learning_rate=0.01))
+    >>> model, result = rs.train(task, uniform, steps=2, learning_rate=0.01)
     >>> result.parameters, sorted(result.metrics)
     (6912, ['accuracy', 'loss'])
     """
     require_one_process("a training")
+    settings = TrainingSettings.of(settings, **overrides)
     if isinstance(method, RankAllocation):
         method = Lora(method, controller)
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     started = time.perf_counter()
     with seeded(seed):
-        model = method.adapt(placed(task.build_model()), task, config, seed)
+        model = method.adapt(placed(task.build_model()), task, settings, seed)
         with _trained_in_float32(model):
-            running, losses, history = _fit(task, method, model, config, seed, on_evaluation, on_step)
+            running, losses, history = _fit(task, method, model, settings, seed, on_evaluation, on_step)
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter
-    result = TrainingResult(
-        metrics=history[config.steps],
+    allocation = running.allocation
+    return model, TrainingResult(
         history=history,
         train_loss=float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean()),
-        parameters=running.allocation.parameters if running.allocation else _count_trained(task, model),
-        steps=config.steps,
+        parameters=allocation.parameters if allocation else sum(p.numel() for p in _split_off_head(task, model)[0]),
         wall_seconds=time.perf_counter() - started,
-        allocation=running.allocation,
+        allocation=allocation,
         decisions=running.decisions,
     )
-    return model, result
 
 
 def _fit(
     task: Task,
     method: Method,
     model: nn.Module,
-    config: TrainingConfig,
+    settings: TrainingSettings,
     seed: int,
-    on_evaluation: Callable[[int, Mapping[str, float]], None] | None,
+    on_evaluation: OnEvaluation | None,
     on_step: Callable[[int], None] | None,
-) -> tuple[Running, list[Tensor], dict[int, Mapping[str, float]]]:
-    """Takes all steps; the method at work, the loss of every step, and the metrics by step."""
+) -> tuple[Running | RankController, list[Tensor], dict[int, Mapping[str, float]]]:
+    """Take all steps. Return the method at work, the loss of each step, and validation metrics by step."""
     from transformers import get_linear_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(_groups(task, model, config), weight_decay=config.weight_decay)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup_fraction * config.steps), config.steps)
-    running = method.follow(model, optimizer, config, seed)
+    steps = settings.steps
+    optimizer = torch.optim.AdamW(_groups(task, model, settings), weight_decay=settings.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(settings.warmup_fraction * steps), steps)
+    running = method.follow(model, optimizer, settings, seed)
     losses: list[Tensor] = []
     history: dict[int, Mapping[str, float]] = {}
     model.train()
     batches = _stream(task, seed)
-    for step in range(1, config.steps + 1):
-        losses.append(_step(task, model, batches, optimizer, config, running))
+    for step in range(1, steps + 1):
+        losses.append(_step(task, model, islice(batches, settings.gradient_accumulation), optimizer, running, settings))
         schedule.step()
-        if step % CHECK_EVERY == 0 or step == config.steps:
-            _check_finite(losses[-CHECK_EVERY:], step, config)
+        looked_at = step % _CHECK_EVERY == 0 or step == steps
+        if looked_at and not bool(torch.isfinite(torch.stack(losses[-_CHECK_EVERY:])).all()):
+            raise TrainingError(
+                f"the loss must be finite, but is not by step {step} of {steps}; lower `learning_rate`, "
+                f"now {settings.peak_learning_rate:g}."
+            )
         if on_step:
             on_step(step)
-        if step == config.steps or (config.evaluate_every and step % config.evaluate_every == 0):
-            history[step] = _finite_metrics(task, model, step)
+        if step == steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
+            history[step] = metrics = evaluate(task, model, "validation")
+            if not math.isfinite(value := metrics[task.metric]):
+                raise TrainingError(
+                    f"`{task.metric}` must be finite, but is {value} at step {step}; lower `learning_rate`."
+                )
             if on_evaluation:
-                on_evaluation(step, history[step])
+                on_evaluation(step, metrics)
     return running, losses, history
 
 
@@ -174,21 +171,23 @@ def _step(
     model: nn.Module,
     batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    running: Running,
+    running: Running | RankController,
+    settings: TrainingSettings,
 ) -> Tensor:
-    """One optimizer step over `gradient_accumulation` batches; the mean loss, still on the device."""
+    """One optimizer step over all batches. Return the mean loss, still on the device."""
     from accelerate.utils import send_to_device
 
     device = batch_device(model)
     losses: list[Tensor] = []
-    for batch in islice(batches, config.gradient_accumulation):
+    for batch in batches:
         with mixed_precision(model):
             loss = task.loss(model, send_to_device(batch, device))
-        (loss / config.gradient_accumulation).backward()
+        (loss / settings.gradient_accumulation).backward()
         losses.append(loss.detach().float())
-    if config.max_grad_norm:
-        nn.utils.clip_grad_norm_(_trained(optimizer), config.max_grad_norm)
+    if settings.max_grad_norm:
+        # The optimizer's parameters, since a controller replaces those that the model began with.
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
     optimizer.step()
     mean = torch.stack(losses).mean()
     running.step(mean)
@@ -196,9 +195,20 @@ def _step(
     return mean
 
 
+def _stream(task: Task, seed: int) -> Iterator[Batch]:
+    """Yield epoch after epoch, each in an order of its own that depends on the seed only."""
+    for epoch in count():
+        empty = True
+        for batch in task.train_batches(seed + 1_000_003 * epoch):
+            empty = False
+            yield batch
+        if empty:
+            raise TrainingError(f"`{task.name}` must give at least one training batch, but gave none; check its data.")
+
+
 @contextmanager
 def _trained_in_float32(model: nn.Module) -> Iterator[None]:
-    """Holds trainable weights in float32: half precision would round small updates away. Afterwards their types are as before."""
+    """Hold trainable weights in float32, since half precision rounds small updates away. Their types come back afterwards."""
     half = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     for parameter in half:
         parameter.data = parameter.data.float()
@@ -209,25 +219,16 @@ def _trained_in_float32(model: nn.Module) -> Iterator[None]:
             parameter.grad, parameter.data = None, parameter.data.to(dtype)
 
 
-def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters of the moment: a controller puts others in their place."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _groups(task: Task, model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: all but the head, and the head, where it has a rate of its own."""
-    if config.head_learning_rate is None:
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.learning_rate}]
+def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: one, or two if the head has its own learning rate."""
+    rate = settings.peak_learning_rate
+    if settings.head_learning_rate is None:
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}]
     body, head = _split_off_head(task, model)
     if not head:
         raise TrainingError(f"`head_learning_rate` needs a task with a head, but `{task.name}` has none; leave it out.")
-    groups = [{"params": body, "lr": config.learning_rate}, {"params": head, "lr": config.head_learning_rate}]
+    groups = [{"params": body, "lr": rate}, {"params": head, "lr": settings.head_learning_rate}]
     return [group for group in groups if group["params"]]
-
-
-def _count_trained(task: Task, model: nn.Module) -> int:
-    """Trainable parameters outside the head."""
-    return sum(parameter.numel() for parameter in _split_off_head(task, model)[0])
 
 
 def _split_off_head(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -241,29 +242,30 @@ def _split_off_head(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], l
     return body, head
 
 
-def _check_finite(losses: list[Tensor], step: int, config: TrainingConfig) -> None:
-    if not bool(torch.isfinite(torch.stack(losses)).all()):
-        raise TrainingError(
-            f"the loss must be finite, but is not by step {step} of {config.steps}; lower `learning_rate`, "
-            f"now {config.learning_rate:g}."
-        )
+def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -> Path:
+    """Save a trained model by its own `save_pretrained`, with a README that says how to load it in plain PEFT.
 
-
-def _finite_metrics(task: Task, model: nn.Module, step: int) -> Mapping[str, float]:
-    metrics = evaluate(task, model, "validation")
-    if not math.isfinite(metrics[task.metric]):
-        raise TrainingError(
-            f"`{task.metric}` must be finite, but is {metrics[task.metric]} at step {step}; lower `learning_rate`."
-        )
-    return metrics
-
-
-def _stream(task: Task, seed: int) -> Iterator[Batch]:
-    """Epoch after epoch, each in an order of its own that the seed fixes."""
-    for epoch in count():
-        empty = True
-        for batch in task.train_batches(seed + 1_000_003 * epoch):
-            empty = False
-            yield batch
-        if empty:
-            raise TrainingError(f"`{task.name}` must give at least one training batch, but gave none; check its data.")
+    The options that the base model must be loaded with (`id2label`, …) go to `model_kwargs.json`. The folder is replaced
+    as a whole.
+    """
+    options: dict[str, Any] = dict(getattr(task, "model_kwargs", {}))
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if loader := _LOADERS.get(getattr(task, "task_type", None) or ""):
+        code = [f"from peft import {loader}", ""]
+        if options:
+            code = ["import json", *code, 'options = json.load(open(f"{folder}/model_kwargs.json"))']
+        if "id2label" in options:  # JSON has no keys but strings
+            code.append('options["id2label"] = {int(code): label for code, label in options["id2label"].items()}')
+        code.append(f"model = {loader}.from_pretrained(folder{', **options' if options else ''})")
+        how = ["With `folder` the path of this folder:", "", "```python", *code, "```"]
+    else:
+        kind = f"{type(base).__module__}.{type(base).__name__}"
+        how = [f"Build the base model, a `{kind}`, then `rankscope.lora.load_adapter(base, folder)`."]
+    source = json.dumps(getattr(base, "name_or_path", "") or "")
+    readme = ["---", f"base_model: {source}", "library_name: peft", "---", f"# LoRA for `{task.name}`", "", *how, ""]
+    with replacing(folder, folder=True) as temporary:
+        model.save_pretrained(str(temporary))  # type: ignore[operator]
+        if options:
+            write_json(temporary / "model_kwargs.json", options)
+        (temporary / "README.md").write_text("\n".join(readme), encoding="utf-8")
+    return Path(folder)

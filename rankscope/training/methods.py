@@ -1,14 +1,14 @@
-"""What rank allocation is compared with, as methods for `train`: PEFT's AdaLoRA and EVA, full fine-tuning, the head alone."""
+"""What `train` can run: LoRA of an allocation, static or under a controller, and the baselines it is compared with."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from itertools import count, islice
+from typing import Any, cast
 
-import pandas as pd
 from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
@@ -23,137 +23,77 @@ from rankscope.lora import (
     wrap_with_adalora,
     wrap_with_eva,
 )
+from rankscope.settings import TrainingSettings
 from rankscope.targets import TargetModule
 from rankscope.tasks import Task
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig:
-    """How an allocation is fine-tuned: AdamW with linear warm-up and decay.
-
-    Attributes:
-        steps: Optimizer steps.
-        learning_rate: Peak learning rate, of adapters and, unless it has its own, of the head.
-        head_learning_rate: Peak rate of the task's head: fresh, it wants another than adapters do. None: `learning_rate`.
-        warmup_fraction: Share of the steps over which the rate rises from zero.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are clipped to this norm; 0 turns it off.
-        gradient_accumulation: Batches an optimizer step.
-        scaling: The factor on every module's update, whatever its rank.
-        lora_dropout: Dropout before A.
-        evaluate_every: Steps between intermediate evaluations; None: only at the end.
-
-    >>> TrainingConfig(steps=300, learning_rate=5e-4).warmup_fraction
-    0.1
-    """
-
-    steps: int = 100
-    learning_rate: float = 1e-3
-    head_learning_rate: float | None = None
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    gradient_accumulation: int = 1
-    scaling: float = 2.0
-    lora_dropout: float = 0.0
-    evaluate_every: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "gradient_accumulation", "scaling"):
-            if not getattr(self, name) > 0:
-                raise TrainingError(f"`{name}` must be above 0, but got {getattr(self, name)}.")
-        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
-            raise TrainingError(f"`head_learning_rate` must be above 0 or None, but got {self.head_learning_rate}.")
+_SETTLED = 0.7  # fraction of the steps, on AdaLoRA's usual schedule
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingResult:
-    """What one run gave.
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A method at work on one model. `RankController` is another.
 
     Attributes:
-        metrics: Validation metrics at the end; they hold the task's metric and `"loss"`.
-        history: Validation metrics by step, where they were taken on the way, the last included.
-        train_loss: Mean training loss over the last tenth of the steps.
-        parameters: Adapter parameters at the end of the run; all that is trained outside the head where there are no adapters.
-        steps: Optimizer steps done.
-        wall_seconds: Time of the run, evaluation included.
-        allocation: The ranks at the end of the run; None where there are no adapters.
-        decisions: The controller's, one row each; None without one.
+        ranks: Returns the present ranks; None without adapters.
+        after_step: Called after each optimizer step, before gradients are zeroed.
     """
 
-    metrics: Mapping[str, float]
-    history: Mapping[int, Mapping[str, float]]
-    train_loss: float
-    parameters: int
-    steps: int
-    wall_seconds: float
-    allocation: RankAllocation | None = None
-    decisions: pd.DataFrame | None = None
+    ranks: Callable[[], RankAllocation | None] = lambda: None
+    after_step: Callable[[], object] = lambda: None
 
-
-class Running(Protocol):
-    """A method at work on one model."""
+    decisions = None
 
     @property
     def allocation(self) -> RankAllocation | None:
-        """The present ranks; None where the method has none."""
-        ...
-
-    @property
-    def decisions(self) -> pd.DataFrame | None:
-        """A controller's decisions; None without one."""
-        ...
+        """The present ranks."""
+        return self.ranks()
 
     def step(self, loss: Tensor) -> None:
-        """The optimizer has made a step on this loss; gradients are still there."""
-        ...
+        """Follow an optimizer step on this loss."""
+        self.after_step()
 
 
-class Method(Protocol):
-    """A way to fine-tune a model.
-
-    A method may also have `check(task, config)`, which raises where no run could begin; it is called before anything is trained.
-    """
+class Method(ABC):
+    """A way to fine-tune a model."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        """As tables and plots show it."""
-        ...
+        """The name in tables and plots."""
 
     @property
     def variant(self) -> str:
-        """What tells variants of one name apart, for tables; empty where there is one only."""
-        ...
+        """What tells variants of one name apart."""
+        return ""
 
-    def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
-        """The model with trainable adapters on it; torch's generator is seeded."""
-        ...
+    def check(self, task: Task, settings: TrainingSettings) -> None:
+        """Raise an error if no run can begin. Called before anything is trained."""
+        return
 
-    def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
-        """Watches over the training that begins now."""
-        ...
+    @abstractmethod
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Return the model with its adapters, if any. What requires gradients is trained. torch is seeded."""
+
+    def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Any:
+        """Return what goes along with the training that begins now, a `Running` or a `RankController`."""
+        return Running()
 
 
-@dataclass(frozen=True, slots=True)
-class Static:
-    """Ranks that stay."""
-
-    allocation: RankAllocation | None
-    decisions: None = None
-
-    def step(self, loss: Tensor) -> None:
-        """Nothing follows."""
+def _peft_options(task: Task, settings: TrainingSettings) -> dict[str, Any]:
+    head = list(getattr(task, "head_modules", ()))
+    return {"lora_dropout": settings.lora_dropout, "modules_to_save": head or None}
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class Lora(Method):
     """LoRA of an allocation's ranks.
 
     Attributes:
-        allocation: The ranks; a controller starts from them and keeps to the allocation's budget.
+        allocation: The ranks. A controller starts from them and keeps to the allocation's budget.
         controller: Moves ranks during the run; None: they stay.
-        rank_stabilised: Scaling `alpha / sqrt(r)` at the alpha that `config.scaling` means, instead of a constant one (rsLoRA,
-            Kalajdzievski, arXiv 2312.03732).
+        rank_stabilised: Scale by `alpha / sqrt(r)` (rsLoRA, Kalajdzievski, arXiv 2312.03732), with the alpha that gives
+            `settings.scaling` at the mean rank in LoRA.
 
     >>> Lora(RankAllocation((), (), strategy="uniform"), ControllerConfig()).name
     'controller from uniform'
@@ -163,52 +103,38 @@ class Lora:
     controller: ControllerConfig | None = None
     rank_stabilised: bool = False
 
-    variant = ""
-
     @property
     def name(self) -> str:
         """The allocation's strategy, and the controller if there is one."""
         stabilised = ", rank-stabilised" if self.rank_stabilised else ""
         return ("controller from " if self.controller else "") + self.allocation.strategy + stabilised
 
-    def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
-        """Adapters of these ranks; under a controller, sleeping ones on the modules of rank 0."""
-        adapted: nn.Module = apply_allocation(
-            model,
-            self.allocation,
-            dormant=self.controller is not None,
-            **self._scaling(config),
-            lora_dropout=config.lora_dropout,
-            modules_to_save=list(getattr(task, "head_modules", ())) or None,
-        )
-        return adapted
-
-    def check(self, task: Task, config: TrainingConfig) -> None:
-        """Checks that the run is long enough for the controller to decide anything.
-
-        Raises:
-            ModelError: It is not.
-        """
+    def check(self, task: Task, settings: TrainingSettings) -> None:
+        """Raise a ModelError if the run is too short for the controller to decide anything."""
         if self.controller is not None:
-            self.controller.schedule(config.steps)
+            self.controller.schedule(settings.steps)
 
-    def _scaling(self, config: TrainingConfig) -> dict[str, Any]:
-        """As `to_lora_config` takes it; the one alpha of rsLoRA is that of the mean rank."""
-        if not self.rank_stabilised:
-            return {"scaling": config.scaling}
-        adapted = [rank for rank in self.allocation.vector if rank]
-        return {"use_rslora": True, "lora_alpha": config.scaling * sum(adapted) / len(adapted)}
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Add adapters of these ranks; under a controller, inactive ones on modules of rank 0."""
+        scaling: dict[str, Any] = {"scaling": settings.scaling}
+        if self.rank_stabilised:
+            ranks = [rank for rank in self.allocation.vector if rank]
+            scaling = {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
+        options = _peft_options(task, settings)
+        return cast(
+            nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **scaling, **options)
+        )
 
-    def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
-        """The controller, if there is one."""
+    def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Any:
+        """Start the controller, if there is one."""
         if self.controller is None:
-            return Static(self.allocation)
+            return Running(lambda: self.allocation)
         return RankController(
             model,
             optimizer,
             budget=ParameterBudget(self.allocation.budget or self.allocation.parameters),
-            total_steps=config.steps,
-            every=self.controller.every_of(config.steps),
+            total_steps=settings.steps,
+            every=self.controller.every_of(settings.steps),
             freeze_fraction=self.controller.freeze_fraction,
             performance_model=self.controller.performance_model,
             samples=self.controller.samples,
@@ -217,19 +143,16 @@ class Lora:
         )
 
 
-SETTLED = 0.7  # share of the steps, on AdaLoRA's usual schedule
-
-
 @dataclass(frozen=True, slots=True)
-class AdaLora:
-    """PEFT's AdaLoRA: begins at one and a half times the rank, as its authors do, and masks down to a mean of `rank`.
+class AdaLora(Method):
+    """PEFT's AdaLoRA. It starts at one and a half times the rank, as its authors do, and masks down to a mean of `rank`.
 
     Attributes:
-        targets: What to adapt.
-        rank: Mean rank at the end; that is AdaLoRA's budget, in ranks and not in parameters.
-        alpha: The update's scaling is `alpha` over the initial rank; PEFT's default is 8, best tuned.
-        share: Of the ranks that a mean of `rank` gives, how many are kept at the end.
-        settled: Share of the steps after which no rank falls any more.
+        targets: Target modules.
+        rank: Mean rank at the end: AdaLoRA's budget counts ranks, not parameters.
+        alpha: The update is scaled by `alpha` over the initial rank. PEFT's default is 8; it is best tuned.
+        share: Fraction of that budget to use.
+        settled: Fraction of the steps after which ranks stay fixed.
 
     >>> AdaLora((), rank=2, alpha=32.0).initial_rank
     3
@@ -239,59 +162,58 @@ class AdaLora:
     rank: int
     alpha: float
     share: float = 1.0
-    settled: float = SETTLED
+    settled: float = _SETTLED
 
     name = "AdaLoRA"
 
     @property
     def variant(self) -> str:
-        """Alpha, the share of ranks kept, and when they settle, if not at seven tenths of the run."""
-        early = "" if self.settled == SETTLED else f", settled at {self.settled:.0%}"
+        """Alpha, the share of ranks kept, and when they settle, if not as usual."""
+        early = "" if self.settled == _SETTLED else f", settled at {self.settled:.0%}"
         return f"alpha {self.alpha:g}, {self.share:.0%} of ranks{early}"
 
     @property
     def initial_rank(self) -> int:
-        """Of every module at the beginning."""
+        """Rank of every module at the start."""
         return math.ceil(1.5 * self.rank)
 
-    def check(self, task: Task, config: TrainingConfig) -> None:
-        """Checks that the run is long enough.
+    def check(self, task: Task, settings: TrainingSettings) -> None:
+        """Raise a ModelError if the run is too short."""
+        check_adalora_steps(settings.steps)
 
-        Raises:
-            ModelError: It is not.
-        """
-        check_adalora_steps(config.steps)
-
-    def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
-        """Adapters of the initial rank."""
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Add adapters of the initial rank."""
         adapted: nn.Module = wrap_with_adalora(
             model,
             self.targets,
             rank=self.rank,
             initial_rank=self.initial_rank,
             alpha=self.alpha,
-            steps=config.steps,
+            steps=settings.steps,
             share=self.share,
             settled=self.settled,
-            lora_dropout=config.lora_dropout,
-            modules_to_save=list(getattr(task, "head_modules", ())) or None,
+            **_peft_options(task, settings),
         )
         return adapted
 
-    def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
-        """Scores ranks and masks the least."""
-        return _RunningAdaLora(model, self.targets)
+    def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
+        """Score ranks at each step, and mask the least important."""
+        steps = count(1)
+        return Running(
+            lambda: RankAllocation.from_ranks(self.targets, ranks_of_adalora(model), strategy=self.name),
+            lambda: step_adalora(model, next(steps)),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Eva:
-    """PEFT's EVA: ranks and the first rows of A along the principal directions of the modules' inputs.
+class Eva(Method):
+    """PEFT's EVA: ranks and initial rows of A follow the principal directions of the modules' inputs.
 
     Attributes:
-        targets: What to adapt.
-        rank: Mean rank; that is EVA's budget, in ranks and not in parameters.
-        rho: The largest rank is `rho * rank`; 1: no redistribution.
-        n_batches: Of the training data, whose inputs are seen.
+        targets: Target modules.
+        rank: Mean rank: EVA's budget counts ranks, not parameters.
+        rho: The largest rank is `rho * rank`; 1: all ranks are equal.
+        n_batches: Training batches whose inputs are recorded.
     """
 
     targets: tuple[TargetModule, ...]
@@ -306,87 +228,48 @@ class Eva:
         """Rho, on which the ranks depend."""
         return f"rho {self.rho:g}"
 
-    def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
-        """Adapters along the inputs' directions."""
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Add adapters along the principal directions."""
+        batches, options = islice(task.train_batches(seed), self.n_batches), _peft_options(task, settings)
         adapted: nn.Module = wrap_with_eva(
-            model,
-            self.targets,
-            list(islice(task.train_batches(seed), self.n_batches)),
-            rank=self.rank,
-            scaling=config.scaling,
-            rho=self.rho,
-            lora_dropout=config.lora_dropout,
-            modules_to_save=list(getattr(task, "head_modules", ())) or None,
+            model, self.targets, list(batches), rank=self.rank, scaling=settings.scaling, rho=self.rho, **options
         )
         return adapted
 
-    def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
-        """The ranks that EVA gave stay."""
-        return Static(RankAllocation.from_peft_model(model, self.targets).renamed(self.name))
+    def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
+        """Keep the ranks that EVA gave."""
+        allocation = RankAllocation.from_peft_model(model, self.targets).renamed(self.name)
+        return Running(lambda: allocation)
 
 
 @dataclass(frozen=True, slots=True)
-class FullFineTuning:
+class FullFineTuning(Method):
     """All weights are trained, without adapters."""
 
     name = "full fine-tuning"
-    variant = ""
 
-    def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
-        """The model as it is."""
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Unfreeze the model."""
         return model.requires_grad_(True)
-
-    def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
-        """Nothing follows."""
-        return Static(None)
 
 
 @dataclass(frozen=True, slots=True)
-class HeadOnly:
-    """The task's head alone is trained: what the frozen body gives without adapters."""
+class HeadOnly(Method):
+    """Only the task's head is trained, on the frozen body."""
 
     name = "head only"
-    variant = ""
 
-    def check(self, task: Task, config: TrainingConfig) -> None:
-        """Checks that there is a head.
-
-        Raises:
-            TrainingError: The task has none.
-        """
+    def check(self, task: Task, settings: TrainingSettings) -> None:
+        """Raise a TrainingError if the task has no head."""
         if not getattr(task, "head_modules", ()):
             raise TrainingError(
                 f"`{task.name}` must have `head_modules` to train the head only, but has none; leave it out."
             )
 
-    def adapt(self, model: nn.Module, task: Task, config: TrainingConfig, seed: int) -> nn.Module:
-        """Everything but the head frozen.
-
-        Raises:
-            TrainingError: The task has no head.
-        """
-        self.check(task, config)
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Freeze all but the head."""
+        self.check(task, settings)
         model.requires_grad_(False)
         for name in getattr(task, "head_modules", ()):
             model.get_submodule(name).requires_grad_(True)
         return model
-
-    def follow(self, model: nn.Module, optimizer: Any, config: TrainingConfig, seed: int) -> Running:
-        """Nothing follows."""
-        return Static(None)
-
-
-class _RunningAdaLora:
-    decisions = None
-
-    def __init__(self, model: nn.Module, targets: tuple[TargetModule, ...]) -> None:
-        self._model, self._targets, self._step = model, targets, 0
-
-    @property
-    def allocation(self) -> RankAllocation:
-        """The ranks that are not masked."""
-        return RankAllocation.from_ranks(self._targets, ranks_of_adalora(self._model), strategy="AdaLoRA")
-
-    def step(self, loss: Tensor) -> None:
-        self._step += 1
-        step_adalora(self._model, self._step)

@@ -43,7 +43,7 @@ def test_a_decoders_head_is_found_and_trained(llama: Path) -> None:
     assert task.head_modules == ("score",)
     targets = rs.find_targets(task.build_model())
     allocation = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
-    model, _ = rs.train(task, allocation, rs.TrainingConfig(steps=1))
+    model, _ = rs.train(task, allocation, rs.TrainingSettings(steps=1))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
     assert trained == {"base_model.model.score.modules_to_save.default.weight"}
 

@@ -58,7 +58,7 @@ def test_search_trains_it_through_peft(task: Task) -> None:
     assert {t.tower for t in targets} == {"model"}
     assert not any("classifier" in t.name or "lm_head" in t.name for t in targets)
     allocation = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
-    _, result = rs.train(task, allocation, rs.TrainingConfig(steps=3, learning_rate=1e-2))
+    _, result = rs.train(task, allocation, rs.TrainingSettings(steps=3, learning_rate=1e-2))
     assert math.isfinite(result.metrics["loss"])
 
 

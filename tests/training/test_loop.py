@@ -14,7 +14,7 @@ from transformers import BertModel
 
 import rankscope as rs
 from rankscope import distributed as devices
-from rankscope.errors import RankscopeError, TrainingError
+from rankscope.errors import RankscopeError, SettingsError, TrainingError
 from rankscope.lora import count_adapter_parameters
 from rankscope.tasks import Batch, DigitsShift, Task, TextClassification, evaluate
 from rankscope.training import AdaLora, Eva, FullFineTuning
@@ -27,7 +27,7 @@ def uniform(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> rs
 
 
 def test_it_learns_and_trains_adapters_and_head_only(digits: Task, uniform: rs.RankAllocation) -> None:
-    model, result = rs.train(digits, uniform, rs.TrainingConfig(steps=30, learning_rate=0.02))
+    model, result = rs.train(digits, uniform, rs.TrainingSettings(steps=30, learning_rate=0.02))
     before = evaluate(digits, digits.build_model())
     assert result.metrics["accuracy"] > before["accuracy"] + 0.2
     assert result.parameters == count_adapter_parameters(model) == 6_912
@@ -39,7 +39,7 @@ def test_it_learns_and_trains_adapters_and_head_only(digits: Task, uniform: rs.R
 
 
 def test_a_seed_repeats_and_global_generators_are_left_alone(digits: Task, uniform: rs.RankAllocation) -> None:
-    config = rs.TrainingConfig(steps=5, learning_rate=0.01, lora_dropout=0.1)
+    config = rs.TrainingSettings(steps=5, learning_rate=0.01, lora_dropout=0.1)
     state = torch.get_rng_state()
     runs = [rs.train(digits, uniform, config, seed=seed)[1] for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -52,7 +52,7 @@ def test_a_controller_moves_ranks_within_the_budget(
     digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, strategy: str
 ) -> None:
     start = rs.allocate(strategy, targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
-    config = rs.TrainingConfig(steps=8, learning_rate=0.01, gradient_accumulation=2)
+    config = rs.TrainingSettings(steps=8, learning_rate=0.01, gradient_accumulation=2)
     controller = rs.ControllerConfig(every=3, freeze_fraction=0.8, samples=2)
     model, result = rs.train(digits, start, config, controller=controller)
     assert result.decisions is not None
@@ -69,12 +69,12 @@ def test_a_controller_is_refused_for_what_has_no_ranks_to_move(digits: Task, dig
     method = AdaLora(digits_profile.targets, 1, alpha=32.0)
     message = "`controller` moves an allocation's ranks, but `method` is none; pass an allocation."
     with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
-        rs.train(digits, method, rs.TrainingConfig(), controller=rs.ControllerConfig())
+        rs.train(digits, method, rs.TrainingSettings(), controller=rs.ControllerConfig())
 
 
 def test_intermediate_evaluations(digits: Task, uniform: rs.RankAllocation) -> None:
     seen = []
-    config = rs.TrainingConfig(steps=7, learning_rate=0.01, evaluate_every=3)
+    config = rs.TrainingSettings(steps=7, learning_rate=0.01, evaluate_every=3)
     _, result = rs.train(digits, uniform, config, on_evaluation=lambda step, _: seen.append(step))
     assert seen == list(result.history) == [3, 6, 7]
     assert result.history[7] == result.metrics
@@ -84,7 +84,7 @@ def test_gradient_accumulation_equals_a_larger_batch(digits: Task, uniform: rs.R
     """Two batches of 32 an update give the loss that one batch of 64 gives: the mean of equal means."""
     small, large = rs.load_task("digits-shift"), rs.load_task({"name": "digits-shift", "batch_size": 64})
     results = [
-        rs.train(task, uniform, rs.TrainingConfig(steps=3, learning_rate=0.01, gradient_accumulation=n))[1]
+        rs.train(task, uniform, rs.TrainingSettings(steps=3, learning_rate=0.01, gradient_accumulation=n))[1]
         for task, n in ((small, 2), (large, 1))
     ]
     assert results[0].metrics["loss"] == pytest.approx(results[1].metrics["loss"], rel=1e-4)
@@ -97,17 +97,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(uniform: rs.RankAllocation) -> 
 
     message = "the loss must be finite, but is not by step 10 of 20; lower `learning_rate`, now 0.01."
     with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
-        rs.train(Broken(), uniform, rs.TrainingConfig(steps=20, learning_rate=0.01))
+        rs.train(Broken(), uniform, rs.TrainingSettings(steps=20, learning_rate=0.01))
 
 
 def test_bad_settings_are_named() -> None:
-    with pytest.raises(TrainingError, match=r"^`learning_rate` must be above 0, but got 0\.$"):
-        rs.TrainingConfig(learning_rate=0)
+    with pytest.raises(SettingsError, match=r"^`learning_rate`: input should be greater than 0, but got 0\.$"):
+        rs.TrainingSettings(learning_rate=0)
 
 
 def test_the_head_may_have_a_rate_of_its_own(digits: Task, uniform: rs.RankAllocation) -> None:
     def moved(**rates: float) -> tuple[float, float]:
-        model, _ = rs.train(digits, uniform, rs.TrainingConfig(steps=3, **rates))
+        model, _ = rs.train(digits, uniform, rs.TrainingSettings(steps=3, **rates))
         b = max(float(p.detach().abs().max()) for n, p in model.named_parameters() if "lora_B" in n)
         head = model.get_base_model().classifier.modules_to_save["default"].weight.detach()
         return b, float((head - digits.build_model().classifier.weight.detach()).abs().max())
@@ -124,9 +124,9 @@ def test_a_rate_for_a_head_that_is_not_there_is_refused(uniform: rs.RankAllocati
         head_modules = ()  # type: ignore[assignment]
 
     with pytest.raises(TrainingError, match="^`head_learning_rate` needs a task with a head, but `digits-shift` has"):
-        rs.train(Headless(), uniform, rs.TrainingConfig(steps=1, head_learning_rate=0.02))
-    with pytest.raises(TrainingError, match="^`head_learning_rate` must be above 0 or None, but got 0"):
-        rs.TrainingConfig(head_learning_rate=0)
+        rs.train(Headless(), uniform, rs.TrainingSettings(steps=1, head_learning_rate=0.02))
+    with pytest.raises(SettingsError, match="^`head_learning_rate`: input should be greater than 0, but got 0"):
+        rs.TrainingSettings(head_learning_rate=0)
 
 
 # --- precision, memory, processes ------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_a_model_is_freed_without_the_garbage_collector(digits: Task, uniform: r
     targets = uniform.targets
     method = {"AdaLoRA": AdaLora(targets, 2, alpha=32.0), "EVA": Eva(targets, 1), "full": FullFineTuning()}
     controller = rs.ControllerConfig(every=3, freeze_fraction=0.8, samples=2) if name == "controller" else None
-    config = rs.TrainingConfig(steps=10, learning_rate=0.01)
+    config = rs.TrainingSettings(steps=10, learning_rate=0.01)
     gc.collect()
     gc.disable()
     try:
@@ -158,7 +158,7 @@ def test_a_model_is_freed_without_the_garbage_collector(digits: Task, uniform: r
 
 @pytest.mark.usefixtures("mixed")
 def test_mixed_precision_learns_as_float32_does(digits: Task, uniform: rs.RankAllocation) -> None:
-    model, result = rs.train(digits, uniform, rs.TrainingConfig(steps=30, learning_rate=0.02))
+    model, result = rs.train(digits, uniform, rs.TrainingSettings(steps=30, learning_rate=0.02))
     assert result.metrics["accuracy"] > evaluate(digits, digits.build_model())["accuracy"] + 0.2
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -176,7 +176,7 @@ def test_weights_in_bfloat16_are_trained_in_float32(tmp_path: Path) -> None:
         return TextClassification.loss(task, model, batch)
 
     task.loss = loss
-    model, result = rs.train(task, allocation, rs.TrainingConfig(steps=2))
+    model, result = rs.train(task, allocation, rs.TrainingSettings(steps=2))
     assert during == [{torch.float32}] * 2
     after = {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
     assert after == {torch.bfloat16}
@@ -186,7 +186,7 @@ def test_weights_in_bfloat16_are_trained_in_float32(tmp_path: Path) -> None:
 def test_an_accelerator_of_the_caller_is_left_alone(digits: Task, uniform: rs.RankAllocation) -> None:
     AcceleratorState._reset_state(True)
     mine = Accelerator(mixed_precision="bf16")
-    rs.train(digits, uniform, rs.TrainingConfig(steps=1))
+    rs.train(digits, uniform, rs.TrainingSettings(steps=1))
     assert Accelerator().mixed_precision == mine.mixed_precision == "bf16"
     AcceleratorState._reset_state(True)
 
@@ -196,4 +196,4 @@ def test_several_copies_of_the_process_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RankscopeError, match="^a training must run as one process, but WORLD_SIZE is 2; start it"):
-        rs.train(digits, uniform, rs.TrainingConfig(steps=1))
+        rs.train(digits, uniform, rs.TrainingSettings(steps=1))

@@ -52,7 +52,7 @@ def plain(folder: Path, task: Task, base: Path, *, labelled: bool) -> float:
 def trained(task: Task, **config: float) -> PeftModel:
     targets = rs.find_targets(task.build_model())
     allocation = rs.allocate("random", targets=targets, budget=rs.ParameterBudget.uniform(targets, 2), seed=1)
-    return rs.train(task, allocation, rs.TrainingConfig(steps=30, **config))[0]
+    return rs.train(task, allocation, rs.TrainingSettings(steps=30, **config))[0]
 
 
 @pytest.mark.parametrize("save", [save_bert, save_llama])

@@ -14,7 +14,7 @@ from rankscope.training import AdaLora
 
 def test_adalora_ends_at_its_mean_rank(digits: Task, digits_profile: rs.Profile) -> None:
     method = AdaLora(digits_profile.targets, 2, alpha=32.0)
-    model, result = rs.train(digits, method, rs.TrainingConfig(steps=20, learning_rate=0.02))
+    model, result = rs.train(digits, method, rs.TrainingSettings(steps=20, learning_rate=0.02))
     assert result.allocation is not None
     assert sum(result.allocation.vector) == 2 * len(digits_profile.targets)
     assert max(result.allocation.vector) <= method.initial_rank == 3
@@ -32,7 +32,7 @@ def test_ranks_settle_as_early_as_asked(digits: Task, digits_profile: rs.Profile
     assert (usual.variant, early.variant) == ("alpha 32, 100% of ranks", "alpha 32, 100% of ranks, settled at 40%")
     kept = 2 * len(digits_profile.targets)
     for method, over in ((usual, True), (early, False)):
-        model: Any = method.adapt(digits.build_model(), digits, rs.TrainingConfig(steps=20), seed=0)
+        model: Any = method.adapt(digits.build_model(), digits, rs.TrainingSettings(steps=20), seed=0)
         budget, _ = model.base_model.rankallocator.budget_schedule(8)
         assert (budget > kept) is over
 
@@ -40,4 +40,4 @@ def test_ranks_settle_as_early_as_asked(digits: Task, digits_profile: rs.Profile
 def test_too_short_a_run_is_refused(digits: Task, digits_profile: rs.Profile) -> None:
     message = "`steps` must be at least 10 for AdaLoRA, but got 9; train longer."
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
-        rs.train(digits, AdaLora(digits_profile.targets, 2, alpha=32.0), rs.TrainingConfig(steps=9))
+        rs.train(digits, AdaLora(digits_profile.targets, 2, alpha=32.0), rs.TrainingSettings(steps=9))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rankscope.budget import ParameterBudget as ParameterBudget
     from rankscope.comparison import Comparison as Comparison
     from rankscope.comparison import compare as compare
-    from rankscope.control import ControllerConfig as ControllerConfig
     from rankscope.control import RankController as RankController
     from rankscope.control import RankControllerCallback as RankControllerCallback
     from rankscope.performance import PerformanceModel as PerformanceModel
@@ -52,7 +51,7 @@ _NAMES = {
     "allocation": ["RankAllocation"],
     "budget": ["ParameterBudget"],
     "comparison": ["Comparison", "compare"],
-    "control": ["ControllerConfig", "RankController", "RankControllerCallback"],
+    "control": ["RankController", "RankControllerCallback"],
     "performance": ["PerformanceModel", "rank_features"],
     "profiling": ["Profile", "profile", "read_profile"],
     "searching": ["HierarchicalSpace", "PerformanceModelSampler", "SearchResult", "search", "suggest_allocation"],
@@ -65,7 +64,7 @@ _NAMES = {
     "tasks": ["Task", "load_task"],
     "training": ["TrainingConfig", "train"],
 }  # fmt: skip
-_RENAMED: dict[str, str] = {}  # old public names, which work for one release; a name moves here from _NAMES
+_RENAMED = {"ControllerConfig": "ControllerSettings"}  # old public names, which work for one release
 
 _HOMES = {name: f"rankscope.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = ["RankscopeError", "__version__", *_HOMES]

@@ -271,7 +271,7 @@ class ControllerSettings(Settings):
     (50, 7, 10)
     """
 
-    _free = frozenset({"mode"})
+    _free = frozenset({"mode", "adapter_name", "seed"})
 
     mode: Annotated[ControllerMode, BeforeValidator(_as_mode)] = Field(
         "off",
@@ -314,6 +314,10 @@ class ControllerSettings(Settings):
         description="Share of the time until the freeze in which a decision may move all modules; later ones move one rank.",
     )
     max_rank: Count | None = Field(None, description="Largest rank of a module. Default: its full rank.")
+    adapter_name: str | None = Field(None, description="Whose ranks move, if the model has several adapters.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of sketches and new adapter rows; in a training, that of the run."
+    )
 
     @model_validator(mode="before")
     @classmethod

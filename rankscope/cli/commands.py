@@ -42,7 +42,7 @@ from rankscope.comparison import (
     to_markdown,
     write_report,
 )
-from rankscope.control import ControllerConfig, write_decisions
+from rankscope.control import write_decisions
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, remove_others, replacing, require_same, write_json
 from rankscope.lora import save_lora_config
@@ -60,6 +60,7 @@ from rankscope.plotting import (
 )
 from rankscope.profiling import cumulative_energy, group_energy, pooled_signal, rank_modules, read_profile
 from rankscope.searching import STUDY_KEY, SearchResult, belief_of, find_storage, load_study, make_space, search
+from rankscope.settings import ControllerSettings
 from rankscope.strategies import NEEDS_PROFILE
 from rankscope.targets import TargetModule
 from rankscope.training import Lora
@@ -224,7 +225,7 @@ def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, j
             profile=session.profile_at_hand() if need_profile(section.methods) else None,
             searched=None if searched is None else searched.best_allocation,
             search_steps=0 if searched is None else searched.steps,
-            controller=session.controller_config(),
+            controller=session.study.controller,
             training=session.training_config(),
             learning_rates=session.study.training.learning_rates,
             seeds=seeds,
@@ -460,7 +461,8 @@ def run_train(
     session = Session.open(path, out, overrides)
     allocation = _read_allocation(session, allocation_path)
     controller = _controller(session, allocation)
-    methods = [Lora(allocation, controller)]
+    belief = _belief(session) if controller else None
+    methods = [Lora(allocation, controller, performance_model=belief)]
     if baseline:
         uniform = session.one_shot("uniform")
         _require_equal(allocation, uniform)
@@ -501,14 +503,14 @@ def run_train(
     print_files(files)
 
 
-def _controller(session: Session, allocation: RankAllocation) -> ControllerConfig | None:
-    """The study's controller, screened by the search's performance model where there is one; None: ranks stay."""
+def _controller(session: Session, allocation: RankAllocation) -> ControllerSettings | None:
+    """The study's controller; None: ranks stay."""
     mode = session.study.controller.mode
     if mode == "auto":
         mode = "off" if allocation.strategy in NEEDS_PROFILE or allocation.strategy == SEARCHED else "on"
         why = "rest on gradients already" if mode == "off" else "rest on no gradient yet"
         stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
-    return session.controller_config(_belief(session)) if mode == "on" else None
+    return session.study.controller if mode == "on" else None
 
 
 def _belief(session: Session) -> PerformanceModel | None:

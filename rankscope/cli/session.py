@@ -22,11 +22,9 @@ from rich.table import Table
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.control import ControllerConfig, Policy
 from rankscope.distributed import require_one_process
 from rankscope.errors import FileError
 from rankscope.files import FORMAT, digest, require_same
-from rankscope.performance import PerformanceModel
 from rankscope.profiling import Profile, read_profile
 from rankscope.searching import START_TRIALS, Finalist, Interval, SearchResult, Trial
 from rankscope.settings import BudgetSettings, StudySettings, read_study
@@ -198,24 +196,6 @@ class Session:
         """The schedule at the first learning rate."""
         training = self.study.training
         return TrainingConfig(**training.at(training.learning_rates[0]).model_dump())
-
-    def controller_config(self, performance_model: PerformanceModel | None = None) -> ControllerConfig:
-        """The controller's settings."""
-        settings = self.study.controller
-        policy = Policy(
-            margin=settings.hysteresis,
-            min_gain=settings.min_gain_ratio,
-            cooldown=settings.cooldown,
-            coarse_fraction=settings.coarse_fraction,
-            max_rank=settings.max_rank,
-        )
-        return ControllerConfig(
-            every=settings.every,
-            freeze_fraction=settings.freeze_fraction,
-            samples=settings.samples,
-            policy=policy,
-            performance_model=performance_model,
-        )
 
     @property
     def storage(self) -> str:

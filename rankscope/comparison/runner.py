@@ -23,12 +23,13 @@ import torch
 import rankscope
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.control import ControllerConfig, count_moved, write_decisions
+from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError
 from rankscope.files import FORMAT, digest, read_json, read_parquet, replacing, require_same, write_json
 from rankscope.plugins import user_errors, user_function
 from rankscope.profiling import Profile
+from rankscope.settings import ControllerSettings
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, evaluate, fingerprint_task, profile_task
@@ -115,7 +116,7 @@ class Terms:
     budget: ParameterBudget
     profile: Profile | None = None
     searched: RankAllocation | None = None
-    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    controller: ControllerSettings = field(default_factory=ControllerSettings)
     seed: int = 0
     base_dir: Path = Path()
 
@@ -610,7 +611,7 @@ def compare(
     profile: Profile | None = None,
     searched: RankAllocation | None = None,
     search_steps: int = 0,
-    controller: ControllerConfig | None = None,
+    controller: ControllerSettings | None = None,
     training: TrainingConfig | None = None,
     learning_rates: Sequence[float] | None = None,
     seeds: Sequence[int] = range(5),
@@ -671,7 +672,7 @@ def compare(
         targets = find_targets(task.build_model()) if profile is None else profile.targets
     terms = Terms(
         targets=tuple(targets), budget=budget, profile=profile, searched=searched, seed=min(seeds),
-        controller=controller or ControllerConfig(), base_dir=base_dir,
+        controller=controller or ControllerSettings(), base_dir=base_dir,
     )  # fmt: skip
     entries = _entries(names, terms, budgets, uniform_budgets)
     repeats = repeat_all(

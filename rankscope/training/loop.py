@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
-from rankscope.control import ControllerConfig, RankController
+from rankscope.control import RankController
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
 from rankscope.errors import TrainingError
 from rankscope.files import replacing, write_json
-from rankscope.settings import TrainingSettings
+from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.tasks import Batch, Task, evaluate
 from rankscope.training.methods import Lora, Method, Running
 
@@ -64,7 +64,7 @@ def train(
     settings: TrainingSettings | None = None,
     *,
     seed: int = 0,
-    controller: ControllerConfig | None = None,
+    controller: ControllerSettings | None = None,
     on_evaluation: OnEvaluation | None = None,
     on_step: Callable[[int], None] | None = None,
     **overrides: Any,

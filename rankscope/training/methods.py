@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.control import ControllerConfig, RankController
+from rankscope.control import RankController, schedule_of
 from rankscope.errors import TrainingError
 from rankscope.lora import (
     apply_allocation,
@@ -23,7 +23,8 @@ from rankscope.lora import (
     wrap_with_adalora,
     wrap_with_eva,
 )
-from rankscope.settings import TrainingSettings
+from rankscope.performance import PerformanceModel
+from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.targets import TargetModule
 from rankscope.tasks import Task
 
@@ -94,14 +95,16 @@ class Lora(Method):
         controller: Moves ranks during the run; None: they stay.
         rank_stabilised: Scale by `alpha / sqrt(r)` (rsLoRA, Kalajdzievski, arXiv 2312.03732), with the alpha that gives
             `settings.scaling` at the mean rank in LoRA.
+        performance_model: A study's, which refuses the controller's moves that it expects to do harm.
 
-    >>> Lora(RankAllocation((), (), strategy="uniform"), ControllerConfig()).name
+    >>> Lora(RankAllocation((), (), strategy="uniform"), ControllerSettings()).name
     'controller from uniform'
     """
 
     allocation: RankAllocation
-    controller: ControllerConfig | None = None
+    controller: ControllerSettings | None = None
     rank_stabilised: bool = False
+    performance_model: PerformanceModel | None = None
 
     @property
     def name(self) -> str:
@@ -110,9 +113,9 @@ class Lora(Method):
         return ("controller from " if self.controller else "") + self.allocation.strategy + stabilised
 
     def check(self, task: Task, settings: TrainingSettings) -> None:
-        """Raise a ModelError if the run is too short for the controller to decide anything."""
+        """Raise a SettingsError if the run is too short for the controller to decide anything."""
         if self.controller is not None:
-            self.controller.schedule(settings.steps)
+            schedule_of(self.controller, settings.steps)
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of these ranks; under a controller, inactive ones on modules of rank 0."""
@@ -133,12 +136,9 @@ class Lora(Method):
             model,
             optimizer,
             budget=ParameterBudget(self.allocation.budget or self.allocation.parameters),
+            settings=self.controller,
             total_steps=settings.steps,
-            every=self.controller.every_of(settings.steps),
-            freeze_fraction=self.controller.freeze_fraction,
-            performance_model=self.controller.performance_model,
-            samples=self.controller.samples,
-            policy=self.controller.policy,
+            performance_model=self.performance_model,
             seed=seed,
         )
 
@@ -178,7 +178,7 @@ class AdaLora(Method):
         return math.ceil(1.5 * self.rank)
 
     def check(self, task: Task, settings: TrainingSettings) -> None:
-        """Raise a ModelError if the run is too short."""
+        """Raise a SettingsError if the run is too short."""
         check_adalora_steps(settings.steps)
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:

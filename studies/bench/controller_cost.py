@@ -22,13 +22,13 @@ from _harness import Claim, run_benchmark
 from torch import nn
 
 import rankscope as rs
-from rankscope.control.controller import MOST_EVERY
 from rankscope.control.decisions import count_moved
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, Lora, Method, TrainingConfig
 
 RANK, STEPS = 8, 1000
-DEFAULTS = rs.ControllerConfig()
+DEFAULTS = rs.ControllerSettings()
+EVERY = DEFAULTS.every_of(STEPS)
 ALPHA = 32.0
 
 
@@ -80,7 +80,9 @@ def cost_by_kind(name: str, decisions: int) -> dict[str, Any]:
     task = rs.load_task(name)
     every = DEFAULTS.samples + 4  # 4 plain steps, then the watched ones, the last of which decides
     steps = every * (decisions + 1)
-    plain, moving, adalora = _methods(task, rs.ControllerConfig(every=every, freeze_fraction=decisions * every / steps))
+    plain, moving, adalora = _methods(
+        task, rs.ControllerSettings(every=every, freeze_fraction=decisions * every / steps)
+    )
     runs = [Training(task, method, steps) for method in (plain, moving, adalora)]
     batches = _endless(task)
     [run.step(next(batches)) for run in runs for _ in range(2)]  # warm-up; the controller has seen two steps
@@ -94,7 +96,7 @@ def cost_by_kind(name: str, decisions: int) -> dict[str, Any]:
         place = step % every
         kind = "deciding" if place == 0 else "watched" if place > every - DEFAULTS.samples else "plain"
         kinds[kind].append(controlled - lora)
-    n_decisions = int(DEFAULTS.freeze_fraction * STEPS) // MOST_EVERY
+    n_decisions = int(DEFAULTS.freeze_fraction * STEPS) // EVERY
     n = {"deciding": n_decisions, "watched": n_decisions * (DEFAULTS.samples - 1)}
     n["plain"] = STEPS - sum(n.values())
     typical = median(base)
@@ -116,7 +118,7 @@ def cost_by_kind(name: str, decisions: int) -> dict[str, Any]:
 def whole_run(name: str) -> dict[str, Any]:
     """A short run with its decisions, beside the same steps without."""
     task = rs.load_task(name)
-    steps = round(MOST_EVERY / DEFAULTS.freeze_fraction)
+    steps = round(EVERY / DEFAULTS.freeze_fraction)
     plain, moving, _ = _methods(task, DEFAULTS)
     runs = [Training(task, plain, steps), Training(task, moving, steps)]
     batches = _endless(task)
@@ -141,7 +143,7 @@ def _in_turn(runs: list[Training], batch: Any, step: int) -> list[float]:
     return [seconds[place] for place in range(len(runs))]
 
 
-def _methods(task: Task, controller: rs.ControllerConfig) -> tuple[Method, Method, Method]:
+def _methods(task: Task, controller: rs.ControllerSettings) -> tuple[Method, Method, Method]:
     targets = rs.find_targets(task.build_model())
     uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, RANK))
     return Lora(uniform), Lora(uniform, controller), AdaLora(targets, RANK, ALPHA)

@@ -20,11 +20,10 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
 import rankscope as rs
-from rankscope.control import Policy
 from rankscope.control.policy import ModuleSignals, propose
 
 RANK, EVERY, BLOCKS = 64, 4, (0, 9, 18, 27)
-FREE = Policy(margin=0.0, min_gain=0.0)
+FREE = rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.0)
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
@@ -32,7 +31,11 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     torch.set_num_threads(1)
     task = rs.load_task("glosses")
     rows, base = [], task.build_model()
-    for start, policy in (("uniform", Policy()), ("uniform", FREE), ("misplaced", Policy())):
+    for start, policy in (
+        ("uniform", rs.ControllerSettings()),
+        ("uniform", FREE),
+        ("misplaced", rs.ControllerSettings()),
+    ):
         for sketch_size in (32,) if quick else (128, 32):
             about = {"start": start, "thresholds": policy != FREE, "sketch_size": sketch_size}
             rows.append(about | first_decision(task, copy.deepcopy(base), start, policy, sketch_size))
@@ -55,7 +58,7 @@ def claims_of(rows: list[dict[str, Any]]) -> list[Claim]:
     return [*claims, Claim.at_least("misplaced moves, uniform stays", stayed and moved, 1)]
 
 
-def first_decision(task: Any, base: Any, start: str, policy: Policy, sketch_size: int) -> dict[str, Any]:
+def first_decision(task: Any, base: Any, start: str, policy: rs.ControllerSettings, sketch_size: int) -> dict[str, Any]:
     """Trains up to the first decision, and decides on exact spectra as well."""
     targets = [t for t in rs.find_targets(base) if t.block in BLOCKS]
     before = [RANK if start == "uniform" else 2 * RANK * (t.block in BLOCKS[2:]) for t in targets]
@@ -73,7 +76,7 @@ def first_decision(task: Any, base: Any, start: str, policy: Policy, sketch_size
         total_steps=4 * EVERY,
         freeze_fraction=0.5,
         sketch_size=sketch_size,
-        policy=policy,
+        settings=policy,
     )
     found = []
     window = controller._window
@@ -88,7 +91,7 @@ def first_decision(task: Any, base: Any, start: str, policy: Policy, sketch_size
         optimizer.zero_grad()
     (measured,) = found
     exact = []
-    for signals in measured.signals:
+    for signals in measured.modules:
         energies = torch.linalg.svdvals(weights[signals.target.name].grad).double().square()
         scale = (sum(signals.values) + sum(signals.gains)) / float(energies.sum())
         spectrum = (energies * scale).tolist()

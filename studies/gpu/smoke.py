@@ -169,7 +169,7 @@ def pipeline(toy: bool, _shape: str) -> tuple[list[dict[str, Any]], list[Claim]]
         config = rs.TrainingConfig(steps=steps, learning_rate=rate)
         before = rs.train(task, uniform, rs.TrainingConfig(steps=1, learning_rate=1e-9))[1].metrics
         _, static = rs.train(task, allocation, config)
-        _, moved = rs.train(task, uniform, config, controller=rs.ControllerConfig(every=5))
+        _, moved = rs.train(task, uniform, config, controller=rs.ControllerSettings(every=5))
         found = rs.compare(task, methods, budget=budget, targets=targets, profile=profile,
                            training=rs.TrainingConfig(steps=10, learning_rate=rate), seeds=range(2))  # fmt: skip
         assert n_profiled
@@ -195,7 +195,7 @@ def memory(toy: bool, _shape: str) -> tuple[list[dict[str, Any]], list[Claim]]:
     config = rs.TrainingConfig(steps=10, learning_rate=1e-3)
     runs: list[Callable[[], object]] = [
         lambda: rs.train(task, uniform, config),
-        lambda: rs.train(task, uniform, config, controller=rs.ControllerConfig(every=3)),
+        lambda: rs.train(task, uniform, config, controller=rs.ControllerSettings(every=3)),
         lambda: profile_task(task, targets=targets, n_batches=3),
     ]
     used = []
@@ -278,7 +278,7 @@ def controller(toy: bool, shape: str) -> tuple[list[dict[str, Any]], list[Claim]
                 _synchronize()
                 stamps.append(time.perf_counter())
 
-        chosen = rs.ControllerConfig() if name == "with" else None
+        chosen = rs.ControllerSettings() if name == "with" else None
         _, result = rs.train(task, uniform, config, controller=chosen, on_step=stamp)
         taken[name].append((stamps[1] - stamps[0]) / (config.steps - 2))
         if result.decisions is not None:

@@ -6,7 +6,6 @@ import pytest
 
 import rankscope as rs
 from rankscope.comparison import Cell, repeat_all, run_all
-from rankscope.control import Policy
 from rankscope.errors import FileError
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, HeadOnly, Lora
@@ -52,7 +51,7 @@ def test_kept_runs_are_read(
     digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
 ) -> None:
     uniform = rs.allocate("uniform", targets=digits_profile.targets, budget=digits_budget)
-    bold = rs.ControllerConfig(freeze_fraction=0.8, policy=Policy(margin=0.0, min_gain=0.0))
+    bold = rs.ControllerSettings(freeze_fraction=0.8, hysteresis=0.0, min_gain_ratio=0.0)
     config = rs.TrainingConfig(steps=8, learning_rate=0.01)
     cells = [Cell(method=Lora(uniform, controller), config=config, seed=3) for controller in (None, bold)]
     first = run_all(digits, cells[:1], kept_in=tmp_path)

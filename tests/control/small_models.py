@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 import rankscope as rs
-from rankscope.control import Policy
 
 LAYERS = ["first", "second", "third", "fourth"]
 COSTS = (32, 48, 36, 16)
@@ -68,7 +67,8 @@ def control(model: Any, optimizer: Any, **options: Any) -> rs.RankController:
         "total_steps": 40,
         "freeze_fraction": 0.5,
         "samples": 3,
-        "policy": Policy(margin=0.0, min_gain=0.0),
+        "hysteresis": 0.0,
+        "min_gain_ratio": 0.0,
     }
     return rs.RankController(model, optimizer, **(settings | options))
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
 from rankscope.control.trainer import STATE_FILE
-from rankscope.errors import ModelError
+from rankscope.errors import ModelError, SettingsError
 from rankscope.lora import count_adapter_parameters, masks_on
 from rankscope.tasks import Task
 from tests.control.trainers import MASKED, Rows, build, controller_of, ends_the_same, trainer, weights
@@ -135,12 +135,12 @@ class Anew(Trainer):
 
 def test_a_model_that_the_trainer_makes_anew(digits: Task, tmp_path: Path) -> None:
     options = {"eval_strategy": "steps", "save_steps": 4, "eval_steps": 4, "load_best_model_at_end": True}
-    whole = trainer(digits, tmp_path / "whole", kind=Anew, **options)
+    whole = trainer(digits, tmp_path / "whole", kind=Anew, bind=True, **options)
     whole.train()
     assert Path(whole.state.best_model_checkpoint).name == "checkpoint-12"
     best = loaded(digits, tmp_path / "whole" / "checkpoint-12")
     assert torch.equal(logits(best, digits), logits(whole.model, digits))
-    resumed = trainer(digits, tmp_path / "resumed", kind=Anew, **options)
+    resumed = trainer(digits, tmp_path / "resumed", kind=Anew, bind=True, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
     ends_the_same(resumed, whole)
 
@@ -191,7 +191,7 @@ def test_accumulation_and_scalars_through_the_trainer(digits: Task, tmp_path: Pa
     """A decision and the Trainer's own logging fall on the same step; a callback that reports sees both, each once."""
     seen = Recorder()
     options = {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "no", "logging_steps": 3}
-    run = trainer(digits, tmp_path, callbacks=(seen,), **options)
+    run = trainer(digits, tmp_path, callbacks=(seen,), bind=True, **options)
     run.callback_handler.callbacks.insert(0, run.callback_handler.pop_callback(seen))  # where TensorBoard's is
     run.train()
     controller = controller_of(run)
@@ -210,7 +210,7 @@ def test_accumulation_and_scalars_through_the_trainer(digits: Task, tmp_path: Pa
 
 def test_tensorboard_gets_the_scalars(digits: Task, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = trainer(digits, tmp_path, max_steps=4, save_strategy="no", report_to=["tensorboard"])
+    run = trainer(digits, tmp_path, max_steps=4, save_strategy="no", report_to=["tensorboard"], bind=True)
     run.train()
     (file,) = tmp_path.rglob("events.out.tfevents.*")
     (scalar,) = events.EventAccumulator(str(file.parent)).Reload().Scalars("train/ranks/parameters")
@@ -285,14 +285,14 @@ def test_budgets_and_optimizers_that_a_trainer_cannot_control(digits: Task, tmp_
     message = (
         "`budget` must cover the ranks to begin with (13,824 parameters), but got 6,912; raise it, or pass `start`."
     )
-    with refuses(ModelError, message):
+    with refuses(SettingsError, message):
         trainer(digits, tmp_path, model=model).train()
     message = (
         "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; wrap the "
         "model at a larger rank, and pass `start`."
     )
     with refuses(ModelError, message):
-        trainer(digits, tmp_path, model=build(digits), controller={"mode": "mask"}).train()
+        trainer(digits, tmp_path, model=build(digits), controller={"rank_change": "mask"}).train()
     run = trainer(digits, tmp_path, model=model, controller={"start": "uniform"})
     run.optimizer = torch.optim.AdamW(p for n, p in model.named_parameters() if "classifier" in n and p.requires_grad)
     n = 2 * len(rs.find_targets(digits.build_model()))
@@ -424,7 +424,7 @@ class Scaled(Trainer):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.3}], ids=str)
 def test_the_loss_is_the_one_that_is_minimised(digits: Task, tmp_path: Path, options: dict[str, Any]) -> None:
-    run = trainer(digits, tmp_path, kind=Scaled, save_strategy="no", logging_steps=3, **options)
+    run = trainer(digits, tmp_path, kind=Scaled, save_strategy="no", logging_steps=3, bind=True, **options)
     run.train()
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     decisions = controller_of(run).decisions
@@ -441,7 +441,7 @@ def test_a_second_training_after_one_that_failed(digits: Task, tmp_path: Path) -
             if state.global_step == 5:
                 raise KeyError("once")
 
-    run = trainer(digits, tmp_path, callbacks=(failing := Fails(),), save_strategy="no")
+    run = trainer(digits, tmp_path, callbacks=(failing := Fails(),), save_strategy="no", bind=True)
     with pytest.raises(KeyError):
         run.train()
     run.remove_callback(failing)
@@ -472,11 +472,9 @@ def test_models_are_copied_and_saved_whole_in_a_trainer(digits: Task, tmp_path: 
 
 
 def test_what_the_trainer_says_cannot_be_passed(digits_budget: rs.ParameterBudget) -> None:
-    with refuses(ModelError, "`total_steps` comes from the Trainer and cannot be passed; leave it out."):
+    with refuses(SettingsError, "`total_steps` comes from the Trainer and cannot be passed; leave it out."):
         rs.RankControllerCallback(budget=digits_budget, total_steps=10)
-    with pytest.raises(
-        ModelError, match="^`evry` must be a setting of RankController, which has adapter_name, budget, "
-    ):
+    with refuses(SettingsError, "unknown key `evry`; did you mean `every`?"):
         rs.RankControllerCallback(budget=digits_budget, evry=5)
-    with refuses(ModelError, "`budget` must be a ParameterBudget, but is 5000."):
+    with refuses(SettingsError, "`budget` must be a ParameterBudget, but is 5000."):
         rs.RankControllerCallback(budget=5000)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rankscope as rs
-from rankscope.control.decisions import Effect, EffectModel, LossHistory, effect_of_move
+from rankscope.control.decisions import Effect, LossHistory, effect_of_move, predict_effect
 from tests.control.small_models import batch, net
 
 TARGETS = [
@@ -48,34 +48,21 @@ def test_too_few_or_unknown_losses_say_nothing(losses: list[float]) -> None:
     assert effect_of_move(losses) is None
 
 
-def allocation(*ranks: int) -> rs.RankAllocation:
-    return rs.RankAllocation(tuple(TARGETS), ranks)
-
-
 def test_the_model_learns_what_moves_do() -> None:
     features = rs.rank_features(TARGETS, rs.ParameterBudget.uniform(TARGETS, 2))
-    model = EffectModel(features)
-    uniform, early, late = allocation(2, 2, 2, 2), allocation(3, 3, 1, 1), allocation(1, 1, 3, 3)
-    assert model.predict(uniform, early) is None
-    for _ in range(8):
-        model.add(uniform, early, Effect(-0.4, 0.1))
-    again, opposite = model.predict(uniform, early), model.predict(uniform, late)
-    assert again is not None
-    assert opposite is not None
+    uniform, early, late = (2, 2, 2, 2), (3, 3, 1, 1), (1, 1, 3, 3)
+    assert np.isnan(predict_effect(features, [], uniform, early)).all()
+    moves = [(uniform, early, Effect(-0.4, 0.1))] * 8
+    again, opposite = (predict_effect(features, moves, uniform, after) for after in (early, late))
     assert again.mean == pytest.approx(-0.4, abs=0.06)
     assert again.mean + again.error < 0 < opposite.mean - opposite.error
-    other = EffectModel(features)
-    other.load_state_dict(model.state_dict())
-    assert other.predict(uniform, early) == again
 
 
 def test_one_observation_is_the_textbook_posterior() -> None:
     """Prior variance of the effect and error variance are equal, so the posterior mean is half of what was seen."""
-    model = EffectModel(rs.rank_features(TARGETS, rs.ParameterBudget.uniform(TARGETS, 2)))
-    moves = allocation(2, 2, 2, 2), allocation(3, 2, 2, 1)
-    model.add(*moves, Effect(0.3, 0.2))
-    found = model.predict(*moves)
-    assert found is not None
+    features = rs.rank_features(TARGETS, rs.ParameterBudget.uniform(TARGETS, 2))
+    before, after = (2, 2, 2, 2), (3, 2, 2, 1)
+    found = predict_effect(features, [(before, after, Effect(0.3, 0.2))], before, after)
     assert found.mean == pytest.approx(0.15, rel=1e-6)
     assert found.error == pytest.approx(0.2 / math.sqrt(2), rel=1e-6)
 

@@ -17,7 +17,7 @@ CONFIG = rs.TrainingConfig(steps=84, learning_rate=0.01)
 
 def accuracies(task: Task, start: rs.RankAllocation, seeds: Iterable[int], *, moving: bool) -> list[float]:
     """With the controller's default settings, or with ranks that stay."""
-    controller = rs.ControllerConfig() if moving else None
+    controller = rs.ControllerSettings() if moving else None
     return [rs.train(task, start, CONFIG, seed=seed, controller=controller)[1].metrics["accuracy"] for seed in seeds]
 
 

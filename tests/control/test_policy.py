@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankscope as rs
-from rankscope.control.policy import ModuleSignals, Policy, Proposal, propose
-from rankscope.errors import ModelError
+from rankscope.budget import RankLimits
+from rankscope.control.policy import ModuleSignals, Proposal, propose
+from rankscope.errors import SettingsError
 
-POLICY = Policy(margin=0.0, min_gain=0.0)
+POLICY = rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.0)
 
 
 def module(name: str, values: list[float], gains: list[float], *, size: int = 32, out: int = 32) -> ModuleSignals:
@@ -20,7 +21,13 @@ def module(name: str, values: list[float], gains: list[float], *, size: int = 32
 
 
 def changes(proposal: Proposal) -> dict[str, tuple[int, int]]:
-    return {t.module: (t.before, t.after) for t in proposal.transfers}
+    return dict(proposal.changes)
+
+
+def held(signals: list[ModuleSignals], name: str) -> RankLimits:
+    """This module keeps its rank."""
+    rank = {s.target.name: s.rank for s in signals if s.target.name == name}
+    return RankLimits(rank, rank)
 
 
 def spent(signals: list[ModuleSignals]) -> int:
@@ -44,9 +51,9 @@ def test_within_the_budget_and_never_for_less(
     signals: list[ModuleSignals], slack: int, coarse: bool, margin: float
 ) -> None:
     budget = rs.ParameterBudget(max(spent(signals), 40) + slack)
-    proposal = propose(signals, budget, Policy(margin=margin, min_gain=0.0), coarse=coarse)
+    proposal = propose(signals, budget, rs.ControllerSettings(hysteresis=margin, min_gain_ratio=0.0), coarse=coarse)
     assert proposal.allocation.parameters <= budget.limit
-    assert proposal.predicted > 0 or not proposal.transfers
+    assert proposal.predicted > 0 or not proposal.changes
     ranks = dict(proposal.allocation.ranks)
     assert changes(proposal) == {
         s.target.name: (s.rank, ranks[s.target.name]) for s in signals if ranks[s.target.name] != s.rank
@@ -71,8 +78,8 @@ def test_what_was_moved_is_not_moved_back(signals: list[ModuleSignals], coarse: 
         for n in [s.target.name]
     ]
     second = propose(moved, budget, POLICY, coarse=coarse)
-    assert second.allocation != propose(signals, budget, POLICY, coarse=coarse) or not second.transfers
-    assert not second.transfers or second.predicted > 0
+    assert second.allocation != propose(signals, budget, POLICY, coarse=coarse) or not second.changes
+    assert not second.changes or second.predicted > 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,12 +110,18 @@ def test_hysteresis_grows_with_noise() -> None:
     signals = [module("a", [1.0], [0.1]), module("b", [1.4], [1.3])]
     budget = rs.ParameterBudget(spent(signals))
     for coarse in (True, False):
-        assert changes(propose(signals, budget, Policy(margin=0.2, min_gain=0.0), coarse=coarse)) == {
+        assert changes(
+            propose(signals, budget, rs.ControllerSettings(hysteresis=0.2, min_gain_ratio=0.0), coarse=coarse)
+        ) == {
             "a": (1, 0),
             "b": (1, 2),
         }
-        assert not propose(signals, budget, Policy(margin=0.4, min_gain=0.0), coarse=coarse).transfers
-        assert not propose(signals, budget, Policy(margin=0.2, min_gain=0.0), coarse=coarse, signal_share=0.5).transfers
+        assert not propose(
+            signals, budget, rs.ControllerSettings(hysteresis=0.4, min_gain_ratio=0.0), coarse=coarse
+        ).changes
+        assert not propose(
+            signals, budget, rs.ControllerSettings(hysteresis=0.2, min_gain_ratio=0.0), coarse=coarse, signal_share=0.5
+        ).changes
 
 
 def test_little_is_not_worth_moving_much_for() -> None:
@@ -116,9 +129,11 @@ def test_little_is_not_worth_moving_much_for() -> None:
     signals = [module("a", [3.0, 1.0], []), module("b", [4.0, 4.0], [3.0, 1.0])]
     budget = rs.ParameterBudget(spent(signals))
     for coarse in (True, False):
-        found = propose(signals, budget, Policy(margin=0.0, min_gain=0.5), coarse=coarse)
+        found = propose(signals, budget, rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.5), coarse=coarse)
         assert (changes(found), found.predicted, found.moved) == ({"a": (2, 1), "b": (2, 3)}, 2 / 16, 1 / 4)
-        assert not propose(signals, budget, Policy(margin=0.0, min_gain=0.51), coarse=coarse).transfers
+        assert not propose(
+            signals, budget, rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.51), coarse=coarse
+        ).changes
 
 
 def test_modules_that_cool_down_stay() -> None:
@@ -126,19 +141,24 @@ def test_modules_that_cool_down_stay() -> None:
     budget = rs.ParameterBudget(spent(signals))
     for coarse in (True, False):
         assert changes(propose(signals, budget, POLICY, coarse=coarse)) == {"a": (1, 0), "b": (1, 2)}
-        assert changes(propose(signals, budget, POLICY, coarse=coarse, cooling=["a"])) == {"b": (1, 2), "c": (1, 0)}
-        assert not propose(signals, budget, POLICY, coarse=coarse, cooling=["b"]).transfers
+        assert changes(propose(signals, budget, POLICY, coarse=coarse, limits=held(signals, "a"))) == {
+            "b": (1, 2),
+            "c": (1, 0),
+        }
+        assert not propose(signals, budget, POLICY, coarse=coarse, limits=held(signals, "b")).changes
 
 
 def test_capacity_and_largest_rank_bind() -> None:
     signals = [module("a", [0.1, 0.1], [0.0]), module("b", [5.0], [4.0, 3.0])]
     budget = rs.ParameterBudget(spent(signals))
     assert changes(propose(signals, budget, POLICY, coarse=True)) == {"a": (2, 0), "b": (1, 3)}
-    assert changes(propose(signals, budget, Policy(margin=0.0, min_gain=0.0, max_rank=2), coarse=True)) == {
+    assert changes(
+        propose(signals, budget, rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.0, max_rank=2), coarse=True)
+    ) == {
         "a": (2, 1),
         "b": (1, 2),
     }
-    assert not propose(signals, budget, POLICY, coarse=False, capacity={"a": 2, "b": 1}).transfers
+    assert not propose(signals, budget, POLICY, coarse=False, limits=RankLimits(max_rank={"a": 2, "b": 1})).changes
 
 
 def test_a_costly_module_takes_from_several() -> None:
@@ -151,19 +171,19 @@ def test_a_costly_module_takes_from_several() -> None:
 def test_no_gradient_moves_nothing() -> None:
     signals = [module("a", [0.0], [0.0]), module("b", [0.0], [0.0])]
     for coarse in (True, False):
-        assert not propose(signals, rs.ParameterBudget(spent(signals)), POLICY, coarse=coarse).transfers
+        assert not propose(signals, rs.ParameterBudget(spent(signals)), POLICY, coarse=coarse).changes
 
 
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"margin": -0.1}, "`margin` must be 0 or more, but got -0.1."),
-        ({"min_gain": -0.5}, "`min_gain` must be 0 or more, but got -0.5."),
-        ({"cooldown": -1}, "`cooldown` must be 0 or more decisions, but got -1."),
-        ({"coarse_fraction": 1.5}, "`coarse_fraction` must lie between 0 and 1, but got 1.5."),
-        ({"max_rank": 0}, "`max_rank` must be at least 1, but got 0."),
+        ({"hysteresis": -0.1}, "`hysteresis`: input should be greater than or equal to 0, but got -0.1."),
+        ({"min_gain_ratio": -0.5}, "`min_gain_ratio`: input should be greater than or equal to 0, but got -0.5."),
+        ({"cooldown": -1}, "`cooldown`: input should be greater than or equal to 0, but got -1."),
+        ({"coarse_fraction": 1.5}, "`coarse_fraction`: input should be less than or equal to 1, but got 1.5."),
+        ({"max_rank": 0}, "`max_rank`: input should be greater than 0, but got 0."),
     ],
 )
 def test_bad_settings_are_named(settings_: dict[str, float], message: str) -> None:
-    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
-        Policy(**settings_)
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        rs.ControllerSettings(**settings_)

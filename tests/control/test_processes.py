@@ -64,7 +64,6 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from rankscope.control import Policy
 import rankscope as rs
 from tests.control.small_models import adamw
 
@@ -86,7 +85,7 @@ optimizer = adamw(model)
 targets = rs.RankAllocation.from_peft_model(model).targets
 controller = rs.RankController(
     wrapped, optimizer, budget=rs.ParameterBudget.uniform(targets, 1), start="uniform", every=4, total_steps=16,
-    freeze_fraction=0.5, samples=3, policy=Policy(margin=0.0, min_gain=0.0),
+    freeze_fraction=0.5, samples=3, hysteresis=0.0, min_gain_ratio=0.0,
 )
 for step in range(10):
     torch.manual_seed(step)
@@ -114,7 +113,7 @@ from tests.control.trainers import MASKED, build, controller_of, losses_of, trai
 
 folder, resume = sys.argv[1], sys.argv[2] or None
 task = rs.load_task("digits-shift")
-settings = MASKED | {"mode": "auto"}
+settings = MASKED | {"rank_change": "auto"}
 run = trainer(
     task, folder, model=build(task, 3), controller=settings, per_device_train_batch_size=4, logging_steps=1, weight_decay=0.01
 )
@@ -158,7 +157,7 @@ def test_two_processes_decide_and_end_as_one(tmp_path: Path, wrapper: str) -> No
 
     model = net(r=4)
     optimizer = adamw(model)
-    controller = control(model, optimizer, mode="mask", start="uniform")
+    controller = control(model, optimizer, rank_change="mask", start="uniform")
     model.train()
     for step in range(STEPS):
         for part in range(2):

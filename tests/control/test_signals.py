@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rankscope as rs
-from rankscope.control.signals import GradientWindow, Measured, noise_of_mean
+from rankscope.control.signals import GradientWindow, Signals, noise_of_mean
 from rankscope.lora.resize import adapter_layers, factors
 from rankscope.profiling.statistics import split_energy
 from tests.control.small_models import LAYERS, batch, net
@@ -20,7 +20,7 @@ def window(model: PeftModel, *, compiled: bool = False) -> GradientWindow:
     return GradientWindow(model, rs.find_targets(model, LAYERS), sketch_size=16, seed=0, compiled=compiled)
 
 
-def measured(window: GradientWindow, model: PeftModel) -> Measured:
+def measured(window: GradientWindow, model: PeftModel) -> Signals:
     layers = adapter_layers(model, "default")
     found = window.measure(
         {name: tuple(f.detach() for f in factors(layer, "default")) for name, layer in layers.items()}
@@ -40,9 +40,9 @@ def gradients(model: PeftModel, batches: list[Mapping[str, Tensor]]) -> dict[str
     return {name: sum(each) / len(batches) for name, each in zip(weights, zip(*found, strict=True), strict=True)}
 
 
-def shape(found: Measured) -> np.ndarray:
+def shape(found: Signals) -> np.ndarray:
     """All values and gains, free of the common share of signal."""
-    return np.concatenate([[*s.values, *s.gains] for s in found.signals])
+    return np.concatenate([[*s.values, *s.gains] for s in found.modules])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -65,7 +65,7 @@ def test_the_spectrum_is_that_of_the_mean_gradient(checkpointing: bool, scale: f
     assert found.batches == 4
     expected = gradients(model, [batch(i) for i in range(4)])
     shares = []
-    for signals in found.signals:
+    for signals in found.modules:
         spectrum = torch.linalg.svdvals(expected[signals.target.name]).square().numpy()
         got = np.array([*signals.values, *signals.gains])
         keep = spectrum[: len(got)] > 1e-6 * spectrum[0]
@@ -161,7 +161,7 @@ def test_bfloat16() -> None:
             each(x=b["x"].to(dtype), labels=b["labels"]).loss.backward()
             seen.end_step()
         found.append(measured(seen, each))
-    for exact, rough in zip(found[0].signals, found[1].signals, strict=True):
+    for exact, rough in zip(found[0].modules, found[1].modules, strict=True):
         assert rough.values[0] == pytest.approx(exact.values[0], rel=0.1)
 
 

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import rankscope as rs
-from rankscope.control import Policy
 from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.trainers import controller_of, ends_the_same
@@ -49,7 +48,8 @@ def sft(folder: Path) -> Any:
         "every": 3,
         "freeze_fraction": 0.8,
         "samples": 2,
-        "policy": Policy(margin=0.0, min_gain=0.0),
+        "hysteresis": 0.0,
+        "min_gain_ratio": 0.0,
     }
     return trl.SFTTrainer(
         model=build("llama"),
@@ -106,9 +106,9 @@ def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> N
         disable_tqdm=True,
     )
     budget = rs.ParameterBudget(count_adapter_parameters(model))
-    policy = Policy(margin=0.0, min_gain=0.0)
+    free = {"hysteresis": 0.0, "min_gain_ratio": 0.0}
     callback = rs.RankControllerCallback(
-        budget=budget, every=5, freeze_fraction=0.8, samples=2, policy=policy, adapter_name="default"
+        budget=budget, every=5, freeze_fraction=0.8, samples=2, **free, adapter_name="default"
     )
     run = trl.DPOTrainer(
         model=model,
@@ -117,6 +117,7 @@ def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> N
         processing_class=tokenizer(),
         callbacks=[callback],
     )
+    callback.bind(run)
     run.train()
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     decisions = controller_of(run).decisions

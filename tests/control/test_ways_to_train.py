@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
-from rankscope.control import Policy
 from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
@@ -36,7 +35,7 @@ def scaled_run(scale: float | None, dtype: torch.dtype, make: Callable[..., Any]
     model = net()
     optimizer = make(model)
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0, growth_interval=1000)
-    controller = control(model, optimizer, scaler=scaler, total_steps=2 * steps, mode="resize")
+    controller = control(model, optimizer, scaler=scaler, total_steps=2 * steps, rank_change="resize")
     model.train()
     for step in range(steps):
         with torch.autocast("cpu", dtype):
@@ -92,7 +91,8 @@ def llama_run(reentrant: bool | None) -> tuple[list[float], pd.DataFrame]:
         total_steps=9,
         freeze_fraction=1.0,
         samples=2,
-        policy=Policy(margin=0.0, min_gain=0.0),
+        hysteresis=0.0,
+        min_gain_ratio=0.0,
     )
     generator = torch.Generator().manual_seed(0)
     losses = []
@@ -167,7 +167,7 @@ def test_a_compiled_model_is_masked_and_seen() -> None:
         model = net(r=4)
         optimizer = still(model)
         runs = torch.compile(model, backend="eager") if compiled else model
-        controller = control(runs, optimizer, mode="auto" if compiled else "mask")
+        controller = control(runs, optimizer, rank_change="auto" if compiled else "mask")
         run(runs, optimizer, controller, range(8))
         controllers.append(controller)
     controller.close()
@@ -274,7 +274,7 @@ def test_a_base_in_4_bits(tmp_path: Path) -> None:
         "total_steps": 16,
         "freeze_fraction": 1.0,
     }
-    controller = rs.RankController(model, optimizer, start=start, policy=Policy(margin=0.0, min_gain=0.0), **options)
+    controller = rs.RankController(model, optimizer, start=start, hysteresis=0.0, min_gain_ratio=0.0, **options)
     x, y = (torch.randn(32, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     model.train()
     for _ in range(16):
@@ -311,7 +311,7 @@ def test_other_forms_move_and_load_in_plain_peft(
     model = net(r=2 if mode == "resize" else 4, **options).to(dtype)
     scaling = next(layer.scaling["default"] for layer in model.modules() if hasattr(layer, "scaling"))
     optimizer = adamw(model)
-    controller = control(model, optimizer, mode=mode)
+    controller = control(model, optimizer, rank_change=mode)
 
     def cast(step: int) -> dict[str, torch.Tensor]:
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch(step).items()}

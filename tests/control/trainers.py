@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rankscope as rs
-from rankscope.control import Policy
 from rankscope.lora import apply_allocation, masks_on
 from rankscope.tasks import Task
 
@@ -36,7 +35,7 @@ def build(task: Task, rank: int = 1, **options: Any) -> PeftModel:
     return apply_allocation(model, uniform, modules_to_save=["classifier"], **options)
 
 
-MASKED = {"mode": "mask", "start": "uniform"}  # of a model that is built at a larger rank
+MASKED = {"rank_change": "mask", "start": "uniform"}  # of a model that is built at a larger rank
 
 
 def trainer(
@@ -47,6 +46,7 @@ def trainer(
     controller: dict[str, Any] | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
     kind: type[Trainer] = Trainer,
+    bind: bool = False,
     **options: Any,
 ) -> Trainer:
     """A run of 12 steps with decisions after 3, 6 and 9, at the parameters of uniform rank 1."""
@@ -56,7 +56,8 @@ def trainer(
         "every": 3,
         "freeze_fraction": 0.8,
         "samples": 2,
-        "policy": Policy(margin=0.0, min_gain=0.0),
+        "hysteresis": 0.0,
+        "min_gain_ratio": 0.0,
     }
     callback = rs.RankControllerCallback(**(moves | (controller or {})))
     settings = {
@@ -71,7 +72,10 @@ def trainer(
     }
     arguments = TrainingArguments(output_dir=str(folder), **(settings | options))
     rows = Rows(task)
-    return kind(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *callbacks])
+    run = kind(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *callbacks])
+    if bind:
+        callback.bind(run)
+    return run
 
 
 def controller_of(run: Trainer) -> rs.RankController:

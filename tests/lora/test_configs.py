@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankscope as rs
-from rankscope.control import Policy
 from rankscope.errors import ModelError, RankscopeError, SettingsError
 from rankscope.lora import RankMasks, Resize, apply_allocation, resize_adapters
 from tests.lora.live_models import stir
@@ -176,7 +175,6 @@ def test_masked_magnitudes_stay_under_the_controller() -> None:
 
 def _controlled(model: PeftModel, budget: rs.ParameterBudget, **options: object) -> rs.RankController:
     optimizer = adamw(model)
-    policy = Policy(margin=0.0, min_gain=0.0)
     controller = rs.RankController(
         model,
         optimizer,
@@ -185,7 +183,8 @@ def _controlled(model: PeftModel, budget: rs.ParameterBudget, **options: object)
         total_steps=12,
         freeze_fraction=0.9,
         samples=2,
-        policy=policy,
+        hysteresis=0.0,
+        min_gain_ratio=0.0,
         **options,
     )
     for _ in range(12):

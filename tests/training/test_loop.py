@@ -53,7 +53,7 @@ def test_a_controller_moves_ranks_within_the_budget(
 ) -> None:
     start = rs.allocate(strategy, targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
     config = rs.TrainingSettings(steps=8, learning_rate=0.01, gradient_accumulation=2)
-    controller = rs.ControllerConfig(every=3, freeze_fraction=0.8, samples=2)
+    controller = rs.ControllerSettings(every=3, freeze_fraction=0.8, samples=2)
     model, result = rs.train(digits, start, config, controller=controller)
     assert result.decisions is not None
     assert result.decisions["step"].tolist() == [3, 6]
@@ -69,7 +69,7 @@ def test_a_controller_is_refused_for_what_has_no_ranks_to_move(digits: Task, dig
     method = AdaLora(digits_profile.targets, 1, alpha=32.0)
     message = "`controller` moves an allocation's ranks, but `method` is none; pass an allocation."
     with pytest.raises(TrainingError, match=f"^{re.escape(message)}$"):
-        rs.train(digits, method, rs.TrainingSettings(), controller=rs.ControllerConfig())
+        rs.train(digits, method, rs.TrainingSettings(), controller=rs.ControllerSettings())
 
 
 def test_intermediate_evaluations(digits: Task, uniform: rs.RankAllocation) -> None:
@@ -143,7 +143,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_is_freed_without_the_garbage_collector(digits: Task, uniform: rs.RankAllocation, name: str) -> None:
     targets = uniform.targets
     method = {"AdaLoRA": AdaLora(targets, 2, alpha=32.0), "EVA": Eva(targets, 1), "full": FullFineTuning()}
-    controller = rs.ControllerConfig(every=3, freeze_fraction=0.8, samples=2) if name == "controller" else None
+    controller = rs.ControllerSettings(every=3, freeze_fraction=0.8, samples=2) if name == "controller" else None
     config = rs.TrainingSettings(steps=10, learning_rate=0.01)
     gc.collect()
     gc.disable()

@@ -31,6 +31,13 @@ FORMAT = 2  # of every kept result; raise it where the same settings give other 
 _MOST_YAML = 2**21  # bytes, and characters with aliases written out: PyYAML reads some 100 kB a second
 _HASH = re.compile(r"[0-9a-f]{16}")
 
+
+def packaged(name: str) -> Path:
+    """A file or folder that comes with rankscope: in `_data` of an installed package, at the top of a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "_data" / name if (package / "_data").is_dir() else package.parent / name
+
+
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
@@ -151,18 +158,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | os.PathLike[str], *, what: str) -> Any:
-    """Reads YAML of plain values. Beyond YAML 1.1: floats as `1e-3`, only texts as keys, and none of them twice."""
-    data = _read_bytes(path, what=what, most=_MOST_YAML)
+    """Reads YAML as `parse_yaml` parses it."""
+    return parse_yaml(_read_bytes(path, what=what, most=_MOST_YAML), where=f"`{path}`", what=what)
+
+
+def parse_yaml(data: str | bytes, *, where: str, what: str) -> Any:
+    """Parses YAML of plain values. Beyond YAML 1.1: floats as `1e-3`, only texts as keys, and none of them twice."""
     try:
         return yaml.load(data, Loader=_YamlLoader)
     except RecursionError:
         reason = "it is nested too deeply"
     except yaml.MarkedYAMLError as error:
-        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        reason = where + (error.problem or one_line(error))
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        reason = line + (error.problem or one_line(error))
     except yaml.YAMLError as error:
         reason = one_line(error)
-    raise FileError(f"`{path}` must hold {what} as YAML, but it cannot be parsed ({reason}); mend it there.")
+    raise FileError(f"{where} must hold {what} as YAML, but it cannot be parsed ({reason}); mend it there.")
 
 
 def read_parquet(path: str | os.PathLike[str], *, what: str, schema: pa.Schema | None = None) -> pa.Table:

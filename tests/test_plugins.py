@@ -7,7 +7,7 @@ from joblib import Parallel, delayed
 from typer.testing import CliRunner
 
 import rankscope as rs
-from rankscope.cli.app import app
+from rankscope.cli import app
 from rankscope.comparison.runner import Cell, _run_and_keep
 from rankscope.errors import TaskError
 from rankscope.plugins import entry_points, load_entry_point, user_function

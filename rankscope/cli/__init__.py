@@ -1,9 +1,302 @@
-"""The command line: typer commands over the library, and nothing else."""
+"""The command line: options, help and errors. `commands` does the work, and is imported only when a command runs."""
 
-import logging
+from __future__ import annotations
 
-from rankscope.cli.app import main
+import functools
+import importlib
+import inspect
+import io
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on import, and whenever a product casts
+import typer
 
-__all__ = ["main"]
+from rankscope import __version__
+from rankscope.errors import FileError, RankscopeError, SettingsError, TaskError, TrainingError, one_line
+from rankscope.plugins import user_errors
+
+__all__ = ["app", "main", "reports_errors"]
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: out/NAME]")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key, as in search.fidelity=0.5; several times."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Overrides the study's `seed`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+UniformRank = Annotated[int | None, typer.Option(help="Overrides `budget`: what uniform LoRA of this rank uses.")]
+Parameters = Annotated[int | None, typer.Option(help="Overrides `budget`: adapter parameters.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in its own process.")]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="rankscope",
+    help="Which LoRA rank where, for your parameter budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The entry point of the `rankscope` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a sign of ours, or of a file's name
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as `head` does; what is still buffered would raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def reports_errors(command: Command) -> Command:
+    """Turn errors raised on purpose into one line and an exit status: 1 where the work failed, 2 for bad input."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with user_errors("the study's own code", TaskError):
+                return command(*args, **kwargs)
+        except (RankscopeError, OSError) as error:
+            if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+                raise typer.Exit(141) from None
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            line = one_line(error, most=10_000)
+            if isinstance(error, OSError) and error.filename is not None:
+                line = f"`{error.filename}` cannot be used ({error.strerror}); check the path."
+            sys.stderr.write(f"rankscope: {line}\n")
+            raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
+        except KeyboardInterrupt:
+            sys.stderr.write("rankscope: interrupted; what was finished is kept.\n")
+            raise typer.Exit(130) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _stdout_is_closed() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))  # with no event asked for, only errors are told: the reader has gone
+
+
+def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[..., None]], None]:
+    """Register a command on a study.
+
+    Its flags named in `keys` override that key of the study; the others are passed to `run_NAME` of `commands`.
+    """
+
+    def register(described: Callable[..., None]) -> None:
+        def command(
+            study: Path, out: Path | None, set_: list[str] | None, seed: int | None, json: bool, **own: Any
+        ) -> None:
+            from rankscope.settings import read_study
+
+            del own["debug"]
+            overrides = {
+                **{key: _given(own.pop(flag)) for flag, key in keys.items()},
+                "seed": seed,
+                **_parsed(set_ or []),
+            }
+            settings = read_study(study, overrides)  # a mistyped key is told before torch loads
+            module = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
+            session = importlib.import_module("rankscope.cli.session").Session.open(study, overrides, settings, out)
+            getattr(module, f"run_{name}")(session, as_json=json, **own)
+
+        none = inspect.Parameter.KEYWORD_ONLY
+        first = [("study", Study, inspect.Parameter.empty), ("out", Out, None)]
+        last = [("set_", Set, None), ("seed", Seed, None), ("json", Json, False), ("debug", Debug, False)]
+        parameters = [inspect.Parameter(each, none, annotation=kind, default=default) for each, kind, default in first]
+        parameters += inspect.signature(described, eval_str=True).parameters.values()
+        parameters += [inspect.Parameter(each, none, annotation=kind, default=default) for each, kind, default in last]
+        command.__signature__ = inspect.Signature([p.replace(kind=none) for p in parameters])  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__ = described.__doc__
+        app.command(name, epilog=f"Example: rankscope {name} {example}")(reports_errors(command))
+
+    return register
+
+
+def _given(value: Any) -> Any:
+    """A flag's value; None where it was not given."""
+    return None if value is False or value == [] else value
+
+
+def _parsed(given: list[str]) -> dict[str, Any]:
+    """The values of `--set`, by key."""
+    from rankscope.files import parse_yaml
+
+    values = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        values[key] = parse_yaml(value, where=f"`--set {text}`", what="a value")
+        if not (key and equals) or values[key] is None:
+            raise SettingsError(f"`--set` must be KEY=VALUE, as in search.fidelity=0.5, but got {text!r}.")
+    return values
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"rankscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Which LoRA rank where, for your parameter budget."""
+
+
+@_study_command("profile", "studies/digits.yaml --out out/digits", keep_partial="profile.keep_partial")
+def _profile(
+    keep_partial: Annotated[
+        bool, typer.Option("--keep-partial", help="On Ctrl-C, keep the profile of the batches so far.")
+    ] = False,
+) -> None:
+    """Collect gradient, input and weight features of every target module into profile.parquet, and draw them."""
+
+
+@_study_command(
+    "allocate", "studies/digits.yaml --strategy one-shot --uniform-rank 2",
+    strategy="allocation.strategy", uniform_rank="budget.uniform_rank", parameters="budget.parameters",
+)  # fmt: skip
+def _allocate(
+    strategy: Annotated[str | None, typer.Option(help="Overrides `allocation.strategy`.")] = None,
+    uniform_rank: UniformRank = None,
+    parameters: Parameters = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what a search recommended.")] = False,
+) -> None:
+    """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
+
+
+@_study_command(
+    "search", "studies/digits.yaml --trials 60",
+    trials="search.n_trials", uniform_rank="budget.uniform_rank", parameters="budget.parameters",
+)  # fmt: skip
+def _search(
+    trials: Annotated[int | None, typer.Option(help="Overrides `search.n_trials`: trainings in all.")] = None,
+    uniform_rank: UniformRank = None,
+    parameters: Parameters = None,
+) -> None:
+    """Search with short fine-tuning trials; resumes an earlier run."""
+
+
+@_study_command("train", "studies/digits.yaml --baseline --seeds 8 --jobs 2", controller="controller.mode")
+def _train(
+    allocation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The allocation.  [default: DIR/allocation.json]")
+    ] = None,
+    controller: Annotated[
+        str | None,
+        typer.Option(help="Overrides `controller.mode`: off, on, or auto (on where the allocation uses no gradient)."),
+    ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline", help="Also train uniform LoRA, and the allocation without controller, on the same seeds."
+        ),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each allocation.")] = 1,
+    jobs: Jobs = 1,
+) -> None:
+    """Fine-tune an allocation, tune its learning rate, and save the adapter for plain PEFT."""
+
+
+@_study_command(
+    "compare", "studies/digits.yaml --methods uniform --methods one-shot --jobs 2",
+    methods="compare.methods", seeds="compare.n_seeds", uniform_rank="budget.uniform_rank", parameters="budget.parameters",
+)  # fmt: skip
+def _compare(
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Overrides `compare.methods`; several times. Strategies, uniform-rslora, qv-only, searched, controller, "
+            "controller-STRATEGY, adalora, eva, full, head, or path/to/file.py:function.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Overrides `compare.n_seeds`: reported runs of each method.")
+    ] = None,
+    jobs: Jobs = 1,
+    uniform_rank: UniformRank = None,
+    parameters: Parameters = None,
+) -> None:
+    """Compare methods at equal parameters, each at its best learning rate; resumes an earlier run."""
+
+
+@app.command("report", epilog="Example: rankscope report out/digits")
+@reports_errors
+def _report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with a comparison.parquet.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: DIR]")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also put a Markdown table between the marker lines of a README or model card."
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw comparisons as report.html and PNGs: one task, or several together."""
+    from rankscope.cli.commands import run_report
+
+    run_report(folders, out, into, as_json=json)
+
+
+@_study_command("dashboard", "studies/digits.yaml --open")
+def _dashboard(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine's loopback; 0: any free one.")] = 8080,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+) -> None:
+    """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
+
+
+@app.command("init", epilog="Example: rankscope init my-study --template supersense")
+@reports_errors
+def _init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the study; the file is NAME.yaml.")],
+    template: Annotated[str, typer.Option(help="digits (no download), or supersense (a text task).")] = "digits",
+    debug: Debug = False,
+) -> None:
+    """Write an example study file, which runs as it is."""
+    from rankscope.files import packaged
+    from rankscope.settings import read_study
+
+    source, path = packaged(f"studies/{template}.yaml"), Path(f"{name}.yaml")
+    if template not in ("digits", "supersense"):
+        raise SettingsError(f"`template` must be digits or supersense, but got {template!r}.")
+    read_study(source, {"name": name})  # which checks the name
+    if path.exists():
+        raise FileError(f"`{path}` must not exist yet, but does; choose another name.")
+    text = source.read_text(encoding="utf-8").replace(f"name: {template}", f"name: {name}")
+    path.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {path}; next: rankscope profile {path}")
+
+
+@app.command("schema", epilog="Example: rankscope schema > study.schema.json")
+@reports_errors
+def _schema(debug: Debug = False) -> None:
+    """Print the JSON schema of study files, with which editors complete and check them."""
+    import json
+
+    from rankscope.settings import StudySettings
+
+    typer.echo(json.dumps(StudySettings.model_json_schema(), indent=2))

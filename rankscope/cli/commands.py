@@ -1,141 +1,118 @@
-"""`rankscope train`: an allocation fine-tuned, beside uniform LoRA and under the controller if asked for."""
+"""What each command does: call the library on a session, write the files, print the tables."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from optuna.trial import TrialState
 
+from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
-from rankscope.cli.session import (
-    FIRST_REPORTED_SEED,
-    Session,
-    print_files,
-    print_json,
-    print_line,
-    print_search,
-    print_table,
-    progress,
-    search_summary,
-    starts_of,
-    stderr,
-)
-from rankscope.comparison import (
-    REFERENCE,
-    SEARCHED,
-    Repeats,
-    allocations,
-    at_budget,
-    check_terms,
-    compare,
-    format_row,
-    insert_table,
-    need_profile,
-    paired_difference,
-    read_comparison,
-    repeat_all,
-    summarise,
-    to_markdown,
-    write_report,
-)
+from rankscope.cli.session import Session, print_files, print_json, print_line, print_table, progress, stderr
+from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, remove_others, replacing, require_same, write_json
 from rankscope.lora import save_lora_config
 from rankscope.performance import PerformanceModel
-from rankscope.plotting import (
-    plot_belief,
-    plot_energy,
-    plot_flow,
-    plot_levels,
-    plot_predictions,
-    plot_ranks,
-    plot_spectra,
-    plot_trajectories,
-    save_figure,
-)
-from rankscope.profiling import cumulative_energy, group_energy, pooled_signal, rank_modules, read_profile
-from rankscope.searching import STUDY_KEY, SearchResult, belief_of, find_storage, load_study, make_space, search
-from rankscope.settings import ControllerSettings
+from rankscope.plotting import save_figure
+from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import NEEDS_PROFILE
 from rankscope.targets import TargetModule
 from rankscope.training import Lora
 
-Overrides = Mapping[str, Any]
+FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 SHOWN_MODULES = 9
+COMPARISON = "comparison.parquet"
+FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
+FIRST_TUNING_SEED = 10_000
 
 
-def run_profile(path: Path, out: Path | None, overrides: Overrides, *, keep_partial: bool, as_json: bool) -> None:
+# --- profile and allocate ---------------------------------------------------------------------------------------
+
+
+def run_profile(session: Session, *, as_json: bool) -> None:
     """`rankscope profile`."""
-    session = Session.open(path, out, overrides)
-    taken = session.take_profile(keep_partial=keep_partial)
+    taken = session.take_profile()
+    facts = taken.metadata
     files = [
         session.profile_path,
-        save_figure(plot_energy(taken), session.out / "energy.png"),
-        save_figure(plot_spectra(taken), session.out / "spectra.png"),
+        save_figure(plotting.plot_energy(taken), session.out / "energy.png"),
+        save_figure(plotting.plot_spectra(taken), session.out / "spectra.png"),
     ]
-    modules, groups = rank_modules(taken), group_energy(taken)
+    modules, groups = profiling.rank_modules(taken), profiling.group_energy(taken)
     if as_json:
-        summary = {"groups": groups.to_dict("records"), "files": [str(file) for file in files]}
-        print_json({"profile": str(session.profile_path), "modules": len(modules), **taken.metadata, **summary})
+        found = {
+            "profile": str(session.profile_path),
+            "modules": len(modules),
+            **facts,
+            "groups": groups.to_dict("records"),
+        }
+        print_json(found, files)
         return
     shown = modules if len(modules) <= SHOWN_MODULES else pd.concat([modules.head(6), modules.tail(3)])
-    taken_on = f"{session.study.name}: {len(modules)} modules, {taken.metadata['batches']} batches"
-    title = f"{taken_on}: gradient energy per parameter, most and least"
-    header = ("module", "rank cost", "‖G‖", "energy", "signal", "in rank 1")
-    print_table(title, header, [_module_row(row) for row in shown.to_dict("records")])
-    title = "gradient energy by tower and role, beside the share of parameters at equal ranks"
-    rows = [(f"{g['tower']} {g['role']}", str(g["modules"]), f"{g['share']:.1%}", f"{g['parameters']:.1%}")
-            for g in groups.to_dict("records")]  # fmt: skip
-    print_table(title, ("group", "modules", "energy", "parameters"), rows)
-    parameters, captured = cumulative_energy(taken)
-    budget = session.budget.limit
-    print_line(
-        f"the best {budget:,} parameters (this study's budget) capture {np.interp(budget, parameters, captured):.0%} "
-        f"of the gradient's energy; signal is {pooled_signal(taken):.0%} of it"
+    print_table(
+        f"{session.study.name}: {len(modules)} modules, {facts['batches']} batches: "
+        "gradient energy per parameter, most and least",
+        ("module", "rank cost", "‖G‖", "energy", "signal", "in rank 1"),
+        [
+            (m["module"], f"{m['rank_cost']:,}", f"{m['gradient_norm']:.3g}", f"{m['share']:.1%}", f"{m['signal_share']:.0%}",
+             f"{m['first']:.0%}")
+            for m in shown.to_dict("records")
+        ],
+    )  # fmt: skip
+    print_table(
+        "gradient energy by tower and role, beside the share of parameters at equal ranks",
+        ("group", "modules", "energy", "parameters"),
+        [
+            (f"{g['tower']} {g['role']}", str(g["modules"]), f"{g['share']:.1%}", f"{g['parameters']:.1%}")
+            for g in groups.to_dict("records")
+        ],
     )
-    for kind, names in (
-        ("skipped", taken.metadata["skipped"]),
-        ("without a gradient", taken.metadata["without_gradient"]),
-    ):
-        if names:
-            print_line(f"{kind}: {', '.join(names)}")
-    if taken.metadata["interrupted"]:
-        print_line(f"interrupted: the profile holds the {taken.metadata['batches']} batches before")
+    captured = np.interp(session.budget.limit, *profiling.cumulative_energy(taken))
+    print_line(
+        f"the best {session.budget.limit:,} parameters (this study's budget) capture {captured:.0%} of the gradient's energy; "
+        f"signal is {profiling.pooled_signal(taken):.0%} of it"
+    )
+    for kind, key in (("skipped", "skipped"), ("without a gradient", "without_gradient")):
+        if facts[key]:
+            print_line(f"{kind}: {', '.join(facts[key])}")
+    if facts["interrupted"]:
+        print_line(f"interrupted: the profile holds the {facts['batches']} batches before")
     print_files(files)
 
 
-def run_allocate(
-    path: Path, out: Path | None, overrides: Overrides, *, strategy: str | None, force: bool, as_json: bool
-) -> None:
+def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
     """`rankscope allocate`."""
-    session = Session.open(path, out, overrides)
     if not force and _is_recommended(session.allocation_path):
         raise SettingsError(
             f"`{session.allocation_path}` holds what a search recommended, which `allocate` would replace; pass --force, or use "
             "another --out."
         )
     uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
-    allocation = session.one_shot(strategy)
-    panels = [uniform, allocation] if allocation.strategy != "uniform" else [uniform]
-    files = export(session, allocation, panels, command="allocate", strategy=strategy)
+    allocation = session.one_shot()
+    shown = [uniform, allocation] if allocation.strategy != "uniform" else [uniform]
+    files = _export(session, allocation, shown, command="allocate")
     if as_json:
-        print_json({"study": session.study.name, **summary_of(allocation), "files": [str(file) for file in files]})
+        print_json({"study": session.study.name, **_allocation_summary(allocation)}, files)
         return
-    rows = [_allocation_row(a) for a in dict.fromkeys([uniform, allocation])]
     print_table(
         f"{session.study.name}: budget {session.budget.limit:,} parameters",
         ("strategy", "parameters", "modules adapted", "max rank"),
-        rows,
+        [
+            (a.strategy, f"{a.parameters:,}", f"{np.count_nonzero(a.vector)} of {len(a.targets)}", str(max(a.vector)))
+            for a in dict.fromkeys([uniform, allocation])
+        ],
     )
     print_files(files)
-
-
-# --- files -------------------------------------------------------------------------------------------------------
 
 
 def _is_recommended(path: Path) -> bool:
@@ -147,18 +124,9 @@ def _is_recommended(path: Path) -> bool:
     return dict(stored.get("made_by") or {}).get("command") == "search" or stored.get("strategy") == SEARCHED
 
 
-def export(
-    session: Session,
-    allocation: RankAllocation,
-    panels: list[RankAllocation],
-    *,
-    command: str,
-    strategy: str | None = None,
-) -> list[Path]:
-    """Writes allocation.json, with what it was made by and from, adapter_config.json and ranks.png."""
-    made_by = {"command": command, "flags": dict(session.flags), "strategy": strategy}
-    made = {"study": session.study.name, "made_by": made_by, "made_from": session.allocation_terms(made_by)}
-    write_json(session.allocation_path, {**allocation.to_dict(), **made})
+def _export(session: Session, allocation: RankAllocation, shown: list[RankAllocation], *, command: str) -> list[Path]:
+    """Write allocation.json, with what it was made by and from, adapter_config.json and ranks.png."""
+    write_json(session.allocation_path, {**allocation.to_dict(), **session.provenance(command)})
     config = allocation.to_lora_config(
         scaling=session.study.training.scaling,
         lora_dropout=session.study.training.lora_dropout,
@@ -167,390 +135,235 @@ def export(
     return [
         session.allocation_path,
         save_lora_config(config, session.out / "adapter_config.json"),
-        save_figure(plot_ranks(*panels), session.out / "ranks.png"),
+        save_figure(plotting.plot_ranks(*shown), session.out / "ranks.png"),
     ]
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
+def _allocation_summary(allocation: RankAllocation) -> dict[str, Any]:
+    keys = ("strategy", "parameters", "budget")
+    return {**{key: getattr(allocation, key) for key in keys}, "ranks": dict(allocation.ranks)}
 
 
-def _module_row(row: Mapping[Any, Any]) -> tuple[str, ...]:
-    return (
-        row["module"],
-        f"{row['rank_cost']:,}",
-        f"{row['gradient_norm']:.3g}",
-        f"{row['share']:.1%}",
-        f"{row['signal_share']:.0%}",
-        f"{row['first']:.0%}",
-    )
+# --- search -----------------------------------------------------------------------------------------------------
 
 
-def summary_of(allocation: RankAllocation) -> dict[str, Any]:
-    """An allocation for `--json`."""
-    return {
-        "strategy": allocation.strategy,
-        "parameters": allocation.parameters,
-        "budget": allocation.budget,
-        "ranks": dict(allocation.ranks),
-    }
-
-
-def _allocation_row(allocation: RankAllocation) -> tuple[str, ...]:
-    adapted = sum(rank > 0 for rank in allocation.vector)
-    modules = f"{adapted} of {len(allocation.targets)}"
-    return allocation.strategy, f"{allocation.parameters:,}", modules, str(max(allocation.vector))
-
-
-TABLE = "comparison.parquet"
-FIRST_TUNING_SEED = 10_000
-PICTURES = ("forest.png", "trajectories-*.png", "flow-*.png")  # that not every comparison has
-
-
-def run_compare(path: Path, out: Path | None, overrides: Mapping[str, Any], *, jobs: int, as_json: bool) -> None:
-    """`rankscope compare`."""
-    session = Session.open(path, out, overrides)
-    section = session.study.compare
-    first = FIRST_REPORTED_SEED + session.study.seed
-    seeds = range(first, first + section.n_seeds)
-    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + section.n_tuning_seeds)
-    check_terms(seeds, tuning_seeds, section.budgets)  # before a profile is taken or a search resumed
-    searched = _searched(session) if any(SEARCHED in name for name in section.methods) else None
-    with progress() as bar:
-        line = bar.add_task("comparing", total=None)
-        found = compare(
-            session.task,
-            section.methods,
-            budget=session.budget,
-            targets=session.targets,
-            profile=session.profile_at_hand() if need_profile(section.methods) else None,
-            searched=None if searched is None else searched.best_allocation,
-            search_steps=0 if searched is None else searched.steps,
-            controller=session.study.controller,
-            training=session.training_config(),
-            learning_rates=session.study.training.learning_rates,
-            seeds=seeds,
-            tuning_seeds=tuning_seeds,
-            budgets=section.budgets,
-            uniform_budgets=section.uniform_budgets,
-            n_jobs=jobs,
-            kept_in=session.out / "runs",
-            study=session.study.name,
-            base_dir=session.study.base_dir,
-            on_run=lambda done, total: bar.update(line, completed=done, total=total),
-        )
-    files = [found.to_parquet(session.out / TABLE)]
-    table = summarise(found.runs)
-    files += write_report(
-        session.out,
-        found.runs,
-        table,
-        targets=session.targets,
-        decisions=found.decisions,
-        command=f"rankscope compare {path}",
-    )
-    remove_others(session.out, PICTURES, kept=files)
-    _show(table, files, as_json=as_json)
-
-
-def _searched(session: Session) -> SearchResult:
-    """The study's finished search.
-
-    Raises:
-        SettingsError: There is none.
-    """
-    if not session.has_search:
-        raise SettingsError(
-            f"`searched` needs a search in {session.out}, but there is none; run `rankscope search {session.arguments}` first."
-        )
-    return search_of(session)
-
-
-def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_json: bool) -> None:
-    """`rankscope report`: of one folder, or of several studies' folders together."""
-    if out is None and len(folders) > 1:
-        raise FileError("`--out` must say where the report of several folders goes, but is not given; add it.")
-    runs = _told_apart({folder: read_comparison(folder / TABLE) for folder in folders})
-    table = summarise(runs)
-    card = None if into is None else insert_table(_read_text(into), to_markdown(table), where=str(into))
-    targets = _targets_of(folders[0], runs) if len(folders) == 1 else ()
-    command = "rankscope report " + " ".join(map(str, folders))
-    kept = folders[0] if len(folders) == 1 else None
-    files = write_report(out or folders[0], runs, table, targets=targets, pictures_in=kept, command=command)
-    if into is not None and card is not None:
-        with replacing(into) as temporary:
-            temporary.write_text(card, encoding="utf-8", newline="")
-        files.append(into)
-    _show(table, files, as_json=as_json)
-
-
-def _targets_of(folder: Path, runs: pd.DataFrame) -> tuple[TargetModule, ...]:
-    """The modules of the profile beside a comparison, for pictures of ranks; where it is of other modules, that is said."""
-    path = folder / "profile.parquet"
-    if not path.exists():
-        return ()
-    try:
-        targets = read_profile(path).targets
-    except FileError as error:
-        stderr.print(f"no pictures of ranks: {error}", soft_wrap=True)
-        return ()
-    if any(set(ranks) - {target.name for target in targets} for ranks in allocations(runs).values()):
-        stderr.print(f"no pictures of ranks: `{path}` is of other modules", soft_wrap=True)
-        return ()
-    return targets
-
-
-def _told_apart(runs: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
-    """The runs of several folders; studies of one name, which may be of other data, get their folder's name beside it."""
-    names = [name for each in runs.values() for name in each["study"].unique()]
-    shared = {name for name in names if names.count(name) > 1}
-    parts = [
-        each.assign(
-            study=each["study"].map(lambda name, folder=folder: f"{name} ({folder})" if name in shared else name)
-        )
-        for folder, each in runs.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _read_text(path: Path) -> str:
-    """The text of the file that `--into` names, its line ends as they are."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise FileError(f"`--into` must name a text file, but there is no {path}; check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it holds no UTF-8"
-        raise FileError(f"`--into` must name a text file, but {path} cannot be read: {reason}.") from None
-
-
-def _show(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
-    if as_json:
-        print_json({"methods": json.loads(table.to_json(orient="records")), "files": [str(file) for file in files]})
-        return
-    for _, rows in table.groupby("study", sort=False):
-        for _, group in rows.groupby("factor", sort=False):
-            if len(group) > 1:
-                _print_methods(group)
-        uniform = rows[rows["method"] == REFERENCE]
-        if len(uniform) > 1 or len(uniform) == len(rows):
-            levels = [_cells(row, "parameters", "rate", "points") for _, row in uniform.iterrows()]
-            print_table(f"{_name(rows.iloc[0])}: uniform by parameters", ("parameters", "rate", "test"), levels)
-    _print_growth(table)
-    print_files(files)
-
-
-def _name(row: pd.Series) -> str:
-    """The study's name, and the task's where it is another."""
-    return str(row["study"]) if row["task"] in row["study"] else f"{row['study']}, {row['task']}"
-
-
-def _print_methods(group: pd.DataFrame) -> None:
-    """One study's at one budget."""
-    first = group.iloc[0]
-    scale = "" if first["factor"] == 1.0 else f", {first['factor']:g} x the budget"
-    n_seeds = int(first["seeds"])
-    noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
-    title = f"{_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
-    header = ("method", "parameters", "rate", "test, 95 % interval", "differs")
-    columns = ("method", "parameters", "rate", "points", "differs")
-    print_table(title, header, [_cells(row, *columns) for _, row in group.iterrows()])
-
-
-def _cells(row: pd.Series, *columns: str) -> list[str]:
-    texts = format_row(row)
-    return [texts[name] for name in columns]
-
-
-def _print_growth(table: pd.DataFrame) -> None:
-    """By how much uniform must grow to match the best at the study's budget, where that was measured."""
-    limited = at_budget(table).query("budget > 0 and uniform_budget_multiplier.notna()")
-    for study, group in limited.groupby("study", sort=False):
-        best = group.sort_values("test").iloc[-1]
-        if best["method"] != REFERENCE:
-            times = float(best["uniform_budget_multiplier"])
-            needs = "more parameters than were tried" if times == float("inf") else f"{times:.2g} x the parameters"
-            print_line(f"{study}: uniform needs {needs} to match {best['method']}")
-
-
-SEARCH_PICTURES = ("predictions.png", "belief.png", "levels.png")  # of the performance model
-
-
-def run_search(path: Path, out: Path | None, overrides: Mapping[str, Any], *, as_json: bool) -> None:
+def run_search(session: Session, *, as_json: bool) -> None:
     """`rankscope search`."""
-    session = Session.open(path, out, overrides)
-    result = search_of(session)
-    allocation = recommended(result)
-    starts = [t.allocation for t in starts_of(result)]
+    result = _search(session)
+    best = result.best_trial
+    allocation = best.allocation.renamed(SEARCHED) if best.proposed else best.allocation
+    shown = dict.fromkeys([*(trial.allocation for trial in _starts_of(result)), allocation])
     files = [
-        *export(session, allocation, list(dict.fromkeys([*starts, allocation])), command="search"),
+        *_export(session, allocation, list(shown), command="search"),
         result.to_parquet(session.out / "trials.parquet"),
     ]
+    pictures = {
+        "predictions.png": lambda model: plotting.plot_predictions(model, result),
+        "belief.png": plotting.plot_belief,
+        "levels.png": plotting.plot_levels,
+    }
     if result.model is not None:
-        files += [
-            save_figure(plot_predictions(result.model, result), session.out / "predictions.png"),
-            save_figure(plot_belief(result.model), session.out / "belief.png"),
-            save_figure(plot_levels(result.model), session.out / "levels.png"),
-        ]
-    remove_others(session.out, SEARCH_PICTURES, kept=files)
+        files += [save_figure(plot(result.model), session.out / name) for name, plot in pictures.items()]
+    remove_others(session.out, pictures, kept=files)
     if as_json:
-        print_json(
-            {
-                "study": session.study.name,
-                **summary_of(allocation),
-                **search_summary(result),
-                "files": [str(file) for file in files],
-            }
-        )
+        print_json({"study": session.study.name, **_allocation_summary(allocation), **_search_summary(result)}, files)
         return
-    print_search(result, modelled=session.study.search.sampler == "performance-model")
+    _print_search(result, modelled=session.study.search.sampler == "performance-model")
     print_files(files)
 
 
-def search_of(session: Session) -> SearchResult:
-    """The study's search, to its end: trials that are done already are read."""
-    section, bounds = session.study.search, session.study.allocation
-    taken = session.profile_at_hand()
-    with progress() as bar:
-        line = bar.add_task("searching", total=section.n_trials)
-        return search(
+def _search(session: Session) -> SearchResult:
+    """The study's search, to its end; trials that are done already are read."""
+    settings, bounds = session.study.search, session.study.allocation
+    taken = session.profile
+    with progress("searching") as update:
+        return searching.search(
             session.task,
             budget=session.budget,
             profile=taken,
-            n_trials=section.n_trials,
             targets=session.targets,
             training=session.training_config(),
             learning_rates=session.study.training.learning_rates,
-            n_seeds=section.n_seeds,
-            confirm_fraction=section.confirm_fraction,
-            fidelity=section.fidelity,
+            n_trials=settings.n_trials,
+            n_seeds=settings.n_seeds,
+            confirm_fraction=settings.confirm_fraction,
+            fidelity=settings.fidelity,
+            sampler=settings.sampler,
+            grouping=settings.grouping,
+            n_groups=settings.n_groups,
+            pruner=settings.pruner,
             storage=session.storage,
             study_name=session.study.name,
             seed=session.study.seed,
-            sampler=section.sampler,
-            grouping=section.grouping,
-            n_groups=section.n_groups,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
-            pruner=section.pruner,
-            on_trial=lambda trial: bar.update(
-                line, description="searching", completed=(trial.number + 1) * section.n_seeds, total=section.n_trials
-            ),
-            on_confirm=lambda done, total: bar.update(line, description="confirming", completed=done, total=total),
+            on_trial=lambda trial: update(completed=(trial.number + 1) * settings.n_seeds, total=settings.n_trials),
+            on_confirm=lambda done, total: update(description="confirming", completed=done, total=total),
         )
 
 
-def recommended(result: SearchResult) -> RankAllocation:
-    """What the search recommends, named after where it comes from."""
+def _print_search(result: SearchResult, *, modelled: bool) -> None:
+    """The finalists (without a confirmation, the start points and the recommended trial), and what to make of them."""
     best = result.best_trial
-    return best.allocation.renamed(SEARCHED) if best.proposed else best.allocation
+    if result.finalists:
+        rows = [_trial_row(f.trial, best, f.metric, f.difference, f.interval) for f in result.finalists]
+        n_seeds = len(result.finalists[0].metrics_by_seed)
+        title = f"{len(result.trials)} trials; finalists on {n_seeds} fresh seeds, 95 % interval; * recommended"
+    else:
+        shown = {trial.number: trial for trial in [*_starts_of(result), best]}
+        rows = [_trial_row(trial, best, trial.metric, trial.difference) for trial in shown.values()]
+        title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
+    header = ("strategy", "parameters", "rate", result.metric_name, "difference to uniform")
+    print_table(f"{result.study.study_name}: {title}", header, rows)
+    print_line(_verdict(result))
+    states = Counter(trial.state for trial in result.study.get_trials(deepcopy=False))
+    ended = sum(states[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    others = {"pruned": states[TrialState.PRUNED], "failed": states[TrialState.FAIL]}
+    said = ", ".join(f"{count} {how}" for how, count in others.items() if count)
+    print_line(
+        f"cost: {ended} trials{f' ({said})' if said else ''}, {result.confirming_runs} confirming runs, {result.steps:,} steps"
+    )
+    for agreement in result.agreements:
+        print_line(f"fidelity: {agreement}")
+    if modelled and result.model is None:
+        print_line(f"performance model: no proposal yet; it needs {searching.START_TRIALS} trials whose metrics differ")
+    elif modelled:
+        scores = (
+            str(result.validation) if result.validation else "too few different comparison.allocations to validate it"
+        )
+        if len(result.trials) < FEW_TRIALS:
+            scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
+        print_line(f"performance model: {scores}")
+
+
+def _starts_of(result: SearchResult) -> list[Trial]:
+    """The best trials of uniform and of one-shot, as far as the search has come."""
+    origins = {trial.origin for trial in result.trials}
+    return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
+
+
+def _trial_row(
+    trial: Trial, best: Trial, metric: float, difference: float | None, interval: tuple[float, float] | None = None
+) -> tuple[str, ...]:
+    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
+    return (
+        f"{name} *" if trial.number == best.number else name,
+        f"{trial.allocation.parameters:,}",
+        f"{trial.learning_rate:g}",
+        f"{metric:.3f}",
+        "-"
+        if difference is None or trial.origin == "uniform"
+        else Interval(difference, *(interval or (math.nan,) * 2)).text(),
+    )
+
+
+def _verdict(result: SearchResult) -> str:
+    """What fresh seeds say of the recommendation, in words."""
+    found = result.recommendation
+    if found is None:
+        return f"not confirmed: {result.unconfirmed}"
+    if found.trial.origin == "uniform":
+        return "uniform is recommended: nothing that was tried is worth more, as far as trials and fresh seeds tell"
+    if found.difference is None:
+        return "uniform did not complete: whether the recommendation is better is not known"
+    if found.interval is None:
+        return "whether it differs from uniform is not known: an interval needs 3 fresh seeds or more, and differences that vary"
+    low, high = found.interval
+    if low > 0:
+        return f"better than uniform: {found.difference:+.3f}, and not less than {low:+.3f}"
+    return f"not told apart from uniform: {low:+.3f} to {high:+.3f}"
+
+
+def _search_summary(result: SearchResult) -> dict[str, Any]:
+    found = result.recommendation
+    return {
+        "recommended": _finalist_summary(found) if found else _trial_summary(result.best_trial),
+        "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
+        "unconfirmed": result.unconfirmed,
+        "performance_model": asdict(result.validation) if result.validation else None,
+        "trials": len(result.trials),
+        "confirming_runs": result.confirming_runs,
+        "steps": result.steps,
+        "fidelity": [asdict(agreement) for agreement in result.agreements],
+    }
+
+
+def _trial_summary(trial: Trial) -> dict[str, Any]:
+    keys = ("origin", "learning_rate", "metric", "difference")
+    return {
+        "trial": trial.number,
+        "parameters": trial.allocation.parameters,
+        **{key: getattr(trial, key) for key in keys},
+    }
+
+
+def _finalist_summary(finalist: Finalist) -> dict[str, Any]:
+    """The trial's, with what fresh seeds say in place of the trial's own difference."""
+    confirmed = {
+        "confirmed": dict(finalist.metrics_by_seed),
+        "difference": finalist.difference,
+        "interval": finalist.interval,
+    }
+    return {**_trial_summary(finalist.trial), **confirmed}
+
+
+# --- train ------------------------------------------------------------------------------------------------------
 
 
 def run_train(
-    path: Path,
-    out: Path | None,
-    overrides: Mapping[str, Any],
-    *,
-    allocation_path: Path | None,
-    baseline: bool,
-    n_seeds: int,
-    jobs: int,
-    as_json: bool,
+    session: Session, *, allocation: Path | None, baseline: bool, seeds: int, jobs: int, as_json: bool
 ) -> None:
     """`rankscope train`."""
-    session = Session.open(path, out, overrides)
-    allocation = _read_allocation(session, allocation_path)
-    controller = _controller(session, allocation)
-    belief = _belief(session) if controller else None
-    methods = [Lora(allocation, controller, performance_model=belief)]
+    ranks = _read_allocation(session, allocation)
+    methods = [Lora(ranks)]
+    if _is_controlled(session, ranks):
+        methods = [Lora(ranks, session.study.controller, performance_model=_belief(session))]
     if baseline:
         uniform = session.one_shot("uniform")
-        _require_equal(allocation, uniform)
-        static = dict.fromkeys([Lora(uniform), Lora(allocation)])
+        _require_equal(ranks, uniform)
+        static = dict.fromkeys([Lora(uniform), Lora(ranks)])
         methods = [*(method for method in static if method != methods[0]), *methods]
     first = FIRST_REPORTED_SEED + session.study.seed
-    with progress() as bar:
-        line = bar.add_task("training", total=None)
-        repeats = repeat_all(
+    with progress("training") as update:
+        repeats = comparison.repeat_all(
             session.task,
             methods,
             session.training_config(),
             learning_rates=session.study.training.learning_rates,
-            seeds=range(first, first + n_seeds),
+            seeds=range(first, first + seeds),
             n_jobs=jobs,
             save_first_to=session.out / "adapter",
-            on_run=lambda done, total: bar.update(line, completed=done, total=total),
+            on_run=lambda done, total: update(completed=done, total=total),
         )
     files = [session.out / "adapter", *_decisions(session, repeats[-1])]
-    if as_json:
-        runs = [_summary(r, repeats[0], baseline) for r in repeats]
-        print_json(
-            {
-                "study": session.study.name,
-                "metric": session.task.metric,
-                "runs": runs,
-                "files": [str(file) for file in files],
-            }
-        )
-        return
-    rows = [_row(r, repeats[0], baseline and len(repeats) > 1) for r in repeats]
-    seeds = f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
-    title = f"{session.study.name}: mean {session.task.metric} of {seeds}"
-    if baseline:
-        title += "; paired test difference to uniform, 95 % interval"
-    header = ("strategy", "parameters", "rate", "validation", "test", "to uniform")
-    print_table(title, header, rows)
-    print_files(files)
-
-
-def _controller(session: Session, allocation: RankAllocation) -> ControllerSettings | None:
-    """The study's controller; None: ranks stay."""
-    mode = session.study.controller.mode
-    if mode == "auto":
-        mode = "off" if allocation.strategy in NEEDS_PROFILE or allocation.strategy == SEARCHED else "on"
-        why = "rest on gradients already" if mode == "off" else "rest on no gradient yet"
-        stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
-    return session.study.controller if mode == "on" else None
-
-
-def _belief(session: Session) -> PerformanceModel | None:
-    """What this study's search believes; None without a search, and where it is not to be trusted."""
-    if not session.has_search:
-        return None
-    section, bounds = session.study.search, session.study.allocation
-    study = load_study(name=session.study.name, storage=find_storage(session.storage))
-    kept, facts = study.user_attrs[STUDY_KEY], {key: each for key, each in session.facts.items() if key != "targets"}
-    require_same(
-        {key: kept.get(key) for key in facts},
-        facts,
-        what=f"study `{study.study_name}`",
-        remedy="search again, or use another output folder.",
-        holds="its trials are",
-        error=SettingsError,
-    )
-    space = make_space(
-        session.profile_at_hand(),
-        session.targets,
-        session.budget,
-        grouping=section.grouping,
-        n_groups=section.n_groups,
-        min_rank=bounds.min_rank,
-        max_rank=bounds.max_rank,
-    )
-    return belief_of(study, space)
-
-
-def _decisions(session: Session, repeats: Repeats) -> list[Path]:
-    """Writes and draws the decisions of the run whose adapter is saved; without a controller, removes those of earlier runs."""
-    decisions = repeats.runs[0].decisions
-    if decisions is None:
-        remove_others(session.out, ("decisions.parquet", "trajectories.png", "flow.png"), kept=())
-        return []
-    return [
-        write_decisions(decisions, session.out / "decisions.parquet"),
-        save_figure(plot_trajectories(decisions, session.targets), session.out / "trajectories.png"),
-        save_figure(plot_flow(decisions, session.targets), session.out / "flow.png"),
+    rows: list[dict[str, Any]] = [
+        {
+            "strategy": each.name,
+            "parameters": each.parameters,
+            "learning_rate": each.learning_rate,
+            "seeds": [run.seed for run in each.runs],
+            "validation": each.validation,
+            "test": each.test,
+            "difference": comparison.paired_difference(each.test, repeats[0].test)
+            if baseline and each is not repeats[0]
+            else None,
+        }
+        for each in repeats
     ]
+    if as_json:
+        print_json({"study": session.study.name, "metric": session.task.metric, "runs": rows}, files)
+        return
+    print_table(
+        f"{session.study.name}: mean {session.task.metric} of {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
+        + ("; paired test difference to uniform, 95 % interval" if baseline else ""),
+        ("strategy", "parameters", "rate", "validation", "test", "to uniform"),
+        [
+            (row["strategy"], f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{np.mean(row['validation']):.3f}",
+             f"{np.mean(row['test']):.3f}", row["difference"].text() if row["difference"] else "-")
+            for row in rows
+        ],
+    )  # fmt: skip
+    print_files(files)
 
 
 def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
@@ -561,17 +374,15 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
         raise FileError(f"`{file}` must hold an allocation, but there is no such file; {again} first.")
     allocation = RankAllocation.from_json(file)
     if path is None:
-        stored = read_json(file, what="an allocation")
-        made_by = stored.get("made_by") or {"command": "allocate", "flags": {}, "strategy": None}
         remedy = f"{again} again, or pass `--allocation {file}` to train it all the same."
-        require_same(stored.get("made_from", {}), session.allocation_terms(made_by), what=f"`{file}`", remedy=remedy)
+        session.require_present(read_json(file, what="an allocation"), file, command="allocate", remedy=remedy)
     if set(allocation.targets) != set(session.targets):
         raise SettingsError(f"`{file}` must be for this study's target modules, but is for others; allocate again.")
     return allocation
 
 
 def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
-    """Checks that neither has room for a rank more than the other.
+    """Check that neither has room for one rank more than the other.
 
     Raises:
         SettingsError: One has.
@@ -585,27 +396,212 @@ def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
         )
 
 
-def _row(repeats: Repeats, first: Repeats, compared: bool) -> tuple[str, ...]:
-    difference = "-"
-    if compared and repeats is not first:
-        difference = paired_difference(repeats.test, first.test).text()
-    return (
-        repeats.name,
-        f"{repeats.parameters:,}",
-        f"{repeats.learning_rate:g}",
-        f"{sum(repeats.validation) / len(repeats.runs):.3f}",
-        f"{sum(repeats.test) / len(repeats.runs):.3f}",
-        difference,
+def _is_controlled(session: Session, allocation: RankAllocation) -> bool:
+    """Whether the study's controller moves ranks. `auto`: where they rest on no gradient yet."""
+    mode = session.study.controller.mode
+    if mode != "auto":
+        return mode == "on"
+    placed = allocation.strategy in {*NEEDS_PROFILE, SEARCHED}
+    said = (
+        "off: the ranks of `{}` rest on gradients already"
+        if placed
+        else "on: the ranks of `{}` rest on no gradient yet"
     )
+    stderr.print("controller " + said.format(allocation.strategy), soft_wrap=True)
+    return not placed
 
 
-def _summary(repeats: Repeats, first: Repeats, compared: bool) -> dict[str, Any]:
-    return {
-        "strategy": repeats.name,
-        "parameters": repeats.parameters,
-        "learning_rate": repeats.learning_rate,
-        "seeds": [run.seed for run in repeats.runs],
-        "validation": repeats.validation,
-        "test": repeats.test,
-        "difference": list(paired_difference(repeats.test, first.test)) if compared and repeats is not first else None,
-    }
+def _belief(session: Session) -> PerformanceModel | None:
+    """What this study's search believes; None without a search, and where it is not to be trusted."""
+    if not session.has_search:
+        return None
+    settings, bounds = session.study.search, session.study.allocation
+    study = searching.load_study(name=session.study.name, storage=searching.find_storage(session.storage))
+    kept, facts = (
+        study.user_attrs[searching.STUDY_KEY],
+        {key: each for key, each in session.facts.items() if key != "targets"},
+    )
+    require_same(
+        {key: kept.get(key) for key in facts},
+        facts,
+        what=f"study `{study.study_name}`",
+        remedy="search again, or use another output folder.",
+        holds="its trials are",
+        error=SettingsError,
+    )
+    space = searching.make_space(
+        session.profile,
+        session.targets,
+        session.budget,
+        grouping=settings.grouping,
+        n_groups=settings.n_groups,
+        min_rank=bounds.min_rank,
+        max_rank=bounds.max_rank,
+    )
+    return searching.belief_of(study, space)
+
+
+def _decisions(session: Session, repeats: comparison.Repeats) -> list[Path]:
+    """Write and draw the decisions of the run whose adapter is saved; without a controller, remove those of earlier runs."""
+    decisions = repeats.runs[0].decisions
+    if decisions is None:
+        remove_others(session.out, ("decisions.parquet", "trajectories.png", "flow.png"), kept=())
+        return []
+    return [
+        write_decisions(decisions, session.out / "decisions.parquet"),
+        save_figure(plotting.plot_trajectories(decisions, session.targets), session.out / "trajectories.png"),
+        save_figure(plotting.plot_flow(decisions, session.targets), session.out / "flow.png"),
+    ]
+
+
+# --- compare and report -----------------------------------------------------------------------------------------
+
+
+def run_compare(session: Session, *, jobs: int, as_json: bool) -> None:
+    """`rankscope compare`."""
+    settings, study = session.study.compare, session.study
+    first = FIRST_REPORTED_SEED + study.seed
+    seeds = range(first, first + settings.n_seeds)
+    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
+    comparison.check_terms(seeds, tuning_seeds, settings.budgets)  # before a profile is taken or a search resumed
+    searched = None
+    if any(SEARCHED in name for name in settings.methods):
+        if not session.has_search:
+            raise SettingsError(
+                f"`searched` needs a search in {session.out}, but there is none; "
+                f"run `rankscope search {session.arguments}` first."
+            )
+        searched = _search(session)
+    with progress("comparing") as update:
+        found = comparison.compare(
+            session.task,
+            settings.methods,
+            budget=session.budget,
+            targets=session.targets,
+            profile=session.profile if comparison.need_profile(settings.methods) else None,
+            searched=None if searched is None else searched.best_allocation,
+            search_steps=0 if searched is None else searched.steps,
+            controller=session.study.controller,
+            training=session.training_config(),
+            learning_rates=study.training.learning_rates,
+            seeds=seeds,
+            tuning_seeds=tuning_seeds,
+            budgets=settings.budgets,
+            uniform_budgets=settings.uniform_budgets,
+            n_jobs=jobs,
+            kept_in=session.out / "runs",
+            study=study.name,
+            base_dir=study.base_dir,
+            on_run=lambda done, total: update(completed=done, total=total),
+        )
+    files = [found.to_parquet(session.out / COMPARISON)]
+    table = comparison.summarise(found.runs)
+    command = f"rankscope compare {session.path}"
+    files += comparison.write_report(
+        session.out, found.runs, table, targets=session.targets, decisions=found.decisions, command=command
+    )
+    remove_others(session.out, ("forest.png", "trajectories-*.png", "flow-*.png"), kept=files)  # of earlier comparisons
+    _print_comparison(table, files, as_json=as_json)
+
+
+def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_json: bool) -> None:
+    """`rankscope report`: of one folder, or of several studies' folders together."""
+    if out is None and len(folders) > 1:
+        raise FileError("`--out` must say where the report of several folders goes, but is not given; add it.")
+    runs = _told_apart({folder: comparison.read_comparison(folder / COMPARISON) for folder in folders})
+    table = comparison.summarise(runs)
+    card = (
+        None
+        if into is None
+        else comparison.insert_table(_read_card(into), comparison.to_markdown(table), where=str(into))
+    )
+    targets = _targets_of(folders[0], runs) if len(folders) == 1 else ()
+    command = "rankscope report " + " ".join(map(str, folders))
+    kept = folders[0] if len(folders) == 1 else None
+    files = comparison.write_report(out or folders[0], runs, table, targets=targets, pictures_in=kept, command=command)
+    if into is not None and card is not None:
+        with replacing(into) as temporary:
+            temporary.write_text(card, encoding="utf-8", newline="")
+        files.append(into)
+    _print_comparison(table, files, as_json=as_json)
+
+
+def _told_apart(runs: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
+    """The runs of several folders; studies of one name, which may be of other data, get their folder's name beside it."""
+    names = Counter(name for each in runs.values() for name in each["study"].unique())
+    parts = []
+    for folder, each in runs.items():
+        labels = {name: f"{name} ({folder})" if names[name] > 1 else name for name in each["study"].unique()}
+        parts.append(each.assign(study=each["study"].map(labels)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _read_card(path: Path) -> str:
+    """The text of the file that `--into` names, its line ends as they are."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise FileError(f"`--into` must name a text file, but there is no {path}; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it holds no UTF-8"
+        raise FileError(f"`--into` must name a text file, but {path} cannot be read: {reason}.") from None
+
+
+def _targets_of(folder: Path, runs: pd.DataFrame) -> tuple[TargetModule, ...]:
+    """The modules of the profile beside a comparison, for pictures of ranks; none, with a note, if it is of other modules."""
+    path = folder / "profile.parquet"
+    if not path.exists():
+        return ()
+    try:
+        targets = profiling.read_profile(path).targets
+        if any(set(ranks) - {target.name for target in targets} for ranks in comparison.allocations(runs).values()):
+            raise FileError(f"`{path}` is of other modules")
+    except FileError as error:
+        stderr.print(f"no pictures of ranks: {error}", soft_wrap=True)
+        return ()
+    return targets
+
+
+def _print_comparison(table: pd.DataFrame, files: list[Path], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"methods": json.loads(table.to_json(orient="records"))}, files)
+        return
+    for _, rows in table.groupby("study", sort=False):
+        for _, group in rows.groupby("factor", sort=False):
+            if len(group) > 1:
+                _print_methods(group)
+        uniform = rows[rows["method"] == REFERENCE]
+        if len(uniform) > 1 or len(uniform) == len(rows):
+            levels = [_cells(row, "parameters", "rate", "points") for _, row in uniform.iterrows()]
+            print_table(f"{_study_name(rows.iloc[0])}: uniform by parameters", ("parameters", "rate", "test"), levels)
+    limited = comparison.at_budget(table).query("budget > 0 and uniform_budget_multiplier.notna()")
+    for study, group in limited.groupby("study", sort=False):
+        best = group.sort_values("test").iloc[-1]
+        if best["method"] != REFERENCE:
+            times = float(best["uniform_budget_multiplier"])
+            needs = "more parameters than were tried" if times == math.inf else f"{times:.2g} x the parameters"
+            print_line(f"{study}: uniform needs {needs} to match {best['method']}")
+    print_files(files)
+
+
+def _print_methods(group: pd.DataFrame) -> None:
+    """One study's at one budget."""
+    first = group.iloc[0]
+    scale = "" if first["factor"] == 1.0 else f", {first['factor']:g} x the budget"
+    n_seeds = int(first["seeds"])
+    noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
+    title = f"{_study_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
+    header = ("method", "parameters", "rate", "test, 95 % interval", "differs")
+    columns = ("method", "parameters", "rate", "points", "differs")
+    print_table(title, header, [_cells(row, *columns) for _, row in group.iterrows()])
+
+
+def _study_name(row: pd.Series) -> str:
+    """The study's name, and the task's where it is another."""
+    return str(row["study"]) if row["task"] in row["study"] else f"{row['study']}, {row['task']}"
+
+
+def _cells(row: pd.Series, *columns: str) -> list[str]:
+    texts = comparison.format_row(row)
+    return [texts[name] for name in columns]

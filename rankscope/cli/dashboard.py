@@ -255,12 +255,9 @@ class _Handler(WSGIRequestHandler):
         logger.debug(format, *args)
 
 
-def run_dashboard(
-    path: Path, out: Path | None, overrides: Mapping[str, Any], *, port: int, open_browser: bool, as_json: bool
-) -> None:
+def run_dashboard(session: Session, *, port: int, open_browser: bool, as_json: bool) -> None:
     """`rankscope dashboard`."""
     require_dashboard()
-    session = Session.open(path, out, overrides)
     name, storage = session.study.name, find_storage(session.storage)
     study = load_study(name=name, storage=storage)
     targets = _targets(session, study.user_attrs[STUDY_KEY]["model"])

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from rankscope.errors import FileError, TaskError, one_line, shown
-from rankscope.files import parse_json, read_parquet, read_text
+from rankscope.files import packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.pretrained import hub_answers
 from rankscope.tasks.protocol import Split
 
@@ -169,7 +169,7 @@ def _read_hub(name: str) -> pd.DataFrame:
 
 def data_folder(name: str) -> Path:
     """Return a folder of the repository's `data/`, or of `$RANKSCOPE_DATA`; raise a TaskError if there is none."""
-    root = Path(os.environ.get("RANKSCOPE_DATA") or Path(__file__).resolve().parents[2] / "data")
+    root = Path(os.environ.get("RANKSCOPE_DATA") or packaged("data"))
     if not (root / name).is_dir():
         raise TaskError(
             f"the ready tasks need the repository's data folder, but there is no `{root / name}`; "

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rankscope as rs
-from rankscope.cli.app import app
+from rankscope.cli import app
 from rankscope.comparison.summary import BEGIN, END
 
 STUDY = """
@@ -104,7 +104,7 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
 def test_compare_resumes_and_reports(folder: Path) -> None:
     study, out = folder / "compared.yaml", folder / "compared"
     study.write_text(STUDY + "compare: {methods: [one-shot, head], n_seeds: 3, n_tuning_seeds: 1}\n")
-    status, text, errors = invoke("compare", study, "--out", out, "--uniform-budgets", "2")
+    status, text, errors = invoke("compare", study, "--out", out, "--set", "compare.uniform_budgets=2")
     assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
     assert "compared, digits-shift: 3 seeds, points over uniform" in text
     assert "digits-shift: uniform by parameters" in text
@@ -267,7 +267,7 @@ def test_one_seed_is_reported_without_an_interval(made: Path) -> None:
     status, text, _ = invoke("report", out, "--json")
     row = json.loads(text)["methods"][1]
     assert (row["low"], row["high"], row["p"], row["verdict"]) == (None, None, None, "too few seeds")
-    status, _, stderr = invoke("compare", made / "edited.yaml", "--out", out, "--budgets", 0.25)
+    status, _, stderr = invoke("compare", made / "edited.yaml", "--out", out, "--set", "compare.budgets=0.25")
     assert (status, stderr) == (
         2,
         "rankscope: `budgets` must hold the factor 1, the study's own budget, but holds 0.25; add 1, or change `budget`.\n",
@@ -361,7 +361,7 @@ print(json.dumps([ranks, count]))
     [
         (["allocate", "--parameters", "100"], STUDY,
          "`budget` must cover one rank of the cheapest target module (128 parameters), but got 100; raise it."),
-        (["allocate", "--min-rank", "2"], STUDY,
+        (["allocate", "--set", "allocation.min_rank=2"], STUDY,
          "`budget` must cover rank 2 on all 36 target modules (13,824 parameters), but got 6,912; "
          "drop targets, allow rank 0, or raise it."),
         (["allocate", "--strategy", "oneshot"], STUDY,
@@ -408,12 +408,12 @@ def test_truncated_profile_and_study_of_another_task(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--fidelity", "0.5"],
+        (["--set", "search.fidelity=0.5"],
          "study `short` must be about trial_steps 2, but its trials are about 4; use another study name or storage."),
-        (["--pruner", "median"],
+        (["--set", "search.pruner=median"],
          "`evaluate_every` must be below the 4 steps of a trial, for a pruner to judge by, but is None; lower it, or prune nothing."),
-        (["--confirm-fraction", "1"], "`{study}`: `search.confirm_fraction`: input should be less than 1, but got 1.0."),
-        (["--pruner", "best"],
+        (["--set", "search.confirm_fraction=1.0"], "`{study}`: `search.confirm_fraction`: input should be less than 1, but got 1.0."),
+        (["--set", "search.pruner=best"],
          "`{study}`: `search.pruner`: input should be 'none', 'median' or 'hyperband', but got 'best'."),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from typer.testing import CliRunner
 
-from rankscope.cli.app import app
+from rankscope.cli import app
 
 STUDY = """
 task: digits-shift
@@ -121,8 +121,8 @@ def test_json_without_a_profile_at_hand_and_with_the_user_s_browser(
         study,
         "--out",
         tmp_path,
-        "--storage",
-        f"sqlite:///{tmp_path}/other.db",
+        "--set",
+        f"search.storage=sqlite:///{tmp_path}/other.db",
         "--port",
         0,
         "--json",
@@ -167,14 +167,14 @@ def test_a_storage_with_other_studies_only(tmp_path: Path) -> None:
     (tmp_path / "short.yaml").write_text(STUDY)
     url = f"sqlite:///{tmp_path}/other.db"
     optuna.create_study(storage=url, study_name="mine")
-    status, _, stderr = invoke("dashboard", tmp_path / "short.yaml", "--storage", url)
+    status, _, stderr = invoke("dashboard", tmp_path / "short.yaml", "--set", f"search.storage={url}")
     assert status == 2
     assert stderr == (
         "rankscope: `storage` must hold a search of study `short`, but its studies are: mine; "
         "run `rankscope search` first.\n"
     )
     optuna.create_study(storage=url, study_name="short")
-    status, _, stderr = invoke("dashboard", tmp_path / "short.yaml", "--storage", url)
+    status, _, stderr = invoke("dashboard", tmp_path / "short.yaml", "--set", f"search.storage={url}")
     assert status == 2
     assert stderr == (
         "rankscope: study `short` must be rankscope's, but is foreign; use another study name or storage.\n"

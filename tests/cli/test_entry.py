@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from rankscope.cli.app import app
+from rankscope.cli import app
 
 HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib scipy pyarrow numpy".split()  # noqa: SIM905
 
@@ -24,7 +24,7 @@ HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib sci
         (["search", "a.yaml", "--trials", "many"], 2),
         (["profile", "none.yaml"], 2),
         (["profile", "README.md"], 2),
-        (["search", "studies/digits.yaml", "--sampler", "tpo"], 2),
+        (["search", "studies/digits.yaml", "--set", "search.sampler=tpo"], 2),
     ],
 )
 def test_what_needs_no_work_imports_nothing_heavy(arguments: list[str], status: int) -> None:
@@ -47,7 +47,7 @@ except SystemExit as done:
     [
         (["serach", "a.yaml"], "No such command 'serach'. Did you mean 'search'?"),
         (["search", "a.yaml", "--trails", "3"], "No such option: --trails (Possible options: --trials)"),
-        (["compare", "a.yaml", "--method", "eva"], "No such option: --method (Possible options: --methods)"),
+        (["compare", "a.yaml", "--method", "eva"], "No such option: --method (Possible options: --methods"),
     ],
 )
 def test_the_nearest_word_is_named(arguments: list[str], hint: str) -> None:
@@ -57,8 +57,8 @@ def test_the_nearest_word_is_named(arguments: list[str], hint: str) -> None:
 
 
 TALKS = """
-from rankscope.cli import app as cli
-from rankscope.cli.app import reports_errors
+import rankscope.cli as cli
+from rankscope.cli import reports_errors
 
 @cli.app.command("talk")
 @reports_errors

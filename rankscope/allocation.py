@@ -116,11 +116,7 @@ class RankAllocation:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> RankAllocation:
-        """The inverse of `to_dict`.
-
-        Raises:
-            FileError: Another schema, a key is missing, or the parameter count or fingerprint contradicts the rest.
-        """
+        """The inverse of `to_dict`; a `FileError` where values are missing or contradict each other."""
         if (schema := value.get("schema")) != SCHEMA:
             raise FileError(f"an allocation must have schema {SCHEMA}, but has {schema!r}; write it again.")
         try:
@@ -129,21 +125,20 @@ class RankAllocation:
             if not isinstance(strategy, str) or not (budget is None or (type(budget) is int and budget >= 0)):
                 raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
             allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
-            stated, model = value["parameters"], value["model"]
+            stated = {"parameters": value["parameters"], "model": value["model"]}
         except (AttributeError, KeyError, TypeError) as error:
             raise FileError(
                 f"an allocation must hold ranks and targets, but is incomplete ({error}); write it again."
             ) from None
-        if stated != allocation.parameters:
-            raise FileError(
-                f"an allocation's `parameters` must equal what its ranks cost ({allocation.parameters:,}), "
-                f"but says {stated!r}; it was edited: write it again."
-            )
-        if model != (actual := fingerprint_targets(targets)):
-            raise FileError(
-                f"an allocation's `model` must be the fingerprint of its targets ({actual}), "
-                f"but says {model!r}; it was edited: write it again."
-            )
+        cost, model = allocation.parameters, fingerprint_targets(targets)
+        for key, actual, must in (
+            ("parameters", cost, f"equal what its ranks cost ({cost:,})"),
+            ("model", model, f"be the fingerprint of its targets ({model})"),
+        ):
+            if (says := stated[key]) != actual:
+                raise FileError(
+                    f"an allocation's `{key}` must {must}, but says {says!r}; it was edited: write it again."
+                )
         return allocation
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
@@ -153,11 +148,7 @@ class RankAllocation:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RankAllocation:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            FileError: The file is missing, truncated or of another schema.
-        """
+        """Reads what `to_json` wrote; a `FileError` where the file is missing, broken or edited."""
         try:
             return cls.from_dict(read_json(path, what="an allocation"))
         except SettingsError as error:
@@ -197,25 +188,17 @@ class RankAllocation:
     @classmethod
     def _of_adapters(cls, targets: Sequence[TargetModule], ranks: Mapping[str, Any], strategy: str) -> RankAllocation:
         """Of adapters that exist, whose ranks may be above the full one."""
-        known = []
-        for target in targets:
-            rank = ranks.get(target.name)
-            above = rank if type(rank) is int and rank > target.full_rank else None
-            known.append(replace(target, existing_rank=above))
+        above = {t.name: r if type(r := ranks.get(t.name)) is int and r > t.full_rank else None for t in targets}
+        known = [replace(target, existing_rank=above[target.name]) for target in targets]
         return cls.from_ranks(known, ranks, strategy=strategy)
 
 
 def _target(value: Any) -> TargetModule:
     target = TargetModule(**value)
+    texts = (target.name, target.tower, target.role)
     sizes = (target.in_features, target.out_features, target.block or 0, target.existing_rank or 0)
-    if not all(isinstance(text, str) for text in (target.name, target.tower, target.role)) or not all(
-        map(_is_size, sizes)
-    ):
+    if {type(text) for text in texts} != {str} or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise TypeError(f"a target of name {target.name!r}")
     if target.kind not in get_args(Kind):
         raise TypeError(f"a target of kind {target.kind!r}")
     return target
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63

@@ -227,9 +227,6 @@ def _place(order: Ints, ranks: Ints, left: int, costs: Ints) -> int:
     return left
 
 
-# --- checked inputs -----------------------------------------------------------------------------------------------
-
-
 def _problem(
     targets: Sequence[TargetModule], budget: ParameterBudget, limits: RankLimits
 ) -> tuple[Ints, Ints, Ints, Ints, int]:

@@ -6,12 +6,14 @@ import codecs
 import errno
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
+AnyPath = str | os.PathLike[str]
 FORMAT = 2  # of every kept result; raise it where the same settings give other results than before
 _MOST_YAML = 2**21  # bytes, and characters with aliases written out: PyYAML reads some 100 kB a second
 _HASH = re.compile(r"[0-9a-f]{16}")
@@ -42,7 +45,7 @@ def packaged(name: str) -> Path:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[Path]:
+def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
     """Yields a new path beside `path`, for a file or a folder; on success it takes the place of `path`, else it is removed.
 
     Parent folders are created, links are followed, and the content is on the disk before the name is. A reader sees the old
@@ -102,87 +105,70 @@ def remove_others(folder: Path, names: Iterable[str], kept: Collection[Path]) ->
             path.unlink()
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-# --- reading: `what` says what a file should hold, as in "an allocation"; whatever is wrong with it is a `FileError` --
+# --- reading: `what` says what a file should hold, as in "an allocation"; whatever is wrong with it is a `FileError` ---
 
 
-def read_json(path: str | os.PathLike[str], *, what: str) -> dict[str, Any]:
+def read_json(path: AnyPath, *, what: str) -> dict[str, Any]:
     """Reads a JSON object; no key may stand twice."""
-    value = parse_json(_read_bytes(path, what=what), where=f"`{path}`", what=what)
+    value = parse_json(_read_bytes(path, what), where=f"`{path}`", what=what)
     if not isinstance(value, dict):
         raise FileError(f"`{path}` must hold {what} as a JSON object, but holds a {type(value).__name__}.")
     return value
 
 
-def read_text(path: str | os.PathLike[str], *, what: str) -> str:
-    """Reads text in UTF-8, or in UTF-16 with its mark; line ends stay as they are."""
-    data = _read_bytes(path, what=what, most=2**34)
-    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise FileError(
-            f"`{path}` must hold {what} as text, but cannot be read ({one_line(error)}); save it as UTF-8."
-        ) from None
-
-
 def parse_json(text: str | bytes, *, where: str, what: str) -> Any:
     """Parses JSON; `where` says where it stands, as in "`data.jsonl`, line 7"."""
-    try:
+    with _parsing(where, what, "JSON", ValueError):
         if isinstance(text, bytes):
             text = text.decode(json.detect_encoding(text))
         value = json.loads(text, object_pairs_hook=_once)
         if "\\ud" in text.lower():  # an escaped half of a character can be written nowhere
             json.dumps(value, ensure_ascii=False).encode()
         return value
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:
-        reason = one_line(error)
-    raise FileError(
-        f"{where} must hold {what} as JSON, but it cannot be parsed ({reason}); it may be truncated: write it again."
-    )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+        raise ValueError(f"the key {shown(Counter(key for key, _ in pairs).most_common(1)[0][0])} stands twice")
     return value
 
 
-def read_yaml(path: str | os.PathLike[str], *, what: str) -> Any:
+def read_text(path: AnyPath, *, what: str) -> str:
+    """Reads text in UTF-8, or in UTF-16 with its mark; line ends stay as they are."""
+    data = _read_bytes(path, what, most=None)
+    try:
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        reason = one_line(error)
+    raise FileError(f"`{path}` must hold {what} as text, but cannot be read ({reason}); save it as UTF-8.")
+
+
+def read_yaml(path: AnyPath, *, what: str) -> Any:
     """Reads YAML as `parse_yaml` parses it."""
-    return parse_yaml(_read_bytes(path, what=what, most=_MOST_YAML), where=f"`{path}`", what=what)
+    return parse_yaml(_read_bytes(path, what, most=_MOST_YAML), where=f"`{path}`", what=what)
 
 
 def parse_yaml(data: str | bytes, *, where: str, what: str) -> Any:
     """Parses YAML of plain values. Beyond YAML 1.1: floats as `1e-3`, only texts as keys, and none of them twice."""
-    try:
+    with _parsing(where, what, "YAML", yaml.YAMLError, remedy="mend it there."):
         return yaml.load(data, Loader=_YamlLoader)
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        reason = line + (error.problem or one_line(error))
-    except yaml.YAMLError as error:
-        reason = one_line(error)
-    raise FileError(f"{where} must hold {what} as YAML, but it cannot be parsed ({reason}); mend it there.")
 
 
-def read_parquet(path: str | os.PathLike[str], *, what: str, schema: pa.Schema | None = None) -> pa.Table:
+def read_parquet(path: AnyPath, *, what: str, schema: pa.Schema | None = None) -> pa.Table:
     """Reads a Parquet file whole; its columns are checked where there is a schema, as `with_checked_columns` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _readable(path, what=what, form="Parquet", broken=(pa.ArrowException, MemoryError)), open(path, "rb") as file:
-        table = pq.ParquetFile(file).read()
+    data = _read_bytes(path, what, most=None)
+    with _parsing(f"`{path}`", what, "Parquet", pa.ArrowException, MemoryError, OSError, ValueError):
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
         table.validate(full=True)
     # pandas' own metadata would be believed by `to_pandas`, whatever it says.
     kept = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"pandas"}
@@ -190,7 +176,7 @@ def read_parquet(path: str | os.PathLike[str], *, what: str, schema: pa.Schema |
     return table if schema is None else with_checked_columns(table, schema, path, what=what)
 
 
-def with_checked_columns(table: pa.Table, schema: pa.Schema, path: str | os.PathLike[str], *, what: str) -> pa.Table:
+def with_checked_columns(table: pa.Table, schema: pa.Schema, path: AnyPath, *, what: str) -> pa.Table:
     """The table with the columns of a schema cast to their types without loss; others stay as they are.
 
     A column holds no nulls unless its field is nullable; lists never do.
@@ -216,84 +202,85 @@ def with_checked_columns(table: pa.Table, schema: pa.Schema, path: str | os.Path
     return table
 
 
-def read_tensors(path: str | os.PathLike[str], *, what: str, device: str = "cpu") -> dict[str, Tensor]:
-    """Reads tensors by name: safetensors, or what `torch.save` wrote (weights only). On "meta" they have a shape only."""
+def read_tensors(path: AnyPath, *, what: str, device: str = "cpu") -> dict[str, Tensor]:
+    """Reads tensors by name: safetensors, or what `torch.save` wrote (weights only)."""
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
-    if Path(path).suffix != ".safetensors":
-        # A broken pickle raises whatever the objects that it names raise.
-        with _readable(path, what=what, form="tensors", broken=(Exception,)), open(path, "rb") as file:
-            tensors = torch.load(file, map_location=device, weights_only=True)
-    else:
-        with _readable(path, what=what, form="safetensors", broken=(SafetensorError,)):
-            open(path, "rb").close()  # its errors are plainer than those of safetensors
-            with safe_open(path, framework="pt", device="cpu") as file:
-                keys = file.keys()
-                if device == "meta":
-                    tensors = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
-                else:
-                    tensors = {key: file.get_tensor(key).to(device) for key in keys}
+    data, form = _read_bytes(path, what, most=None), Path(path).suffix.removeprefix(".")
+    form = form if form == "safetensors" else "tensors"
+    with _parsing(f"`{path}`", what, form, Exception):  # a broken pickle raises whatever its objects raise
+        tensors = load(data) if form == "safetensors" else torch.load(io.BytesIO(data), "cpu", weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise FileError(f"`{path}` must hold {what} as tensors by name, but holds something else; write it again.")
-    return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _read_bytes(path: AnyPath, what: str, most: int | None = 2**28) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(-1 if most is None else most + 1)
+        if most is None or len(data) <= most:
+            return data
+        reason = f"is larger than {most / 2**20:g} MB"
+    except FileNotFoundError:
+        reason = "there is no such file"
+    except (OSError, ValueError) as error:
+        reason = f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
+    raise FileError(f"`{path}` must hold {what}, but {reason}; check the path.")
 
 
 @contextmanager
-def _readable(
-    path: str | os.PathLike[str], *, what: str, form: str = "", broken: tuple[type[Exception], ...] = ()
+def _parsing(
+    where: str, what: str, form: str, *broken: type[Exception], remedy: str = "it may be truncated: write it again."
 ) -> Iterator[None]:
-    """Turns what a path or a format's parser raises into one line."""
+    """Turns what the parser of a format raises into one line."""
     try:
         yield
-    except FileNotFoundError:
-        raise FileError(f"`{path}` must hold {what}, but there is no such file; check the path.") from None
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) else None  # pyarrow's OSErrors about content have none
-        if not reason and isinstance(error, (OSError, *broken)):
-            raise FileError(
-                f"`{path}` must hold {what} as {form}, but it cannot be parsed ({one_line(error)}); "
-                "it may be truncated: write it again."
-            ) from None
-        if not isinstance(error, OSError | ValueError):
-            raise
-        raise FileError(
-            f"`{path}` must hold {what}, but cannot be read ({reason or one_line(error)}); check the path."
-        ) from None
-
-
-def _read_bytes(path: str | os.PathLike[str], *, what: str, most: int = 2**28) -> bytes:
-    with _readable(path, what=what), open(path, "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise FileError(f"`{path}` must hold {what}, but is larger than {most / 2**20:g} MB; check the path.")
-    return data
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except broken as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)  # PyYAML's
+        reason = f"line {mark.line + 1}: {problem or one_line(error)}" if mark else problem or one_line(error)
+    else:
+        return
+    raise FileError(f"{where} must hold {what} as {form}, but it cannot be parsed ({reason}); {remedy}")
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML of plain values only. What cannot be made of a value is said with its line."""
+    """YAML of plain values only. Problems are said with their line."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            self._measure(node, {})
+            self._check(node, {})
         return node
 
-    def _measure(self, node: Any, sizes: dict[int, int]) -> int:
+    def _check(self, node: Any, sizes: dict[int, int]) -> int:
         """Characters under a node with its aliases written out: they may double at each level, so each is measured once."""
-        if id(node) not in sizes:
-            sizes[id(node)] = -1  # under way
-            if isinstance(node, yaml.ScalarNode):
-                size = len(node.value)
-            else:
-                parts = [part for each in node.value for part in (each if isinstance(each, tuple) else (each,))]
-                size = sum(self._measure(part, sizes) for part in parts)
-            if size >= _MOST_YAML:
-                raise _complaint("with its aliases written out, this is too large", node)
-            sizes[id(node)] = 1 + size
-        if sizes[id(node)] < 0:
-            raise _complaint("this holds itself", node)
-        return sizes[id(node)]
+        if id(node) in sizes:
+            if sizes[id(node)] < 0:
+                raise _complaint("this holds itself", node)
+            return sizes[id(node)]
+        sizes[id(node)] = -1  # under way
+        kind = node.tag.rpartition(":")[2]
+        if kind in ("timestamp", "binary", "set", "omap", "pairs"):
+            raise _complaint(f"a {kind} is no plain value: put it in quotes", node)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        parts = [part for pair in pairs for part in pair] if pairs else node.value
+        size = 1 + (len(parts) if isinstance(parts, str) else sum(self._check(part, sizes) for part in parts))
+        if size > _MOST_YAML:
+            raise _complaint("with its aliases written out, this is too large", node)
+        seen: set[str] = set()
+        for node_of_key in (key for key, _ in pairs if not key.tag.endswith(":merge")):
+            key = self.construct_object(node_of_key, deep=True)
+            if not isinstance(key, str):
+                raise _complaint(f"the key {shown(key)} is no text: put it in quotes", node_of_key)
+            if key in seen:
+                raise _complaint(f"the key {shown(key)} stands twice", node_of_key)
+            seen.add(key)
+        sizes[id(node)] = size
+        return size
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
@@ -306,29 +293,11 @@ class _YamlLoader(yaml.SafeLoader):
             raise _complaint(f"this is no {node.tag.rpartition(':')[2]} ({one_line(error)})", node) from None
         return value
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise _complaint(f"the key {shown(key)} is no text: put it in quotes", key_node)
-            if key in seen:
-                raise _complaint(f"the key {shown(key)} stands twice", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def refuse(self, node: Any) -> Any:
-        raise _complaint(f"a {node.tag.rpartition(':')[2]} is no plain value: put it in quotes", node)
-
 
 def _complaint(problem: str, node: Any) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
-for _kind in ("timestamp", "binary", "set", "omap", "pairs"):
-    _YamlLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _YamlLoader.refuse)
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )

@@ -106,10 +106,7 @@ _WEIGHT_READERS = _rows(
     """
 )
 # Subclasses of nn.Linear that return more than the product with their weight.
-_NOT_LINEAR = re.compile(r"\w*Router|\w*GroupedLinear|IdeficsDecoupledLinear")
-
-
-# --- questions ----------------------------------------------------------------------------------------------------
+NOT_LINEAR = re.compile(r"\w*Router|\w*GroupedLinear|IdeficsDecoupledLinear")
 
 
 class _Place(NamedTuple):
@@ -123,22 +120,15 @@ class _Place(NamedTuple):
 def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, str]]:
     """Tower, block and role of each module, judged over all names of the model.
 
-    No two modules share all three, except the experts of one mixture. Blocks are unique within a tower.
+    No two modules share all three, except the experts of one mixture.
 
-    >>> describe_modules(["layers.0.conv.0.proj", "layers.0.conv.1.proj"])
-    {'layers.0.conv.0.proj': ('model', 0, 'conv_0_proj'), 'layers.0.conv.1.proj': ('model', 0, 'conv_1_proj')}
     >>> describe_modules(["layers.0.experts.0.w1", "layers.0.experts.1.w1"])
     {'layers.0.experts.0.w1': ('model', 0, 'gate_proj'), 'layers.0.experts.1.w1': ('model', 0, 'gate_proj')}
     """
     towers = name_towers(names)
     places = {name: locate(name) for name in names}
     roles = {name: name_role(name) for name in names}
-    by_tower: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_tower[towers[name]].append(name)
-    blocks: dict[str, int | None] = {}
-    for members in by_tower.values():
-        blocks |= _number_blocks(members, places, roles)
+    blocks = _number_blocks(towers, places, roles)
     alike: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
     for name in names:
         alike[towers[name], blocks[name] is None, roles[name]].append(name)
@@ -152,8 +142,6 @@ def find_heads(names: Collection[str]) -> set[str]:
 
     >>> sorted(find_heads(["encoder.layers.0.fc1", "projector", "classifier"]))
     ['classifier', 'projector']
-    >>> find_heads(["vision.layers.0.fc1", "projector", "language.layers.0.fc1"])
-    set()
     """
     before = _BEFORE_CLASSIFIER if "classifier" in names else set()
     return {name for name in names if name in before or _HEAD.search(name)}
@@ -164,18 +152,10 @@ def is_output_embedding(name: str) -> bool:
     return _OUTPUT_EMBEDDING.fullmatch(name) is not None
 
 
-def computes_more(kind: str) -> bool:
-    """Whether a class of this name returns more than the product with its weight."""
-    return _NOT_LINEAR.fullmatch(kind) is not None
-
-
 def reads_weight(classes: Iterable[str], child: str) -> bool:
     """Whether a module of these classes reads the weight of its child without calling it."""
     readers = [reader for reader, children in _WEIGHT_READERS if children.fullmatch(child)]
     return any(re.fullmatch(reader, kind) for reader in readers for kind in classes)
-
-
-# --- towers -------------------------------------------------------------------------------------------------------
 
 
 def name_towers(names: Collection[str]) -> dict[str, str]:
@@ -206,9 +186,6 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
 
 def _first(rows: Iterable[tuple[str, re.Pattern[str]]], name: str) -> str | None:
     return next((label for label, pattern in rows if pattern.search(name)), None)
-
-
-# --- blocks -------------------------------------------------------------------------------------------------------
 
 
 def locate(name: str) -> _Place:
@@ -250,28 +227,26 @@ def _nests(parts: Sequence[str], outer: int, inner: int) -> bool:
 
 
 def _number_blocks(
-    names: Iterable[str], places: Mapping[str, _Place], roles: Mapping[str, str]
+    towers: Mapping[str, str], places: Mapping[str, _Place], roles: Mapping[str, str]
 ) -> dict[str, int | None]:
-    """Block numbers of one tower. A plain stack keeps its own; stages, and stacks that would collide, are counted through."""
-    blocks: dict[str, int | None] = dict.fromkeys(names)
-    stacks: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name in blocks:
+    """Block numbers, unique in a tower. A plain stack keeps its own; stages, and stacks that would collide, count on."""
+    blocks: dict[str, int | None] = dict.fromkeys(towers)
+    stacks: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, tower in towers.items():
         if places[name].numbers:
-            stacks[places[name].stack][name] = places[name].numbers
-    taken: set[tuple[int, str]] = set()
-    n_blocks = 0
-    for keys in stacks.values():
+            stacks[tower, places[name].stack][name] = places[name].numbers
+    taken: set[tuple[str, int, str]] = set()
+    n_blocks: dict[str, int] = defaultdict(int)
+    for (tower, _), keys in stacks.items():
         depth = max(len(key) for key in keys.values())
         padded = {name: key + (0,) * (depth - len(key)) for name, key in keys.items()}
         order = {key: key[0] if depth == 1 else n for n, key in enumerate(sorted(set(padded.values())))}
-        offset = n_blocks if any((order[key], roles[name]) in taken for name, key in padded.items()) else 0
-        blocks |= {name: order[key] + offset for name, key in padded.items()}
-        taken |= {(order[key] + offset, roles[name]) for name, key in padded.items()}
-        n_blocks = max(n_blocks, *(order[key] + offset + 1 for key in order))
+        collides = any((tower, order[key], roles[name]) in taken for name, key in padded.items())
+        numbers = {name: order[key] + (n_blocks[tower] if collides else 0) for name, key in padded.items()}
+        blocks |= numbers
+        taken |= {(tower, number, roles[name]) for name, number in numbers.items()}
+        n_blocks[tower] = max(n_blocks[tower], max(numbers.values()) + 1)
     return blocks
-
-
-# --- roles --------------------------------------------------------------------------------------------------------
 
 
 def name_role(name: str) -> str:

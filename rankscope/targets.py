@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import math
 import re
 import reprlib
 from collections import Counter
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from rankscope.errors import ModelError
-from rankscope.naming import computes_more, describe_modules, find_heads, reads_weight
+from rankscope.naming import NOT_LINEAR, describe_modules, find_heads, reads_weight
 
 if TYPE_CHECKING:
     from torch import nn
@@ -207,12 +208,9 @@ def _walk(
             yield from _walk(child, f"{name}.{key}" if name else key, saved, seen)
 
 
-# --- candidates ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A module that may carry an adapter by its type; why it is left out by default; and why it is never a target."""
+    """A module that may carry an adapter by its type, why it is left out by default, and why it can be no target."""
 
     kind: Kind
     shape: tuple[int, int]
@@ -228,33 +226,26 @@ def _candidates(base: nn.Module) -> dict[str, _Candidate]:
     get_output = getattr(base, "get_output_embeddings", None)
     output = get_output() if get_output else None
     heads = {name for name in found if output is not None and walked[name][0] is base_layer(output)} | find_heads(found)
-    refused: Mapping[str, str] = {}
+    left_out: dict[str, LeftOut] = {name: "tied" for name in found if owners[id(weights[name])] > 1}
+    left_out |= dict.fromkeys(heads, "heads")
+    left_out |= {name: "embeddings" for name, (kind, _) in found.items() if kind == "embedding"}
+    idle: dict[str, str] = {}
     if hasattr(getattr(base, "config", None), "model_type"):
         from rankscope.lora import refused_by_peft
 
-        refused = refused_by_peft(base, found)
-
-    def left_out(name: str) -> LeftOut | None:
-        if found[name][0] == "embedding":
-            return "embeddings"
-        if name in heads:
-            return "heads"
-        return "tied" if owners[id(weights[name])] > 1 else None
-
-    def idle(name: str) -> str | None:
+        idle |= {name: f"PEFT refuses it ({why})" for name, why in refused_by_peft(base, found).items()}
+    for name, (_, shape) in found.items():
         layer, saved = walked[name]
-        parent, _ = walked.get(name.rpartition(".")[0], (None, False)) if name else (None, False)
+        above, _, child = name.rpartition(".")
         if saved:
-            return _SAVED
-        if not all(found[name][1]):
-            return "the module has no weights (a width of 0)"
-        if computes_more(type(layer).__name__):
-            return f"{type(layer).__name__} computes more than a linear map"
-        if parent is not None and _reads_weight(parent, name.rpartition(".")[2]):
-            return f"{type(parent).__name__} reads its weight without calling it"
-        return f"PEFT refuses it ({refused[name]})" if name in refused else None
-
-    return {name: _Candidate(kind, shape, left_out(name), idle(name)) for name, (kind, shape) in found.items()}
+            idle[name] = _SAVED
+        elif not all(shape):
+            idle[name] = "the module has no weights (a width of 0)"
+        elif NOT_LINEAR.fullmatch(type(layer).__name__):
+            idle[name] = f"{type(layer).__name__} computes more than a linear map"
+        elif name and above in walked and _reads_weight(walked[above][0], child):
+            idle[name] = f"{type(walked[above][0]).__name__} reads its weight without calling it"
+    return {name: _Candidate(*kind, left_out.get(name), idle.get(name)) for name, kind in found.items()}
 
 
 def _kind_and_shape(layer: Any) -> tuple[Kind, tuple[int, int]] | None:
@@ -266,8 +257,7 @@ def _kind_and_shape(layer: Any) -> tuple[Kind, tuple[int, int]] | None:
     if hasattr(layer, "nf") and "Conv1D" in _classes(layer):
         return "conv1d", (layer.nx, layer.nf)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1:  # with groups, PEFT takes only multiples of them as ranks
-        height, width = layer.kernel_size
-        return "conv2d", (layer.in_channels * height * width, layer.out_channels)
+        return "conv2d", (layer.in_channels * math.prod(layer.kernel_size), layer.out_channels)
     if isinstance(layer, nn.Embedding):
         return "embedding", (layer.num_embeddings, layer.embedding_dim)
     return None
@@ -284,20 +274,17 @@ def _reads_weight(parent: Any, child: str) -> bool:
 
 
 def _checked(selection: Any) -> str | tuple[str, ...]:
-    if isinstance(selection, str) and selection:
-        return selection
-    if not isinstance(selection, str | bytes | Mapping) and isinstance(selection, Iterable):
-        names = tuple(selection)
-        if wrong := [name for name in names if not isinstance(name, str) or not name]:
-            raise ModelError(f"`selection` must hold names of modules, but holds {_brief(wrong[0])}; take it out.")
-        if names:
-            return names
-    elif not isinstance(selection, str) and not (isinstance(selection, Collection) and not selection):
+    if not isinstance(selection, Iterable) or isinstance(selection, bytes | Mapping):
         raise ModelError(
             f'`selection` must be "{ALL_LINEAR}", a regex, a list of names or a peft.LoraConfig, but is {_brief(selection)}; '
             f'pass "{ALL_LINEAR}" for all.'
         )
-    raise ModelError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
+    names = selection if isinstance(selection, str) else tuple(selection)
+    if not names:
+        raise ModelError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise ModelError(f"`selection` must hold names of modules, but holds {_brief(wrong[0])}; take it out.")
+    return names
 
 
 def _selected(
@@ -310,21 +297,20 @@ def _selected(
     usable = matched - set(idle)
     if kept := {name for name in usable if name in in_full or candidates[name].left_out in {None, *include}}:
         if idle and selection != ALL_LINEAR:
-            name = next(iter(idle))
-            logger.warning("`%s` is no target: %s (%d such modules)", name, idle[name], len(idle))
+            name, why = next(iter(idle.items()))
+            logger.warning("`%s` is no target: %s (%d such modules)", name, why, len(idle))
         return kept
     if selection == ALL_LINEAR and any(candidate.kind == "conv2d" for candidate in candidates.values()):
         raise ModelError(
             f"`selection` must name the convolutions of {model}, which has no linear modules outside its head, "
             f'but is "{ALL_LINEAR}"; pass a regex or a list.'
         )
+    what = f"none in {model}, which has no linear modules; name others."
     if usable:
         reasons = sorted({str(candidates[name].left_out) for name in usable})
         what = f"only {' and '.join(reasons)} in {model}; pass `include={reasons}` to adapt them all the same."
     elif matched:
         what = f"only modules like `{min(matched)}`, where {idle[min(matched)]}; select others."
-    else:
-        what = f"none in {model}, which has no linear modules; name others."
     raise ModelError(
         f"`selection` must match a module that may carry an adapter, but {_brief(selection)} matches {what}"
     )
@@ -351,28 +337,20 @@ def _selected_by_peft(config: Any, model: nn.Module, candidates: Mapping[str, _C
 
 
 def _match(selection: str | tuple[str, ...], candidates: Mapping[str, _Candidate]) -> set[str]:
-    """The names that a selection matches, by PEFT's rules.
-
-    Raises:
-        ModelError: The regex, or a name, matches none.
-    """
+    """The names that a selection matches, by PEFT's rules: a regex for the whole name, or names or the ends of names."""
     if selection == ALL_LINEAR:
         return {name for name, candidate in candidates.items() if candidate.kind in ("linear", "conv1d")}
-    if isinstance(selection, str):
-        if matched := _match_regex(selection, candidates):
-            return matched
-        if _match_names((selection,), candidates):
-            remedy = f"a string is a regex for the whole name, so pass [{selection!r}]"
-            raise ModelError(f"`selection` must match modules of the model, but {selection!r} matches none; {remedy}.")
-        missing = [selection]
+    if isinstance(selection, str) and (matched := _match_regex(selection, candidates)):
+        return matched
+    entries = (selection,) if isinstance(selection, str) else selection
+    by_entry = _match_names(entries, candidates)
+    if isinstance(selection, str) and by_entry:
+        missing, remedy = selection, f"a string is a regex for the whole name, so pass [{selection!r}]"
+    elif absent := [entry for entry in entries if entry not in by_entry]:
+        missing, remedy = absent[0], _near_misses(absent[0], candidates)
     else:
-        by_entry = _match_names(selection, candidates)
-        missing = [entry for entry in selection if entry not in by_entry]
-        if not missing:
-            return set().union(*by_entry.values())
-    raise ModelError(
-        f"`selection` must match modules of the model, but {missing[0]!r} matches none; {_near_misses(missing[0], candidates)}."
-    )
+        return set().union(*by_entry.values())
+    raise ModelError(f"`selection` must match modules of the model, but {missing!r} matches none; {remedy}.")
 
 
 def _match_names(entries: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:

@@ -33,18 +33,14 @@ from rankscope.control.signals import GradientWindow, Signals
 from rankscope.distributed import check_same, from_first_process, gathered, is_first, n_processes, whole
 from rankscope.errors import ModelError, SettingsError
 from rankscope.lora import (
+    LiveAdapter,
     RankMasks,
     Resize,
-    adapter_layers,
-    check_changeable,
     check_known,
-    choose_adapter,
-    factors,
     is_ddp,
     masks_on,
     resize_adapters,
     unwrap_optimizer,
-    unwrap_peft_model,
 )
 from rankscope.performance import PerformanceModel, rank_features
 from rankscope.profiling import bytes_of_weights, is_compiled, largest_sketch_size
@@ -456,8 +452,8 @@ class _LiveRanks:
                 "`rank_change` must be 'mask' for a model in DistributedDataParallel, which keeps the parameters that it wraps, "
                 "but is 'resize'; pass rank_change='mask', or control the model before it is wrapped."
             )
-        self.model = unwrap_peft_model(unwrapped(model))
-        self.adapter = choose_adapter(self.model, settings.adapter_name)
+        self._live = LiveAdapter(unwrapped(model), settings.adapter_name)
+        self.model, self.adapter = self._live.model, self._live.name
         self.masks = masks_on(self.model)
         if self.masks is not None and (mode == "resize" or self.masks.adapter != self.adapter):
             raise ModelError(
@@ -468,10 +464,9 @@ class _LiveRanks:
         fixed = self.masks is not None or n_processes() > 1 or self.compiled or is_ddp(model)
         self._masked = mode == "mask" or (mode == "auto" and fixed)
         self._optimizer = optimizer
-        layers = adapter_layers(self.model, self.adapter)
-        check_changeable(self.model, layers, self.adapter, in_place=self._masked)
+        self._live.check_changeable(in_place=self._masked)
         check_known(optimizer)
-        self._check_trained([factor for layer in layers.values() for factor in factors(layer, self.adapter)])
+        self._check_trained([factor for module in self._live.modules.values() for factor in module.factors])
         self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
 
     def _check_trained(self, parameters: Sequence[Tensor]) -> None:
@@ -583,8 +578,8 @@ class _LiveRanks:
         """A, (r, in), and B, (out, r), of the active ranks of each module."""
         found = {}
         chosen = {} if self.masks is None else self.masks.active
-        for name, layer in adapter_layers(self.model, self.adapter).items():
-            a, b = (whole(factor).detach().flatten(1) for factor in factors(layer, self.adapter))
+        for name, module in self._live.modules.items():
+            a, b = (whole(factor).detach().flatten(1) for factor in module.factors)
             if name in chosen:
                 active = list(chosen[name])
                 a, b = a[active], b[:, active]

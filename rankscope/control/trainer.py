@@ -16,7 +16,7 @@ from rankscope.budget import ParameterBudget
 from rankscope.control.controller import RankController, check_budget
 from rankscope.errors import ModelError, SettingsError
 from rankscope.files import replacing
-from rankscope.lora import choose_adapter, loaded_from, restore_ranks_on_load, save_ranks, unwrap_peft_model
+from rankscope.lora import LiveAdapter, loaded_from, restore_ranks_on_load, save_ranks
 from rankscope.settings import ControllerSettings
 
 STATE_FILE = "rank_controller.pt"
@@ -136,7 +136,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     def _prepare(self, model: Any) -> str:
         """The adapter to control, whose later loads restore its ranks first."""
-        adapter = choose_adapter(unwrap_peft_model(model), self._settings.adapter_name)
+        adapter = LiveAdapter(model, self._settings.adapter_name).name
         restore_ranks_on_load(model)
         return adapter
 

@@ -5,38 +5,30 @@ from rankscope.lora.config import adapted_modules, from_lora_config, refused_by_
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.optimizer import check_known, unwrap_optimizer
 from rankscope.lora.resize import (
+    LiveAdapter,
     Resize,
-    adapter_layers,
-    check_changeable,
-    choose_adapter,
-    factors,
     from_peft_model,
     is_ddp,
     resize_adapters,
-    unwrap_peft_model,
 )
 from rankscope.lora.wrapping import (
     apply_allocation,
     check_adalora_steps,
     count_adapter_parameters,
     ranks_of_adalora,
-    step_adalora,
     wrap_with_adalora,
     wrap_with_eva,
 )
 
 __all__ = [
+    "LiveAdapter",
     "RankMasks",
     "Resize",
     "adapted_modules",
-    "adapter_layers",
     "apply_allocation",
     "check_adalora_steps",
-    "check_changeable",
     "check_known",
-    "choose_adapter",
     "count_adapter_parameters",
-    "factors",
     "from_lora_config",
     "from_peft_model",
     "is_ddp",
@@ -50,10 +42,8 @@ __all__ = [
     "restore_ranks_on_load",
     "save_lora_config",
     "save_ranks",
-    "step_adalora",
     "to_lora_config",
     "unwrap_optimizer",
-    "unwrap_peft_model",
     "wrap_with_adalora",
     "wrap_with_eva",
 ]

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,34 +18,12 @@ from rankscope.errors import FileError, ModelError
 from rankscope.files import read_json, read_tensors, write_json
 from rankscope.lora.config import PEFT_PREFIX
 from rankscope.lora.masks import RankMasks, masks_on
-from rankscope.lora.resize import (
-    FACTORS,
-    Resize,
-    adapter_layers,
-    choose_adapter,
-    factors,
-    lora_layers,
-    ranks_of,
-    resize_adapters,
-    unwrap_peft_model,
-)
+from rankscope.lora.resize import FACTORS, LiveAdapter, Resize, resize_adapters
+from rankscope.targets import unwrapped
 
 RANKS_FILE = "ranks.json"
 SCHEMA = 1
 _FACTOR_A = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.*)\.lora_(?:A\.weight|embedding_A)")
-
-# PEFT does not check a config's values: a wrong one raises whatever its first use raises.
-_PEFT_RAISES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    SafetensorError,
-    re.error,
-)
 
 
 def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
@@ -62,11 +39,10 @@ def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name
     Raises:
         ModelError: The model has no such adapter.
     """
-    model = unwrap_peft_model(model)
-    adapter = choose_adapter(model, adapter_name)
+    adapter = LiveAdapter(model, adapter_name)
     path = Path(folder) / RANKS_FILE
-    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter, "ranks": ranks_of(model, adapter)}
-    if (masks := masks_on(model)) is not None:
+    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": adapter.ranks}
+    if (masks := masks_on(adapter.model)) is not None:
         value |= {"capacity": value["ranks"], "ranks": value["ranks"] | masks.ranks, "active": masks.active}
     write_json(path, value)
     return path
@@ -93,10 +69,9 @@ def restore_ranks(
         FileError: There is no `ranks.json`, or it is of another schema.
         ModelError: It is of another model, or disagrees with the weights beside it; nothing is changed.
     """
-    model = unwrap_peft_model(model)
-    adapter = choose_adapter(model, adapter_name)
+    adapter = LiveAdapter(model, adapter_name)
     saved = _read(Path(folder) / RANKS_FILE)
-    ranks, present = saved["ranks"], ranks_of(model, adapter)
+    ranks, present = saved["ranks"], adapter.ranks
     if odd := sorted(set(ranks) ^ set(present)):
         where = "the checkpoint" if odd[0] in ranks else "the model"
         remedy = "adapt the same modules"
@@ -108,13 +83,13 @@ def restore_ranks(
             f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in {where} only "
             f"({len(odd)} such); {remedy}."
         )
-    if differs := _weights_differ(Path(folder), model, adapter, ranks):
+    if differs := _weights_differ(Path(folder), adapter, ranks):
         name, in_weights, in_ranks = differs
         raise ModelError(
             f"`{folder}` must hold weights of the ranks in its {RANKS_FILE}, but `{name}` has rank {in_weights} in the weights "
             f"and {in_ranks} there; it mixes two checkpoints: use another."
         )
-    masks = masks_on(model)
+    masks = masks_on(adapter.model)
     if "active" not in saved:
         if masks is not None:
             raise ModelError(
@@ -122,14 +97,14 @@ def restore_ranks(
                 "masks."
             )
         resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
-        resize_adapters(model, optimizer, resizes, adapter_name=adapter)
+        resize_adapters(model, optimizer, resizes, adapter_name=adapter.name)
         return
     if odd := sorted(name for name, capacity in saved["capacity"].items() if present[name] != capacity):
         raise ModelError(
             f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {present[odd[0]]} "
             f"and `{folder}` {saved['capacity'][odd[0]]}; wrap the model at that rank."
         )
-    (masks or RankMasks(model, adapter_name=adapter)).restore(saved["active"])
+    (masks or RankMasks(model, adapter_name=adapter.name)).restore(saved["active"])
 
 
 def restore_ranks_on_load(model: PeftModel) -> None:
@@ -142,7 +117,7 @@ def restore_ranks_on_load(model: PeftModel) -> None:
 
 def loaded_from(model: PeftModel, adapter_name: str) -> Path | None:
     """The folder that an adapter was last loaded from, since `restore_ranks_on_load`."""
-    folders: dict[str, Path] = vars(unwrap_peft_model(model)).get("adapters_loaded_from", {})
+    folders: dict[str, Path] = vars(unwrapped(model)).get("adapters_loaded_from", {})
     return folders.get(adapter_name)
 
 
@@ -154,23 +129,22 @@ def _load_with_ranks(
         folder = Path(model_id)
         self.adapters_loaded_from = {**vars(self).get("adapters_loaded_from", {}), adapter_name: folder}
         if not (folder / RANKS_FILE).exists():
-            _check_weights_fit(self, folder, adapter_name)
+            _check_weights_fit(LiveAdapter(self, adapter_name), folder)
         else:
             restore_ranks(self, folder, adapter_name=adapter_name)
             if (masks := masks_on(self)) is not None:
-                weights = _at_capacity(self, masks, load_peft_weights(str(model_id), device="cpu"))
+                weights = _at_capacity(masks, load_peft_weights(str(model_id), device="cpu"))
                 return set_peft_model_state_dict(self, weights, adapter_name=adapter_name)
     return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
 
-def _at_capacity(model: PeftModel, masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _at_capacity(masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the active ranks in tensors of the capacity; inactive rows of A stay, inactive columns of B are 0."""
     placed = dict(weights)
-    layers = adapter_layers(model, masks.adapter)
     for name, active in masks.active.items():
-        a, b = (factor.detach().cpu() for factor in factors(layers[name], masks.adapter))
+        a, b = (factor.detach().cpu() for factor in masks.live.modules[name].factors)
         for dim, (part, full) in enumerate(zip(FACTORS, (a.clone(), torch.zeros_like(b)), strict=True)):
-            key = f"{PEFT_PREFIX}{name}.{part.container}.{part.attribute}"
+            key = f"{PEFT_PREFIX}{name}.{'.'.join(filter(None, part))}"
             if active:
                 full.index_copy_(dim, torch.tensor(active), weights[key].to(full))
             placed[key] = full
@@ -194,8 +168,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
         if loaded.peft_config["default"].peft_type == PeftType.LORA:
-            _check_weights_fit(loaded, Path(folder), "default")  # PEFT loads what it finds
-    except _PEFT_RAISES as error:
+            _check_weights_fit(LiveAdapter(loaded), Path(folder))  # PEFT loads what it finds
+    except (
+        Exception
+    ) as error:  # PEFT does not check a config's values: a wrong one raises whatever its first use raises
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileError(
             f"`{folder}` must hold an adapter of this model, but cannot be loaded ({reason}); delete it."
@@ -230,8 +206,8 @@ def _are_masks(active: Any, capacity: Any, ranks: Mapping[str, int]) -> bool:
     )
 
 
-def _check_weights_fit(model: PeftModel, folder: Path, adapter: str) -> None:
-    if differs := _weights_differ(folder, model, adapter, ranks_of(model, adapter)):
+def _check_weights_fit(adapter: LiveAdapter, folder: Path) -> None:
+    if differs := _weights_differ(folder, adapter, adapter.ranks):
         name, in_weights, in_model = differs
         raise ModelError(
             f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "
@@ -239,9 +215,7 @@ def _check_weights_fit(model: PeftModel, folder: Path, adapter: str) -> None:
         )
 
 
-def _weights_differ(
-    folder: Path, model: PeftModel, adapter: str, ranks: Mapping[str, int]
-) -> tuple[str, int, int] | None:
+def _weights_differ(folder: Path, adapter: LiveAdapter, ranks: Mapping[str, int]) -> tuple[str, int, int] | None:
     """The first module whose rank is another in the folder's weights, and both ranks; None without weights.
 
     Ranks are read from shapes alone, adapters on parameters left out.
@@ -249,7 +223,7 @@ def _weights_differ(
     paths = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     if not (present := [path for path in paths if path.exists()]):
         return None
-    fused = {name.rpartition(".")[0] for name in lora_layers(model, adapter)[1]}
+    fused = {name.rpartition(".")[0] for name in adapter.parameters}
     tensors = read_tensors(present[0], what="an adapter's weights", device="meta")
     found = {
         match[1]: len(tensor) for key, tensor in tensors.items() if (match := _FACTOR_A.fullmatch(key)) and tensor.ndim

@@ -109,6 +109,9 @@ def truncate_svd(a: Tensor, b: Tensor, rank: int) -> Resized:
     return Resized(new_a, new_b, Rotation(matrix=N.T.contiguous()), Rotation(matrix=M))
 
 
+SHRINKS = {"drop": drop_components, "svd": truncate_svd}
+
+
 def add_components(a: Tensor, b: Tensor, new_rows: Tensor, new_columns: Tensor) -> Resized:
     """Append (added, inputs) rows to A and (outputs, added) columns to B; one of the two is zero in each component."""
     selection = Selection(kept=tuple(range(len(a))), added=len(new_rows))

@@ -14,28 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from rankscope.distributed import check_same, from_first_process, n_processes, whole
+from rankscope.distributed import check_same, from_first_process, is_first, whole
 from rankscope.errors import ModelError
 from rankscope.lora.config import PEFT_PREFIX
 from rankscope.lora.factors import Selection, component_norms, kaiming_rows, keep_components
 from rankscope.lora.optimizer import Replacement, replace_parameters
-from rankscope.lora.resize import (
-    BIAS,
-    FACTORS,
-    MAGNITUDE,
-    Resize,
-    adapter_layers,
-    check_changeable,
-    check_config,
-    check_resizes,
-    choose_adapter,
-    config_of,
-    factor_parts,
-    factors,
-    is_inactive,
-    replace_factors,
-    unwrap_peft_model,
-)
+from rankscope.lora.resize import BIAS, FACTORS, MAGNITUDE, LiveAdapter, Resize, check_config, check_resizes
 from rankscope.targets import plain_name, unwrapped
 
 
@@ -69,40 +53,44 @@ class RankMasks:
     def __init__(
         self, model: PeftModel, ranks: Mapping[str, int] | None = None, *, adapter_name: str | None = None
     ) -> None:
-        self._model = unwrap_peft_model(model)
-        self.adapter = choose_adapter(self._model, adapter_name)
-        if (other := masks_on(self._model)) is not None:
+        self.live = LiveAdapter(model, adapter_name)
+        if (other := masks_on(self.live.model)) is not None:
             raise ModelError(
                 f"`model` must not carry rank masks yet, but carries those of adapter {other.adapter!r}; go on with them "
                 "(masks_on), or `compress` them."
             )
-        layers = adapter_layers(self._model, self.adapter)
-        check_changeable(self._model, layers, self.adapter, in_place=True)
-        self._layers = {name: layer for name, layer in layers.items() if not is_inactive(layer, self.adapter)}
-        for name, layer in self._layers.items():
-            if factor_parts(layer, self.adapter) != FACTORS:
-                raise ModelError(f"masked ranks must be of linear or convolution layers, but `{name}` is an embedding.")
+        self.live.check_changeable(in_place=True)
+        self._modules = {name: module for name, module in self.live.modules.items() if module.active}
+        if embeddings := [name for name, module in self._modules.items() if module.parts != FACTORS]:
+            raise ModelError(
+                f"masked ranks must be of linear or convolution layers, but `{embeddings[0]}` is an embedding."
+            )
         asked = [Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()]
-        self._check(asked, {name: len(a) for name, (a, _) in self._factors.items()})
+        self._check(asked, self.live.ranks)
         self._attach()
         self.resize(asked)
 
     def _attach(self) -> None:
         """Put on the masks, their hooks and `save_pretrained`; `remove` undoes it."""
-        self._inner: dict[str, Any] = {}
+        self._inner: dict[str, Any] = {name: module.entry("lora_A") for name, module in self._modules.items()}
         self._hooks = []
-        for name, (a, _) in self._factors.items():
-            inner = self._inner[name] = self._layers[name].lora_A[self.adapter]
+        for name, inner in self._inner.items():
+            a, _ = self._modules[name].factors
             inner.register_buffer("rank_mask", torch.ones(len(a), device=a.device), persistent=False)
             self._hooks.append(inner.register_forward_hook(_mask_output))
-        self._model.rank_masks, self._model.save_pretrained = self, self.save_pretrained
+        self.live.model.rank_masks, self.live.model.save_pretrained = self, self.save_pretrained
 
     def remove(self) -> None:
         """Take the masks off; adapters keep their capacity, and all components get gradients again."""
-        for name, hook in zip(self._layers, self._hooks, strict=True):
+        for inner, hook in zip(self._inner.values(), self._hooks, strict=True):
             hook.remove()
-            del self._inner[name].rank_mask
-        del self._model.rank_masks, self._model.save_pretrained
+            del inner.rank_mask
+        del self.live.model.rank_masks, self.live.model.save_pretrained
+
+    @property
+    def adapter(self) -> str:
+        """The name of the adapter whose ranks are masked."""
+        return self.live.name
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -112,7 +100,7 @@ class RankMasks:
     @property
     def active(self) -> dict[str, tuple[int, ...]]:
         """The indices of the active components of each module."""
-        return {name: tuple(self._mask(name).nonzero().flatten().tolist()) for name in self._layers}
+        return {name: tuple(inner.rank_mask.nonzero().flatten().tolist()) for name, inner in self._inner.items()}
 
     def resize(
         self, resizes: Sequence[Resize], optimizer: Optimizer | None = None, *, generator: torch.Generator | None = None
@@ -132,7 +120,7 @@ class RankMasks:
             [
                 Replacement(old=factor, new=factor, dim=dim, map=switch.keep)
                 for name, switch in switches.items()
-                for dim, factor in enumerate(self._factors[name])
+                for dim, factor in enumerate(self._modules[name].factors)
             ],
         )
         for name, switch in switches.items():
@@ -147,13 +135,13 @@ class RankMasks:
         Raises:
             ModelError: It is of other modules, or names components beyond the capacity.
         """
-        if set(active) != set(self._layers):
+        if set(active) != set(self._modules):
             raise ModelError("`active` must name exactly the modules that are masked; it is of another model.")
         for name, indices in active.items():
-            if not all(0 <= index < (capacity := len(self._mask(name))) for index in indices):
+            if not all(0 <= index < (capacity := len(self._inner[name].rank_mask)) for index in indices):
                 raise ModelError(f"`active` must hold components of `{name}` below {capacity}, but holds {indices}.")
         for name, indices in active.items():
-            self._mask(name).zero_()[list(indices)] = 1
+            self._inner[name].rank_mask.zero_()[list(indices)] = 1
 
     def compress(self, optimizer: Optimizer | None = None) -> None:
         """Take the masks off and give the adapters their true ranks; in one process, with nothing wrapped.
@@ -161,12 +149,12 @@ class RankMasks:
         Raises:
             ModelError: No module has an active rank, parameters are sharded, or the optimizer's state cannot be carried.
         """
-        check_changeable(self._model, self._layers, self.adapter)
+        self.live.check_changeable(self._modules)
         resized = {}
         for name, active in self.active.items():
-            a, b = (factor.detach().flatten(1) for factor in self._factors[name])
+            a, b = (factor.detach().flatten(1) for factor in self._modules[name].factors)
             resized[name] = keep_components(a, b, active)
-        replace_factors(self._model, optimizer, resized, adapter=self.adapter)
+        self.live.replace_factors(optimizer, resized)
         self.remove()
 
     def save_pretrained(
@@ -186,48 +174,38 @@ class RankMasks:
             raise ModelError(
                 "at least one module must have a rank above 0 to be saved; PEFT has no adapter without modules."
             )
-        model, tuner = self._model, self._model.base_model
+        model, tuner = self.live.model, self.live.model.base_model
         state = self._true_state_dict(model.state_dict() if state_dict is None else state_dict)
-        options.setdefault("is_main_process", n_processes() == 1 or torch.distributed.get_rank() == 0)
+        options.setdefault("is_main_process", is_first())
         config, compiled = model.peft_config[self.adapter], tuner.model
-        model.peft_config[self.adapter] = config_of(model, self.adapter, self.ranks)
+        model.peft_config[self.adapter] = self.live.config(self.ranks)
         tuner.model = unwrapped(compiled)  # PEFT saves the names of a model that is not compiled
         try:
             type(model).save_pretrained(model, str(folder), state_dict=state, **options)
         finally:
             model.peft_config[self.adapter], tuner.model = config, compiled
 
-    # --- one module ------------------------------------------------------------------------------------------------
-
-    @property
-    def _factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-        return {name: factors(layer, self.adapter) for name, layer in self._layers.items()}
-
-    def _mask(self, name: str) -> Tensor:
-        mask: Tensor = self._inner[name].rank_mask
-        return mask
-
     def _check(self, resizes: Sequence[Resize], ranks: Mapping[str, int]) -> None:
-        if any(a.ndim < 2 for a, _ in self._factors.values()):
-            raise ModelError(
-                "masked ranks need parameters of their own shape, which FSDP1 flattens; use FSDP2 (fully_shard)."
-            )
-        check_resizes(
-            resizes, {name: (ranks[name], len(a), a.shape[1:].numel()) for name, (a, _) in self._factors.items()}
-        )
-        for resize in resizes:
-            if resize.rank > 0:
-                continue
-            check_config(self._model.peft_config[self.adapter], to_zero=True)
-            if any(part.of(self._layers[resize.name], self.adapter) is not None for part in (BIAS, MAGNITUDE)):
+        rooms = {}
+        for name, module in self._modules.items():
+            a, _ = module.factors
+            if a.ndim < 2:
                 raise ModelError(
-                    f"the masked rank of `{resize.name}` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
+                    "masked ranks need parameters of their own shape, which FSDP1 flattens; use FSDP2 (fully_shard)."
+                )
+            rooms[name] = (ranks[name], len(a), a.shape[1:].numel())
+        check_resizes(resizes, rooms)
+        for name in (resize.name for resize in resizes if resize.rank == 0):
+            check_config(self.live.model.peft_config[self.adapter], to_zero=True)
+            if any(self._modules[name].parameter(part) is not None for part in (BIAS, MAGNITUDE)):
+                raise ModelError(
+                    f"the masked rank of `{name}` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
                 )
 
     def _with_rows(self, resize: Resize, generator: torch.Generator | None) -> Resize:
         """The resize with the rows of A that it adds."""
-        a, _ = factors(self._layers[resize.name], self.adapter)
-        added = resize.rank - int(self._mask(resize.name).sum())
+        a, _ = self._modules[resize.name].factors
+        added = resize.rank - int(self._inner[resize.name].rank_mask.sum())
         if resize.directions is not None or added <= 0:
             return resize
         like = torch.empty(0, a.shape[1:].numel(), device=a.device)
@@ -235,8 +213,8 @@ class RankMasks:
 
     def _switch(self, resize: Resize) -> _Switch:
         """The module's next mask and factors; nothing is changed yet."""
-        before = self._mask(resize.name).bool()
-        a, b = (whole(factor.detach()) for factor in factors(self._layers[resize.name], self.adapter))
+        before = self._inner[resize.name].rank_mask.bool()
+        a, b = (whole(factor.detach()) for factor in self._modules[resize.name].factors)
         if resize.directions is not None and resize.rank > before.sum():
             born = (~before).nonzero().flatten()[: len(resize.directions)]
             a = a.clone()
@@ -252,19 +230,19 @@ class RankMasks:
 
     def _commit(self, name: str, switch: _Switch) -> None:
         with torch.no_grad():
-            for dim, (factor, value) in enumerate(zip(self._factors[name], (switch.a, switch.b), strict=True)):
+            for dim, (factor, value) in enumerate(zip(self._modules[name].factors, (switch.a, switch.b), strict=True)):
                 factor.copy_(_like(value, factor))
                 if factor.grad is not None:
                     factor.grad.copy_(switch.keep.carry(factor.grad, dim))
-            self._mask(name).copy_(switch.mask)
+            self._inner[name].rank_mask.copy_(switch.mask)
 
     def _true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state with active components only; trained tensors that FSDP2 shards are gathered."""
-        trained = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        trained = {name for name, parameter in self.live.model.named_parameters() if parameter.requires_grad}
         state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in state.items()}
         for name, active in self.active.items():
-            for dim, part in enumerate(FACTORS):
-                key = f"{PEFT_PREFIX}{name}.{part.container}.{self.adapter}.{part.attribute}"
+            for dim, (container, attribute) in enumerate(FACTORS):
+                key = f"{PEFT_PREFIX}{name}.{container}.{self.adapter}.{attribute}"
                 if active:
                     state[key] = Selection(kept=active).carry(state[key], dim)
                 else:
@@ -274,7 +252,7 @@ class RankMasks:
 
 def masks_on(model: PeftModel) -> RankMasks | None:
     """The masks that a model carries; None if there are none."""
-    masks: RankMasks | None = vars(unwrap_peft_model(model)).get("rank_masks")
+    masks: RankMasks | None = vars(unwrapped(model)).get("rank_masks")
     return masks
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
@@ -23,22 +22,16 @@ from torch.optim import Optimizer
 from rankscope.distributed import n_processes
 from rankscope.errors import ModelError, SettingsError
 from rankscope.lora.config import alpha_for, name_fields, rank_fields
-from rankscope.lora.factors import (
-    RankMap,
-    Resized,
-    Selection,
-    add_components,
-    drop_components,
-    kaiming_rows,
-    truncate_svd,
-)
+from rankscope.lora.factors import SHRINKS, RankMap, Resized, Selection, add_components, kaiming_rows
 from rankscope.lora.optimizer import Replacement, replace_parameters
 from rankscope.targets import plain_name, unwrapped
 
-logger = logging.getLogger(__name__)
+Part = tuple[str, str | None]  # `layer.<container>[adapter].<attribute>`, or the entry itself
 
-Shrink = Literal["svd", "drop"]
-_SHRINKS = {"drop": drop_components, "svd": truncate_svd}
+FACTORS: tuple[Part, Part] = ("lora_A", "weight"), ("lora_B", "weight")
+EMBEDDING_FACTORS: tuple[Part, Part] = ("lora_embedding_A", None), ("lora_embedding_B", None)
+BIAS: Part = ("lora_B", "bias")
+MAGNITUDE: Part = ("lora_magnitude_vector", "weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,29 +55,26 @@ def resize_adapters(
     resizes: Sequence[Resize],
     *,
     adapter_name: str | None = None,
-    shrink: Shrink = "drop",
+    shrink: Literal["svd", "drop"] = "drop",
     generator: torch.Generator | None = None,
 ) -> None:
     """Give modules of a live LoRA model new ranks: all of them or, on any error, none.
 
     Growing does not change the function: new components have a row in A and zeros in B (in embeddings, as in PEFT, the other
-    way round unless directions are given). The scaling stays the same at every rank. The config follows, so that
-    `save_pretrained` writes what plain PEFT loads. To PEFT, a module at rank 0 has no adapter; when a later resize activates
-    it, DoRA's magnitude and LoRA's bias start at the values where they do nothing.
+    way round unless directions are given). The scaling stays the same at every rank, and the config follows, so that
+    `save_pretrained` writes what plain PEFT loads. To PEFT, a module at rank 0 has no adapter.
 
-    Parameters are replaced. Other references, such as an EMA copy or tensor hooks, keep pointing at the old ones; hooks on
-    modules survive. Call it between steps, never between a forward pass and its backward pass. A model that `torch.compile`
-    wraps is recompiled at every call, and torch gives up after a few: use `RankMasks` there.
+    Parameters are replaced. Other references, such as an EMA copy, keep pointing at the old ones; hooks on modules survive.
+    Call it between steps, never between a forward and its backward pass. `torch.compile` recompiles after every call; use
+    `RankMasks` there.
 
     Args:
         model: Not wrapped by DDP or FSDP, adapters not merged.
-        optimizer: The one that trains the adapter, also as accelerate wraps it; None if there is none yet.
+        optimizer: The one that trains the adapter; None if there is none yet. Moments are carried.
         resizes: One for each module that changes.
         adapter_name: May be left out if there is only one.
         shrink: `"drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit.
-            `"svd"` finds the closest factors, which mixes components and their moments; second moments are approximate.
-            Halving rank 4 in the middle of a run on digits-shift raised the loss by 0.09 with `"drop"` and 0.02 with `"svd"`
-            (learning rate 0.003, 6 seeds).
+            `"svd"` finds the closest factors, which mixes components and their moments.
         generator: For rows of A that are drawn.
 
     Raises:
@@ -96,61 +86,36 @@ def resize_adapters(
     >>> [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
     [(3, 8), (8, 3), (0, 8), (4, 0)]
     """
-    if shrink not in _SHRINKS:
-        raise ModelError(f"`shrink` must be among {sorted(_SHRINKS)}, but got {shrink!r}.")
-    model = unwrap_peft_model(model)
-    adapter = choose_adapter(model, adapter_name)
-    layers = adapter_layers(model, adapter)
-    rooms = {}
-    for name, layer in layers.items():
-        a, b = factors(layer, adapter)
-        inputs = a.shape[1:].numel()
-        rooms[name] = (len(a), max(min(inputs, len(b)), len(a)), inputs)
+    if shrink not in SHRINKS:
+        raise ModelError(f"`shrink` must be among {sorted(SHRINKS)}, but got {shrink!r}.")
+    adapter = LiveAdapter(model, adapter_name)
+    rooms = {name: module.room for name, module in adapter.modules.items()}
     check_resizes(resizes, rooms)
-    to_zero = any(resize.rank == 0 for resize in resizes)
-    check_changeable(model, {resize.name: layers[resize.name] for resize in resizes}, adapter, to_zero=to_zero)
+    adapter.check_changeable([r.name for r in resizes], to_zero=any(r.rank == 0 for r in resizes))
     if optimizer is not None and n_processes() > 1:
         raise ModelError(
             f"a live resize must run in one process, but there are {n_processes()}, whose wrappers (DDP, FSDP, ZeRO) fix the "
             "parameters; mask ranks instead (RankMasks)."
         )
-    resized = {
-        resize.name: _new_factors(layers[resize.name], adapter, resize, shrink, generator)
-        for resize in resizes
-        if resize.rank != rooms[resize.name][0]
-    }
-    replace_factors(model, optimizer, resized, adapter=adapter)
-
-
-def replace_factors(
-    model: PeftModel, optimizer: Optimizer | None, resized: Mapping[str, Resized], *, adapter: str
-) -> None:
-    """Put new factors into the layers; parameters, optimizer, layer attributes and config follow.
-
-    Raises:
-        ModelError: No module would keep a rank above 0, or the optimizer's state cannot be carried.
-    """
-    layers = adapter_layers(model, adapter)
-    ranks = ranks_of(model, adapter) | {name: len(new.a) for name, new in resized.items()}
-    if not any(ranks.values()):
-        raise ModelError(
-            "`resizes` must leave at least one module a rank above 0; PEFT has no adapter without modules."
-        )
-    plans = {name: _replacements(layers[name], adapter, new) for name, new in resized.items()}
-    replace_parameters(optimizer, [replacement for plan in plans.values() for replacement in plan.values()])
-    for name, plan in plans.items():
-        _install(layers[name], adapter, plan, ranks[name])
-    model.peft_config[adapter] = config_of(model, adapter, ranks)
-    logger.debug("resized %s", ", ".join(f"{name} to {ranks[name]}" for name in plans))
+    resized = {}
+    for resize in resizes:
+        module = adapter.modules[resize.name]
+        a, b = (factor.detach().flatten(1) for factor in module.factors)
+        if resize.rank > len(a):
+            resized[resize.name] = _grown(a, b, resize, generator, embedding=module.parts == EMBEDDING_FACTORS)
+        elif resize.rank < len(a):
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise ModelError(
+                    f"the factors of `{resize.name}` must be finite to be shrunk, but are not; go back to a checkpoint."
+                )
+            resized[resize.name] = SHRINKS[shrink](a, b, resize.rank)
+    adapter.replace_factors(optimizer, resized)
 
 
 def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int, int]]) -> None:
-    """Check names, ranks and directions; a row of zeros, with zeros in B, would never get a gradient.
+    """Raise a ModelError for the first wrong name, rank or directions.
 
     `rooms` holds each module's present rank, the largest that it can have, and the width of a row of A.
-
-    Raises:
-        ModelError: The first that is wrong.
     """
     seen: set[str] = set()
     for resize in resizes:
@@ -173,52 +138,171 @@ def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int,
                 f"`directions` of `{name}` must be of shape {shape}, one row for each added rank, but are of shape "
                 f"{tuple(rows.shape)}."
             )
-        if not torch.isfinite(rows).all() or not rows.any(dim=1).all():
+        if not torch.isfinite(rows).all() or not rows.any(dim=1).all():  # zeros in A and B would never get a gradient
             raise ModelError(
                 f"`directions` of `{name}` must be finite and without a row of zeros; leave them out to draw."
             )
 
 
-def _new_factors(
-    layer: LoraLayer, adapter: str, resize: Resize, shrink: Shrink, generator: torch.Generator | None
-) -> Resized:
-    """The layer's factors at the new rank, as matrices."""
-    a, b = (factor.detach().flatten(1) for factor in factors(layer, adapter))
+def _grown(a: Tensor, b: Tensor, resize: Resize, generator: torch.Generator | None, *, embedding: bool) -> Resized:
     added = resize.rank - len(a)
-    if added < 0:
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise ModelError(
-                f"the factors of `{resize.name}` must be finite to be shrunk, but are not; go back to a checkpoint."
-            )
-        return _SHRINKS[shrink](a, b, resize.rank)
     rows, columns = resize.directions, b.new_zeros(len(b), added)
-    if rows is None and factor_parts(layer, adapter) == EMBEDDING_FACTORS:
+    if rows is None and embedding:
         device = b.device if generator is None else generator.device
         rows, columns = a.new_zeros(added, a.shape[1]), torch.randn(len(b), added, generator=generator, device=device)
-    elif rows is None:
-        rows = kaiming_rows(added, a, generator)
-    return add_components(a, b, rows, columns)
+    return add_components(a, b, kaiming_rows(added, a, generator) if rows is None else rows, columns)
 
 
-def _replacements(layer: LoraLayer, adapter: str, new: Resized) -> dict[Part, Replacement]:
-    """The new parameters of one layer; nothing is changed yet. What activates starts with a neutral bias and magnitude."""
-    a, b = factors(layer, adapter)
-    part_a, part_b = factor_parts(layer, adapter)
-    rank = len(new.a)
-    plan = {
-        part_a: _replacement(a, new.a.reshape(rank, *a.shape[1:]), 0, new.a_map),
-        part_b: _replacement(b, new.b.reshape(b.shape[0], rank, *b.shape[2:]), 1, new.b_map),
-    }
-    if not is_inactive(layer, adapter):
+# --- one module's adapter -----------------------------------------------------------------------------------------
+
+_INACTIVE = "dormant_adapters"
+
+
+class InactiveAdapter(nn.Module):
+    """A LoRA layer's entries of an adapter at rank 0: hidden from PEFT, still owned by the optimizer.
+
+    PEFT has no rank 0, so forward passes, `save_pretrained` and `state_dict` must leave the adapter out. Its parameters (of size
+    zero) keep their place in `parameters()`, and its inner modules their hooks.
+    """
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        super().__init__()
+        self.entries = entries  # a dict, so that torch registers none of the modules in it
+        for container, entry in entries.items():
+            for name, value in entry.named_parameters() if isinstance(entry, nn.Module) else [("", entry)]:
+                if isinstance(value, nn.Parameter):
+                    self.register_parameter(f"{container}_{name}".replace(".", "_"), value)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class LoraModule(NamedTuple):
+    """One module's adapter: PEFT's layer, and the name under which the layer's containers keep the adapter."""
+
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def active(self) -> bool:
+        """Whether the rank is above 0."""  # an adapter that was deleted and added again is in both places
+        return self.adapter in self.layer.r or self.adapter not in getattr(self.layer, _INACTIVE, ())
+
+    def entry(self, container: str) -> Any:
+        """`layer.<container>[adapter]`, active or not; None if there is none."""
+        if not self.active:
+            return getattr(self.layer, _INACTIVE)[self.adapter].entries.get(container)
+        entries = getattr(self.layer, container)
+        return entries[self.adapter] if self.adapter in entries else None  # noqa: SIM401 (a ModuleDict has no `get`)
+
+    def parameter(self, part: Part) -> nn.Parameter | None:
+        """The parameter; None if the adapter has no such part."""
+        container, attribute = part
+        value: nn.Parameter | None = self.entry(container)
+        return getattr(value, attribute, None) if attribute else value
+
+    @property
+    def parts(self) -> tuple[Part, Part]:
+        """Where A (rank first) and B (rank second) are."""
+        return FACTORS if self.entry("lora_embedding_A") is None else EMBEDDING_FACTORS
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A of shape (rank, inputs) and B of shape (outputs, rank); a convolution's kernel in further dimensions."""
+        a, b = map(self.parameter, self.parts)
+        if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter):
+            raise ModelError(f"a layer of type {type(self.layer).__name__} must hold LoRA factors, but holds none.")
+        return a, b
+
+    @property
+    def room(self) -> tuple[int, int, int]:
+        """The rank, the largest that the update can have, and the width of a row of A."""
+        a, b = self.factors
+        inputs = a.shape[1:].numel()
+        return len(a), max(min(inputs, len(b)), len(a)), inputs
+
+    def replacements(self, new: Resized) -> dict[Part, Replacement]:
+        """The parameters at another rank; nothing is changed yet. An activated bias or magnitude starts neutral."""
+        (a, b), rank = self.factors, len(new.a)
+        part_a, part_b = self.parts
+        plan = {
+            part_a: _replacement(a, new.a.reshape(rank, *a.shape[1:]), 0, new.a_map),
+            part_b: _replacement(b, new.b.reshape(b.shape[0], rank, *b.shape[2:]), 1, new.b_map),
+        }
+        if self.active:
+            return plan
+        if (bias := self.parameter(BIAS)) is not None:
+            plan[BIAS] = _replacement(bias, torch.zeros_like(bias), 0, Selection(kept=(), added=len(bias)))
+        if (dora := self.entry(MAGNITUDE[0])) is not None:
+            weight = dequantize_module_weight(self.layer.get_base_layer()).detach().to(dora.weight)
+            norm = dora.get_weight_norm(weight, 0.0, scaling=1.0)
+            dim = norm.shape.index(norm.numel()) if norm.numel() > 1 else 0  # (1, outputs, 1, 1) in convolutions
+            plan[MAGNITUDE] = _replacement(dora.weight, norm, dim, Selection(kept=(), added=norm.numel()))
         return plan
-    if (bias := BIAS.of(layer, adapter)) is not None:
-        plan[BIAS] = _replacement(bias, torch.zeros_like(bias), 0, Selection(kept=(), added=len(bias)))
-    if (dora := entry_of(layer, MAGNITUDE.container, adapter)) is not None:
-        weight = dequantize_module_weight(layer.get_base_layer()).detach().to(dora.weight)
-        norm = dora.get_weight_norm(weight, 0.0, scaling=1.0)
-        dim = norm.shape.index(norm.numel()) if norm.numel() > 1 else 0  # (1, outputs, 1, 1) in convolutions
-        plan[MAGNITUDE] = _replacement(dora.weight, norm, dim, Selection(kept=(), added=norm.numel()))
-    return plan
+
+    def install(self, plan: Mapping[Part, Replacement], rank: int) -> None:
+        """Swap parameters inside their modules, whose hooks survive, and set the rank; 0 deactivates."""
+        layer, adapter = self
+        if not self.active:
+            self._activate()
+        for (container, attribute), replacement in plan.items():
+            if attribute:
+                setattr(self.entry(container), attribute, replacement.new)
+            else:
+                getattr(layer, container)[adapter] = replacement.new
+        for container, side in (("lora_A", "out"), ("lora_B", "in")):
+            inner = self.entry(container)
+            for attribute in (f"{side}_features", f"{side}_channels"):
+                if hasattr(inner, attribute):
+                    setattr(inner, attribute, rank)
+        layer.r[adapter] = rank
+        layer.lora_alpha[adapter] = alpha_for(rank, layer.scaling[adapter], rslora=layer.use_rslora.get(adapter, False))
+        if rank == 0:
+            self._deactivate()
+
+    def _deactivate(self) -> None:
+        entries, layer = {}, self.layer
+        for name in dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")):
+            container: Any = getattr(layer, name, None)  # in the order in which torch lists their parameters
+            if hasattr(container, "keys") and self.adapter in container:
+                entries[name] = container[self.adapter]
+                del container[self.adapter]
+        if not hasattr(layer, _INACTIVE):
+            setattr(layer, _INACTIVE, nn.ModuleDict())
+        getattr(layer, _INACTIVE)[self.adapter] = InactiveAdapter(entries)
+
+    def _activate(self) -> None:
+        inactive = getattr(self.layer, _INACTIVE)
+        entries = inactive[self.adapter].entries
+        del inactive[self.adapter]
+        for name, entry in entries.items():
+            getattr(self.layer, name)[self.adapter] = entry
+            if isinstance(entry, nn.Module):
+                entry.train(self.layer.training)
+
+    def obstacles(self, name: str, *, in_place: bool) -> Iterator[str]:
+        """Why the rank of this module, called `name`, cannot change."""
+        layer, variant = self.layer, type(self.entry("lora_variant")).__name__
+        if layer.merged:
+            yield f"adapters must not be merged, but {layer.merged_adapters} are in `{name}`; unmerge first."
+        form = f"the adapter of `{name}` must be plain LoRA or DoRA, but it is"
+        if variant != "NoneType" and "Dora" not in variant:
+            yield f"{form} of variant {variant}."
+        if getattr(layer.get_base_layer(), "groups", 1) > 1:
+            yield f"{form} on a convolution with groups."
+        if isinstance(layer, MultiheadAttention):
+            yield f"{form} a MultiheadAttention."
+        if is_offloaded(layer):
+            yield f"the weights of `{name}` must be in memory for its rank to change, but are offloaded; load the model without."
+        whole = "the adapter's parameters must be whole in this process, but"
+        if any(hasattr(parameter, "ds_id") for parameter in self.factors):
+            yield (
+                f"{whole} DeepSpeed ZeRO-3 partitions them and keeps its own flat copies; use DDP or FSDP2 with masked ranks "
+                "(RankMasks), or one process."
+            )
+        if not in_place and any(isinstance(parameter, DTensor) for parameter in self.factors):
+            yield f"{whole} are sharded over several (DTensor); mask ranks instead (RankMasks)."
 
 
 def _replacement(old: nn.Parameter, value: Tensor, dim: int, rank_map: RankMap) -> Replacement:
@@ -228,141 +312,117 @@ def _replacement(old: nn.Parameter, value: Tensor, dim: int, rank_map: RankMap) 
     return Replacement(old=old, new=new, dim=dim, map=rank_map)
 
 
-def _install(layer: LoraLayer, adapter: str, plan: Mapping[Part, Replacement], rank: int) -> None:
-    if is_inactive(layer, adapter):
-        _activate(layer, adapter)
-    for part, replacement in plan.items():
-        part.install(layer, adapter, replacement.new)
-    for container, attributes in (
-        ("lora_A", ("out_features", "out_channels")),
-        ("lora_B", ("in_features", "in_channels")),
-    ):
-        inner = entry_of(layer, container, adapter)
-        for attribute in attributes:
-            if hasattr(inner, attribute):
-                setattr(inner, attribute, rank)
-    layer.r[adapter] = rank
-    layer.lora_alpha[adapter] = alpha_for(rank, layer.scaling[adapter], rslora=layer.use_rslora.get(adapter, False))
-    if rank == 0:
-        _deactivate(layer, adapter)
+# --- the adapter of a model ---------------------------------------------------------------------------------------
 
 
-# --- the adapter inside a PEFT model ------------------------------------------------------------------------------
+class LiveAdapter:
+    """A LoRA adapter inside a PEFT model.
 
+    Args:
+        model: A PEFT model, also inside `torch.compile`'s wrapper, but not inside DDP or FSDP.
+        adapter_name: May be left out if there is only one.
 
-class Part(NamedTuple):
-    """Where one parameter of an adapter is kept: `layer.<container>[adapter].<attribute>`, or the entry itself."""
-
-    container: str
-    attribute: str | None
-
-    def of(self, layer: LoraLayer, adapter: str) -> nn.Parameter | None:
-        """The parameter; None if the adapter has no such part."""
-        entry = entry_of(layer, self.container, adapter)
-        value: nn.Parameter | None = getattr(entry, self.attribute, None) if self.attribute else entry
-        return value
-
-    def install(self, layer: LoraLayer, adapter: str, parameter: nn.Parameter) -> None:
-        """Swap the parameter inside its module, whose hooks survive."""
-        if self.attribute is None:
-            getattr(layer, self.container)[adapter] = parameter
-        else:
-            setattr(getattr(layer, self.container)[adapter], self.attribute, parameter)
-
-
-EMBEDDING_FACTORS = Part("lora_embedding_A", None), Part("lora_embedding_B", None)
-FACTORS = Part("lora_A", "weight"), Part("lora_B", "weight")
-BIAS = Part("lora_B", "bias")
-MAGNITUDE = Part("lora_magnitude_vector", "weight")
-
-
-def factor_parts(layer: LoraLayer, adapter: str) -> tuple[Part, Part]:
-    """Where A (rank first) and B (rank second) are."""
-    return FACTORS if entry_of(layer, "lora_embedding_A", adapter) is None else EMBEDDING_FACTORS
-
-
-def factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A of shape (rank, inputs) and B of shape (outputs, rank); a convolution's kernel in further dimensions.
+    Attributes:
+        model: The PEFT model.
+        name: The adapter's name.
+        modules: Its modules by their names in the base model, those of rank 0 included.
+        parameters: Its layers on parameters (`target_parameters`: fused experts), whose ranks stay.
 
     Raises:
-        ModelError: The layer keeps its adapter in another form.
+        ModelError: It is no PEFT model, is wrapped for several processes, or has no such LoRA adapter.
     """
-    a, b = (part.of(layer, adapter) for part in factor_parts(layer, adapter))
-    if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter):
-        raise ModelError(f"a layer of type {type(layer).__name__} must hold LoRA factors, but holds none.")
-    return a, b
 
+    def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
+        inner = unwrapped(model)
+        kind = "DistributedDataParallel" if is_ddp(model) else type(inner).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ModelError(
+                f"`model` must be a peft.PeftModel, but is wrapped in {kind}, which fixes parameters when it wraps; "
+                "mask ranks instead (RankMasks, made before wrapping)."
+            )
+        if not isinstance(inner, PeftModel):
+            raise ModelError(f"`model` must be a peft.PeftModel, but is a {kind}; wrap it with get_peft_model.")
+        names = sorted(inner.peft_config)
+        if adapter_name is None and len(names) > 1:
+            raise ModelError(f"`adapter_name` must say which of the adapters {names} is meant, but is None.")
+        self.model, self.name = inner, adapter_name or names[0]
+        if self.name not in names:
+            raise ModelError(f"`adapter_name` must be among the model's adapters {names}, but got {self.name!r}.")
+        if (peft_type := inner.peft_config[self.name].peft_type) != PeftType.LORA:
+            raise ModelError(f"adapter {self.name!r} must be LoRA for its ranks to change, but is {peft_type.value}.")
+        self.modules, self.parameters = lora_modules(inner, self.name)
+        if not self.modules:
+            raise ModelError(f"`model` must carry LoRA layers of adapter {self.name!r}, but has none.")
 
-def ranks_of(model: PeftModel, adapter: str) -> dict[str, int]:
-    """The adapter's true ranks, 0 included."""
-    return {name: len(factors(layer, adapter)[0]) for name, layer in adapter_layers(model, adapter).items()}
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The true rank of each module."""
+        return {name: len(module.factors[0]) for name, module in self.modules.items()}
 
+    def config(self, ranks: Mapping[str, int]) -> LoraConfig:
+        """A copy of the adapter's config with exactly these ranks and the present scalings.
 
-def unwrap_peft_model(model: nn.Module) -> PeftModel:
-    """The PEFT model inside `torch.compile`'s wrapper.
-
-    Raises:
-        ModelError: It is no PEFT model, or is wrapped for several processes.
-    """
-    inner = unwrapped(model)
-    kind = "DistributedDataParallel" if is_ddp(model) else type(inner).__name__
-    if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-        raise ModelError(
-            f"`model` must be a peft.PeftModel, but is wrapped in {kind}, which fixes parameters when it wraps; "
-            "mask ranks instead (RankMasks, made before wrapping)."
+        It is a copy because the object may be another adapter's, too: trainers add a reference adapter with the same config.
+        """
+        config = copy.deepcopy(self.model.peft_config[self.name])
+        adapted = {name: rank for name, rank in ranks.items() if rank > 0}
+        scalings = {name: self.modules[name].entry("scaling") for name in adapted}
+        alphas = {name: alpha_for(rank, scalings[name], rslora=config.use_rslora) for name, rank in adapted.items()}
+        values = name_fields(adapted) | rank_fields(
+            adapted | {name: layer.r[self.name] for name, layer in self.parameters.items()},
+            alphas | {name: layer.lora_alpha[self.name] for name, layer in self.parameters.items()},
         )
-    if not isinstance(inner, PeftModel):
-        raise ModelError(f"`model` must be a peft.PeftModel, but is a {kind}; wrap it with get_peft_model.")
-    return inner
+        for field, value in values.items():
+            setattr(config, field, value)
+        config.layers_to_transform = config.layers_pattern = None
+        if config.init_lora_weights == "orthogonal":  # takes even ranks only; weights are loaded over it
+            config.init_lora_weights = True
+        return config
+
+    def replace_factors(self, optimizer: Optimizer | None, resized: Mapping[str, Resized]) -> None:
+        """Put new factors into the layers; parameters, optimizer, layer attributes and config follow."""
+        ranks = self.ranks | {name: len(new.a) for name, new in resized.items()}
+        if not any(ranks.values()):
+            raise ModelError(
+                "`resizes` must leave at least one module a rank above 0; PEFT has no adapter without modules."
+            )
+        plans = {name: self.modules[name].replacements(new) for name, new in resized.items()}
+        replace_parameters(optimizer, [replacement for plan in plans.values() for replacement in plan.values()])
+        for name, plan in plans.items():
+            self.modules[name].install(plan, ranks[name])
+        self.model.peft_config[self.name] = self.config(ranks)
+
+    def check_changeable(
+        self, names: Collection[str] | None = None, *, to_zero: bool = False, in_place: bool = False
+    ) -> None:
+        """Raise a ModelError unless the ranks of these modules (default: all) can change.
+
+        Args:
+            names: In the base model.
+            to_zero: Ranks may fall to 0.
+            in_place: Parameters keep their shapes, as under masks, and may be sharded.
+        """
+        owners: dict[int, str] = {}
+        for name in self.modules if names is None else names:
+            for obstacle in self.modules[name].obstacles(name, in_place=in_place):
+                raise ModelError(obstacle)
+            if (other := owners.setdefault(id(self.modules[name].factors[0]), name)) != name:
+                raise ModelError(f"adapters must have factors of their own, but `{name}` shares them with `{other}`.")
+        if owners:
+            check_config(self.model.peft_config[self.name], to_zero=to_zero)
 
 
-def is_ddp(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel wraps the model, inside `torch.compile` or not."""
-    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
-
-
-def choose_adapter(model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter that is meant.
-
-    Raises:
-        ModelError: There are several and none is named, there is none of that name, or it is not LoRA.
-    """
-    names = sorted(model.peft_config)
-    if adapter_name is None and len(names) > 1:
-        raise ModelError(f"`adapter_name` must say which of the adapters {names} is meant, but is None.")
-    adapter = adapter_name or names[0]
-    if adapter not in model.peft_config:
-        raise ModelError(f"`adapter_name` must be among the model's adapters {names}, but got {adapter!r}.")
-    if (kind := model.peft_config[adapter].peft_type) != PeftType.LORA:
-        raise ModelError(f"adapter {adapter!r} must be LoRA for its ranks to change, but is {kind.value}.")
-    return adapter
-
-
-def adapter_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """The LoRA layers that carry the adapter, inactive ones included, by their names in the base model.
-
-    Adapters on parameters (`target_parameters`: fused experts) are not among them; their ranks stay.
-
-    Raises:
-        ModelError: There is none.
-    """
-    layers, _ = lora_layers(model, adapter)
-    if not layers:
-        raise ModelError(f"`model` must carry LoRA layers of adapter {adapter!r}, but has none.")
-    return layers
-
-
-def lora_layers(model: PeftModel, adapter: str) -> tuple[dict[str, LoraLayer], dict[str, ParamWrapper]]:
-    """The layers of an adapter on modules, and those on parameters (fused experts), by the names of what they adapt."""
+def lora_modules(model: PeftModel, adapter: str) -> tuple[dict[str, LoraModule], dict[str, ParamWrapper]]:
+    """An adapter's modules and its layers on parameters (fused experts), by the names of what they adapt."""
     modules, parameters = {}, {}
     for path, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer) and (adapter in layer.r or is_inactive(layer, adapter)):
+        if isinstance(layer, LoraLayer) and (adapter in layer.r or adapter in getattr(layer, _INACTIVE, ())):
             check_block_names([path])
             name = plain_name(path)
             if isinstance(layer, ParamWrapper):
                 parameters[f"{name.replace('.base_layer', '')}.{layer.parameter_name}"] = layer
             else:
-                modules[name] = layer
+                modules[name] = LoraModule(layer, adapter)
     return modules, parameters
 
 
@@ -389,191 +449,41 @@ def from_peft_model(model: PeftModel, *, adapter_name: str | None = None) -> dic
     adapter = next(iter(active), "default")
     if adapter in model.peft_config and (kind := model.peft_config[adapter].peft_type) != PeftType.LORA:
         raise SettingsError(f"adapter {adapter!r} must be LoRA to be read as ranks, but is {kind.value}.")
-    layers, fused = lora_layers(model, adapter)
-    if attention := [name for name, layer in layers.items() if isinstance(layer, MultiheadAttention)]:
+    modules, fused = lora_modules(model, adapter)
+    if attention := [name for name, module in modules.items() if isinstance(module.layer, MultiheadAttention)]:
         raise SettingsError(
             f"`model` must carry adapters on modules of one weight, but `{attention[0]}` is an nn.MultiheadAttention; "
             "adapt others."
         )
-    if not layers:
+    if not modules:
         only = f" on modules, only on parameters such as `{min(fused)}`" if fused else ""
         raise SettingsError(
             f"`model` must carry a LoRA adapter {adapter!r}, but has none{only}; it has {sorted(model.peft_config)}."
         )
-    return ranks_of(model, adapter)
-
-
-def config_of(model: PeftModel, adapter: str, ranks: Mapping[str, int]) -> LoraConfig:
-    """A copy of the adapter's config with exactly these modules, ranks and present scalings; ranks of 0 are left out.
-
-    It is a copy because the object may be another adapter's, too: trainers add a reference adapter with the first one's config.
-    """
-    config = copy.deepcopy(model.peft_config[adapter])
-    layers, fused = lora_layers(model, adapter)
-    adapted = {name: rank for name, rank in ranks.items() if rank > 0}
-    alphas = {
-        name: alpha_for(rank, entry_of(layers[name], "scaling", adapter), rslora=config.use_rslora)
-        for name, rank in adapted.items()
-    }
-    fields = name_fields(adapted) | rank_fields(
-        adapted | {name: layer.r[adapter] for name, layer in fused.items()},
-        alphas | {name: layer.lora_alpha[adapter] for name, layer in fused.items()},
-    )
-    for field, value in fields.items():
-        setattr(config, field, value)
-    config.layers_to_transform = config.layers_pattern = None
-    if config.init_lora_weights == "orthogonal":  # takes even ranks only; weights are loaded over it
-        config.init_lora_weights = True
-    return config
-
-
-# --- adapters of rank 0 -------------------------------------------------------------------------------------------
-
-_INACTIVE = "dormant_adapters"
-
-
-class InactiveAdapter(nn.Module):
-    """A LoRA layer's entries of an adapter at rank 0: hidden from PEFT, still owned by the optimizer.
-
-    PEFT has no rank 0, so the layer must look as if it had no such adapter: forward passes, `save_pretrained` and `state_dict`
-    leave it out. Its parameters (of size zero) keep their place in `parameters()`, and its inner modules their hooks.
-    """
-
-    def __init__(self, entries: dict[str, Any]) -> None:
-        super().__init__()
-        self.entries = entries  # a dict, so that torch registers none of the modules in it
-        for container, entry in entries.items():
-            named = entry.named_parameters() if isinstance(entry, nn.Module) else [("", entry)]
-            for name, value in named:
-                if isinstance(value, nn.Parameter):
-                    self.register_parameter(f"{container}_{name}".replace(".", "_"), value)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is saved."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is loaded, and no key is missing."""
-
-
-def is_inactive(layer: LoraLayer, adapter: str) -> bool:
-    """Whether the layer's adapter is at rank 0."""
-    return adapter in getattr(layer, _INACTIVE, ()) and adapter not in layer.r  # in both: deleted and added again
-
-
-def _deactivate(layer: LoraLayer, adapter: str) -> None:
-    """Move the adapter's entries out of the layer's containers, in the order in which torch lists their parameters."""
-    entries = {}
-    for name in dict.fromkeys((*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")):
-        container: Any = getattr(layer, name, None)
-        if hasattr(container, "keys") and adapter in container:
-            entries[name] = container[adapter]
-            del container[adapter]
-    if not hasattr(layer, _INACTIVE):
-        setattr(layer, _INACTIVE, nn.ModuleDict())
-    getattr(layer, _INACTIVE)[adapter] = InactiveAdapter(entries)
-
-
-def _activate(layer: LoraLayer, adapter: str) -> None:
-    """The inverse of `_deactivate`."""
-    inactive = getattr(layer, _INACTIVE)
-    entries = inactive[adapter].entries
-    del inactive[adapter]
-    for name, entry in entries.items():
-        getattr(layer, name)[adapter] = entry
-        if isinstance(entry, nn.Module):
-            entry.train(layer.training)
-
-
-def entry_of(layer: LoraLayer, container: str, adapter: str) -> Any:
-    """`layer.<container>[adapter]`, active or not; None if there is none."""
-    if is_inactive(layer, adapter):
-        return getattr(layer, _INACTIVE)[adapter].entries.get(container)
-    entries = getattr(layer, container)
-    return entries[adapter] if adapter in entries else None  # noqa: SIM401 (a ModuleDict has no `get`)
+    return {name: len(module.factors[0]) for name, module in modules.items()}
 
 
 # --- models and configs whose ranks cannot change -----------------------------------------------------------------
 
 # These take a part of the initial rank off the base weights, and another part when PEFT loads the adapter.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_VARIANTS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
-
-
-def check_changeable(
-    model: PeftModel,
-    layers: Mapping[str, LoraLayer],
-    adapter: str,
-    *,
-    to_zero: bool = False,
-    in_place: bool = False,
-) -> None:
-    """Check that the ranks of these layers can change.
-
-    Args:
-        model: The PEFT model.
-        layers: By their names in the base model.
-        adapter: Its name.
-        to_zero: Ranks may fall to 0.
-        in_place: Parameters keep their shapes, as under masks, and may be sharded.
-
-    Raises:
-        ModelError: Merged adapters, forms of LoRA whose factors mean something else, shared factors, offloaded or
-            partitioned weights.
-    """
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ModelError(
-                f"adapters must not be merged, but {layer.merged_adapters} are in `{name}`; unmerge first."
-            )
-        if unsupported := _unsupported(layer, adapter):
-            raise ModelError(f"the adapter of `{name}` must be plain LoRA or DoRA, but it {unsupported}.")
-        if is_offloaded(layer):
-            raise ModelError(
-                f"the weights of `{name}` must be in memory for its rank to change, but are offloaded; load the model without."
-            )
-        if any(hasattr(parameter, "ds_id") for parameter in factors(layer, adapter)):
-            raise ModelError(
-                "the adapter's parameters must be whole in this process, but DeepSpeed ZeRO-3 partitions them and keeps "
-                "its own flat copies; use DDP or FSDP2 with masked ranks (RankMasks), or one process."
-            )
-        if (other := owners.setdefault(id(factors(layer, adapter)[0]), name)) != name:
-            raise ModelError(f"adapters must have factors of their own, but `{name}` shares them with `{other}`.")
-        if not in_place and any(isinstance(factor, DTensor) for factor in factors(layer, adapter)):
-            raise ModelError(
-                "the adapter's parameters must be whole in this process, but are sharded over several (DTensor); "
-                "mask ranks instead (RankMasks)."
-            )
-    if layers:
-        check_config(model.peft_config[adapter], to_zero=to_zero)
 
 
 def check_config(config: LoraConfig, *, to_zero: bool) -> None:
-    """Check that the ranks of an adapter with this config can change, and fall to 0.
-
-    Raises:
-        ModelError: An initialisation or variant that changes the base weights, tied adapters, a variant of LoRA, or trained
-            biases, which PEFT does not load for a module that has no adapter.
-    """
+    """Raise a ModelError unless the ranks of an adapter with this config can change, and fall to 0."""
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
         raise ModelError(
             f"`init_lora_weights` must leave the base weights as they are where ranks change, but {init!r} takes a part of the "
             "initial rank off them, and PEFT takes off another when it loads the adapter; use True, 'gaussian' or 'eva'."
         )
-    variants = [f"has `{variant}`; leave it out" for variant in _VARIANTS if getattr(config, variant, None)]
-    if init == "mica":
-        variants.append("is MiCA; use another init")
-    if variants:
-        raise ModelError(f"the adapter must be plain LoRA or DoRA for its ranks to change, but {variants[0]}.")
+    variants = [
+        field.name for field in fields(config) if field.metadata.get("is_lora_variant") and field.name != "use_dora"
+    ]
+    if variant := next((name for name in variants if getattr(config, name)), init if init == "mica" else None):
+        raise ModelError(
+            f"the adapter must be plain LoRA or DoRA for its ranks to change, but has `{variant}`; leave it out."
+        )
     if tied := getattr(config, "target_modules_to_tie", None):
         raise ModelError(
             f"adapters must have factors of their own for their ranks to change, but `ensure_weight_tying` ties those of "
@@ -586,13 +496,9 @@ def check_config(config: LoraConfig, *, to_zero: bool) -> None:
         )
 
 
-def _unsupported(layer: LoraLayer, adapter: str) -> str | None:
-    variant = entry_of(layer, "lora_variant", adapter)
-    if variant is not None and "Dora" not in type(variant).__name__:
-        return f"is of variant {type(variant).__name__}"
-    if getattr(layer.get_base_layer(), "groups", 1) > 1:
-        return "is on a convolution with groups"
-    return "is a MultiheadAttention" if isinstance(layer, MultiheadAttention) else None
+def is_ddp(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel wraps the model, inside `torch.compile` or not."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -600,16 +506,10 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def check_block_names(names: Iterable[str]) -> None:
-    """Check that `torch.compile` wraps no blocks: PEFT would save their adapters under names that no other model has.
-
-    Raises:
-        ModelError: The first such name.
-    """
-    for name in names:
-        block, wrapper, _ = name.partition("._orig_mod")
-        if wrapper:
-            raise ModelError(
-                f"blocks must be compiled in place, but `{block}` is wrapped by `torch.compile`, whose name PEFT would save; "
-                "call its `compile()` instead."
-            )
+def check_block_names(names: Collection[str]) -> None:
+    """Raise a ModelError if `torch.compile` wraps blocks: PEFT would save adapters under names that no other model has."""
+    if wrapped := [name for name in names if "._orig_mod" in name]:
+        raise ModelError(
+            f"blocks must be compiled in place, but `{wrapped[0].partition('._orig_mod')[0]}` is wrapped by `torch.compile`, "
+            "whose name PEFT would save; call its `compile()` instead."
+        )

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from rankscope.errors import ModelError, SettingsError
 from rankscope.lora.config import PEFT_PREFIX, alpha_for, name_fields, taken_for_experts, to_lora_config
 from rankscope.lora.resize import (
+    LiveAdapter,
     Resize,
     check_block_names,
     check_config,
-    config_of,
     is_offloaded,
-    lora_layers,
-    ranks_of,
+    lora_modules,
     resize_adapters,
 )
 from rankscope.targets import TargetModule, unwrapped
@@ -97,8 +96,9 @@ def _wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **opti
             f"{type(model).__name__}; give it rank 0."
         )
     peft_model = get_peft_model(model, config, **options)
-    modules, parameters = lora_layers(peft_model, "default")
-    built = {name: layer.r["default"] for name, layer in (modules | parameters).items()}
+    modules, parameters = lora_modules(peft_model, "default")
+    built = {name: module.layer.r["default"] for name, module in modules.items()}
+    built |= {name: layer.r["default"] for name, layer in parameters.items()}
     if odd := sorted(name for name in {*built, *names} if built.get(name, 0) != ranks.get(name, 0)):
         peft_model.unload()
         raise SettingsError(
@@ -168,16 +168,11 @@ def check_adalora_steps(steps: int) -> None:
         raise ModelError(f"`steps` must be at least {_FEWEST_STEPS} for AdaLoRA, but got {steps}; train longer.")
 
 
-def step_adalora(model: Any, step: int) -> None:
-    """What AdaLoRA does after the optimizer's `step`-th step (from 1), while gradients are still there."""
-    model.base_model.update_and_allocate(step)
-
-
 def ranks_of_adalora(model: Any) -> dict[str, int]:
     """The ranks that are not masked; each also has one singular value, which is not counted."""
     (config,) = model.peft_config.values()
     if not config.rank_pattern:
-        return dict.fromkeys(lora_layers(model, "default")[0], config.init_r)
+        return dict.fromkeys(lora_modules(model, "default")[0], config.init_r)
     return {name.split(".lora_E")[0].removeprefix(PEFT_PREFIX): sum(mask) for name, mask in config.rank_pattern.items()}
 
 
@@ -227,7 +222,8 @@ def wrap_with_eva(
         prepare_layer_inputs_fn=inputs.rows,
         show_progress_bar=False,
     )
-    wrapped.peft_config["default"] = config_of(wrapped, "default", ranks_of(wrapped, "default"))
+    adapter = LiveAdapter(wrapped)
+    wrapped.peft_config["default"] = adapter.config(adapter.ranks)  # EVA's has a pattern for each module
     return wrapped
 
 

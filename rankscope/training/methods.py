@@ -19,7 +19,6 @@ from rankscope.lora import (
     apply_allocation,
     check_adalora_steps,
     ranks_of_adalora,
-    step_adalora,
     wrap_with_adalora,
     wrap_with_eva,
 )
@@ -198,10 +197,10 @@ class AdaLora(Method):
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
         """Score ranks at each step, and mask the least important."""
-        steps = count(1)
+        steps, tuner = count(1), cast(Any, model).base_model
         return Running(
             lambda: RankAllocation.from_ranks(self.targets, ranks_of_adalora(model), strategy=self.name),
-            lambda: step_adalora(model, next(steps)),
+            lambda: tuner.update_and_allocate(next(steps)),
         )
 
 

@@ -301,7 +301,7 @@ def test_copies_and_pickles_at_any_step_change_nothing(mode: str) -> None:
             file.seek(0)
             for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
                 twin(**batch(99)).loss.backward()
-                assert masks_on(twin) is None or masks_on(twin)._model is twin
+                assert masks_on(twin) is None or masks_on(twin).live.model is twin
 
         run(model, optimizer, controller, range(20), after=copy_and_train)
         found.append(controller)

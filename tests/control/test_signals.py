@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankscope as rs
 from rankscope.control.signals import GradientWindow, Signals, noise_of_mean
-from rankscope.lora.resize import adapter_layers, factors
+from rankscope.lora import LiveAdapter
 from rankscope.profiling.statistics import split_energy
 from tests.control.small_models import LAYERS, batch, net
 
@@ -21,17 +21,15 @@ def window(model: PeftModel, *, compiled: bool = False) -> GradientWindow:
 
 
 def measured(window: GradientWindow, model: PeftModel) -> Signals:
-    layers = adapter_layers(model, "default")
-    found = window.measure(
-        {name: tuple(f.detach() for f in factors(layer, "default")) for name, layer in layers.items()}
-    )
+    layers = LiveAdapter(model).modules
+    found = window.measure({name: tuple(f.detach() for f in layer.factors) for name, layer in layers.items()})
     assert found is not None
     return found
 
 
 def gradients(model: PeftModel, batches: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean gradient of each base weight."""
-    weights = {name: layer.base_layer.weight for name, layer in adapter_layers(model, "default").items()}
+    weights = {name: module.layer.base_layer.weight for name, module in LiveAdapter(model).modules.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
     found = [torch.autograd.grad(model(**b).loss, list(weights.values())) for b in batches]
@@ -108,8 +106,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted() -> None:
 def test_nothing_seen_is_no_signal_and_no_hook_stays() -> None:
     model = net()
     seen = window(model)
-    layers = adapter_layers(model, "default")
-    assert seen.measure({name: factors(layer, "default") for name, layer in layers.items()}) is None
+    layers = LiveAdapter(model).modules
+    assert seen.measure({name: layer.factors for name, layer in layers.items()}) is None
 
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

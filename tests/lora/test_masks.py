@@ -246,7 +246,7 @@ def test_what_is_refused() -> None:
         match=r"^`model` must not carry rank masks yet, but carries those of adapter 'default'; go on with them \(masks_on\), or "
         r"`compress` them\.$",
     ):
-        RankMasks(masks._model)
+        RankMasks(masks.live.model)
     model = masked_model()
     with pytest.raises(ModelError, match=r"^the rank of `linear` must be a whole number between 0 and 5, but got 6\.$"):
         RankMasks(model, {"linear": 6})

@@ -8,7 +8,6 @@ from rankscope.profiling.sketch import (
     RandomMatrices,
     bytes_of_weights,
     largest_sketch_size,
-    new_accumulator,
     thin_svd,
 )
 from rankscope.profiling.statistics import POOLED_BATCHES, energy_tail
@@ -22,26 +21,7 @@ from rankscope.profiling.table import (
 )
 
 __all__ = [
-    "POOLED_BATCHES",
-    "SUPPORTED",
-    "Decomposition",
-    "GradientAccumulator",
-    "GradientHooks",
-    "LocalHook",
-    "Profile",
-    "RandomMatrices",
-    "bytes_of_weights",
-    "cumulative_energy",
-    "energy_tail",
-    "group_energy",
-    "head_warmed",
-    "in_range",
-    "is_compiled",
-    "largest_sketch_size",
-    "new_accumulator",
-    "pooled_signal",
-    "profile",
-    "rank_modules",
-    "read_profile",
-    "thin_svd",
-]
+    "POOLED_BATCHES", "SUPPORTED", "Decomposition", "GradientAccumulator", "GradientHooks", "LocalHook", "Profile",
+    "RandomMatrices", "bytes_of_weights", "cumulative_energy", "energy_tail", "group_energy", "head_warmed", "in_range",
+    "is_compiled", "largest_sketch_size", "pooled_signal", "profile", "rank_modules", "read_profile", "thin_svd",
+]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rankscope.distributed import gathered, sum_over_processes, whole
 from rankscope.errors import ModelError
-from rankscope.profiling.sketch import GradientAccumulator, Increment, InputSketch, RandomMatrices, new_accumulator
+from rankscope.profiling.sketch import GradientAccumulator, Increment, InputSketch, RandomMatrices
 from rankscope.targets import TargetModule, base_layer
 
 SUPPORTED = ("linear", "conv1d", "conv2d")
@@ -23,10 +23,7 @@ SAFE_EXPONENT = 30  # of two: squares of gradients beyond, or of a thousandth of
 
 
 class LocalHook:
-    """A forward hook that stays behind when its module is copied or pickled: the copy gets a hook that does nothing.
-
-    Otherwise a copy made while a step is sampled would feed the original's sketches, or could not be made at all.
-    """
+    """A forward hook that is not copied or pickled with its module: it would feed the original's sketches, or fail."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -88,12 +85,7 @@ class GradientHooks:
                 handle.remove()
 
     def begin_batch(self, weight: float, mask: Tensor | None = None) -> None:
-        """Start recording.
-
-        Args:
-            weight: Gradients are assumed to be multiplied by it already.
-            mask: The batch's tokens against padding, (batch, length). Padding in inputs of that shape does not count.
-        """
+        """Start recording; gradients are multiplied by `weight` already, and padding in inputs shaped as `mask` is left out."""
         self._weight, self._mask, self._active = weight, mask, True
 
     def end_batch(self) -> None:
@@ -126,9 +118,8 @@ class GradientHooks:
             accumulator.batches = sum(counts)
         for target in self._modules if self._see_inputs else ():
             device = self.accumulators[target.name].squares.device
-            mine = self.inputs.get(target.name) or self._new_inputs(target.in_features, device)
+            mine = self.inputs.pop(target.name, None) or self._new_inputs(target.in_features, device)
             total = mine.over_processes()  # not in place: which modules share a sketch may differ between processes
-            self.inputs.pop(target.name, None)
             if total.count:
                 self.inputs[target.name] = total
 
@@ -204,26 +195,19 @@ def in_range(peak: float) -> float:
     return 1.0 if abs(exponent) <= SAFE_EXPONENT else 2.0**-exponent
 
 
-# --- module kinds ------------------------------------------------------------------------------------------------
-
-
 def is_compiled(model: nn.Module) -> bool:
     """Whether `torch.compile` wraps the model or a part of it, or `Module.compile` compiled one in place."""
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
 
 
 def _accumulator(target: TargetModule, module: nn.Module, matrices: RandomMatrices) -> GradientAccumulator:
-    """An empty accumulator on the module's device: for an offloaded module, that to which accelerate's hook loads it."""
-    devices = (
-        getattr(hook, "execution_device", None)
-        for part in module.modules()
-        for outer in (getattr(part, "_hf_hook", None),)
-        for hook in getattr(outer, "hooks", (outer,))
-    )
+    """On the module's device; for an offloaded module, on that to which accelerate's hook loads it."""
+    outer: list[Any] = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    devices = [getattr(hook, "execution_device", None) for each in outer for hook in getattr(each, "hooks", (each,))]
     device = next((device for device in devices if device is not None), next(module.parameters()).device)
     double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
-    dtype = torch.float64 if double else torch.float32
-    return new_accumulator(target.in_features, target.out_features, matrices, torch.device(device), dtype)
+    like = torch.empty(0, device=device, dtype=torch.float64 if double else torch.float32)
+    return GradientAccumulator(target.in_features, target.out_features, matrices, like)
 
 
 def as_rows(module: nn.Module, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Pure functions from gradients and weights to a profile's features. Each names its source."""
+"""Pure functions from gradients and weights to a profile's features."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from torch import Tensor
 from rankscope.profiling.sketch import row_blocks
 
 BLOCK_ROWS = 256  # of a weight at a time, to save memory
-_ROUNDING = 1e-7  # of float32 sums: a smaller share of the energy is not an estimate
 POOLED_BATCHES = 8  # the pooled share of signal counts as much as this many batches
-
 Floats = NDArray[np.float64]
 
 
 class SignalAndNoise(NamedTuple):
-    """Where a mean gradient's energy comes from.
-
-    Attributes:
-        signal: ||E g||_F^2, unbiased, so it may be slightly negative.
-        noise: tr Cov(g) / examples: the noise left in the mean over all examples.
-        fisher_trace: E ||g||_F^2 over single examples, the trace of the empirical Fisher matrix.
-    """
+    """Where a mean gradient's energy comes from: ||E g||_F^2 (unbiased), tr Cov(g) / examples, and E ||g||_F^2."""
 
     signal: float
     noise: float
@@ -61,13 +53,8 @@ def split_energy(
 def signal_shares(signal: Floats, energy: Floats, n_batches: int) -> Floats:
     """Each module's share of signal in its gradient energy, in [0, 1], shrunk towards the pooled share of all modules.
 
-    With few batches a module's own share scatters as much as shares differ between modules. The pooled share counts as
-    `POOLED_BATCHES` batches (an empirical-Bayes estimate in the manner of Efron and Morris 1975).
-
-    Args:
-        signal: (modules,) squared norms of the expected gradients.
-        energy: (modules,) squared norms of the mean gradients.
-        n_batches: How many batches the shares rest on.
+    With few batches a module's own share scatters as much as shares differ between modules (an empirical-Bayes estimate in
+    the manner of Efron and Morris 1975).
     """
     pooled = signal.sum() / energy.sum() if energy.sum() > 0 else 0.0
     own = np.divide(signal, energy, out=np.full_like(signal, pooled), where=energy > 0)
@@ -79,17 +66,14 @@ def energy_tail(energies: Floats, total: float, size: int, length: int | None = 
     """Estimate the spectrum beyond its leading k energies from what they leave of the total: a decreasing power law.
 
     The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 makes
-    indices k + 1 to `size` sum to what is left, so the tail starts at or below e_k and has the right total. If even a flat tail
-    at e_k holds less than what is left (a sketch underrates its last values), the tail is flat.
+    indices k + 1 to `size` sum to what is left. If even a flat tail at e_k holds less (a sketch underrates its last values),
+    the tail is flat; if only rounding is left, it is zero.
 
     Args:
         energies: (k,) leading squared singular values, or eigenvalues of a covariance; not increasing.
-        total: Sum of the whole spectrum. If `energies` leave no more than float32's rounding of it, the tail is zero.
+        total: Sum of the whole spectrum.
         size: Length of the whole spectrum.
         length: Last index to return; default: `size`.
-
-    Returns:
-        The energies of indices k + 1 to `length`.
 
     >>> energies = 1.0 / np.arange(1, 101) ** 1.5
     >>> energy_tail(energies[:40], energies.sum(), 100)[[0, 9, 59]].round(5), energies[[40, 49, 99]].round(5)
@@ -98,7 +82,7 @@ def energy_tail(energies: Floats, total: float, size: int, length: int | None = 
     k, last = len(energies), float(energies[-1]) if len(energies) else 0.0
     tail = np.zeros(max(min(size, length if length is not None else size) - k, 0))
     left = total - float(np.sum(energies))
-    if not (tail.size and last > 0 and left > _ROUNDING * total):
+    if not (tail.size and last > 0 and left > 1e-7 * total):
         return tail
     share = left / last / k  # what the integral of x^-a has to be, x in units of k
     start, end = math.log1p(0.5 / k), math.log((size + 0.5) / k)
@@ -118,26 +102,16 @@ def energy_tail(energies: Floats, total: float, size: int, length: int | None = 
 
 
 def effective_rank(values: Tensor) -> float:
-    """(sum s^2)^2 / sum s^4 of singular values: how many directions share the energy (the participation ratio).
-
-    >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
-    2.0
-    """
+    """(sum s^2)^2 / sum s^4 of singular values: how many directions share the energy (the participation ratio)."""
     energies = values.cpu().double().square()
     return float(energies.sum() ** 2 / energies.square().sum()) if energies.any() else 0.0
 
 
-def stable_rank(weight: Tensor, *, iterations: int = 30) -> float:
-    """||W||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007), with sigma_1 by power iteration from a fixed start.
-
-    >>> round(stable_rank(torch.eye(5)), 3)
-    5.0
-    """
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(weight.shape[1], generator=generator).to(weight.device)
+def stable_rank(weight: Tensor) -> float:
+    """||W||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007), with sigma_1 by 30 power iterations from a fixed start."""
+    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
     blocks = row_blocks(weight, BLOCK_ROWS)
-    image: list[Tensor] = []
-    for _ in range(iterations):
+    for _ in range(30):
         direction = direction / direction.norm().clamp_min(torch.finfo(torch.float32).tiny)
         image = [part.float() @ direction for part in blocks]
         pairs = zip(blocks, image, strict=True)
@@ -154,10 +128,7 @@ def frobenius_norm(weight: Tensor) -> float:
 def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
     """Sum |w_ij g_ij|, the first-order change of the loss when single weights are removed (Molchanov et al. 2017; AdaLoRA).
 
-    Args:
-        weight: (out, in).
-        basis: (out, k), with
-        core: (k, in), the gradient's leading k directions: basis @ core.
+    The gradient's leading directions are basis @ core, (out, k) @ (k, in).
     """
     blocks = row_blocks(weight, BLOCK_ROWS)
     parts = zip(blocks, basis.split(len(blocks[0])), strict=True)

@@ -1,4 +1,4 @@
-"""`Profile`: per-module features of one model on one data set. Its schema, its file and its summaries."""
+"""`Profile`: per-module features of one model on one data set; the only place that knows its columns and its file."""
 
 from __future__ import annotations
 
@@ -6,105 +6,130 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from torch import Tensor
 
 from rankscope.errors import FileError, ModelError, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
-from rankscope.profiling.statistics import Floats, energy_tail
+from rankscope.profiling.sketch import Decomposition, InputSketch
+from rankscope.profiling.statistics import (
+    Floats,
+    SignalAndNoise,
+    effective_rank,
+    energy_tail,
+    frobenius_norm,
+    sensitivity,
+    signal_shares,
+    stable_rank,
+)
 from rankscope.targets import TargetModule, fingerprint_targets
 
+SCHEMA_VERSION = 4
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 4
-Vectors = NDArray[np.float32]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a profile saw of one module. G is the mean gradient over examples, in the units of the scaled loss."""
+
+    target: TargetModule
+    gradient: Decomposition  # of the sum over batches, which is `total` times G
+    total: float
+    exact: bool  # whether the gradient was kept whole
+    split: SignalAndNoise
+    inputs: InputSketch | None
+    weight: Tensor | None  # (out, in); None if it cannot be read
+    keep: int  # directions
+
+    @property
+    def norm(self) -> float:
+        """||G||_F."""
+        return math.sqrt(max(self.gradient.energy, 0.0) / self.total**2)
+
+    def sensitivity(self) -> float | None:
+        """Sum of |w g|."""
+        if self.weight is None:
+            return None
+        core = self.gradient.values[:, None] * self.gradient.right
+        return (
+            sensitivity(self.weight, *(part.to(self.weight.device) for part in (self.gradient.left, core))) / self.total
+        )
 
 
-@dataclass(slots=True, kw_only=True)
-class ModuleFeatures:
-    """One row of a profile's table: the features of one target module. G is the mean gradient of the loss over examples."""
-
-    module: str  # full dotted name
-    tower: str  # see `rankscope.TargetModule`
-    block: int | None  # inside the tower; null outside blocks
-    role: str
-    kind: str
-    in_features: int
-    out_features: int
-    rank_cost: int  # parameters that one more rank adds
-    gradient_norm: float  # ||G||_F
-    signal_energy: float  # squared norm of the expected gradient, unbiased (may be slightly negative)
-    noise_energy: float  # of gradient_norm squared, what is noise of this many batches
-    signal_share: float = 0.0  # of signal in the gradient's energy, shrunk towards that of all modules, in [0, 1]
-    fisher_trace: float  # trace of the empirical Fisher matrix: mean squared gradient norm of single examples
-    gradient_rank: float  # effective rank of G (participation ratio of its leading singular values)
-    singular_values: list[float]  # leading ones of G, descending; `Profile.spectra` estimates the others
-    singular_error: float  # standard error of each leading singular value, from the sketch; 0 if exact
-    signal_values: list[float] = field(default_factory=list)  # singular_values times the root of signal_share
-    exact: bool  # whether the gradient was kept whole (small modules) or sketched
-    sensitivity: float | None = None  # sum of |w g| over the weight's elements; null if the weight cannot be read
-    weight_norm: float | None = None  # Frobenius norm of the frozen weight, dequantised
-    weight_rank: float | None = None  # its stable rank
-    activation_moment: float = 0.0  # mean squared norm of an input row
-    activation_variance: float = 0.0  # trace of the inputs' covariance
-    activation_rank: float = 0.0  # its effective rank (participation ratio)
-    activation_values: list[float] = field(default_factory=list)  # its leading eigenvalues, descending
-    left_directions: Vectors | None = None  # leading left singular vectors of G, one after the other; null unless kept
-    right_directions: Vectors | None = None  # leading right ones
-
-    def scale(self, factor: float) -> None:
-        """Multiply the gradient, which is linear in the loss, by a factor."""
-        self.gradient_norm *= factor
-        self.singular_error *= factor
-        self.sensitivity = None if self.sensitivity is None else self.sensitivity * factor
-        self.singular_values = [value * factor for value in self.singular_values]
-        self.signal_values = [value * factor for value in self.signal_values]
-        self.signal_energy *= factor * factor
-        self.noise_energy *= factor * factor
-        self.fisher_trace *= factor * factor
+_TEXT, _WHOLE, _NUMBER = pa.string(), pa.int64(), pa.float64()
+_NUMBERS, _VECTORS = pa.list_(pa.float64()), pa.list_(pa.float32())
+# Name, type, how it is computed, meaning; one row a target module, in the model's order.
+COLUMNS: Mapping[str, tuple[pa.DataType, Callable[[Measured], Any]]] = {
+    "module": (_TEXT, lambda m: m.target.name),  # full dotted name
+    "tower": (_TEXT, lambda m: m.target.tower),
+    "block": (_WHOLE, lambda m: m.target.block),  # null outside blocks
+    "role": (_TEXT, lambda m: m.target.role),
+    "kind": (_TEXT, lambda m: m.target.kind),
+    "in_features": (_WHOLE, lambda m: m.target.in_features),
+    "out_features": (_WHOLE, lambda m: m.target.out_features),
+    "rank_cost": (_WHOLE, lambda m: m.target.rank_cost),  # parameters that one more rank adds
+    "gradient_norm": (_NUMBER, lambda m: m.norm),  # ||G||_F
+    "signal_energy": (_NUMBER, lambda m: m.split.signal),  # squared norm of the expected gradient, unbiased
+    "noise_energy": (_NUMBER, lambda m: m.split.noise),  # of ||G||_F^2, what is noise of this many batches
+    "signal_share": (_NUMBER, lambda m: 0.0),  # of signal in ||G||_F^2; see `signal_shares`
+    "fisher_trace": (_NUMBER, lambda m: m.split.fisher_trace),  # mean squared gradient norm of single examples
+    "gradient_rank": (_NUMBER, lambda m: effective_rank(m.gradient.values)),
+    "singular_values": (_NUMBERS, lambda m: (m.gradient.values / m.total).tolist()),  # leading ones of G, descending
+    "singular_error": (_NUMBER, lambda m: m.gradient.error / m.total),  # standard error of each; 0 if exact
+    "signal_values": (_NUMBERS, lambda m: []),  # singular_values times the root of signal_share
+    "exact": (pa.bool_(), lambda m: m.exact),  # whether the gradient was kept whole or sketched
+    "sensitivity": (_NUMBER, lambda m: m.sensitivity()),  # sum of |w g|; these three are null if the weight cannot be read
+    "weight_norm": (_NUMBER, lambda m: None if m.weight is None else frobenius_norm(m.weight)),  # of the frozen weight
+    "weight_rank": (_NUMBER, lambda m: None if m.weight is None else stable_rank(m.weight)),
+    "activation_moment": (_NUMBER, lambda m: m.inputs.second_moment() if m.inputs else 0.0),
+    "activation_variance": (_NUMBER, lambda m: m.inputs.variance() if m.inputs else 0.0),
+    "activation_rank": (_NUMBER, lambda m: m.inputs.effective_rank() if m.inputs else 0.0),
+    "activation_values": (_NUMBERS, lambda m: m.inputs.variances().tolist() if m.inputs else []),
+    "left_directions": (_VECTORS, lambda m: m.gradient.left[:, : m.keep].T.flatten().tolist() if m.keep else None),
+    "right_directions": (_VECTORS, lambda m: m.gradient.right[: m.keep].flatten().tolist() if m.keep else None),
+}  # fmt: skip
+_NULLABLE = {"block", "sensitivity", "weight_norm", "weight_rank", "left_directions", "right_directions"}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name in _NULLABLE) for name, (kind, _) in COLUMNS.items()])
 
 
-class Metadata(TypedDict):
-    """Where a profile comes from: a JSON object under the key `rankscope` of the Parquet file's metadata."""
-
-    schema: int  # version of the columns
-    model: str  # fingerprint of the target modules
-    weights: str  # fingerprint of the model's weights
-    data: str  # fingerprint of the batches
-    targets: int
-    skipped: dict[str, str]  # modules that cannot be profiled, and why
-    without_gradient: list[str]  # modules that the loss does not depend on
-    batches: int
-    skipped_batches: int  # whose loss was not finite
-    interrupted: bool  # by Ctrl-C
-    tokens: int
-    loss: float  # mean over examples
-    seed: int
-    head_steps: int
-    sketch_size: int  # columns of the gradient sketches
-    sketch_wanted: int  # what `sketch_size` would be if memory allowed
-    versions: dict[str, str]  # of packages
+# Where a profile comes from: a JSON object under the key `rankscope` of the Parquet file's metadata.
+METADATA: Mapping[str, type] = {
+    "schema": int, "model": str, "weights": str, "data": str, "targets": int, "skipped": dict, "without_gradient": list,
+    "batches": int, "skipped_batches": int, "interrupted": bool, "tokens": int, "loss": float, "seed": int,
+    "head_steps": int, "sketch_size": int, "sketch_wanted": int, "versions": dict,
+}  # fmt: skip
 
 
-def _field(name: str, hint: Any) -> pa.Field:
-    kinds: dict[Any, pa.DataType] = {
-        str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(),
-        list[float]: pa.list_(pa.float64()), Vectors: pa.list_(pa.float32()),
-    }  # fmt: skip
-    nullable = isinstance(hint, UnionType)
-    return pa.field(name, kinds[get_args(hint)[0] if nullable else hint], nullable=nullable)
-
-
-SCHEMA = pa.schema([_field(name, hint) for name, hint in get_type_hints(ModuleFeatures).items()])
+def tabulate(modules: Iterable[Measured], n_batches: int, scale: float) -> pd.DataFrame:
+    """The table of a profile whose loss was multiplied by `scale`."""
+    table = pd.DataFrame([{name: compute(module) for name, (_, compute) in COLUMNS.items()} for module in modules])
+    if not table["gradient_norm"].any():
+        raise ModelError("the gradient must not be zero at every target module, but is; check the loss and the labels.")
+    table["block"] = table["block"].astype("Int64")
+    energy, unit = table["gradient_norm"].to_numpy() ** 2, np.float64(1.0 / scale)
+    table["signal_share"] = signal_shares(table["signal_energy"].to_numpy(), energy, n_batches)
+    table["singular_values"] = [(np.array(values) * unit).tolist() for values in table["singular_values"]]
+    pairs = zip(table["singular_values"], table["signal_share"], strict=True)
+    table["signal_values"] = [[value * math.sqrt(share) for value in values] for values, share in pairs]
+    for column in ("gradient_norm", "singular_error", "sensitivity"):
+        table[column] = table[column].astype(np.float64) * unit
+    for column in ("signal_energy", "noise_energy", "fisher_trace"):
+        with np.errstate(over="ignore"):
+            table[column] *= unit**2
+    if not np.isfinite(table["fisher_trace"]).all():
+        largest = table["gradient_norm"].max()
+        raise ModelError(
+            f"squared gradients must be below 1e308, but the gradient is about {largest:.0e}; scale the loss."
+        )
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,34 +137,20 @@ class Profile:
     """The features of every target module, and how they were measured.
 
     Attributes:
-        table: One row a target module, in the model's order, with the columns of `ModuleFeatures`.
-        metadata: The keys of `Metadata`, and any others.
+        table: One row a target module, in the model's order, with the columns of `COLUMNS`.
+        metadata: The keys of `METADATA`, and any others.
     """
 
     table: pd.DataFrame
     metadata: Mapping[str, Any]
 
-    @classmethod
-    def of(cls, rows: Sequence[ModuleFeatures], metadata: Metadata) -> Profile:
-        """The profile of these rows."""
-        frame = pd.DataFrame([{name: getattr(row, name) for name in SCHEMA.names} for row in rows])
-        return cls(frame.astype({"block": "Int64"}), metadata)
-
     @property
     def targets(self) -> tuple[TargetModule, ...]:
         """The profiled modules, in the model's order."""
-        return tuple(
-            TargetModule(
-                name=row["module"],
-                in_features=int(row["in_features"]),
-                out_features=int(row["out_features"]),
-                tower=row["tower"],
-                block=None if pd.isna(row["block"]) else int(row["block"]),
-                role=row["role"],
-                kind=row["kind"],
-            )
-            for row in self.table.to_dict("records")
-        )
+        fields = ["module", "tower", "block", "role", "kind", "in_features", "out_features"]
+        known = self.table[fields].rename(columns={"module": "name"}).astype(object)
+        rows: list[dict[Any, Any]] = known.where(known.notna(), None).to_dict("records")
+        return tuple(TargetModule(**row) for row in rows)
 
     def column(self, name: str) -> dict[str, float]:
         """One feature by module name."""
@@ -153,8 +164,7 @@ class Profile:
     def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, Floats]:
         """Singular values of each module's gradient by name, descending, up to full rank.
 
-        The leading ones were measured. Those beyond (`sketch_size` of the metadata, in large modules) are estimated from the
-        energy that is left; see `energy_tail`.
+        The leading ones were measured. Those beyond are estimated from the energy that is left; see `energy_tail`.
 
         Args:
             signal: The part that the batches agree on; False: raw, inflated by noise. If the batches agree on nothing in any
@@ -172,13 +182,7 @@ class Profile:
         return spectra
 
     def input_variances(self, *, length: int | None = None) -> dict[str, Floats]:
-        """Eigenvalues of the covariance of each module's inputs by name, descending, up to full rank.
-
-        The leading half of `sketch_size` was measured; those beyond are estimated from what they leave of the trace.
-
-        Args:
-            length: At most so many values of each module; default: all.
-        """
+        """Eigenvalues of the covariance of each module's inputs by name, at most `length` and the full rank; see `spectra`."""
         columns = ("module", "activation_values", "activation_variance", "in_features", "out_features")
         found = {}
         for name, values, trace, inputs, outputs in zip(*(self.table[column] for column in columns), strict=True):
@@ -203,26 +207,22 @@ class Profile:
         )
         return dict.fromkeys(self.table["module"], 1.0)
 
-    def directions(self, module: str) -> tuple[Vectors, Vectors]:
-        """Leading left (r, out) and right (r, in) singular vectors of one module's gradient.
+    def directions(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """Leading left (r, out) and right (r, in) singular vectors of one module's gradient, in float32.
 
         Raises:
             ModelError: They were not kept, or there is no such module.
         """
-        row = self.table[self.table["module"] == module]
-        if row.empty or row["left_directions"].iloc[0] is None:
+        row = next((row for row in self.table.to_dict("records") if row["module"] == module), {})
+        if row.get("left_directions") is None:
             raise ModelError(
                 f"the profile must hold directions of `{module}`, but does not; take it with `keep_directions=8`."
             )
-        left, right = (np.asarray(row[f"{side}_directions"].iloc[0], dtype=np.float32) for side in ("left", "right"))
-        return left.reshape(-1, int(row["out_features"].iloc[0])), right.reshape(-1, int(row["in_features"].iloc[0]))
+        left, right = (np.asarray(row[f"{side}_directions"], dtype=np.float32) for side in ("left", "right"))
+        return left.reshape(-1, row["out_features"]), right.reshape(-1, row["in_features"])
 
     def require(self, targets: tuple[TargetModule, ...]) -> None:
-        """Check that every target module was profiled, with the same shape.
-
-        Raises:
-            ModelError: One was not.
-        """
+        """Raise a ModelError unless every target module was profiled, with the same shape."""
         known = {(t.name, t.in_features, t.out_features) for t in self.targets}
         missing = [t.name for t in targets if (t.name, t.in_features, t.out_features) not in known]
         if missing:
@@ -245,11 +245,6 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 
     Raises:
         FileError: The file is missing, truncated, no profile, or of another schema.
-
-    >>> read_profile("nowhere.parquet")
-    Traceback (most recent call last):
-    ...
-    rankscope.errors.FileError: `nowhere.parquet` must hold a profile, but there is no such file; check the path.
     """
     table = read_parquet(path, what="a profile")
     stored = (table.schema.metadata or {}).get(b"rankscope")
@@ -273,37 +268,32 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
 
 def _problem(metadata: Mapping[str, Any], frame: pd.DataFrame) -> str | None:
     """What is wrong with metadata, or with values of the right types."""
-    for key, hint in get_type_hints(Metadata).items():
-        value, kind = metadata.get(key), get_origin(hint) or hint
+    for key, kind in METADATA.items():
+        value = metadata.get(key)
         if type(value) is not kind and (kind, type(value)) != (float, int):
             return f"its metadata have {shown(value)} under `{key}`"
     if frame.empty:
         return "it has no modules"
     sides = frame[["in_features", "out_features"]]
-    costs_fit = (sides >= 1).all(axis=None) and (frame["rank_cost"] == sides.sum(axis=1)).all()
-    if frame["module"].duplicated().any() or not costs_fit:
+    if (sides < 1).any(axis=None) or not frame["module"].is_unique or (frame["rank_cost"] != sides.sum(axis=1)).any():
         return "its modules are named twice or have wrong shapes"
-    for column in SCHEMA:
-        values = frame[column.name].dropna() if column.nullable else frame[column.name]
-        if column.type == pa.float64():
-            lowest = -math.inf if column.name in ("signal_energy", "noise_energy") else 0.0
-            fits = (np.isfinite(values) & (values >= lowest)).all()
-        elif column.type == pa.list_(pa.float64()):
-            most = frame["in_features"] if column.name == "activation_values" else sides.min(axis=1)
-            fits = (values.map(len) <= most).all() and all(
-                (np.isfinite(each) & (each >= 0) & (each <= each[:1])).all() for each in values
-            )
+    for name, (kind, _) in COLUMNS.items():
+        values = frame[name].dropna() if name in _NULLABLE else frame[name]
+        if kind == _NUMBER:
+            least = -math.inf if name in ("signal_energy", "noise_energy") else 0.0
+            possible = (np.isfinite(values) & (values >= least)).all()
+        elif kind == _NUMBERS:
+            most = frame["in_features"] if name == "activation_values" else sides.min(axis=1)
+            descend = values.map(lambda each: (np.isfinite(each) & (each >= 0) & (each <= each[:1])).all())
+            possible = (descend & (values.map(len) <= most)).all()
         else:
             continue
-        if not fits:
-            return f"column `{column.name}` has values that cannot be"
+        if not possible:
+            return f"column `{name}` has values that cannot be"
     lengths = frame["signal_values"].map(len)
     if lengths.any() and (frame["singular_values"].map(len) != lengths).any():
         return "`signal_values` and `singular_values` differ in length"
     return None
-
-
-# --- summaries ---------------------------------------------------------------------------------------------------
 
 
 def rank_modules(profile: Profile) -> pd.DataFrame:
@@ -312,14 +302,12 @@ def rank_modules(profile: Profile) -> pd.DataFrame:
     Columns: `module`, `rank_cost`, `gradient_norm`, `share` (of all energy), `signal_share`, `first` (share of the module's
     energy that rank 1 captures), `gradient_rank`.
     """
-    table = profile.table.assign(energy=profile.table["gradient_norm"] ** 2)
-    table = table.assign(
-        share=table["energy"] / table["energy"].sum(),
-        density=table["energy"] / table["rank_cost"],
-        first=[
-            min(values[0] ** 2 / energy, 1.0) if energy else 0.0
-            for values, energy in zip(table["singular_values"], table["energy"], strict=True)
-        ],
+    energy = profile.table["gradient_norm"] ** 2
+    pairs = zip(profile.table["singular_values"], energy, strict=True)
+    table = profile.table.assign(
+        share=energy / energy.sum(),
+        density=energy / profile.table["rank_cost"],
+        first=[min(values[0] ** 2 / energy, 1.0) if energy else 0.0 for values, energy in pairs],
     )
     kept = ["module", "rank_cost", "gradient_norm", "share", "signal_share", "first", "gradient_rank"]
     return table.sort_values("density", ascending=False, kind="stable")[kept].reset_index(drop=True)
@@ -345,11 +333,7 @@ def pooled_signal(profile: Profile) -> float:
 
 
 def cumulative_energy(profile: Profile) -> tuple[Floats, Floats]:
-    """Parameters spent and share of gradient energy captured when ranks are taken by energy per parameter.
-
-    Returns:
-        Two arrays of one entry a rank, both starting at 0: adapter parameters, and the share in [0, 1] of all modules' energy.
-    """
+    """Parameters spent, and share of all gradient energy captured, as ranks are taken by energy per parameter, from 0 on."""
     spectra, costs = profile.spectra(signal=False), profile.column("rank_cost")
     energies = np.concatenate([spectra[name] ** 2 for name in spectra])
     parameters = np.concatenate([np.full(len(spectra[name]), costs[name]) for name in spectra])

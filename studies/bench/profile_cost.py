@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 import rankscope as rs
 from rankscope.profiling import profile
-from rankscope.profiling.sketch import SKETCH_SIZE, RandomMatrices, new_accumulator
+from rankscope.profiling.sketch import SKETCH_SIZE, GradientAccumulator, RandomMatrices
 from rankscope.tasks import Task
 
 RANK = 16
@@ -215,7 +215,7 @@ def _worst_module(targets: tuple[rs.TargetModule, ...]) -> float:
     matrices = RandomMatrices(k=SKETCH_SIZE, seed=0)
     kept = []
     for t in targets:
-        store = new_accumulator(t.in_features, t.out_features, matrices, torch.device("cpu"))
+        store = GradientAccumulator(t.in_features, t.out_features, matrices, torch.empty(0))
         kept.append(sum(tensor.numel() for tensor in store.kept) / (t.in_features * t.out_features))
     return max(kept)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import FileError, ModelError
-from rankscope.profiling.table import SCHEMA, Metadata
+from rankscope.profiling.table import METADATA, SCHEMA
 
 LISTS = [
     "singular_values",
@@ -69,7 +69,7 @@ def test_polars_and_duckdb_read_it_without_rankscope(profile: rs.Profile, tmp_pa
 def test_files_have_the_columns_and_metadata_of_the_schema(profile: rs.Profile, tmp_path: Path) -> None:
     table = pq.read_table(profile.to_parquet(tmp_path / "profile.parquet"))
     assert table.column_names == SCHEMA.names
-    assert set(profile.metadata) == set(Metadata.__annotations__)
+    assert set(profile.metadata) == set(METADATA)
 
 
 def with_metadata(table: pa.Table, **changes: object) -> pa.Table:
@@ -85,7 +85,7 @@ def with_column(table: pa.Table, name: str, values: list, kind: pa.DataType | No
 BROKEN = {
     "metadata that are no JSON": lambda t: t.replace_schema_metadata({b"rankscope": b"{"}),
     "metadata that are a list": lambda t: t.replace_schema_metadata({b"rankscope": b"[]"}),
-    **{f"no {key} in the metadata": lambda t, key=key: with_metadata(t, **{key: "gone"}) for key in Metadata.__annotations__},
+    **{f"no {key} in the metadata": lambda t, key=key: with_metadata(t, **{key: "gone"}) for key in METADATA},
     "skipped as a list": lambda t: with_metadata(t, skipped=[]),
     "batches as a flag": lambda t: with_metadata(t, batches=True),
     "a huge schema": lambda t: with_metadata(t, schema=10**300),

@@ -27,11 +27,10 @@ from rankscope.distributed import require_one_process
 from rankscope.errors import FileError
 from rankscope.files import FORMAT, digest, require_same
 from rankscope.profiling import Profile, read_profile
-from rankscope.settings import BudgetSettings, StudySettings, read_study
+from rankscope.settings import BudgetSettings, StudySettings, TrainingSettings, read_study
 from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
-from rankscope.training import TrainingConfig
 
 NARROWEST = 12  # cells of a table's first column, whose texts wrap
 
@@ -109,10 +108,10 @@ class Session:
             return ParameterBudget.uniform(self.targets, settings.uniform_rank)
         return ParameterBudget(settings.parameters or 0)
 
-    def training_config(self) -> TrainingConfig:
+    @property
+    def training(self) -> TrainingSettings:
         """The schedule at the first learning rate."""
-        training = self.study.training
-        return TrainingConfig(**training.at(training.learning_rates[0]).model_dump())
+        return self.study.training.at(self.study.training.learning_rates[0])
 
     @property
     def storage(self) -> str:

@@ -21,7 +21,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    PositiveFloat,
     PrivateAttr,
     Tag,
     ValidationError,
@@ -49,6 +48,10 @@ RankChange = Literal["auto", "resize", "mask"]
 
 Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+AtLeast2 = Annotated[int, Field(ge=2, le=MAX_COUNT)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 def _as_tuple(value: Any) -> Any:
@@ -63,14 +66,8 @@ def _as_mode(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
-Factors = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_tuple)]
-Rate = Annotated[float, Field(gt=0)]
-Rates = Annotated[
-    tuple[Rate, ...],
-    BeforeValidator(_as_tuple),
-    Field(min_length=1),
-    AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates),
-]
+Factors = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+Rates = Annotated[Factors, Field(min_length=1), AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates)]
 
 
 def _renamed(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +132,7 @@ class Settings(BaseModel):
 
 
 class BudgetSettings(Settings):
-    """The most adapter parameters: `parameters`, or what uniform LoRA of rank `uniform_rank` uses."""
+    """The most adapter parameters: either a number, or as many as uniform LoRA of a rank uses."""
 
     parameters: int | None = Field(None, gt=0, lt=2**63, description="Adapter parameters.")
     uniform_rank: Count | None = Field(None, description="As many parameters as uniform LoRA of this rank uses.")
@@ -152,29 +149,17 @@ class ProfileSettings(Settings):
 
     _free = frozenset({"keep_partial"})
 
-    n_batches: int | None = Field(
-        None,
-        ge=2,
-        le=MAX_COUNT,
-        description="Batches to profile. Default: all; of a task, an epoch of training batches.",
+    n_batches: AtLeast2 | None = Field(None, description="Batches to profile. Default: all; of a task, an epoch.")
+    head_steps: Natural = Field(100, description="AdamW steps that warm up a fresh head first.")
+    sketch_size: AtLeast2 | None = Field(
+        None, description="Singular values measured for each module; later ones are estimated. Default: twice the budget's "
+        "mean rank, at least 56, if that fits a quarter of the model's weights or 1 GiB.",
+    )  # fmt: skip
+    tolerance: NotNegative | None = Field(
+        None, description="Stop when the leading 8 singular values change by at most this share. Default: never."
     )
-    head_steps: Natural = Field(100, description="AdamW steps that warm up a fresh head before gradients are recorded.")
-    sketch_size: int | None = Field(
-        None,
-        ge=2,
-        le=MAX_COUNT,
-        description="Singular values measured for each module; those beyond are estimated. Default: twice the mean rank "
-        "of the budget, at least 56, if that fits a quarter of the model's weights or 1 GiB.",
-    )
-    tolerance: float | None = Field(
-        None, ge=0, description="Stop when the leading 8 singular values change by at most this share. Default: never."
-    )
-    keep_directions: Natural = Field(
-        0, description="Leading singular vectors kept for each module, to initialise adapters from."
-    )
-    max_skipped: float = Field(
-        0.1, ge=0, le=1, description="Largest share of batches that may be skipped because their loss is not finite."
-    )
+    keep_directions: Natural = Field(0, description="Leading singular vectors kept for each module.")
+    max_skipped: Share = Field(0.1, description="Largest share of batches skipped because their loss is not finite.")
     keep_partial: bool = Field(False, description="On Ctrl-C, keep the profile of the batches so far.")
 
 
@@ -197,25 +182,19 @@ class TrainingSettings(Settings):
 
     steps: Count = Field(100, description="Optimizer steps.")
     learning_rate: Annotated[
-        Annotated[Rate, Tag("float")] | Annotated[Rates, Tag("list[float]")],
+        Annotated[Positive, Tag("float")] | Annotated[Rates, Tag("list[float]")],
         Discriminator(lambda value: "list[float]" if isinstance(value, list | tuple) else "float"),
-    ] = Field(
-        1e-3, description="Peak learning rate. Of a list, search and comparison choose the best rate by validation."
+    ] = Field(1e-3, description="Peak learning rate. Of a list, search and comparison choose one by validation.")
+    head_learning_rate: Positive | None = Field(
+        None, description="Peak rate of the task's head. Default: `learning_rate`."
     )
-    head_learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate of the task's head. Default: `learning_rate`."
-    )
-    warmup_fraction: float = Field(
-        0.1, ge=0, le=1, description="Share of the steps over which the rate rises from zero."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
+    warmup_fraction: Share = Field(0.1, description="Share of the steps over which the rate rises from zero.")
+    weight_decay: NotNegative = Field(0.0, description="Weight decay of AdamW.")
+    max_grad_norm: NotNegative = Field(1.0, description="Gradients are clipped to this norm; 0: no clipping.")
     gradient_accumulation: Count = Field(1, description="Batches for each optimizer step.")
-    scaling: float = Field(2.0, gt=0, description="LoRA's alpha / r: the factor on every update, whatever its rank.")
+    scaling: Positive = Field(2.0, description="LoRA's alpha / r: the factor on every update, whatever its rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of adapters.")
-    evaluate_every: Count | None = Field(
-        None, description="Steps between intermediate evaluations. Default: only at the end."
-    )
+    evaluate_every: Count | None = Field(None, description="Steps between evaluations. Default: only at the end.")
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
@@ -246,22 +225,17 @@ class SearchSettings(Settings):
     n_trials: Count = Field(60, description="Trainings in all, confirmation included.")
     n_seeds: Count = Field(1, description="Training seeds of each trial; each counts as one of `n_trials`.")
     confirm_fraction: float = Field(
-        0.25, ge=0, lt=1, description="Share of the trainings that re-train finalists on fresh seeds. 0: none."
+        0.25, ge=0, lt=1, description="Share of the trainings that confirm finalists. 0: none."
     )
     fidelity: float = Field(1.0, gt=0, le=1, description="Share of the training steps that a trial takes.")
     sampler: SamplerName = Field("performance-model", description="What proposes allocations.")
-    grouping: Grouping = Field(
-        "depth", description="What groups the blocks of a tower: their depth, or k-means over their gradients."
-    )
+    grouping: Grouping = Field("depth", description="Groups of blocks: by depth, or by k-means over their gradients.")
     n_groups: Count = Field(3, description="Block groups in each tower.")
     storage: str | None = Field(
-        None,
-        description="Where trials are kept, as Optuna takes it; relative SQLite paths start from the study file. "
-        "Default: `search.db` in the output folder.",
-    )
-    pruner: PrunerName = Field(
-        "none", description="What stops bad trials early; needs `training.evaluate_every` below the steps of a trial."
-    )
+        None, description="Optuna's storage URL; relative SQLite paths start from the study file. Default: `search.db` in the "
+        "output folder.",
+    )  # fmt: skip
+    pruner: PrunerName = Field("none", description="What stops bad trials early; needs `training.evaluate_every`.")
 
 
 class ControllerSettings(Settings):
@@ -275,8 +249,7 @@ class ControllerSettings(Settings):
 
     mode: Annotated[ControllerMode, BeforeValidator(_as_mode)] = Field(
         "off",
-        description="Whether ranks move in `rankscope train`. auto: if the initial allocation uses no gradient "
-        "(uniform, random).",
+        description="Whether ranks move in `rankscope train`. auto: if the allocation to start from uses no gradient.",
     )
     every: Count | None = Field(
         None,
@@ -285,39 +258,27 @@ class ControllerSettings(Settings):
     freeze_fraction: float = Field(0.3, gt=0, le=1, description="Share of the run after which ranks stay fixed.")
     samples: Count = Field(8, description="Steps before each decision whose gradients are recorded.")
     rank_change: RankChange = Field(
-        "auto",
-        description="How ranks change: `resize` the factors, or `mask` them at fixed capacity. auto: masks under several "
+        "auto", description="How ranks change: `resize` factors, or `mask` them at fixed capacity. auto: masks under several "
         "processes, DistributedDataParallel and torch.compile, and where the model already has masks.",
+    )  # fmt: skip
+    sketch_size: AtLeast2 | None = Field(
+        None, description="Singular values measured for each module. Default: twice the largest rank, at least 16, if that "
+        "fits a quarter of the model's weights or 1 GiB.",
+    )  # fmt: skip
+    hysteresis: NotNegative = Field(
+        0.3, description="A move must gain this share more than it gives up; noise raises it."
     )
-    sketch_size: int | None = Field(
-        None,
-        ge=2,
-        le=MAX_COUNT,
-        description="Singular values of the gradient measured for each module. Default: twice the largest rank, "
-        "at least 16, if that fits a quarter of the model's weights or 1 GiB.",
-    )
-    hysteresis: float = Field(
-        0.3,
-        ge=0,
-        description="A transfer must gain this share more than it gives up; the share grows as the gradient's signal falls.",
-    )
-    min_gain_ratio: float = Field(
+    min_gain_ratio: NotNegative = Field(
         0.5,
-        ge=0,
         description="Least gain of a move, as a share of the gradient energy, over the share of the budget it moves.",
     )
     cooldown: Natural = Field(0, description="Decisions during which a module that moved stays fixed.")
-    coarse_fraction: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Share of the time until the freeze in which a decision may move all modules; later ones move one rank.",
+    coarse_fraction: Share = Field(
+        0.5, description="Share of the time until the freeze in which a decision may move all modules; later: one rank."
     )
     max_rank: Count | None = Field(None, description="Largest rank of a module. Default: its full rank.")
     adapter_name: str | None = Field(None, description="Whose ranks move, if the model has several adapters.")
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of sketches and new adapter rows; in a training, that of the run."
-    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sketches and new adapter rows; in a training, the run's.")
 
     @model_validator(mode="before")
     @classmethod
@@ -336,19 +297,14 @@ class CompareSettings(Settings):
     """What is compared at equal parameters, on how many seeds."""
 
     methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
-        ("uniform", "one-shot", "random", "controller", "adalora", "eva"),
-        min_length=1,
+        ("uniform", "one-shot", "random", "controller", "adalora", "eva"), min_length=1,
         description="Strategies, `uniform-rslora`, `qv-only`, `searched`, `controller`, `controller-STRATEGY`, `adalora`, "
         "`eva`, `full`, `head`, or `path/to/file.py:function`.",
-    )
+    )  # fmt: skip
     n_seeds: Count = Field(8, description="Reported runs of each method.")
     n_tuning_seeds: Count = Field(2, description="Runs that choose each method's learning rate.")
-    budgets: Factors = Field(
-        (1.0,), min_length=1, description="Factors of the budget at which all methods are compared."
-    )
-    uniform_budgets: Factors = Field(
-        (), description="Further factors for uniform alone: how much must it grow to match the others?"
-    )
+    budgets: Factors = Field((1.0,), min_length=1, description="Factors of the budget to compare all methods at.")
+    uniform_budgets: Factors = Field((), description="Further factors for uniform: how much must it grow to match?")
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

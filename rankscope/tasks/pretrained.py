@@ -9,14 +9,13 @@ import re
 import ssl
 import urllib.error
 import urllib.request
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +30,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class PretrainedTask(ABC):
-    """A task on a model that computes its own loss, and on rows that are batched by a `DataLoader`."""
+class PretrainedTask:
+    """A task on a model that computes its own loss, and on rows that a `DataLoader` batches."""
 
     batch_size: int
 
-    @property
-    @abstractmethod
-    def _loaded(self) -> nn.Module: ...
+    @cached_property
+    def _loaded(self) -> nn.Module:
+        raise NotImplementedError
 
-    @property
-    @abstractmethod
-    def _rows(self) -> Mapping[Split, Sequence[Mapping[str, Any]]]:
+    @cached_property
+    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
         """By split; each row has `labels` and what the model takes."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out loaded weights and tokens: worker processes load their own."""
@@ -60,17 +59,15 @@ class PretrainedTask(ABC):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's own loss: the mean cross-entropy."""
-        loss: Tensor = model(**batch).loss
-        return loss
+        return cast(Tensor, model(**batch).loss)
 
     def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
+        # Without a generator of its own, the loader would draw from torch's global one.
         rows: Any = self._rows[split]
-        # The loader would draw from torch's global generator, did it not have its own.
         return DataLoader(rows, batch_size, sampler=order, collate_fn=self._collate, generator=torch.Generator())
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = default_collate(rows)
-        return batch
+        return cast(dict[str, Tensor], default_collate(rows))
 
     def _predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, classes) and labels (n,) that count."""
@@ -99,24 +96,14 @@ class PretrainedTask(ABC):
 
 
 def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) -> T:
-    """Return `load(source, **options)`, with the weights that the checkpoint lacks drawn from a fixed seed.
-
-    Args:
-        load: A `from_pretrained`.
-        source: A local folder, or a hub id.
-        **options: Passed on.
-
-    Raises:
-        TaskError: There is nothing that can be loaded.
-    """
+    """Return `load(source, **options)` of a `from_pretrained`. Weights that the checkpoint lacks come from a fixed seed."""
     from safetensors import SafetensorError
 
     check_source(source)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in options:
-        raise TaskError(
-            f"`{source}` must be a model folder, but has no config.json; save the model there with save_pretrained."
-        )
+        must = f"`{source}` must be a model folder"
+        raise TaskError(f"{must}, but has no config.json; save the model there with save_pretrained.")
     try:
         with seeded(0), _quiet_transformers():
             return load(source, local_files_only=path.is_dir() or not hub_answers(), **options)
@@ -129,26 +116,17 @@ def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) 
 
 
 def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | None = None, **options: Any) -> nn.Module:
-    """Load a model of which only a head may be missing from the checkpoint.
+    """Load a model; raise a TaskError if the checkpoint lacks more than a head, which transformers would draw at random.
 
-    Args:
-        load: A `from_pretrained` of a model.
-        source: A local folder, or a hub id.
-        fresh: Regex for the beginning of names that may be missing; default: all outside the base model.
-        **options: Passed on.
-
-    Raises:
-        TaskError: Nothing can be loaded, or other weights are missing, which transformers would draw at random.
+    `fresh` is a regex for the beginning of names that may be missing; default: all outside the base model.
     """
     model, report = load_pretrained(load, source, output_loading_info=True, **options)
     allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
         poolers = all("pooler." in name for name in missing)
         hint = "set `pooling: mean`, which needs no pooler." if poolers else "is it a model of another kind?"
-        raise TaskError(
-            f"`{source}` must hold the weights of {type(model).__name__}, but lacks {len(missing)} of them, "
-            f"as {missing[0]!r}; {hint}"
-        )
+        must = f"`{source}` must hold the weights of {type(model).__name__}"
+        raise TaskError(f"{must}, but lacks {len(missing)} of them, as {missing[0]!r}; {hint}")
     assert isinstance(model, nn.Module)
     if Path(source).is_dir():
         model.name_or_path = str(Path(source).resolve())  # type: ignore[assignment]  # goes into saved adapters
@@ -156,11 +134,7 @@ def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | Non
 
 
 def dequantised(folder: Path, gguf_file: str) -> Path:
-    """Return the folder beside `folder` with the model of its GGUF file in plain form, made at the first call.
-
-    Raises:
-        TaskError: The file cannot be read, or the package gguf is missing.
-    """
+    """Return the folder beside `folder` with the model of its GGUF file in plain form, made at the first call."""
     plain = folder.with_name(f"{folder.name}-plain")
     if plain.is_dir():
         return plain
@@ -182,15 +156,7 @@ def dequantised(folder: Path, gguf_file: str) -> Path:
 
 
 def check_source(source: str | Path, *, base: Path = Path()) -> None:
-    """Check, without a download, that a model folder or hub id can be loaded.
-
-    Args:
-        source: A model folder, or a hub id.
-        base: Where a folder of this name was looked for, for the message.
-
-    Raises:
-        TaskError: There is no such folder (the nearest is named), and the hub cannot be asked for such a model.
-    """
+    """Raise a TaskError if there is no such model folder, looked for in `base`, and the hub cannot be asked for the model."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from rankscope.distributed import mixed_precision, placed
 from rankscope.errors import TaskError, shown
 from rankscope.files import digest, digest_source
 from rankscope.profiling import Profile, profile
-from rankscope.targets import TargetModule
+from rankscope.settings import ProfileSettings
 
 Batch = Mapping[str, Tensor]
 Split = Literal["train", "validation", "test"]
@@ -57,9 +57,8 @@ class Task(Protocol):
 def check_task(candidate: object) -> Task:
     """Return the candidate if it is a task; else raise a TaskError that names what is missing."""
     if isinstance(candidate, type):
-        raise TaskError(
-            f"a task must be an object, but got the class {candidate.__name__}; make one: `{candidate.__name__}()`."
-        )
+        name = candidate.__name__
+        raise TaskError(f"a task must be an object, but got the class {name}; make one: `{name}()`.")
     needed = ("name", "metric", "build_model", "train_batches", "loss", "evaluate")
     if missing := [name for name in needed if not hasattr(candidate, name)]:
         raise TaskError(
@@ -79,16 +78,11 @@ def check_counts(**counts: int) -> None:
 
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:
-    """Return the task's metrics on one split. The model's outputs reach the task in float32.
-
-    Raises:
-        TaskError: The task has no such split, or its result lacks the metric or the loss.
-    """
+    """Return the task's metrics on one split. The model's outputs reach the task in float32."""
     takes_split = "split" in inspect.signature(task.evaluate).parameters
     if not takes_split and split != "validation":
-        raise TaskError(
-            f"task `{task.name}` must have a {split} split, but its `evaluate` takes none; add a `split` argument."
-        )
+        must = f"task `{task.name}` must have a {split} split"
+        raise TaskError(f"{must}, but its `evaluate` takes none; add a `split` argument.")
     with mixed_precision(model):
         metrics: dict[str, float] = task.evaluate(model, **({"split": split} if takes_split else {}))
     if missing := [key for key in (task.metric, "loss") if key not in metrics]:
@@ -119,33 +113,33 @@ def fingerprint_task(task: Task, model: nn.Module | None = None) -> dict[str, An
 def profile_task(
     task: Task,
     *,
-    targets: Sequence[TargetModule] | None = None,
-    n_batches: int | None = None,
-    head_steps: int = 100,
     seed: int = 0,
     on_start: Callable[[int], None] | None = None,
+    settings: ProfileSettings | None = None,
     **options: Any,
 ) -> Profile:
-    """Profile a task's model on its training batches, on the device and in the precision of training.
+    """Profile a task's model on an epoch of training batches, on the device and in the precision of training.
+
+    If `n_batches` is less than an epoch, the rest of it trains the head, since a head that has fitted a profiled batch
+    leaves less gradient in it.
 
     Args:
         task: The task.
-        targets: Target modules; default: all that are found.
-        n_batches: Batches to profile; None: an epoch. The rest of the epoch trains the head, since a head that has fitted
-            a profiled batch leaves less gradient in it.
-        head_steps: AdamW steps on the task's head.
         seed: For the order of the epoch and the sketches.
         on_start: Called with the number of batches.
-        **options: For `rankscope.profile`.
+        settings: How to profile.
+        **options: Single settings, and other arguments of `rankscope.profile`.
 
     >>> import rankscope as rs
     >>> profile_task(rs.load_task("digits-shift"), n_batches=2, head_steps=1).targets[0].name
     'vit.layers.0.attention.q_proj'
     """
+    single = {key: options.pop(key) for key in ProfileSettings.model_fields if key in options}
+    settings = ProfileSettings.of(settings, **single)
     head = tuple(getattr(task, "head_modules", ()))
     epoch = iter(task.train_batches(seed))
-    batches = list(islice(epoch, n_batches))
-    head_batches = list(islice(epoch, head_steps if head else 0)) or None
+    batches = list(islice(epoch, settings.n_batches))
+    head_batches = list(islice(epoch, settings.head_steps if head else 0)) or None
     if on_start:
         on_start(len(batches))
 
@@ -156,11 +150,10 @@ def profile_task(
     return profile(
         placed(task.build_model()),
         batches,
-        targets=targets,
         loss_fn=loss,
         head=head,
-        head_steps=head_steps,
         head_batches=head_batches,
         seed=seed,
+        settings=settings,
         **options,
     )

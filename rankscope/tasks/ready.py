@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from rankscope.errors import TaskError, shown
-from rankscope.plugins import user_function
+from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.pretrained import PretrainedTask, check_source, dequantised, load_model, looks_like_path
 from rankscope.tasks.protocol import Split, Task, check_counts, check_task
@@ -29,25 +30,22 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
     Args:
         spec: A ready task's name (`"digits-shift"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`); a mapping
             `{"name": ready name, **options}`; a mapping `{"type": "sequence-classification" | "causal-lm", "model": …,
-            "data": …, **options}` (see `TextClassification` and `CausalLM`); or `"path/to/file.py:factory"`.
+            "data": …, **options}` (see `TextClassification` and `CausalLM`); `"path/to/file.py:factory"` or
+            `"package.module:factory"`; or the name of an entry point in `rankscope.tasks`.
         base_dir: Folder that relative paths start from; default: the working directory.
-
-    Raises:
-        TaskError: There is no such task, or it cannot be built.
 
     >>> load_task("digits-shift").metric
     'accuracy'
     """
     base = Path(base_dir or ".")
     if isinstance(spec, str):
-        if ".py:" in spec:
+        if ":" in spec:
             with user_function(spec, base, gives="a task", error=TaskError) as factory:
                 return check_task(factory())
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TaskError(
-            f"`task` must be a name, a mapping of options, or `path/to/file.py:factory`, but got {shown(spec)}."
-        )
+        must = "`task` must be a name, a mapping of options, or `path/to/file.py:factory`"
+        raise TaskError(f"{must}, but got {shown(spec)}.")
     options = {str(key): value for key, value in spec.items()}
     if "type" in options:
         kind = options.pop("type")
@@ -57,11 +55,15 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
         check_source(task.model, base=base)  # type: ignore[attr-defined]
         return task
     name = options.pop("name", None)
-    if not isinstance(name, str) or name not in _READY:
-        close = difflib.get_close_matches(str(name), _READY, n=1, cutoff=0.4)
+    if isinstance(name, str) and name in _READY:
+        return _build(_READY[name], options, what=f"task {name!r}")
+    offered = entry_points("tasks")
+    if not isinstance(name, str) or name not in offered:
+        known = [*_READY, *offered]
+        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else 'a task of your own is "path/to/file.py:factory".'
-        raise TaskError(f"`task` must be one of {', '.join(_READY)}, but got {shown(name)}; {hint}")
-    return _build(_READY[name], options, what=f"task {name!r}")
+        raise TaskError(f"`task` must be one of {', '.join(known)}, but got {shown(name)}; {hint}")
+    return _build(load_entry_point(offered[name], error=TaskError), options, what=f"task {name!r}")
 
 
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
@@ -72,10 +74,8 @@ def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
         if os.path.exists(path) or looks_like_path(value):
             given[key] = str(path)
         elif os.path.exists(value):
-            raise TaskError(
-                f"`{key}` must be found from the study file's folder ({base}), but `{value}` is there from the working "
-                "directory only; correct the path."
-            )
+            must = f"`{key}` must be found from the study file's folder ({base})"
+            raise TaskError(f"{must}, but `{value}` is there from the working directory only; correct the path.")
         elif key == "data" and path.suffix:
             given[key] = str(path)
     return given
@@ -93,8 +93,10 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
     made: Any = factory
     hints = get_type_hints(made.__init__ if isinstance(factory, type) else factory)
     for name, value in options.items():
-        kinds = get_args(hints[name]) or (hints[name],)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        hint = hints.get(name, object)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        checked = all(isinstance(kind, type) for kind in kinds)
+        if checked and (not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds)):
             wanted = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
     return check_task(factory(**options))

@@ -26,6 +26,7 @@ class TextTask(PretrainedTask):
     max_length: int
     gguf_file: str | None = None
     _texts: Mapping[Split, list[str]]
+    _labels: Mapping[Split, Tensor] | None = None  # of whole texts; None: the tokens are the labels
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -34,38 +35,45 @@ class TextTask(PretrainedTask):
         options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         tokenizer = load_pretrained(AutoTokenizer.from_pretrained, self.model, **options)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
-            raise TaskError(
-                f"`{self.model}` must hold the model's tokenizer, but has none; save it there with save_pretrained."
-            )
+            must = f"`{self.model}` must hold the model's tokenizer"
+            raise TaskError(f"{must}, but has none; save it there with save_pretrained.")
         if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
             tokenizer.pad_token_id = tokenizer.eos_token_id or 0
         tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
         return tokenizer
 
-    def _tokenised(self) -> dict[Split, list[list[int]]]:
-        """Token ids by split, cut to `max_length` or the tokenizer's own limit."""
-        most = min(self.max_length, self._tokenizer.model_max_length)
-        return {
-            split: self._tokenizer(texts, truncation=True, max_length=most)["input_ids"]
-            for split, texts in self._texts.items()
-        }
+    @cached_property
+    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
+        found, most = {}, min(self.max_length, self._tokenizer.model_max_length)
+        for split, texts in self._texts.items():
+            tokens = self._tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+            tokens = tokens if self._labels else [ids for ids in tokens if len(ids) > 1]
+            labels = self._labels[split].tolist() if self._labels else tokens
+            found[split] = [{"input_ids": ids, "labels": each} for ids, each in zip(tokens, labels, strict=True)]
+            if not tokens:
+                must = "the data must have texts of two tokens or more in every split"
+                raise TaskError(f"{must}, but {split!r} has none; check texts and `max_length`.")
+        return found
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+        collator = DataCollatorWithPadding if self._labels else DataCollatorForSeq2Seq  # pads labels with -100
+        return dict(collator(self._tokenizer)(rows))
 
     def _check_positions(self, config: Any) -> None:
         positions = getattr(config, "max_position_embeddings", None)
         longest = max(len(row["input_ids"]) for rows in self._rows.values() for row in rows)
         if positions is not None and longest > positions:
-            raise TaskError(
-                f"`max_length` must be at most {positions:,}, the model's positions, but the longest text has {longest:,} "
-                "tokens; lower it."
-            )
+            must = f"`max_length` must be at most {positions:,}, the model's positions"
+            raise TaskError(f"{must}, but the longest text has {longest:,} tokens; lower it.")
 
     def fingerprint_data(self) -> str:
         """Return a hash of all texts and labels, and of the tokenizer's files in a local model folder."""
         suffixes = (".json", ".txt", ".model", ".jinja")
         paths = [path for path in Path(self.model).glob("*") if path.suffix in suffixes]
         files = {path.name: path.read_bytes() for path in paths if not path.name.endswith("index.json")}
-        labels = [self._labels] if hasattr(self, "_labels") else []
-        return digest([self._texts, *labels, files])
+        return digest([self._texts, *([self._labels] if self._labels else []), files])
 
 
 class TextClassification(TextTask):
@@ -75,17 +83,10 @@ class TextClassification(TextTask):
         model: A local model folder or hub id.
         data: A .parquet, .jsonl, .json or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is;
             otherwise rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
-        text_column: Column of the texts.
-        label_column: Column of the labels, of any one type.
         pooling: `"model"`: transformers' classification class, which plain PEFT loads again; `"mean"`: an encoder under
             `MeanPooledClassifier`. Default: `"mean"` only if transformers has no such class for the model.
-        batch_size: Texts in a training batch; the last of an epoch may be smaller.
+        batch_size: Texts in a training batch.
         max_length: Tokens; longer texts are cut.
-        split_seed: Seed of the splits.
-        name: Name of the task.
-
-    Raises:
-        TaskError: Model or data cannot be loaded.
     """
 
     metric = "accuracy"
@@ -112,17 +113,17 @@ class TextClassification(TextTask):
         try:
             self.classes = sorted(table[label_column].unique().tolist())
         except TypeError:
-            raise TaskError(
-                f"`{label_column}` must hold labels of one type, but holds several; convert them."
-            ) from None
-        if len(self.classes) < 2:
-            raise TaskError(
-                f"`{label_column}` must hold at least 2 classes, but holds {len(self.classes)}; check the column."
-            )
+            must = f"`{label_column}` must hold labels of one type"
+            raise TaskError(f"{must}, but holds several; convert them.") from None
+        if (n_classes := len(self.classes)) < 2:
+            raise TaskError(f"`{label_column}` must hold at least 2 classes, but holds {n_classes}; check the column.")
         parts = split_rows(table, key=text_column, seed=split_seed)
         codes = {value: code for code, value in enumerate(self.classes)}
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
         self._labels = {split: torch.tensor(rows[label_column].map(codes).to_numpy()) for split, rows in parts.items()}
+        labels = {code: str(value) for code, value in enumerate(self.classes)}
+        self._head_options: dict[str, Any] = {"id2label": labels, "label2id": {labels[code]: code for code in labels}}
+        self._head_options["problem_type"] = "single_label_classification"
 
     @cached_property
     def _mean_pooled(self) -> bool:
@@ -143,12 +144,6 @@ class TextClassification(TextTask):
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
         config: Any = self._loaded.config
         return self._head_options | ({} if self._mean_pooled else {"pad_token_id": config.pad_token_id})
-
-    @property
-    def _head_options(self) -> dict[str, Any]:
-        labels = {code: str(label) for code, label in enumerate(self.classes)}
-        codes = {label: code for code, label in labels.items()}
-        return {"id2label": labels, "label2id": codes, "problem_type": "single_label_classification"}
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:
@@ -173,20 +168,6 @@ class TextClassification(TextTask):
         self._check_positions(model.config)
         return cast(nn.Module, model)
 
-    @cached_property
-    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
-        return {
-            split: [
-                {"input_ids": row, "labels": int(label)} for row, label in zip(ids, self._labels[split], strict=True)
-            ]
-            for split, ids in self._tokenised().items()
-        }
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        from transformers import DataCollatorWithPadding
-
-        return dict(DataCollatorWithPadding(self._tokenizer)(rows))
-
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return accuracy and mean cross-entropy."""
         correct, loss, count = self._totals(model, split, 4 * self.batch_size)
@@ -194,10 +175,9 @@ class TextClassification(TextTask):
 
 
 class MeanPooledClassifier(nn.Module):
-    """An encoder, the mean of its last hidden states over the attention mask, and a linear head of `n_labels` classes.
+    """A transformers encoder, the mean of its last hidden states over the attention mask, and a linear head.
 
-    The encoder, a transformers model, is held under its own `base_model_prefix`, so that module names
-    (`bert.encoder.layer.0…`) are those of transformers' classification models.
+    Module names (`bert.encoder.layer.0…`) are those of transformers' classification models.
     """
 
     def __init__(self, encoder: nn.Module, n_labels: int) -> None:
@@ -210,14 +190,11 @@ class MeanPooledClassifier(nn.Module):
             self.classifier = nn.Linear(self.config.hidden_size, n_labels)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-        """Return logits (batch, n_labels), and the mean cross-entropy if `labels` (batch,) are given.
-
-        Other options (`token_type_ids`, …) go to the encoder, except those that are None: PEFT passes many.
-        """
+        """Return logits (batch, n_labels), and the mean cross-entropy if `labels` (batch,) are given."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
+        encoder = getattr(self, self.base_model_prefix)  # PEFT passes many options that are None
         options = {key: value for key, value in options.items() if value is not None and key != "return_dict"}
-        encoder = getattr(self, self.base_model_prefix)
         hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         logits = self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp_min(1))
@@ -231,15 +208,9 @@ class CausalLM(TextTask):
     Args:
         model: A local model folder or hub id.
         data: As for `TextClassification`. Texts of fewer than two tokens predict nothing and are left out.
-        text_column: Column of the texts.
-        batch_size: Texts in a training batch; the last of an epoch may be smaller.
+        batch_size: Texts in a training batch.
         max_length: Tokens; longer texts are cut.
         gguf_file: Name of a GGUF file in the model folder, if the weights come as one.
-        split_seed: Seed of the splits.
-        name: Name of the task.
-
-    Raises:
-        TaskError: Model or data cannot be loaded.
     """
 
     metric = "token_accuracy"
@@ -277,24 +248,6 @@ class CausalLM(TextTask):
         model = load_model(AutoModelForCausalLM.from_pretrained, self.model, fresh=r"$", **self.model_kwargs)
         self._check_positions(model.config)
         return model
-
-    @cached_property
-    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
-        rows = {
-            split: [{"input_ids": row, "labels": row} for row in ids if len(row) > 1]
-            for split, ids in self._tokenised().items()
-        }
-        if empty := [split for split, kept in rows.items() if not kept]:
-            raise TaskError(
-                f"the data must have texts of two tokens or more in every split, but {empty[0]!r} has none; "
-                "check texts and `max_length`."
-            )
-        return rows
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        from transformers import DataCollatorForSeq2Seq  # its labels are -100 at padding, and only there
-
-        return dict(DataCollatorForSeq2Seq(self._tokenizer)(rows))
 
     def _predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels = labels[:, 1:]

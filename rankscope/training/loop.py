@@ -18,18 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
-from rankscope.control import RankController
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
 from rankscope.errors import TrainingError
 from rankscope.files import replacing, write_json
 from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.tasks import Batch, Task, evaluate
-from rankscope.training.methods import Lora, Method, Running
+from rankscope.training.methods import Lora, Method
 
 _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
 _LOADERS = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
-
-OnEvaluation = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,23 +35,21 @@ class TrainingResult:
 
     Attributes:
         history: Validation metrics by step, those at the end last.
-        train_loss: Mean training loss over the last tenth of the steps.
         parameters: Adapter parameters at the end of the run; without adapters, trainable parameters outside the head.
         wall_seconds: Duration, evaluation included.
         allocation: Ranks at the end of the run; None without adapters.
-        decisions: One row for each decision of the controller; None without one.
+        decisions: The controller's, one row each; None without one.
     """
 
     history: Mapping[int, Mapping[str, float]]
-    train_loss: float
     parameters: int
     wall_seconds: float
-    allocation: RankAllocation | None = None
-    decisions: pd.DataFrame | None = None
+    allocation: RankAllocation | None
+    decisions: pd.DataFrame | None
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Validation metrics at the end; they hold the task's metric and `"loss"`."""
+        """Validation metrics at the end."""
         return self.history[max(self.history)]
 
 
@@ -65,27 +60,24 @@ def train(
     *,
     seed: int = 0,
     controller: ControllerSettings | None = None,
-    on_evaluation: OnEvaluation | None = None,
+    on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     on_step: Callable[[int], None] | None = None,
     **overrides: Any,
 ) -> tuple[nn.Module, TrainingResult]:
-    """Fine-tune the task's model with LoRA of an allocation's ranks, or with another method.
+    """Fine-tune the task's model, and return it with the result.
 
     The model runs on the best device, unless the task has placed it. GPUs that support bfloat16 use it for matrix products.
     What is trained is float32, also if the model's weights are not.
 
     Args:
         task: The task.
-        method: The ranks, or a `rankscope.training.Method`.
+        method: The ranks of LoRA, or a `rankscope.training.Method`.
         settings: How to train.
         seed: For the initial adapters, dropout and the order of the data. The global generators are left alone.
         controller: Moves an allocation's ranks during the run, within its budget; None: they stay.
         on_evaluation: Called with step and validation metrics. It may raise to stop the run, as a pruner does.
         on_step: Called with the step.
         **overrides: Single settings.
-
-    Returns:
-        The adapted model, and the result.
 
     Raises:
         TrainingError: The loss or the metric is not finite.
@@ -110,89 +102,71 @@ def train(
     with seeded(seed):
         model = method.adapt(placed(task.build_model()), task, settings, seed)
         with _trained_in_float32(model):
-            running, losses, history = _fit(task, method, model, settings, seed, on_evaluation, on_step)
+            optimizer = torch.optim.AdamW(_groups(task, model, settings), weight_decay=settings.weight_decay)
+            running = method.follow(model, optimizer, settings, seed)
+            history: dict[int, Mapping[str, float]] = {}
+            for step in _steps(task, model, optimizer, running, settings, seed):
+                if on_step:
+                    on_step(step)
+                if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                    history[step] = _finite_metrics(task, model, step)
+                    if on_evaluation:
+                        on_evaluation(step, history[step])
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter
-    allocation = running.allocation
+    head, allocation = _head(task, model), running.allocation
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in head)
     return model, TrainingResult(
         history=history,
-        train_loss=float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean()),
-        parameters=allocation.parameters if allocation else sum(p.numel() for p in _split_off_head(task, model)[0]),
+        parameters=allocation.parameters if allocation else n_trained,
         wall_seconds=time.perf_counter() - started,
         allocation=allocation,
         decisions=running.decisions,
     )
 
 
-def _fit(
-    task: Task,
-    method: Method,
-    model: nn.Module,
-    settings: TrainingSettings,
-    seed: int,
-    on_evaluation: OnEvaluation | None,
-    on_step: Callable[[int], None] | None,
-) -> tuple[Running | RankController, list[Tensor], dict[int, Mapping[str, float]]]:
-    """Take all steps. Return the method at work, the loss of each step, and validation metrics by step."""
+def _steps(
+    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, running: Any, settings: TrainingSettings, seed: int
+) -> Iterator[int]:
+    """Take optimizer steps over `gradient_accumulation` batches each, and yield their numbers from 1."""
+    from accelerate.utils import send_to_device
     from transformers import get_linear_schedule_with_warmup
 
-    steps = settings.steps
-    optimizer = torch.optim.AdamW(_groups(task, model, settings), weight_decay=settings.weight_decay)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(settings.warmup_fraction * steps), steps)
-    running = method.follow(model, optimizer, settings, seed)
-    losses: list[Tensor] = []
-    history: dict[int, Mapping[str, float]] = {}
+    warmup_steps = round(settings.warmup_fraction * settings.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.steps)
+    batches, losses, device = _stream(task, seed), [], batch_device(model)
     model.train()
-    batches = _stream(task, seed)
-    for step in range(1, steps + 1):
-        losses.append(_step(task, model, islice(batches, settings.gradient_accumulation), optimizer, running, settings))
+    for step in range(1, settings.steps + 1):
+        parts: list[Tensor] = []
+        for batch in islice(batches, settings.gradient_accumulation):
+            with mixed_precision(model):
+                loss = task.loss(model, send_to_device(batch, device))
+            (loss / settings.gradient_accumulation).backward()
+            parts.append(loss.detach().float())
+        if settings.max_grad_norm:
+            # Those of the optimizer, since a controller replaces parameters.
+            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        optimizer.step()
+        losses.append(torch.stack(parts).mean())
+        running.step(losses[-1])
+        optimizer.zero_grad()
         schedule.step()
-        looked_at = step % _CHECK_EVERY == 0 or step == steps
-        if looked_at and not bool(torch.isfinite(torch.stack(losses[-_CHECK_EVERY:])).all()):
-            raise TrainingError(
-                f"the loss must be finite, but is not by step {step} of {steps}; lower `learning_rate`, "
-                f"now {settings.peak_learning_rate:g}."
-            )
-        if on_step:
-            on_step(step)
-        if step == steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
-            history[step] = metrics = evaluate(task, model, "validation")
-            if not math.isfinite(value := metrics[task.metric]):
+        if step % _CHECK_EVERY == 0 or step == settings.steps:
+            if not bool(torch.isfinite(torch.stack(losses)).all()):
                 raise TrainingError(
-                    f"`{task.metric}` must be finite, but is {value} at step {step}; lower `learning_rate`."
+                    f"the loss must be finite, but is not by step {step} of {settings.steps}; lower `learning_rate`, "
+                    f"now {settings.peak_learning_rate:g}."
                 )
-            if on_evaluation:
-                on_evaluation(step, metrics)
-    return running, losses, history
+            losses.clear()
+        yield step
 
 
-def _step(
-    task: Task,
-    model: nn.Module,
-    batches: Iterator[Batch],
-    optimizer: torch.optim.Optimizer,
-    running: Running | RankController,
-    settings: TrainingSettings,
-) -> Tensor:
-    """One optimizer step over all batches. Return the mean loss, still on the device."""
-    from accelerate.utils import send_to_device
-
-    device = batch_device(model)
-    losses: list[Tensor] = []
-    for batch in batches:
-        with mixed_precision(model):
-            loss = task.loss(model, send_to_device(batch, device))
-        (loss / settings.gradient_accumulation).backward()
-        losses.append(loss.detach().float())
-    if settings.max_grad_norm:
-        # The optimizer's parameters, since a controller replaces those that the model began with.
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-    optimizer.step()
-    mean = torch.stack(losses).mean()
-    running.step(mean)
-    optimizer.zero_grad()
-    return mean
+def _finite_metrics(task: Task, model: nn.Module, step: int) -> Mapping[str, float]:
+    metrics = evaluate(task, model, "validation")
+    if not math.isfinite(value := metrics[task.metric]):
+        raise TrainingError(f"`{task.metric}` must be finite, but is {value} at step {step}; lower `learning_rate`.")
+    return metrics
 
 
 def _stream(task: Task, seed: int) -> Iterator[Batch]:
@@ -219,27 +193,22 @@ def _trained_in_float32(model: nn.Module) -> Iterator[None]:
             parameter.grad, parameter.data = None, parameter.data.to(dtype)
 
 
+def _head(task: Task, model: nn.Module) -> set[nn.Parameter]:
+    names = set(getattr(task, "head_modules", ()))
+    return {parameter for name, parameter in model.named_parameters() if names & set(name.split("."))}
+
+
 def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: one, or two if the head has its own learning rate."""
-    rate = settings.peak_learning_rate
+    trained, rate = [p for p in model.parameters() if p.requires_grad], settings.peak_learning_rate
     if settings.head_learning_rate is None:
-        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}]
-    body, head = _split_off_head(task, model)
+        return [{"params": trained, "lr": rate}]
+    names = _head(task, model)
+    body, head = [p for p in trained if p not in names], [p for p in trained if p in names]
     if not head:
         raise TrainingError(f"`head_learning_rate` needs a task with a head, but `{task.name}` has none; leave it out.")
     groups = [{"params": body, "lr": rate}, {"params": head, "lr": settings.head_learning_rate}]
     return [group for group in groups if group["params"]]
-
-
-def _split_off_head(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters outside and inside the head."""
-    names = set(getattr(task, "head_modules", ()))
-    body: list[nn.Parameter] = []
-    head: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (head if names & set(name.split(".")) else body).append(parameter)
-    return body, head
 
 
 def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -> Path:

@@ -32,21 +32,16 @@ _SETTLED = 0.7  # fraction of the steps, on AdaLoRA's usual schedule
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A method at work on one model. `RankController` is another.
-
-    Attributes:
-        ranks: Returns the present ranks; None without adapters.
-        after_step: Called after each optimizer step, before gradients are zeroed.
-    """
+    """A method at work on one model. `RankController` is another."""
 
     ranks: Callable[[], RankAllocation | None] = lambda: None
-    after_step: Callable[[], object] = lambda: None
+    after_step: Callable[[], object] = lambda: None  # before gradients are zeroed
 
     decisions = None
 
     @property
     def allocation(self) -> RankAllocation | None:
-        """The present ranks."""
+        """The present ranks; None without adapters."""
         return self.ranks()
 
     def step(self, loss: Tensor) -> None:
@@ -122,10 +117,8 @@ class Lora(Method):
         if self.rank_stabilised:
             ranks = [rank for rank in self.allocation.vector if rank]
             scaling = {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
-        options = _peft_options(task, settings)
-        return cast(
-            nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **scaling, **options)
-        )
+        options = scaling | _peft_options(task, settings)
+        return cast(nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **options))
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Any:
         """Start the controller, if there is one."""
@@ -261,9 +254,8 @@ class HeadOnly(Method):
     def check(self, task: Task, settings: TrainingSettings) -> None:
         """Raise a TrainingError if the task has no head."""
         if not getattr(task, "head_modules", ()):
-            raise TrainingError(
-                f"`{task.name}` must have `head_modules` to train the head only, but has none; leave it out."
-            )
+            must = f"`{task.name}` must have `head_modules` to train the head only"
+            raise TrainingError(f"{must}, but has none; leave it out.")
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Freeze all but the head."""

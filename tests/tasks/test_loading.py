@@ -99,7 +99,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "batch_size": True}, "`batch_size` of task type 'causal-lm' must be a whole number, but got True."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "split_seed": -1}, "`split_seed` must be 0 or more, but got -1."),
         ({"type": "causal-lm", "model": "bert", "data": "pyproject.toml"}, "`data` must be found from the study file's folder ({folder}), but `pyproject.toml` is there from the working directory only; correct the path."),
-        ("rows.parquet:make", "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got 'rows.parquet:make'; a task of your own is \"path/to/file.py:factory\"."),
+        ("rows.parquet:make", "`rows.parquet:make` must give a task, but raised ModuleNotFoundError: No module named 'rows'; --debug shows the traceback."),
         ("mine.py:wants_more", "`mine.py:wants_more` must give a task, but raised TypeError: wants_more() missing 1 required "
                                "positional argument: 'x'; --debug shows the traceback."),
         ("mine.py:torch", "`mine.py:torch` must name a function, but is module; name one that gives a task."),

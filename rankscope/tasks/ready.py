@@ -44,8 +44,9 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
                 return check_task(factory())
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        must = "`task` must be a name, a mapping of options, or `path/to/file.py:factory`"
-        raise TaskError(f"{must}, but got {shown(spec)}.")
+        raise TaskError(
+            f"`task` must be a name, a mapping of options, or `path/to/file.py:factory`, but got {shown(spec)}."
+        )
     options = {str(key): value for key, value in spec.items()}
     if "type" in options:
         kind = options.pop("type")

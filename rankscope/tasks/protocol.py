@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from rankscope.distributed import mixed_precision, placed
 from rankscope.errors import TaskError, shown
 from rankscope.files import digest, digest_source
-from rankscope.profiling import Profile, profile
 from rankscope.settings import ProfileSettings
+
+if TYPE_CHECKING:
+    from rankscope.profiling import Profile
 
 Batch = Mapping[str, Tensor]
 Split = Literal["train", "validation", "test"]
@@ -134,6 +136,8 @@ def profile_task(
     >>> profile_task(rs.load_task("digits-shift"), n_batches=2, head_steps=1).targets[0].name
     'vit.layers.0.attention.q_proj'
     """
+    from rankscope.profiling import profile  # imports accelerate
+
     single = {key: options.pop(key) for key in ProfileSettings.model_fields if key in options}
     settings = ProfileSettings.of(settings, **single)
     head = tuple(getattr(task, "head_modules", ()))

@@ -84,11 +84,7 @@ class RankLimits:
     max_rank: Bound = None
 
     def arrays(self, targets: Sequence[TargetModule]) -> tuple[Ints, Ints]:
-        """The least and the greatest ranks, one entry a target.
-
-        Raises:
-            SettingsError: A limit is no whole number from 0 on, names no target, or leaves a module without a rank.
-        """
+        """The least and the greatest ranks, one entry a target."""
         full = np.array([target.full_rank for target in targets], dtype=np.int64)
         lowest, highest = np.zeros_like(full), full.copy()
         index = {target.name: i for i, target in enumerate(targets)}
@@ -131,9 +127,6 @@ def allocate_marginal(
             list gain nothing, and are placed last, as evenly as they fit.
         budget: The limit in parameters.
         limits: Least and greatest ranks.
-
-    Raises:
-        SettingsError: No allocation is feasible, or the gains are not as above, or all zero.
     """
     costs, lowest, highest, places, limit = _problem(targets, budget, limits)
     curves = _arrays(targets, gains, "gains", _WRONG_GAINS, ndim=1)
@@ -171,16 +164,8 @@ def allocate_proportional(
     """Ranks in proportion to scores, by largest remainder (Hare's method, with costs and limits).
 
     The ideal ranks are clip(c * score, min, max), with the c at which they cost the whole budget. They are rounded down, then
-    single ranks go to the modules furthest below their ideal. Ties are spread evenly over towers, depth and roles.
-
-    Args:
-        targets: The target modules.
-        scores: By module name, a score on any scale that is not negative.
-        budget: The limit in parameters.
-        limits: Least and greatest ranks.
-
-    Raises:
-        SettingsError: No allocation is feasible, or scores are missing, negative, not finite, or all zero.
+    single ranks go to the modules furthest below their ideal. Ties are spread evenly over towers, depth and roles. Scores, by
+    module name, may be on any scale from 0 on.
     """
     costs, lowest, highest, places, limit = _problem(targets, budget, limits)
     values = np.array(_arrays(targets, scores, "scores", _WRONG_SCORES, ndim=0))

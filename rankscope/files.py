@@ -49,11 +49,7 @@ def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
     """Yields a new path beside `path`, for a file or a folder; on success it takes the place of `path`, else it is removed.
 
     Parent folders are created, links are followed, and the content is on the disk before the name is. A reader sees the old
-    file or the new one. Two folders cannot be exchanged in one step: a crash between moving the old one aside and the new one
-    in leaves both in a hidden folder beside `path`.
-
-    Raises:
-        OSError: `path` is of the other kind or read-only, or nothing can be written there.
+    file or the new one. Two folders cannot be exchanged in one step: a crash in between leaves both in a hidden folder.
     """
     path = Path(os.path.realpath(path))
     if path.exists():  # say before the work is done what would fail after it

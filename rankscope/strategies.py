@@ -40,7 +40,6 @@ class Request:
 
     targets: tuple[TargetModule, ...]
     budget: ParameterBudget
-    limits: RankLimits
     profile: Profile | None
     seed: int
 
@@ -74,12 +73,7 @@ def allocate(
         seed: For `random`.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        **options: Further arguments of the strategy: `random` takes `concentration`, `gradient-norm` `signal`, `one-shot`
-            `power` and `signal`, `blend` `weights`.
-
-    Raises:
-        SettingsError: Nothing feasible, or an unknown strategy or option.
-        ModelError: The profile is missing or does not cover the targets.
+        **options: Further arguments of the strategy, such as `power=1` for `one-shot`.
 
     >>> targets = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
@@ -89,9 +83,7 @@ def allocate(
     taken = list(inspect.signature(function).parameters)[1:]
     if unknown := sorted(set(options) - set(taken)):
         raise SettingsError(f"`{name}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
-    limits = RankLimits(min_rank, max_rank)
-    request = Request(targets=tuple(targets), budget=budget, limits=limits, profile=profile, seed=seed)
-    worth: Any = function(request, **options)
+    worth: Any = function(Request(targets=tuple(targets), budget=budget, profile=profile, seed=seed), **options)
     if not isinstance(worth, Mapping):
         raise SettingsError(
             f"`{name}` must return a score, or the gains of ranks, by module name, but returned a {type(worth).__name__}."
@@ -104,7 +96,7 @@ def allocate(
             f"`{targets[0].name}`; choose other targets, or another strategy."
         )
     project = allocate_marginal if by_rank else allocate_proportional
-    return project(targets, worth, budget, limits).renamed(name)
+    return project(targets, worth, budget, RankLimits(min_rank, max_rank)).renamed(name)
 
 
 def _find(strategy: Any) -> tuple[str, Strategy]:

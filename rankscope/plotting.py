@@ -126,15 +126,7 @@ def plot_belief(model: PerformanceModel) -> Figure:
 def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
     """Ranks at the start and after each move of a controller, or after evenly chosen ones, as heatmaps.
 
-    Cells with more ranks than in the panel before are framed.
-
-    Args:
-        decisions: A controller's `decisions`, or its `decisions.parquet`.
-        targets: The model's target modules.
-
-    Raises:
-        ModelError: There is no decision.
-        SettingsError: The decisions are of other modules.
+    Cells with more ranks than in the panel before are framed. Arguments and errors are those of `waypoints`.
     """
     shown = spread(waypoints(decisions, targets), MOST_WAYPOINTS)
     steps, ranks = zip(*shown, strict=True)
@@ -240,7 +232,7 @@ def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.
 def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
     """The share of the adapter parameters by tower and role over the optimizer steps, stacked.
 
-    A dashed line marks the last decision, after which ranks stay. Arguments and errors are those of `plot_trajectories`.
+    A dashed line marks the last decision, after which ranks stay. Arguments and errors are those of `waypoints`.
     """
     flow = budget_flow(decisions, targets)
     frozen = int(decisions["step"].iloc[-1])
@@ -355,10 +347,8 @@ def plot_forest(table: pd.DataFrame) -> Figure:
     """Mean difference to uniform on the test split with its 95 % interval, one row per method, one panel per study.
 
     A hollow marker has no interval: fewer than 3 seeds, or differences that are all equal. The band is what two groups of
-    seeds of uniform itself differ by, 95 % of the time.
-
-    Args:
-        table: What `rankscope.comparison.summarise` gives; rows at the study's own budget are drawn.
+    seeds of uniform itself differ by, 95 % of the time. `table` is what `rankscope.comparison.summarise` gives; rows at the
+    study's own budget are drawn.
     """
     table = table[(table["factor"] == 1.0) & (table["method"] != REFERENCE)]
     figure, panels = _study_panels(table, height=0.28 * table.groupby("study").size().max() + 1.0)
@@ -387,10 +377,8 @@ def plot_forest(table: pd.DataFrame) -> Figure:
 def plot_budgets(table: pd.DataFrame) -> Figure:
     """The test metric against adapter parameters, one panel per study: uniform's curve, and the other methods' points.
 
-    Methods without adapters lie at the parameters that they train, and are left out where those are none.
-
-    Args:
-        table: What `rankscope.comparison.summarise` gives.
+    Methods without adapters lie at the parameters that they train, and are left out where those are none. `table` is what
+    `rankscope.comparison.summarise` gives.
     """
     table = table[table["parameters"] > 0].sort_values("parameters", kind="stable")
     methods = [name for name in dict.fromkeys(table.sort_index()["method"]) if name != REFERENCE]

@@ -296,6 +296,8 @@ class ControllerSettings(Settings):
 class CompareSettings(Settings):
     """What is compared at equal parameters, on how many seeds."""
 
+    _free = frozenset({"n_jobs"})
+
     methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         ("uniform", "one-shot", "random", "controller", "adalora", "eva"), min_length=1,
         description="Strategies, `uniform-rslora`, `qv-only`, `searched`, `controller`, `controller-STRATEGY`, `adalora`, "
@@ -305,6 +307,7 @@ class CompareSettings(Settings):
     n_tuning_seeds: Count = Field(2, description="Runs that choose each method's learning rate.")
     budgets: Factors = Field((1.0,), min_length=1, description="Factors of the budget to compare all methods at.")
     uniform_budgets: Factors = Field((), description="Further factors for uniform: how much must it grow to match?")
+    n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
 
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-from joblib import Parallel, delayed
 from typer.testing import CliRunner
 
 import rankscope as rs
 from rankscope.cli import app
-from rankscope.comparison.runner import Cell, _run_and_keep
+from rankscope.comparison import RunSpec, run_all
 from rankscope.errors import TaskError
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.training import Lora
@@ -54,9 +53,9 @@ def test_an_error_in_a_worker_names_the_line_too(folder: Path) -> None:
     task = rs.load_task("mine.py:Mine", base_dir=folder)
     targets = rs.find_targets(task.build_model())
     uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
-    cell = Cell(method=Lora(uniform), config=rs.TrainingConfig(steps=1), seed=0)
+    specs = [RunSpec(method=Lora(uniform), training=rs.TrainingConfig(steps=1), seed=seed) for seed in range(2)]
     with pytest.raises(TaskError, match=r"^the study's own code raised KeyError: 'y' \(mine\.py, line 14\); --debug"):
-        Parallel(n_jobs=2)(delayed(_run_and_keep)(task, cell, None) for _ in range(2))
+        run_all(task, specs, n_jobs=2)
 
 
 def test_functions_of_packages_and_entry_points_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,6 @@ FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good
 SHOWN_MODULES = 9
 COMPARISON = "comparison.parquet"
 FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
-FIRST_TUNING_SEED = 10_000
 
 
 # --- profile and allocate ---------------------------------------------------------------------------------------
@@ -325,31 +324,31 @@ def run_train(
         methods = [*(method for method in static if method != methods[0]), *methods]
     first = FIRST_REPORTED_SEED + session.study.seed
     with progress("training") as update:
-        repeats = comparison.repeat_all(
+        groups = comparison.run_tuned(
             session.task,
-            methods,
-            session.training,
-            learning_rates=session.study.training.learning_rates,
+            [comparison.make_grid(method, session.study.training) for method in methods],
             seeds=range(first, first + seeds),
             n_jobs=jobs,
             save_first_to=session.out / "adapter",
             on_run=lambda done, total: update(completed=done, total=total),
         )
-    files = [session.out / "adapter", *_decisions(session, repeats[-1])]
-    rows: list[dict[str, Any]] = [
-        {
-            "strategy": each.name,
-            "parameters": each.parameters,
-            "learning_rate": each.learning_rate,
-            "seeds": [run.seed for run in each.runs],
-            "validation": each.validation,
-            "test": each.test,
-            "difference": comparison.paired_difference(each.test, repeats[0].test)
-            if baseline and each is not repeats[0]
-            else None,
-        }
-        for each in repeats
-    ]
+    reported = [[run for run in runs if run.role == comparison.REPORTED] for runs in groups]
+    files = [session.out / "adapter", *_decisions(session, reported[-1][0].decisions)]
+    rows: list[dict[str, Any]] = []
+    for runs in reported:
+        test = [run.test for run in runs if run.test is not None]
+        against = rows[0]["test"] if baseline and rows else None
+        rows.append(
+            {
+                "strategy": runs[0].method,
+                "parameters": max(run.parameters for run in runs),
+                "learning_rate": runs[0].learning_rate,
+                "seeds": [run.seed for run in runs],
+                "validation": [run.validation for run in runs],
+                "test": test,
+                "difference": comparison.paired_difference(test, against) if against else None,
+            }
+        )
     if as_json:
         print_json({"study": session.study.name, "metric": session.task.metric, "runs": rows}, files)
         return
@@ -441,9 +440,8 @@ def _belief(session: Session) -> PerformanceModel | None:
     return searching.belief_of(study, space)
 
 
-def _decisions(session: Session, repeats: comparison.Repeats) -> list[Path]:
+def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
     """Write and draw the decisions of the run whose adapter is saved; without a controller, remove those of earlier runs."""
-    decisions = repeats.runs[0].decisions
     if decisions is None:
         remove_others(session.out, ("decisions.parquet", "trajectories.png", "flow.png"), kept=())
         return []
@@ -462,8 +460,7 @@ def run_compare(session: Session, *, jobs: int, as_json: bool) -> None:
     settings, study = session.study.compare, session.study
     first = FIRST_REPORTED_SEED + study.seed
     seeds = range(first, first + settings.n_seeds)
-    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
-    comparison.check_terms(seeds, tuning_seeds, settings.budgets)  # before a profile is taken or a search resumed
+    comparison.check_terms(settings, seeds)  # before a profile is taken or a search resumed
     searched = None
     if any(SEARCHED in name for name in settings.methods):
         if not session.has_search:
@@ -472,28 +469,23 @@ def run_compare(session: Session, *, jobs: int, as_json: bool) -> None:
                 f"run `rankscope search {session.arguments}` first."
             )
         searched = _search(session)
+    methods = comparison.find_methods(
+        settings.methods, seed=first, controller=study.controller, searched=searched, base_dir=study.base_dir
+    )
     with progress("comparing") as update:
         found = comparison.compare(
             session.task,
-            settings.methods,
+            methods,
             budget=session.budget,
             targets=session.targets,
-            profile=session.profile if comparison.need_profile(settings.methods) else None,
-            searched=None if searched is None else searched.best_allocation,
-            search_steps=0 if searched is None else searched.steps,
-            controller=session.study.controller,
-            training=session.training,
-            learning_rates=study.training.learning_rates,
+            profile=session.profile if any(method.needs_profile for method in methods) else None,
             seeds=seeds,
-            tuning_seeds=tuning_seeds,
-            budgets=settings.budgets,
-            uniform_budgets=settings.uniform_budgets,
-            n_jobs=jobs,
+            training=study.training,
+            settings=settings,
             kept_in=session.out / "runs",
-            study=study.name,
-            base_dir=study.base_dir,
             on_run=lambda done, total: update(completed=done, total=total),
-        )
+            n_jobs=max(jobs, settings.n_jobs),
+        ).renamed(study.name)
     files = [found.to_parquet(session.out / COMPARISON)]
     table = comparison.summarise(found.runs)
     command = f"rankscope compare {session.path}"

@@ -1,21 +1,21 @@
-"""Comparing methods at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
+"""Methods compared at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
 
 from rankscope.comparison.report import write_report
 from rankscope.comparison.runner import (
-    DEFAULT_METHODS,
     REFERENCE,
+    REPORTED,
     SEARCHED,
-    Cell,
     Comparison,
-    Repeats,
-    Run,
+    RunResult,
+    RunSpec,
     check_terms,
     compare,
+    find_methods,
     known_methods,
-    need_profile,
-    repeat_all,
+    make_grid,
     run_all,
-    run_cell,
+    run_one,
+    run_tuned,
 )
 from rankscope.comparison.statistics import paired_difference, rank_methods
 from rankscope.comparison.summary import (
@@ -30,29 +30,8 @@ from rankscope.comparison.summary import (
 from rankscope.searching import Interval
 
 __all__ = [
-    "DEFAULT_METHODS",
-    "REFERENCE",
-    "SEARCHED",
-    "Cell",
-    "Comparison",
-    "Interval",
-    "Repeats",
-    "Run",
-    "allocations",
-    "at_budget",
-    "check_terms",
-    "compare",
-    "format_row",
-    "insert_table",
-    "known_methods",
-    "need_profile",
-    "paired_difference",
-    "rank_methods",
-    "read_comparison",
-    "repeat_all",
-    "run_all",
-    "run_cell",
-    "summarise",
-    "to_markdown",
+    "REFERENCE", "REPORTED", "SEARCHED", "Comparison", "Interval", "RunResult", "RunSpec", "allocations", "at_budget",
+    "check_terms", "compare", "find_methods", "format_row", "insert_table", "known_methods", "make_grid",
+    "paired_difference", "rank_methods", "read_comparison", "run_all", "run_one", "run_tuned", "summarise", "to_markdown",
     "write_report",
-]
+]  # fmt: skip

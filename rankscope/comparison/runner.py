@@ -1,16 +1,17 @@
-"""`compare`: methods by name at equal budgets, each tuned alike, and every run as one row of a table."""
+"""`compare`: methods at equal parameters, each at its own best learning rate; every run is one record."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
+import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,258 +28,77 @@ from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError
 from rankscope.files import FORMAT, digest, read_json, read_parquet, replacing, require_same, write_json
-from rankscope.plugins import user_errors, user_function
+from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
-from rankscope.settings import ControllerSettings
+from rankscope.searching import SearchResult
+from rankscope.settings import CompareSettings, ControllerSettings, TrainingSettings
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, evaluate, fingerprint_task, profile_task
-from rankscope.training import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, TrainingConfig, save_adapter, train
+from rankscope.training import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, save_adapter, train
 
-_CLEAR = Path("/proc/self/clear_refs")
-_STATUS = Path("/proc/self/status")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread inside, or what OMP_NUM_THREADS says, so that a run's figures do not depend on the number of jobs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def reset_peak_memory() -> bool:
-    """Starts measuring the peak anew; whether the system offers it."""
-    device = best_device().type
-    if device == "cuda":
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-        return True
-    try:
-        _CLEAR.write_text("5")  # the resident set's high-water mark; see proc(5)
-    except OSError:  # not Linux, or a container that forbids it
-        return False
-    return device == "cpu"
-
-
-def peak_memory() -> int:
-    """Bytes at the peak since `reset_peak_memory`: of all GPUs, else of this process."""
-    if best_device().type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-    return 1024 * int(lines["VmHWM"].split()[0])
-
-
-@cache
-def source_revision() -> str:
-    """`git describe` of rankscope's sources, or its version where they are no checkout."""
-    folder = Path(rankscope.__file__).parent
-    found = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or f"v{rankscope.__version__}"
-
-
-N_RANDOM = 3  # draws
-SCHEDULES = (
-    (32.0, 0.7),
-    (128.0, 0.7),
-    (512.0, 0.7),
-    (128.0, 0.4),
-)  # of AdaLoRA: alpha, share of steps when ranks settle
-RHOS = (2.0, 1.0)  # of EVA: with its own ranks, whose parameters may exceed uniform's, and with uniform ranks
-SHARES = (0.75,)  # of AdaLoRA's ranks: its budget is in ranks, and those that it keeps cost up to 1.3 times uniform's
-CONTROLLER = "controller"
-SEARCHED = "searched"
+SCHEMA = 2
+REFERENCE, CONTROLLER, SEARCHED = "uniform", "controller", "searched"
+REPORTED, TUNING = "reported", "tuning"
+FIRST_TUNING_SEED = 10_000
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters
 RATE_FACTORS = {"full": 1 / 30}  # all weights want far lower rates than adapters
-QUERY_VALUE = ("q_proj", "v_proj")
+N_RANDOM = 3
+SCHEDULES = ((32.0, 0.7), (128.0, 0.7), (512.0, 0.7), (128.0, 0.4))  # of AdaLoRA: alpha, and when ranks settle
+SHARES = (0.75,)  # of AdaLoRA's ranks: those that it keeps cost up to 1.3 times uniform's
+RHOS = (2.0, 1.0)  # of EVA: its own ranks, whose parameters may exceed uniform's; uniform ranks
+
+PathLike = str | os.PathLike[str]
+Variants = RankAllocation | Method | Sequence[RankAllocation | Method]
+Function = Callable[..., Variants]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What a method is made for.
+class RunSpec:
+    """One training to be done.
 
-    Attributes:
-        targets: The target modules.
-        budget: In adapter parameters.
-        profile: For strategies that need one.
-        searched: A search's allocation at this budget; None where there was no search.
-        controller: The controller's settings.
-        seed: Of random draws.
-        base_dir: What relative paths of a user's own methods start from.
-    """
-
-    targets: tuple[TargetModule, ...]
-    budget: ParameterBudget
-    profile: Profile | None = None
-    searched: RankAllocation | None = None
-    controller: ControllerSettings = field(default_factory=ControllerSettings)
-    seed: int = 0
-    base_dir: Path = Path()
-
-    def scaled(self, factor: float) -> Terms:
-        """The same at a multiple of the budget; what was searched holds for its own budget only.
-
-        Raises:
-            SettingsError: Nothing is left of the budget.
-        """
-        if factor == 1.0:
-            return self
-        if not 1 <= factor * self.budget.limit < 2**63:
-            raise SettingsError(
-                f"`budgets` must leave a budget between 1 and 2^63 parameters, but {factor:g} times {self.budget.limit:,} is "
-                "not; change the factor."
-            )
-        return replace(self, budget=ParameterBudget(round(factor * self.budget.limit)), searched=None)
-
-    @property
-    def uniform_rank(self) -> int:
-        """The rank that uniform LoRA has at this budget, at least 1: the budget of peers that count in ranks."""
-        return max(1, self.budget.limit // sum(target.rank_cost for target in self.targets))
-
-    def allocate(self, strategy: str, seed: int = 0) -> RankAllocation:
-        """A one-shot allocation at these terms, or the searched one."""
-        if strategy != SEARCHED:
-            return allocate(strategy, targets=self.targets, budget=self.budget, profile=self.profile, seed=seed)
-        if self.searched is None:
-            raise SettingsError("`searched` needs a search at this budget, but there is none; run `rankscope search`.")
-        return self.searched.renamed(SEARCHED)
-
-
-def need_profile(names: Sequence[str]) -> bool:
-    """Whether one of the methods cannot be made without a profile.
-
-    Raises:
-        SettingsError: One of them is not known; better said before a profile is taken.
-    """
-    for name in names:
-        _check_known(name)
-    return any(".py:" in name or name.removeprefix(f"{CONTROLLER}-") in NEEDS_PROFILE for name in names)
-
-
-def known_methods() -> tuple[str, ...]:
-    """All names that `make_methods` takes, besides `path/to/file.py:function`."""
-    starts = [name for name in (*STRATEGIES, SEARCHED) if name not in ("random", "uniform")]
-    return (*STRATEGIES, SEARCHED, *_OTHERS, *(f"{CONTROLLER}-{name}" for name in starts))
-
-
-def make_methods(name: str, terms: Terms) -> dict[str, Variants]:
-    """The methods of a name, by the name that each is shown under: `random` is several.
-
-    Raises:
-        SettingsError: No such method, or it needs what the terms lack.
-    """
-    _check_known(name)
-    if ".py:" in name:
-        return {name: _users(name, terms)}
-    if name == "random":
-        return {f"random {n + 1}": Lora(terms.allocate("random", terms.seed + n)) for n in range(N_RANDOM)}
-    if name in STRATEGIES or name == SEARCHED:
-        return {name: Lora(terms.allocate(name))}
-    if name in _OTHERS:
-        return {name: _OTHERS[name](terms)}
-    return {name: Lora(terms.allocate(name.removeprefix(f"{CONTROLLER}-")), terms.controller)}
-
-
-def _check_known(name: str) -> None:
-    if ".py:" in name or name in known_methods():
-        return
-    close = difflib.get_close_matches(name, known_methods(), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known_methods())}."
-    raise SettingsError(f"`methods` must be known or `path/to/file.py:function`, but {name!r} is not; {hint}")
-
-
-def _query_value(terms: Terms) -> Method:
-    """Uniform over the query and value projections, as LoRA's first paper."""
-    chosen = tuple(target for target in terms.targets if target.role in QUERY_VALUE)
-    if not chosen:
-        raise SettingsError("`qv-only` needs modules of the roles q_proj and v_proj, but the targets have none.")
-    found = allocate("uniform", targets=chosen, budget=terms.budget)
-    return Lora(RankAllocation.from_ranks(terms.targets, found.ranks, strategy="qv-only", budget=terms.budget.limit))
-
-
-def _adalora(terms: Terms) -> list[Method]:
-    return [
-        AdaLora(terms.targets, terms.uniform_rank, alpha, share, settled)
-        for alpha, settled in SCHEDULES
-        for share in SHARES
-    ]
-
-
-def _users(spec: str, terms: Terms) -> Variants:
-    with user_function(spec, terms.base_dir, gives="an allocation or a method", error=SettingsError) as function:
-        found = function(targets=terms.targets, budget=terms.budget, profile=terms.profile)
-        if isinstance(found, RankAllocation):
-            return Lora(replace(found, strategy=spec.rpartition(":")[2], budget=terms.budget.limit))
-        if not all(hasattr(found, name) for name in ("name", "variant", "adapt", "follow")):
-            raise SettingsError(f"`{spec}` must give a RankAllocation or a Method, but gave a {type(found).__name__}.")
-        own: Method = found
-        return own
-
-
-_OTHERS: Mapping[str, Callable[[Terms], Variants]] = {
-    "uniform-rslora": lambda terms: Lora(terms.allocate("uniform"), rank_stabilised=True),
-    "qv-only": _query_value,
-    CONTROLLER: lambda terms: Lora(terms.allocate("uniform"), terms.controller),
-    "adalora": _adalora,
-    "eva": lambda terms: [Eva(terms.targets, terms.uniform_rank, rho) for rho in RHOS],
-    "full": lambda terms: FullFineTuning(),
-    "head": lambda terms: HeadOnly(),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One run to be done.
-
-    Attributes:
-        method: What is trained.
-        config: The schedule.
-        seed: Of the run.
-        with_test: Whether the test split is read.
-        save_to: Folder for the adapter; None: it is not saved.
+    `role` is `tuning` (validation only) or `reported` (the test split is read as well), `budget` 0 means no limit, `factor` is
+    that of the study's budget, and `cost_steps` are optimizer steps of the search that the method comes from.
     """
 
     method: Method
-    config: TrainingConfig
-    seed: int
-    with_test: bool = True
-    save_to: str | os.PathLike[str] | None = None
+    training: TrainingSettings
+    seed: int = 0
+    role: str = REPORTED
+    name: str = ""
+    budget: int = 0
+    factor: float = 1.0
+    cost_steps: int = 0
+    save_to: PathLike | None = None
 
-    def made_from(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """What the run's results depend on, given the task's fingerprints: they tell it from all others of a folder."""
-        return {
-            "format": FORMAT, **task, "method": digest(self.method), "training": self.config.terms(), "seed": self.seed,
-            "with_test": self.with_test,
-        }  # fmt: skip
+    def terms(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """What the run's results depend on, given the task's fingerprints."""
+        method, with_test = digest(self.method), self.role == REPORTED
+        own = {"method": method, "training": self.training.terms(), "seed": self.seed, "with_test": with_test}
+        return {"format": FORMAT, **task, **own}
+
+    def labels(self, task: Task) -> dict[str, Any]:
+        """The fields of its result that are no outcome."""
+        own = {key: getattr(self, key) for key in ("budget", "factor", "role", "seed", "cost_steps")}
+        name = self.name or self.method.name
+        return {"study": task.name, "task": task.name, "metric": task.metric, "method": name, **own}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One fine-tuning run.
+class RunResult:
+    """One training and its outcome: a row of `comparison.parquet`, and of the file that keeps the run.
 
-    Attributes:
-        method: Its name.
-        variant: Which of the method's; empty where there is one only.
-        seed: Of the run.
-        learning_rate: Its peak.
-        steps: Optimizer steps.
-        validation: The task's metric at the end.
-        test: The task's metric on the test split; None where it was not read.
-        parameters: Adapter parameters at the end; without adapters, all that is trained outside the head.
-        ranks: At the end, by module; None where the method has none.
-        n_moved: Ranks that a controller moved.
-        wall_seconds: Time of the run, its validation included.
-        peak_memory: Bytes: of the device where it is a GPU, else of the process; None where the system does not tell.
-        revision: Of rankscope's sources.
-        decisions: The controller's, one row each; None without one.
+    `parameters` and `ranks` are those at the end; without adapters, `parameters` are all that is trained outside the head.
+    `peak_memory` is in bytes, of all GPUs, else of the process. `decisions`, a controller's, are no column of the row.
     """
 
+    study: str
+    task: str
+    metric: str
     method: str
+    budget: int
+    factor: float
+    role: str
     variant: str
     seed: int
     learning_rate: float
@@ -286,265 +106,188 @@ class Run:
     validation: float
     test: float | None
     parameters: int
-    ranks: dict[str, int] | None
     n_moved: int
     wall_seconds: float
     peak_memory: int | None
     revision: str
-    decisions: pd.DataFrame | None = None
+    ranks: dict[str, int] | None
+    cost_steps: int
+    decisions: pd.DataFrame | None = field(default=None, compare=False)
+
+    def to_row(self) -> dict[str, Any]:
+        """The plain values, ranks as JSON."""
+        row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "decisions"}
+        return {**row, "ranks": json.dumps(self.ranks)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], decisions: pd.DataFrame | None = None) -> RunResult:
+        """The run of a row."""
+        return cls(**{**row, "ranks": json.loads(row["ranks"])}, decisions=decisions)
 
 
-def run_cell(task: Task, cell: Cell) -> Run:
-    """Trains once and reads the metric on the validation and, if asked, the test split; may save the adapter."""
-    measured = reset_peak_memory()
-    with one_thread():
-        model, result = train(task, cell.method, cell.config, seed=cell.seed)
-        test = evaluate(task, model, "test")[task.metric] if cell.with_test else None
-    if cell.save_to is not None:
-        save_adapter(model, task, cell.save_to)
-    return Run(
-        method=cell.method.name,
-        variant=cell.method.variant,
-        seed=cell.seed,
-        learning_rate=cell.config.peak_learning_rate,
-        steps=cell.config.steps,
+def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | None = None) -> RunResult:
+    """Train once, with one torch thread or as many as OMP_NUM_THREADS says, so that figures do not depend on `n_jobs`.
+
+    `file` is where the run is kept, without suffix, and what it depends on.
+    """
+    measured, threads = _peak_memory(reset=True) is not None, torch.get_num_threads()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    try:
+        with user_errors("the study's own code", TaskError):  # where a worker's traceback still is
+            model, result = train(task, spec.method, spec.training, seed=spec.seed)
+            test = evaluate(task, model, "test")[task.metric] if spec.role == REPORTED else None
+    finally:
+        torch.set_num_threads(threads)
+    if spec.save_to is not None:
+        save_adapter(model, task, spec.save_to)
+    run = RunResult(
+        **spec.labels(task),
+        variant=spec.method.variant,
+        learning_rate=spec.training.peak_learning_rate,
+        steps=spec.training.steps,
         validation=result.metrics[task.metric],
         test=test,
         parameters=result.parameters,
-        ranks=None if result.allocation is None else dict(result.allocation.ranks),
         n_moved=0 if result.decisions is None else count_moved(result.decisions),
         wall_seconds=result.wall_seconds,
-        peak_memory=peak_memory() if measured else None,
+        peak_memory=_peak_memory() if measured else None,
         revision=source_revision(),
+        ranks=None if result.allocation is None else dict(result.allocation.ranks),
         decisions=result.decisions,
     )
+    if file is not None:
+        stem, terms = file
+        if run.decisions is not None:
+            write_decisions(run.decisions, stem.with_suffix(".parquet"))
+        write_json(stem.with_suffix(".json"), {**run.to_row(), "made_from": terms})
+    return run
+
+
+def _peak_memory(*, reset: bool = False) -> int | None:
+    """Bytes at the peak, which may be reset first: of all GPUs, else of this process; None where the system does not tell."""
+    device = best_device().type
+    if device == "cuda":
+        ask = torch.cuda.reset_peak_memory_stats if reset else torch.cuda.max_memory_allocated
+        return sum(ask(index) or 0 for index in range(torch.cuda.device_count()))
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")  # the resident set's high-water mark; see proc(5)
+        (kilobytes,) = re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    except OSError:  # not Linux, or a container that forbids it
+        return None
+    return 1024 * int(kilobytes) if device == "cpu" else None
+
+
+@cache
+def source_revision() -> str:
+    """`git describe` of rankscope's sources, or its version where they are no checkout."""
+    command = ["git", "-C", str(Path(rankscope.__file__).parent), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or f"v{rankscope.__version__}"
 
 
 def run_all(
     task: Task,
-    cells: Sequence[Cell],
+    specs: Sequence[RunSpec],
     *,
     n_jobs: int = 1,
-    kept_in: str | os.PathLike[str] | None = None,
-    on_done: Callable[[int], object] = lambda n: None,
-) -> list[Run]:
-    """Runs all cells, in order of the cells.
+    kept_in: PathLike | None = None,
+    on_done: Callable[[int], object] = lambda done: None,
+) -> list[RunResult]:
+    """Do all runs, `n_jobs` at a time; with several GPUs, each process uses one.
 
-    Args:
-        task: Where model, data, loss and metric come from.
-        cells: The runs.
-        n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more, and where there are several GPUs, one
-            of them.
-        kept_in: Folder with one file a run; what is in it and depends on the same is read instead of run, unless it is to be
-            saved.
-        on_done: Called with the number of runs done.
+    A run that is in the folder `kept_in`, and depends on the same, is read instead of done, unless it is to be saved.
+
+    Raises:
+        FileError: A kept run is broken, or was made from something else.
     """
     from joblib import Parallel, delayed
 
-    kept = [None] * len(cells) if kept_in is None else _kept(task, cells, Path(kept_in))
-    known = [
-        None if file is None or cell.save_to is not None else file.read()
-        for file, cell in zip(kept, cells, strict=True)
-    ]
-    todo = [(cell, file) for cell, file, run in zip(cells, kept, known, strict=True) if run is None]
+    files: list[tuple[Path, Mapping[str, Any]] | None] = [None] * len(specs)
+    if kept_in is not None:
+        facts = fingerprint_task(task)
+        files = [(Path(kept_in) / digest(terms), terms) for terms in (spec.terms(facts) for spec in specs)]
+    known = [_read(*file) if file and spec.save_to is None else None for spec, file in zip(specs, files, strict=True)]
+    todo = [(spec, file) for spec, file, run in zip(specs, files, known, strict=True) if run is None]
     with one_gpu_each(n_jobs):
-        fresh: Iterator[Run] = Parallel(n_jobs=n_jobs, return_as="generator")(
-            delayed(_run_and_keep)(task, *each) for each in todo
+        fresh: Iterator[RunResult] = Parallel(n_jobs=n_jobs, return_as="generator")(
+            delayed(run_one)(task, *each) for each in todo
         )
-    runs = []
-    for run in known:
-        runs.append(next(fresh) if run is None else run)
-        on_done(len(runs))
-    return runs
+    found = []
+    for spec, run in zip(specs, known, strict=True):
+        found.append(next(fresh) if run is None else replace(run, **spec.labels(task)))
+        on_done(len(found))
+    return found
 
 
-def as_method(candidate: RankAllocation | Method) -> Method:
-    """The candidate; of an allocation, LoRA of its ranks."""
-    return Lora(candidate) if isinstance(candidate, RankAllocation) else candidate
+def _read(stem: Path, terms: Mapping[str, Any]) -> RunResult | None:
+    """A kept run; None where there is none."""
+    path, decisions = stem.with_suffix(".json"), stem.with_suffix(".parquet")
+    if not path.exists():
+        return None
+    row = read_json(path, what="a run")
+    remedy = "delete it, and it is done again."
+    require_same(row.pop("made_from", {}), terms, what=f"`{path}`", remedy=remedy)
+    if set(row) != {each.name for each in fields(RunResult)} - {"decisions"}:
+        raise FileError(f"`{path}` must hold a run, but its keys are others; {remedy}")
+    return RunResult.from_row(
+        row, read_parquet(decisions, what="decisions").to_pandas() if decisions.exists() else None
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """Where one run is kept, under a name that stands for all that it depends on."""
-
-    stem: Path
-    made_from: Mapping[str, Any]
-
-    def read(self) -> Run | None:
-        """The run; None where it is not kept.
-
-        Raises:
-            FileError: The file is no run, or another's.
-        """
-        path = self.stem.with_suffix(".json")
-        if not path.exists():
-            return None
-        row = read_json(path, what="a run")
-        remedy = "delete it, and it is done again."
-        require_same(row.pop("made_from", {}), self.made_from, what=f"`{path}`", remedy=remedy)
-        if set(row) != {field.name for field in fields(Run)} - {"decisions"}:
-            raise FileError(f"`{path}` must hold a run, but its keys are others; {remedy}")
-        decisions = self.stem.with_suffix(".parquet")
-        return Run(
-            **row, decisions=read_parquet(decisions, what="decisions").to_pandas() if decisions.exists() else None
-        )
-
-    def write(self, run: Run) -> None:
-        """Keeps the run."""
-        if run.decisions is not None:
-            write_decisions(run.decisions, self.stem.with_suffix(".parquet"))
-        row = {name: value for name, value in asdict(run).items() if name != "decisions"}
-        write_json(self.stem.with_suffix(".json"), {**row, "made_from": self.made_from})
+def make_grid(
+    variants: Variants, training: TrainingSettings, *, rate_factor: float = 1.0, **labels: Any
+) -> list[RunSpec]:
+    """Every variant of a method at every learning rate of the schedule; `labels` are fields of `RunSpec`."""
+    each = variants if isinstance(variants, Sequence) else [variants]
+    methods = [Lora(variant) if isinstance(variant, RankAllocation) else variant for variant in each]
+    schedules = [training.at(rate_factor * rate) for rate in training.learning_rates]
+    return [RunSpec(method=method, training=schedule, **labels) for method in methods for schedule in schedules]
 
 
-def _kept(task: Task, cells: Sequence[Cell], folder: Path) -> list[_File | None]:
-    """Where each cell's run is kept."""
-    about = fingerprint_task(task)
-    terms = [cell.made_from(about) for cell in cells]
-    return [_File(folder / digest(each), each) for each in terms]
-
-
-def _run_and_keep(task: Task, cell: Cell, file: _File | None) -> Run:
-    with user_errors("the study's own code", TaskError):  # where a worker's traceback still is
-        run = run_cell(task, cell)
-    if file is not None:
-        file.write(run)
-    return run
-
-
-Variants = RankAllocation | Method | Sequence[RankAllocation | Method]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repeats:
-    """A method trained on several seeds at its own best learning rate.
-
-    Attributes:
-        method: The one that was chosen, where there were variants.
-        learning_rate: Chosen on the validation split among the rates offered.
-        runs: One a seed, in the order of the seeds.
-        tuning: The runs that chose.
-    """
-
-    method: Method
-    learning_rate: float
-    runs: tuple[Run, ...]
-    tuning: tuple[Run, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Of the method."""
-        return self.method.name
-
-    @property
-    def parameters(self) -> int:
-        """The most adapter parameters that a run ended with."""
-        return max(run.parameters for run in self.runs)
-
-    @property
-    def validation(self) -> list[float]:
-        """Validation metric by seed."""
-        return [run.validation for run in self.runs]
-
-    @property
-    def test(self) -> list[float]:
-        """Test metric by seed; empty where it was not read."""
-        return [run.test for run in self.runs if run.test is not None]
-
-
-def repeat_all(
+def run_tuned(
     task: Task,
-    methods: Sequence[Variants],
-    config: TrainingConfig,
+    grids: Sequence[Sequence[RunSpec]],
     *,
-    learning_rates: Sequence[float],
     seeds: Sequence[int],
     tuning_seeds: Sequence[int] = (0, 1),
-    limits: Sequence[int | None] | None = None,
-    rate_factors: Sequence[float] | None = None,
     n_jobs: int = 1,
-    kept_in: str | os.PathLike[str] | None = None,
-    save_first_to: str | os.PathLike[str] | None = None,
-    on_run: Callable[[int, int], None] | None = None,
-) -> list[Repeats]:
-    """Trains every method on the same seeds, each at the learning rate that is best for it on validation.
+    kept_in: PathLike | None = None,
+    save_first_to: PathLike | None = None,
+    on_run: Callable[[int, int], object] | None = None,
+) -> list[list[RunResult]]:
+    """Train every method on the same seeds, each with the variant and learning rate that are best for it on validation.
 
-    Args:
-        task: Where model, data, loss and metric come from.
-        methods: What to compare: allocations, or other methods; of a sequence of variants the best on validation is chosen
-            together with its rate.
-        config: The schedule.
-        learning_rates: The grid; with a single rate and variant nothing is tuned.
-        seeds: Seeds of the runs that are reported.
-        tuning_seeds: Seeds of the runs that choose; keep them apart from `seeds`.
-        limits: Of each method, the most adapter parameters: variants that end above it are not chosen. None: no limit.
-        rate_factors: Of each method, a factor on the grid: full fine-tuning wants far lower rates than adapters.
-        n_jobs: Processes; each uses one torch thread unless OMP_NUM_THREADS says more.
-        kept_in: Folder that keeps every run; those in it are not done again.
-        save_first_to: Folder for the adapter of the last method's first seed.
-        on_run: Called with the number of runs done and of runs in all.
+    Each grid holds the runs to choose from for one method (`make_grid`); a single run is not tuned. Keep `tuning_seeds` apart
+    from `seeds`. The adapter of the last method's first seed goes to `save_first_to`. `on_run` is called with the number of runs
+    done and of runs in all.
 
-    Raises:
-        SettingsError: All variants of a method end above its limit.
-        RankscopeError: A method cannot run on this task or schedule.
+    Returns:
+        The runs of each method: first those that tuned, then the reported ones in the order of the seeds.
     """
-    factors = rate_factors or [1.0] * len(methods)
-    grids = [
-        _grid(each, config, [factor * rate for rate in learning_rates])
-        for each, factor in zip(methods, factors, strict=True)
-    ]
-    for cell in (cell for grid in grids for cell in grid):
-        if check := getattr(cell.method, "check", None):
-            check(task, cell.config)
-    tuned = [cell for grid in grids if len(grid) > 1 for cell in grid]
-    n_tuning = len(tuned) * len(tuning_seeds)
-    total = n_tuning + len(methods) * len(seeds)
-
-    def run(cells: list[Cell], before: int) -> list[Run]:
-        return run_all(
-            task, cells, n_jobs=n_jobs, kept_in=kept_in, on_done=lambda n: on_run and on_run(before + n, total)
-        )
-
-    found = iter(run([replace(cell, seed=seed) for cell in tuned for seed in tuning_seeds], 0))
-    tried = [_tried(grid, found, len(tuning_seeds)) for grid in grids]
-    chosen = [_best(*each) for each in zip(grids, tried, limits or [None] * len(grids), strict=True)]
-    cells = [replace(terms, seed=seed, with_test=True) for terms in chosen for seed in seeds]
+    for spec in chain(*grids):
+        spec.method.check(task, spec.training)
+    tuned = [spec for grid in grids if len(grid) > 1 for spec in grid]
+    trials = [replace(spec, seed=seed, role=TUNING) for spec in tuned for seed in tuning_seeds]
+    n_seeds, total = len(seeds), len(trials) + len(grids) * len(seeds)
+    report = on_run or (lambda done, total: None)
+    run = partial(run_all, task, n_jobs=n_jobs, kept_in=kept_in)
+    found = iter(run(trials, on_done=lambda done: report(done, total)))
+    tried = [[list(islice(found, len(tuning_seeds))) for _ in grid] if len(grid) > 1 else [] for grid in grids]
+    chosen = [_best(grid, runs) for grid, runs in zip(grids, tried, strict=True)]
+    specs = [replace(spec, seed=seed) for spec in chosen for seed in seeds]
     if save_first_to is not None:
-        cells[-len(seeds)] = replace(cells[-len(seeds)], save_to=save_first_to)
-    runs = run(cells, n_tuning)
-    n = len(seeds)
-    return [
-        Repeats(
-            method=terms.method,
-            learning_rate=terms.config.peak_learning_rate,
-            runs=tuple(runs[i * n : (i + 1) * n]),
-            tuning=tuple(run for each in tried[i] for run in each),
-        )
-        for i, terms in enumerate(chosen)
-    ]
+        specs[-n_seeds] = replace(specs[-n_seeds], save_to=save_first_to)
+    reported = iter(run(specs, on_done=lambda done: report(len(trials) + done, total)))
+    return [[*chain(*runs), *islice(reported, n_seeds)] for runs in tried]
 
 
-def _grid(candidate: Variants, config: TrainingConfig, learning_rates: Sequence[float]) -> list[Cell]:
-    """Every variant at every rate."""
-    variants = candidate if isinstance(candidate, Sequence) else [candidate]
-    return [
-        Cell(method=as_method(variant), config=config.at(rate), seed=0, with_test=False)
-        for variant in variants
-        for rate in learning_rates
-    ]
-
-
-def _tried(grid: list[Cell], runs: Iterator[Run], n: int) -> list[list[Run]]:
-    """The next n runs of each cell; none of the only one."""
-    return [list(islice(runs, n)) for _ in grid] if len(grid) > 1 else [[]]
-
-
-def _best(grid: list[Cell], tried: list[list[Run]], limit: int | None) -> Cell:
-    """The cell that is best on validation, in the mean over its runs, of those within the limit; the only one is not tried."""
+def _best(grid: Sequence[RunSpec], tried: Sequence[Sequence[RunResult]]) -> RunSpec:
+    """The run with the best mean validation metric of those within the budget; the only one is not tried."""
     if len(grid) == 1:
         return grid[0]
-    most = [max(run.parameters for run in runs) for runs in tried]
-    within = [place for place in range(len(grid)) if limit is None or most[place] <= limit]
+    limit, most = grid[0].budget, [max(run.parameters for run in runs) for runs in tried]
+    within = [place for place, parameters in enumerate(most) if not limit or parameters <= limit]
     if not within:
         raise SettingsError(
             f"`{grid[0].method.name}` must end within {limit:,} parameters to be compared, but its variants end with "
@@ -553,27 +296,111 @@ def _best(grid: list[Cell], tried: list[list[Run]], limit: int | None) -> Cell:
     return grid[max(within, key=lambda place: fmean(run.validation for run in tried[place]))]
 
 
-SCHEMA = 2
-REFERENCE = "uniform"
-DEFAULT_METHODS = ("uniform", "one-shot", "random", "controller", "adalora", "eva")
-REPORTED, TUNING = "reported", "tuning"
-_METADATA = b"rankscope"
-_COLUMNS = pa.schema(
-    [
-        *(
-            pa.field(name, pa.string(), False)
-            for name in ("task", "metric", "method", "variant", "role", "revision", "ranks")
-        ),
-        *(
-            pa.field(name, pa.int64(), False)
-            for name in ("budget", "seed", "steps", "parameters", "n_moved", "cost_steps")
-        ),
-        *(pa.field(name, pa.float64(), False) for name in ("factor", "learning_rate", "validation", "wall_seconds")),
-        pa.field("test", pa.float64()),
-        pa.field("peak_memory", pa.int64()),
-        pa.field("schema", pa.int64(), False),
-    ]
-)
+def known_methods() -> tuple[str, ...]:
+    """All names that `compare` takes, besides functions and entry points (`rankscope.methods`) of installed packages."""
+    others = ("uniform-rslora", "qv-only", CONTROLLER, "adalora", "eva", *UNLIMITED)
+    starts = [name for name in (*STRATEGIES, SEARCHED) if name not in ("random", REFERENCE)]
+    return (*STRATEGIES, SEARCHED, *others, *(f"{CONTROLLER}-{name}" for name in starts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A method to be compared, which is made for each budget.
+
+    `controller` holds for methods under a controller, `searched` is the search whose recommendation is compared, and relative
+    paths of files start from `base_dir`.
+    """
+
+    name: str
+    source: str | Function
+    seed: int = 0
+    controller: ControllerSettings | None = None
+    searched: SearchResult | None = None
+    base_dir: Path = Path()
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether it cannot be made without a profile."""
+        name = self.source if isinstance(self.source, str) else ""
+        return name not in known_methods() or name.removeprefix(f"{CONTROLLER}-") in NEEDS_PROFILE
+
+    def make(self, targets: Sequence[TargetModule], budget: ParameterBudget, profile: Profile | None) -> Variants:
+        """The method at one budget, in several variants where they are to be chosen from."""
+
+        def allocated(strategy: str) -> RankAllocation:
+            if strategy != SEARCHED:
+                return allocate(strategy, targets=targets, budget=budget, profile=profile, seed=self.seed)
+            if self.searched is None or self.searched.best_allocation.budget not in (None, budget.limit):
+                raise SettingsError(
+                    "`searched` needs a search at this budget, but there is none; run `rankscope search`."
+                )
+            return self.searched.best_allocation.renamed(SEARCHED)
+
+        modules, rank = tuple(targets), max(1, budget.limit // sum(target.rank_cost for target in targets))
+        match self.source:
+            case "full":
+                return FullFineTuning()
+            case "head":
+                return HeadOnly()
+            case "uniform-rslora":
+                return Lora(allocated(REFERENCE), rank_stabilised=True)
+            case "adalora":
+                return [AdaLora(modules, rank, alpha, share, end) for alpha, end in SCHEDULES for share in SHARES]
+            case "eva":
+                return [Eva(modules, rank, rho) for rho in RHOS]
+            case "qv-only":  # as LoRA's first paper
+                chosen = [target for target in targets if target.role in ("q_proj", "v_proj")]
+                if not chosen:
+                    raise SettingsError(
+                        "`qv-only` needs modules of the roles q_proj and v_proj, but the targets have none."
+                    )
+                ranks = allocate(REFERENCE, targets=chosen, budget=budget).ranks
+                return Lora(RankAllocation.from_ranks(targets, ranks, strategy="qv-only", budget=budget.limit))
+            case str(name) if name in known_methods():
+                start = name.removeprefix(CONTROLLER).removeprefix("-") or REFERENCE
+                moving = self.controller or ControllerSettings()
+                return Lora(allocated(start), moving if name.startswith(CONTROLLER) else None)
+        return self._from_function(targets=targets, budget=budget, profile=profile)
+
+    def _from_function(self, **terms: Any) -> Method:
+        """What a user's function gives."""
+        opened: Any = nullcontext(self.source)
+        if isinstance(self.source, str):
+            gives = "an allocation or a method"
+            opened = user_function(self.source, self.base_dir, gives=gives, error=SettingsError)
+        with opened as function:
+            found: Any = function(**terms)
+            if isinstance(found, RankAllocation):
+                return Lora(replace(found, strategy=self.name.rpartition(":")[2], budget=terms["budget"].limit))
+            if isinstance(found, Method):
+                return found
+            raise SettingsError(
+                f"`{self.name}` must give a RankAllocation or a Method, but gave a {type(found).__name__}."
+            )
+
+
+def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0, **options: Any) -> list[Contender]:
+    """The methods of a comparison by name; `random` is three. `options` are fields of `Contender`.
+
+    A method is a name (`known_methods()`, or of an entry point), `path/to/file.py:function`, or a function, which gets `targets`,
+    `budget` and `profile` and gives a `RankAllocation` or a `rankscope.training.Method`. `seed` is that of random allocations.
+    """
+    found, installed = [], entry_points("methods")
+    for method in methods:
+        if isinstance(method, Contender):
+            found.append(method)
+        elif method == "random":
+            found += [Contender(name=f"random {n + 1}", source=method, seed=seed + n) for n in range(N_RANDOM)]
+        elif not isinstance(method, str) or ":" in method or method in known_methods():
+            name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+            found.append(Contender(name=name, source=method, seed=seed, **options))
+        elif method in installed:
+            found.append(Contender(name=method, source=load_entry_point(installed[method], error=SettingsError)))
+        else:
+            close = difflib.get_close_matches(method, known_methods(), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known_methods())}."
+            raise SettingsError(f"`methods` must be known or `path/to/file.py:function`, but {method!r} is not; {hint}")
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -581,11 +408,8 @@ class Comparison:
     """All runs of a comparison.
 
     Attributes:
-        runs: One row a run: `study`, `task`, `metric`, `method`, `variant`, `budget` (parameters; 0: unlimited), `factor` (of the
-            study's budget), `role` (`reported` or `tuning`), `seed`, `learning_rate`, `steps`, `parameters`, `validation`,
-            `test`, `ranks` (JSON), `n_moved`, `wall_seconds`, `peak_memory`, `revision`, `cost_steps` (of a search, in
-            optimizer steps).
-        decisions: Of the first reported run of each controlled method, by its name, at the study's budget.
+        runs: One row per run; the columns are the fields of `RunResult`.
+        decisions: Of the first reported run of each controlled method at the study's budget, by the method's name.
         made_from: What the runs depend on: fingerprints of task, data and weights, budget, schedule, seeds.
     """
 
@@ -593,10 +417,14 @@ class Comparison:
     decisions: Mapping[str, pd.DataFrame]
     made_from: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_parquet(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the runs, and in the file's metadata what they depend on, atomically; returns the path."""
+    def renamed(self, study: str) -> Comparison:
+        """The same comparison under another study's name."""
+        return Comparison(self.runs.assign(study=study), self.decisions, {**self.made_from, "study": study})
+
+    def to_parquet(self, path: PathLike) -> Path:
+        """Write the runs, with `made_from` in the file's metadata, atomically; returns the path."""
         table = pa.Table.from_pandas(self.runs.assign(schema=SCHEMA), preserve_index=False)
-        metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps(dict(self.made_from)).encode()}
+        metadata = {**(table.schema.metadata or {}), b"rankscope": json.dumps(dict(self.made_from)).encode()}
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary)
         return Path(path)
@@ -604,138 +432,77 @@ class Comparison:
 
 def compare(
     task: Task,
-    methods: Sequence[str] = DEFAULT_METHODS,
+    methods: Iterable[str | Function | Contender] | None = None,
     *,
     budget: ParameterBudget,
     targets: Sequence[TargetModule] | None = None,
     profile: Profile | None = None,
-    searched: RankAllocation | None = None,
-    search_steps: int = 0,
-    controller: ControllerSettings | None = None,
-    training: TrainingConfig | None = None,
-    learning_rates: Sequence[float] | None = None,
-    seeds: Sequence[int] = range(5),
-    tuning_seeds: Sequence[int] = (10_000, 10_001),
-    budgets: Sequence[float] = (1.0,),
-    uniform_budgets: Sequence[float] = (),
-    n_jobs: int = 1,
-    kept_in: str | os.PathLike[str] | None = None,
-    study: str | None = None,
-    base_dir: Path = Path(),
-    on_run: Callable[[int, int], None] | None = None,
+    seeds: Sequence[int] | None = None,
+    training: TrainingSettings | None = None,
+    settings: CompareSettings | None = None,
+    kept_in: PathLike | None = None,
+    on_run: Callable[[int, int], object] | None = None,
+    **overrides: Any,
 ) -> Comparison:
-    """Compares methods at equal parameters, steps and data order, each at its own best learning rate.
+    """Compare methods at equal parameters, steps and data order, each at its own best learning rate.
 
-    Uniform LoRA always takes part. Rate, and variant where a method has several, are chosen on validation with
-    `tuning_seeds`; then every method is trained on the same `seeds`, and the test split is read once.
+    Uniform LoRA always takes part. Learning rate and variant are chosen on validation with seeds of their own; then every
+    method is trained on the same `seeds`, and the test split is read once.
 
     Args:
         task: Where model, data, loss and metric come from.
-        methods: Names (`rankscope.comparison.known_methods()`), or `path/to/file.py:function`, which gets `targets`, `budget` and
-            `profile` and gives a `RankAllocation` or a `rankscope.training.Method`.
-        budget: In adapter parameters. Variants that end above it are not chosen, and a method that has no other is refused.
+        methods: As `find_methods` takes them; default: those of the settings.
+        budget: In adapter parameters. Variants that end above it are not chosen.
         targets: The target modules; default: the profile's, or all that are found.
-        profile: For methods that need one; default: taken over an epoch of the training batches, where a method does.
-        searched: What a search recommends at this budget.
-        search_steps: Optimizer steps that the search took, shown as its cost.
-        controller: Settings of the controller's methods.
-        training: The schedule.
-        learning_rates: One grid for all methods (a thirtieth of it for full fine-tuning); default: the schedule's rate alone.
-        seeds: Of the runs that are reported; at least 3 for intervals and tests.
-        tuning_seeds: Of the runs that choose; none of `seeds`.
-        budgets: Factors of the budget at which all methods are compared; 1, the budget itself, among them.
-        uniform_budgets: Further factors for uniform alone: how much it must grow to match the others.
-        n_jobs: Processes.
-        kept_in: Folder that keeps every run; those in it are not done again, unless something that they depend on changed.
-        study: The name that results show; default: the task's.
-        base_dir: What relative paths of a user's own methods start from.
+        profile: For methods that need one; default: taken over an epoch of the training batches.
+        seeds: Of the reported runs, at least 3 for intervals and tests; default: the settings' `n_seeds`, from 0.
+        training: The schedule; every method is tuned over its learning rates (full fine-tuning over a thirtieth of them).
+        settings: How many seeds, and which budgets.
+        kept_in: Folder that keeps every run, so that a comparison resumes.
         on_run: Called with the number of runs done and of runs in all.
-
-    Raises:
-        SettingsError: A method that is not known, lacks a search, or ends above the budget; seeds that overlap; budgets
-            without 1.
+        **overrides: Values of the settings.
 
     >>> import rankscope as rs
-    >>> task = rs.load_task("digits-shift")
-    >>> short = rs.TrainingConfig(steps=2, learning_rate=0.01)
-    >>> found = compare(task, ["uniform", "head"], budget=rs.ParameterBudget(6912), training=short, seeds=range(2))
+    >>> task, short = rs.load_task("digits-shift"), TrainingSettings(steps=2, learning_rate=0.01)
+    >>> found = compare(task, ["head"], budget=rs.ParameterBudget(6912), training=short, n_seeds=2)
     >>> found.runs.groupby("method", sort=False).size().to_dict()
     {'uniform': 2, 'head': 2}
     """
-    training = training or TrainingConfig()
-    rates = list(learning_rates or training.learning_rates)
-    names = list(dict.fromkeys([REFERENCE, *methods]))
-    check_terms(seeds, tuning_seeds, budgets)
-    if profile is None and need_profile(names):
+    settings, training = CompareSettings.of(settings, **overrides), training or TrainingSettings()
+    seeds = range(settings.n_seeds) if seeds is None else seeds
+    tuning_seeds = check_terms(settings, seeds)
+    asked = [REFERENCE, *(settings.methods if methods is None else methods)]
+    contenders = {each.name: each for each in find_methods(asked, seed=min(seeds))}
+    if profile is None and any(each.needs_profile for each in contenders.values()):
         profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
-    terms = Terms(
-        targets=tuple(targets), budget=budget, profile=profile, searched=searched, seed=min(seeds),
-        controller=controller or ControllerSettings(), base_dir=base_dir,
-    )  # fmt: skip
-    entries = _entries(names, terms, budgets, uniform_budgets)
-    repeats = repeat_all(
-        task,
-        [entry.variants for entry in entries],
-        training,
-        learning_rates=rates,
-        seeds=seeds,
-        tuning_seeds=tuning_seeds,
-        limits=[entry.limit for entry in entries],
-        rate_factors=[RATE_FACTORS.get(entry.name, 1.0) for entry in entries],
-        n_jobs=n_jobs,
-        kept_in=kept_in,
-        on_run=on_run,
-    )
-    rows = [
-        {"study": study or task.name, **_row(task, entry, run, role, search_steps)}
-        for entry, found in zip(entries, repeats, strict=True)
-        for role, runs in ((TUNING, found.tuning), (REPORTED, found.runs))
-        for run in runs
-    ]
+    grids = []
+    for factor in sorted({*settings.budgets, *settings.uniform_budgets}):
+        at = _scaled(budget, factor)
+        for name, each in contenders.items():
+            limited = name not in UNLIMITED
+            if name == REFERENCE or (factor in settings.budgets and (limited or factor == 1.0)):
+                cost = each.searched.steps if each.searched and SEARCHED in name else 0
+                labels = {"name": name, "budget": at.limit * limited, "factor": factor, "cost_steps": cost}
+                made, rate_factor = each.make(targets, at, profile), RATE_FACTORS.get(name, 1.0)
+                grids.append(make_grid(made, training, rate_factor=rate_factor, **labels))
+    options: dict[str, Any] = {"n_jobs": settings.n_jobs, "kept_in": kept_in, "on_run": on_run}
+    runs = list(chain(*run_tuned(task, grids, seeds=seeds, tuning_seeds=tuning_seeds, **options)))
     made_from = {
-        "format": FORMAT, **fingerprint_task(task), "study": study or task.name, "targets": fingerprint_targets(targets),
-        "budget": budget.limit, "training": training.terms(), "learning_rates": rates, "seeds": list(seeds),
+        "format": FORMAT, **fingerprint_task(task), "study": task.name, "targets": fingerprint_targets(targets),
+        "budget": budget.limit, "training": training.terms(), "seeds": list(seeds),
     }  # fmt: skip
-    return Comparison(pd.DataFrame(rows), _first_decisions(entries, repeats), made_from)
+    firsts = [run for run in runs if (run.role, run.factor, run.seed) == (REPORTED, 1.0, seeds[0])]
+    decisions = {run.method: run.decisions for run in firsts if run.decisions is not None}
+    return Comparison(pd.DataFrame([run.to_row() for run in runs]), decisions, made_from)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    """A method at one budget."""
-
-    name: str
-    variants: Variants
-    factor: float
-    limit: int | None
-
-
-def _entries(
-    names: Sequence[str], terms: Terms, budgets: Sequence[float], uniform_budgets: Sequence[float]
-) -> list[_Entry]:
-    found = []
-    for factor in sorted({*budgets, *uniform_budgets}):
-        at = terms.scaled(factor)
-        for name in names if factor in budgets else [REFERENCE]:
-            unlimited = name in UNLIMITED
-            if unlimited and factor != 1.0:
-                continue
-            found += [
-                _Entry(name=shown, variants=variants, factor=factor, limit=None if unlimited else at.budget.limit)
-                for shown, variants in make_methods(name, at).items()
-            ]
-    return found
-
-
-def check_terms(seeds: Sequence[int], tuning_seeds: Sequence[int], budgets: Sequence[float]) -> None:
-    """Checks what a comparison is asked for, before anything is trained.
-
-    Raises:
-        SettingsError: There are no seeds, seeds that tune are reported too, or the budget itself is not compared.
-    """
-    if 1.0 not in budgets:
-        held = ", ".join(f"{factor:g}" for factor in budgets) or "none"
+def check_terms(settings: CompareSettings, seeds: Sequence[int]) -> range:
+    """The seeds that tune; raises SettingsError for budgets and seeds that cannot be compared, before anything is trained."""
+    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
+    if 1.0 not in settings.budgets:
+        held = ", ".join(f"{factor:g}" for factor in settings.budgets) or "none"
         raise SettingsError(
             f"`budgets` must hold the factor 1, the study's own budget, but holds {held}; add 1, or change `budget`."
         )
@@ -743,27 +510,13 @@ def check_terms(seeds: Sequence[int], tuning_seeds: Sequence[int], budgets: Sequ
         raise SettingsError("`seeds` must hold at least one seed, but is empty.")
     if shared := set(seeds) & set(tuning_seeds):
         raise SettingsError(f"`tuning_seeds` must be none of `seeds`, but share {min(shared)}; take others.")
+    return tuning_seeds
 
 
-def _row(task: Task, entry: _Entry, run: Run, role: str, search_steps: int) -> dict[str, Any]:
-    values = {key: value for key, value in asdict(run).items() if key not in ("method", "decisions", "ranks")}
-    return {
-        "task": task.name,
-        "metric": task.metric,
-        "method": entry.name,
-        "budget": entry.limit or 0,
-        "factor": entry.factor,
-        "role": role,
-        **values,
-        "ranks": json.dumps(run.ranks),
-        "cost_steps": search_steps if SEARCHED in entry.name else 0,
-    }
-
-
-def _first_decisions(entries: Sequence[_Entry], repeats: Sequence[Repeats]) -> dict[str, pd.DataFrame]:
-    found = {}
-    for entry, each in zip(entries, repeats, strict=True):
-        decisions = each.runs[0].decisions
-        if decisions is not None and entry.factor == 1.0:
-            found[entry.name] = decisions
-    return found
+def _scaled(budget: ParameterBudget, factor: float) -> ParameterBudget:
+    if not 1 <= factor * budget.limit < 2**63:
+        raise SettingsError(
+            f"`budgets` must leave a budget between 1 and 2^63 parameters, but {factor:g} times {budget.limit:,} is "
+            "not; change the factor."
+        )
+    return budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))

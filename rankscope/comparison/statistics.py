@@ -68,13 +68,7 @@ def seed_noise(metric: Sequence[float]) -> float:
 
 
 class Ranking(NamedTuple):
-    """Methods ranked over tasks.
-
-    Attributes:
-        mean_ranks: By method; 1 is best; ties share.
-        critical_difference: Mean ranks further apart than this differ (Nemenyi, 5 %).
-        p_value: Friedman's, of all methods being alike; NaN for fewer than 3 methods or 2 tasks.
-    """
+    """Mean ranks of methods (1 is best), the difference beyond which two of them differ (Nemenyi, 5 %), and Friedman's p."""
 
     mean_ranks: dict[str, float]
     critical_difference: float
@@ -83,6 +77,8 @@ class Ranking(NamedTuple):
 
 def rank_methods(scores: Mapping[str, Sequence[float]]) -> Ranking:
     """Rank methods by their scores, (n_tasks,) each, higher is better (Demsar, JMLR 7, 2006).
+
+    The p-value is NaN for fewer than 3 methods or 2 tasks.
 
     >>> rank_methods({"a": [0.9, 0.8], "b": [0.7, 0.8], "c": [0.1, 0.2]}).mean_ranks
     {'a': 1.25, 'b': 1.75, 'c': 3.0}

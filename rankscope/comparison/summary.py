@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,20 +28,23 @@ NO_DIFFERENCE = "no difference"
 SAME_RUNS = "same runs as uniform"
 BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
 
-_TEXTS = ("task", "metric", "method", "variant", "role", "revision", "ranks")
-_INTEGERS = ("budget", "seed", "steps", "parameters", "n_moved", "cost_steps", "schema")
-_NUMBERS = ("factor", "learning_rate", "validation", "wall_seconds")
+_TYPES = {
+    pa.string(): ("task", "metric", "method", "variant", "role", "revision", "ranks"),
+    pa.int64(): ("budget", "seed", "steps", "parameters", "n_moved", "cost_steps", "schema", "peak_memory"),
+    pa.float64(): ("factor", "learning_rate", "validation", "wall_seconds", "test"),
+}
 _COLUMNS = pa.schema(
-    [
-        *(pa.field(name, pa.string(), nullable=False) for name in _TEXTS),
-        *(pa.field(name, pa.int64(), nullable=False) for name in _INTEGERS),
-        *(pa.field(name, pa.float64(), nullable=False) for name in _NUMBERS),
-        pa.field("test", pa.float64()),
-        pa.field("peak_memory", pa.int64()),
-    ]
+    [pa.field(name, kind, name in ("test", "peak_memory")) for kind, names in _TYPES.items() for name in names]
 )
-# What two methods with the same runs may differ in.
-_BESIDE = {"method", "variant", "budget", "cost_steps", "wall_seconds", "peak_memory", "revision"}
+_BESIDE = {
+    "method",
+    "variant",
+    "budget",
+    "cost_steps",
+    "wall_seconds",
+    "peak_memory",
+    "revision",
+}  # no outcome of a run
 
 
 def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -110,12 +112,11 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         runs: `Comparison.runs`, of one study or several. Where a study holds several tasks, each task is a study of its own.
 
     Returns:
-        Columns of the runs (`study`, `task`, `factor`, `variant`, `learning_rate`, `budget`, `cost_steps`, `method`), and:
-        `parameters` (largest of all seeds); `over_budget`; `seeds` (their number); `validation`, `test` (means); `deviation` of
-        `test` over seeds; `difference` to uniform at the same factor, paired, with its 95 % interval `low`, `high`; `p` of a
-        sign-flip permutation test and `p_holm` (over the methods of a study and factor); these are NaN with fewer than 3
-        seeds; `noise` (`seed_noise` of uniform); `relative` (difference over uniform's metric); `seconds` (median run);
-        `peak_memory`; `verdict` (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none);
+        Columns of the runs, and: `parameters` (largest of all seeds), `over_budget`, `seeds` (their number), `validation` and
+        `test` (means), `deviation` of `test` over seeds; `difference` to uniform at the same factor, paired, its 95 % interval
+        `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over the methods of a study and factor (NaN with fewer
+        than 3 seeds); `noise` (`seed_noise` of uniform), `relative` (difference over uniform's metric), `seconds` (median run),
+        `verdict` (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and
         `uniform_budget_multiplier` (how many times the parameters uniform needs; NaN where it has one budget only).
 
     Raises:
@@ -138,39 +139,24 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _compared(group: pd.DataFrame) -> pd.DataFrame:
     """Of one study and factor: every method beside uniform."""
-    by_method = {str(name): rows.sort_values("seed") for name, rows in group.groupby("method", sort=False)}
+    by_method = {str(name): runs.sort_values("seed") for name, runs in group.groupby("method", sort=False)}
     uniform = by_method[REFERENCE]
     outcome = [name for name in group if name not in _BESIDE]
     theirs = uniform["test"].tolist()
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[Any, Any]] = []
     for name, mine in by_method.items():
-        first, ours, parameters = mine.iloc[0], mine["test"].tolist(), int(mine["parameters"].max())
+        row = mine.iloc[0][["study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps"]].to_dict()
+        ours, parameters = mine["test"].tolist(), int(mine["parameters"].max())
         difference = paired_difference(ours, theirs)
-        labels = ("study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps")
-        rows.append(
-            {key: first[key] for key in labels}
-            | {
-                "method": name,
-                "parameters": parameters,
-                "over_budget": bool(0 < first["budget"] < parameters),
-                "seeds": len(mine),
-                "validation": mine["validation"].mean(),
-                "test": mine["test"].mean(),
-                "deviation": mine["test"].std(),
-                "difference": difference.mean,
-                "low": difference.low,
-                "high": difference.high,
-                "p": paired_p_value(ours, theirs),
-                "noise": seed_noise(theirs),
-                "relative": difference.mean / uniform["test"].mean(),
-                "seconds": mine["wall_seconds"].median(),
-                "peak_memory": mine["peak_memory"].max(),
-                "same_runs": mine[outcome].to_dict("list") == uniform[outcome].to_dict("list"),
-            }
-        )
-    table = pd.DataFrame(rows)
+        row |= {"method": name, "parameters": parameters, "over_budget": bool(0 < row["budget"] < parameters)}
+        row |= {"seeds": len(mine), "validation": mine["validation"].mean(), "test": mine["test"].mean()}
+        row |= {"deviation": mine["test"].std(), "difference": difference.mean, "low": difference.low}
+        row |= {"high": difference.high, "p": paired_p_value(ours, theirs), "noise": seed_noise(theirs)}
+        row |= {"relative": difference.mean / uniform["test"].mean(), "seconds": mine["wall_seconds"].median()}
+        same = mine[outcome].to_dict("list") == uniform[outcome].to_dict("list")
+        rows.append(row | {"peak_memory": mine["peak_memory"].max(), "same_runs": same})
+    table = pd.DataFrame(rows).assign(p_holm=np.nan)
     tested = (table["method"] != REFERENCE) & table["p"].notna()
-    table["p_holm"] = np.nan
     table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
     return table.assign(verdict=[_verdict(row) for _, row in table.iterrows()]).drop(columns="same_runs")
 
@@ -184,17 +170,14 @@ def _verdict(row: pd.Series) -> str:
         return SAME_RUNS
     if row["seeds"] < FEWEST_PAIRS:
         return "too few seeds"
-    if row["p_holm"] >= SIGNIFICANCE:
-        return NO_DIFFERENCE
-    return "better" if row["difference"] > 0 else "worse"
+    better = "better" if row["difference"] > 0 else "worse"
+    return NO_DIFFERENCE if row["p_holm"] >= SIGNIFICANCE else better
 
 
 def _multiplier(row: pd.Series, table: pd.DataFrame) -> float:
     uniform = table[(table["study"] == row["study"]) & (table["method"] == REFERENCE)].sort_values("factor")
-    if len(uniform) < 2:
-        return math.nan
-    factors: Sequence[float] = uniform["factor"].tolist()
-    return uniform_budget_multiplier(float(row["test"]), factors, uniform["test"].tolist()) / float(row["factor"])
+    factors, scores = uniform["factor"].tolist(), uniform["test"].tolist()
+    return uniform_budget_multiplier(row["test"], factors, scores) / row["factor"] if len(factors) > 1 else math.nan
 
 
 def format_row(row: pd.Series) -> dict[str, str]:
@@ -202,34 +185,36 @@ def format_row(row: pd.Series) -> dict[str, str]:
 
     `points` is the difference to uniform in points with its interval; of uniform, the metric itself.
     """
-    reference, judged = row["method"] == REFERENCE, not row["over_budget"] and row["verdict"] != SAME_RUNS
     difference = Interval(row["difference"], row["low"], row["high"])
-    points = "over the budget" if row["over_budget"] else SAME_RUNS
+    points = difference.text(scale=100, digits=1)
     multiplier, verdict = row["uniform_budget_multiplier"], str(row["verdict"])
+    study, seeds = str(row["study"]), int(row["seeds"])
     texts = {
+        "study": study if row["task"] in study else f"{study}, {row['task']}",
+        "name": f"{study}: {row['method']}",
+        "seeds": f"{seeds} seed{'s' * (seeds != 1)}",
+        "noise": f"{100 * row['noise']:.1f}",
         "method": str(row["method"]),
         "variant": f"{row['method']} ({row['variant']})" if row["variant"] else str(row["method"]),
         "parameters": f"{row['parameters']:,}",
         "rate": f"{row['learning_rate']:.3g}",
         "test": f"{row['test']:.4f}",
-        "deviation": _number(row["deviation"], ".4f"),
-        "points": difference.text(scale=100, digits=1) if judged else points,
+        "deviation": "-" if math.isnan(row["deviation"]) else f"{row['deviation']:.4f}",
+        "points": "over the budget" if row["over_budget"] else SAME_RUNS if verdict == SAME_RUNS else points,
         "differs": "no" if verdict in (NO_DIFFERENCE, SAME_RUNS) else verdict.partition(":")[0],
         "difference": f"{100 * row['difference']:+.2f}",
         "interval": "-" if math.isnan(difference.low) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
-        "p": _number(row["p_holm"], ".3f"),
+        "p": "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}",
         "verdict": verdict,
-        "needs": "more than tried" if math.isinf(multiplier) else _number(multiplier, ".2g", " x the parameters"),
+        "needs": "more than tried" if math.isinf(multiplier) else f"{multiplier:.2g} x the parameters",
         "seconds": f"{row['seconds']:.1f} s",
         "memory": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
         "search": f"{row['cost_steps']:,}" if row["cost_steps"] else "",
     }
+    if math.isnan(multiplier):
+        texts["needs"] = ""
     own = {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": ""}
-    return texts | own if reference else texts
-
-
-def _number(value: float, form: str, unit: str = "") -> str:
-    return "-" if math.isnan(value) else format(value, form) + unit
+    return texts | own if row["method"] == REFERENCE else texts
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -237,25 +222,22 @@ def to_markdown(table: pd.DataFrame) -> str:
 
     Bold: better or worse than uniform. In italics, and last: methods without a budget (full fine-tuning, the head alone). The
     last column is the mean of `relative` over the studies, of methods that are within the budget in all of them.
-
-    Args:
-        table: What `summarise` gives.
     """
     table = at_budget(table)
-    studies = list(dict.fromkeys(table["study"]))
-    unlimited = set(table.loc[table["budget"] == 0, "method"])
     seeds = table.groupby("study", sort=False)["seeds"].first()
-    lines = [["method", *(f"{study}, {seeds[study]} seeds" for study in studies), "mean relative gain"]]
-    lines.append(["---", *["---:"] * (len(studies) + 1)])
+    unlimited = set(table.loc[table["budget"] == 0, "method"])
+    lines = [["method", *(f"{study}, {n} seeds" for study, n in seeds.items()), "mean relative gain"]]
+    lines.append(["---", *["---:"] * (len(seeds) + 1)])
     for method in sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited):
         rows = table[table["method"] == method].set_index("study", drop=False)
-        cells = {study: format_row(row)["points"] for study, row in rows.iterrows()}
-        bold = {study for study, row in rows.iterrows() if row["verdict"] in ("better", "worse")}
+        marks = {study: "**" * (verdict in ("better", "worse")) for study, verdict in rows["verdict"].items()}
+        cells = {study: f"{marks[study]}{format_row(row)['points']}{marks[study]}" for study, row in rows.iterrows()}
         gains = rows.loc[~rows["over_budget"], "relative"]
-        mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(studies) and method != REFERENCE else ""
+        mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(seeds) and method != REFERENCE else ""
         name = method.replace("|", r"\|")  # a user's own method is named after its file
-        cells = {study: f"**{text}**" if study in bold else text for study, text in cells.items()}
-        lines.append([f"*{name}*" if method in unlimited else name, *(cells.get(each, "") for each in studies), mean])
+        lines.append(
+            [f"*{name}*" if method in unlimited else name, *(cells.get(study, "") for study in seeds.index), mean]
+        )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

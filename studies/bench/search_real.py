@@ -20,8 +20,9 @@ from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
 
 import rankscope as rs
-from rankscope.comparison import paired_difference, repeat_all
+from rankscope.comparison import make_grid, paired_difference, run_tuned
 from rankscope.searching.confirmation import CONFIRM_FRACTION
+from rankscope.settings import TrainingSettings
 from rankscope.tasks import profile_task
 
 RATES = [0.005, 0.01, 0.02]
@@ -42,43 +43,29 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     found = [
         rs.RankAllocation(taken.targets, tuple(row["ranks"]), strategy=f"search {row['seed']}") for row in searches
     ]
-    repeats = repeat_all(
-        task,
-        [*allocations, *dict.fromkeys(found)],
-        TRAINING,
-        learning_rates=RATES,
-        seeds=range(2000, 2002 if quick else 2012),
-        n_jobs=2,
-    )
-    by_ranks = dict(zip([a.vector for a in [*allocations, *dict.fromkeys(found)]], repeats, strict=True))
-    uniform, one_shot = (by_ranks[a.vector] for a in allocations)
-    rows: list[dict[str, Any]] = [
-        {
-            "strategy": r.name,
-            "learning_rate": r.learning_rate,
-            "test": fmean(r.test),
-            "test_by_seed": r.test,
-        }
-        for r in (uniform, one_shot)
-    ]
+    compared = [*allocations, *dict.fromkeys(found)]
+    schedule = TrainingSettings(steps=TRAINING.steps, learning_rate=RATES)
+    grids = [make_grid(allocation, schedule) for allocation in compared]
+    groups = run_tuned(task, grids, seeds=range(2000, 2002 if quick else 2012), n_jobs=2)
+    runs = {a.vector: [run for run in group if run.test is not None] for a, group in zip(compared, groups, strict=True)}
+    test = {ranks: [run.test for run in reported if run.test is not None] for ranks, reported in runs.items()}
+    uniform, one_shot = (test[a.vector] for a in allocations)
+    rows: list[dict[str, Any]] = []
+    for allocation in allocations:
+        mine = test[allocation.vector]
+        rate = runs[allocation.vector][0].learning_rate
+        rows.append({"strategy": allocation.strategy, "learning_rate": rate, "test": fmean(mine), "test_by_seed": mine})
     for row in searches:
-        mine = by_ranks[tuple(row["ranks"])]
-        rows.append(
-            {
-                **row,
-                "test": fmean(mine.test),
-                "minus_uniform": list(paired_difference(mine.test, uniform.test)),
-                "minus_one_shot": list(paired_difference(mine.test, one_shot.test)),
-            }
-        )
+        mine = test[tuple(row["ranks"])]
+        differences = {
+            "minus_uniform": list(paired_difference(mine, uniform)),
+            "minus_one_shot": list(paired_difference(mine, one_shot)),
+        }
+        rows.append({**row, "test": fmean(mine), **differences})
     mean = fmean(row["test"] for row in rows[2:])
     return rows, [
-        Claim.at_least(
-            "mean test accuracy of the searched allocations minus uniform's", mean - fmean(uniform.test), 0.0
-        ),
-        Claim.at_least(
-            "mean test accuracy of the searched allocations minus one-shot's", mean - fmean(one_shot.test), 0.0
-        ),
+        Claim.at_least("mean test accuracy of the searched allocations minus uniform's", mean - fmean(uniform), 0.0),
+        Claim.at_least("mean test accuracy of the searched allocations minus one-shot's", mean - fmean(one_shot), 0.0),
     ]
 
 

@@ -22,7 +22,7 @@ from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
 
 import rankscope as rs
-from rankscope.comparison import Cell, paired_difference, run_all
+from rankscope.comparison import RunSpec, paired_difference, run_all
 from rankscope.searching import SearchResult
 from rankscope.settings import read_study
 from rankscope.training import Lora
@@ -84,8 +84,8 @@ def _terms(result: SearchResult, name: str) -> tuple[rs.RankAllocation, float]:
 
 def _test(allocation: rs.RankAllocation, training: rs.TrainingConfig, seed: int, quick: bool) -> float:
     """Test accuracy of one run in full; runs that were done before are read."""
-    cell = Cell(method=Lora(allocation), config=training, seed=seed)
-    (run,) = run_all(rs.load_task("supersense"), [cell], kept_in=None if quick else CACHE / "search_supersense")
+    spec = RunSpec(method=Lora(allocation), training=training, seed=seed)
+    (run,) = run_all(rs.load_task("supersense"), [spec], kept_in=None if quick else CACHE / "search_supersense")
     assert run.test is not None
     return run.test
 

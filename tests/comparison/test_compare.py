@@ -3,19 +3,20 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 import rankscope as rs
-from rankscope.comparison import Comparison, compare, known_methods, read_comparison
-from rankscope.comparison.runner import Terms, make_methods
+from rankscope.comparison import Comparison, compare, find_methods, known_methods, read_comparison
 from rankscope.errors import FileError, SettingsError
+from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, Lora
 
-TRAINING = rs.TrainingConfig(steps=10, learning_rate=0.02)
+TRAINING = TrainingSettings(steps=10, learning_rate=0.02)
 
 MINE = """
 import rankscope as rs
@@ -49,7 +50,6 @@ def options(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, folde
         "training": TRAINING,
         "seeds": range(3),
         "kept_in": folder / "runs",
-        "base_dir": folder,
     }
 
 
@@ -57,8 +57,8 @@ METHODS = ["one-shot", "random", "qv-only", "eva", "head", "controller", "mine.p
 
 
 @pytest.fixture(scope="module")
-def found(digits: Task, options: dict[str, Any]) -> Comparison:
-    return compare(digits, METHODS, **options, uniform_budgets=[0.5])
+def found(digits: Task, options: dict[str, Any], folder: Path) -> Comparison:
+    return compare(digits, find_methods(METHODS, base_dir=folder), **options, uniform_budgets=[0.5])
 
 
 def test_every_method_keeps_the_budget_and_shares_the_seeds(found: Comparison) -> None:
@@ -81,9 +81,9 @@ def test_every_method_keeps_the_budget_and_shares_the_seeds(found: Comparison) -
 
 
 def test_what_is_kept_is_not_run_again_and_a_rerun_gives_the_same(
-    digits: Task, options: dict[str, Any], found: Comparison, tmp_path: Path
+    digits: Task, options: dict[str, Any], found: Comparison, folder: Path, tmp_path: Path
 ) -> None:
-    again = compare(digits, METHODS, **options, uniform_budgets=[0.5])
+    again = compare(digits, find_methods(METHODS, base_dir=folder), **options, uniform_budgets=[0.5])
     pd.testing.assert_frame_equal(again.runs, found.runs)  # wall seconds too: they were read
     fresh = compare(digits, ["one-shot"], **(options | {"seeds": range(1, 2), "kept_in": None}))
     one = fresh.runs[fresh.runs["method"] == "one-shot"]
@@ -102,9 +102,10 @@ def test_rate_and_variant_are_tuned_within_the_budget(
     digits: Task, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdaLoRA at its full number of ranks ends above the budget here, so that its smaller variant is chosen."""
+    monkeypatch.setattr("rankscope.comparison.runner.FIRST_TUNING_SEED", 100)
     monkeypatch.setattr("rankscope.comparison.runner.SCHEDULES", ((32.0, 0.7),))
     monkeypatch.setattr("rankscope.comparison.runner.SHARES", (1.0, 0.75))
-    found = compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
+    found = compare(digits, ["adalora"], **(options | {"kept_in": None}), n_tuning_seeds=1)
     tuning = found.runs[(found.runs["role"] == "tuning") & (found.runs["method"] == "adalora")]
     over = tuning[tuning["parameters"] > tuning["budget"]]
     chosen = set(found.runs.loc[(found.runs["role"] == "reported") & (found.runs["method"] == "adalora"), "variant"])
@@ -123,7 +124,7 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
         r"the budget, or leave it out\.$"
     )
     with pytest.raises(SettingsError, match=pattern):
-        compare(digits, ["adalora"], **(options | {"kept_in": None}), tuning_seeds=[100])
+        compare(digits, ["adalora"], **(options | {"kept_in": None}), n_tuning_seeds=1)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,10 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_said_before_anything_runs(
-    digits: Task, options: dict[str, Any], methods: list[str], changes: dict[str, Any], message: str
+    digits: Task, options: dict[str, Any], folder: Path, methods: list[str], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        compare(digits, methods, **(options | changes))
+        compare(digits, find_methods(methods, base_dir=folder), **(options | changes))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_a_method_that_cannot_run_is_refused_before_any_training(
     def done(number: int, total: int) -> None:
         raise AssertionError("a run was made")
 
-    short = rs.TrainingConfig(steps=2, learning_rate=0.01)
+    short = TrainingSettings(steps=2, learning_rate=0.01)
     with pytest.raises(rs.RankscopeError, match=f"^{re.escape(message)}$"):
         compare(digits, ["head", method], budget=digits_budget, training=short, seeds=[3], on_run=done)
 
@@ -184,16 +185,35 @@ def test_targets_and_profile_are_found_where_they_are_not_given(digits: Task) ->
 
 
 def test_every_known_method_can_be_made(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
-    searched = rs.allocate("one-shot", targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
-    terms = Terms(targets=digits_profile.targets, budget=digits_budget, profile=digits_profile, searched=searched)
+    best = rs.allocate("one-shot", targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
+    searched = SimpleNamespace(best_allocation=best, steps=7)
     for name in known_methods():
-        for shown, variants in make_methods(name, terms).items():
-            assert shown.startswith(name)
+        for contender in find_methods([name], searched=searched):
+            assert contender.name.startswith(name)
+            variants = contender.make(digits_profile.targets, digits_budget, digits_profile)
             for method in variants if isinstance(variants, list) else [variants]:
                 if isinstance(method, Lora):
                     assert method.allocation.parameters <= digits_budget.limit
                 elif isinstance(method, AdaLora):
                     assert method.rank == 1
+
+
+def test_functions_and_what_was_searched_are_compared_too(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    def gradient(targets: Any, budget: Any, profile: Any) -> rs.RankAllocation:
+        return rs.allocate("gradient-norm", targets=targets, budget=budget, profile=profile)
+
+    best = rs.allocate("one-shot", targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
+    searched = find_methods(["controller-searched"], searched=SimpleNamespace(best_allocation=best, steps=7))
+    runs = compare(
+        digits, [gradient, *searched], budget=digits_budget, profile=digits_profile, training=TRAINING, n_seeds=1
+    ).runs.set_index("method")
+    assert runs.index.tolist() == ["uniform", "gradient", "controller-searched"]
+    assert json.loads(runs.loc["gradient", "ranks"]) == dict(
+        gradient(digits_profile.targets, digits_budget, digits_profile).ranks
+    )
+    assert runs["cost_steps"].tolist() == [0, 0, 7]
 
 
 COMMITTED = Path("studies/results/glosses/comparison.parquet")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 import rankscope as rs
-from rankscope.comparison import compare, summarise
-from rankscope.comparison.report import write_report
+from rankscope.comparison import compare, read_comparison, summarise, write_report
+from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
 
 
@@ -20,7 +20,7 @@ def test_the_page_is_self_contained_and_shows_every_method(
         budget=digits_budget,
         targets=digits_profile.targets,
         profile=digits_profile,
-        training=rs.TrainingConfig(steps=14, learning_rate=0.02),
+        training=TrainingSettings(steps=14, learning_rate=0.02),
         seeds=range(3),
         uniform_budgets=[2.0],
     )
@@ -51,3 +51,14 @@ def test_the_page_is_self_contained_and_shows_every_method(
     both = write_report(tmp_path / "both", runs, summarise(runs))
     assert [path.name for path in both] == ["report.html", "forest.png", "budgets.png"]
     assert "Over all tasks" in both[0].read_text()
+
+
+def test_pictures_that_cannot_be_drawn_again_are_kept(tmp_path: Path) -> None:
+    runs = read_comparison("studies/results/digits-shift/comparison.parquet")
+    for name in ("ranks", "trajectories-controller"):
+        (tmp_path / f"{name}.png").write_bytes(f"kept {name}".encode())
+    page, *drawn = write_report(tmp_path, runs, summarise(runs), pictures_in=tmp_path)
+    assert [path.name for path in drawn] == ["forest.png", "budgets.png"]
+    assert "Ranks over the run: controller" in page.read_text()
+    assert page.read_text().count("data:image/png;base64,") == 4
+    assert (tmp_path / "ranks.png").read_bytes() == b"kept ranks"

@@ -3,7 +3,8 @@
 import torch
 
 import rankscope as rs
-from rankscope.comparison.runner import Cell, run_cell
+from rankscope.comparison import RunSpec, run_one
+from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import Lora
 
@@ -14,7 +15,7 @@ def test_a_run_leaves_the_callers_threads_alone(digits: Task, digits_budget: rs.
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        run_cell(digits, Cell(method=uniform, config=rs.TrainingConfig(steps=1), seed=0))
+        run_one(digits, RunSpec(method=uniform, training=TrainingSettings(steps=1)))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

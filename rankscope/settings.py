@@ -24,6 +24,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -66,6 +67,8 @@ def _as_mode(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
+# In Python, an object of a library is taken as it is, such as an Optuna sampler instead of its name.
+OrObject = WrapValidator(lambda value, check: check(value) if type(value).__module__ == "builtins" else value)
 Factors = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 Rates = Annotated[Factors, Field(min_length=1), AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates)]
 
@@ -220,7 +223,8 @@ class TrainingSettings(Settings):
 class SearchSettings(Settings):
     """How allocations are searched."""
 
-    _free = frozenset({"n_trials", "confirm_fraction", "storage", "pruner"})  # more of the same, or the same elsewhere
+    # More of the same, or the same elsewhere.
+    _free = frozenset({"n_trials", "confirm_fraction", "storage", "study_name", "pruner"})
 
     n_trials: Count = Field(60, description="Trainings in all, confirmation included.")
     n_seeds: Count = Field(1, description="Training seeds of each trial; each counts as one of `n_trials`.")
@@ -228,14 +232,18 @@ class SearchSettings(Settings):
         0.25, ge=0, lt=1, description="Share of the trainings that confirm finalists. 0: none."
     )
     fidelity: float = Field(1.0, gt=0, le=1, description="Share of the training steps that a trial takes.")
-    sampler: SamplerName = Field("performance-model", description="What proposes allocations.")
+    sampler: Annotated[SamplerName, OrObject] = Field("performance-model", description="What proposes allocations.")
+    seed: int | None = Field(None, ge=0, lt=2**31, description="Seed of the sampler. Default: the study's, or 0.")
     grouping: Grouping = Field("depth", description="Groups of blocks: by depth, or by k-means over their gradients.")
     n_groups: Count = Field(3, description="Block groups in each tower.")
-    storage: str | None = Field(
+    storage: Annotated[str | None, OrObject] = Field(
         None, description="Optuna's storage URL; relative SQLite paths start from the study file. Default: `search.db` in the "
-        "output folder.",
+        "output folder; in Python, memory.",
     )  # fmt: skip
-    pruner: PrunerName = Field("none", description="What stops bad trials early; needs `training.evaluate_every`.")
+    study_name: str | None = Field(None, description="Name of the Optuna study. Default: the study's, or the task's.")
+    pruner: Annotated[PrunerName, OrObject] = Field(
+        "none", description="What stops bad trials early; needs `training.evaluate_every`."
+    )
 
 
 class ControllerSettings(Settings):

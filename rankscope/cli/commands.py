@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
+from rankscope.budget import RankLimits
 from rankscope.cli.session import Session, print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
@@ -181,23 +182,14 @@ def _search(session: Session) -> SearchResult:
             budget=session.budget,
             profile=taken,
             targets=session.targets,
-            training=session.training,
-            learning_rates=session.study.training.learning_rates,
-            n_trials=settings.n_trials,
-            n_seeds=settings.n_seeds,
-            confirm_fraction=settings.confirm_fraction,
-            fidelity=settings.fidelity,
-            sampler=settings.sampler,
-            grouping=settings.grouping,
-            n_groups=settings.n_groups,
-            pruner=settings.pruner,
-            storage=session.storage,
-            study_name=session.study.name,
-            seed=session.study.seed,
+            settings=settings,
+            training=session.study.training,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
-            on_trial=lambda trial: update(completed=(trial.number + 1) * settings.n_seeds, total=settings.n_trials),
-            on_confirm=lambda done, total: update(description="confirming", completed=done, total=total),
+            on_progress=lambda stage, done, total: update(description=stage, completed=done, total=total),
+            storage=session.storage,
+            study_name=session.study_name,
+            seed=session.study.seed if settings.seed is None else settings.seed,
         )
 
 
@@ -414,8 +406,8 @@ def _belief(session: Session) -> PerformanceModel | None:
     """What this study's search believes; None without a search, and where it is not to be trusted."""
     if not session.has_search:
         return None
-    settings, bounds = session.study.search, session.study.allocation
-    study = searching.load_study(name=session.study.name, storage=searching.find_storage(session.storage))
+    bounds = session.study.allocation
+    study = searching.load_study(name=session.study_name, storage=searching.find_storage(session.storage))
     kept, facts = (
         study.user_attrs[searching.STUDY_KEY],
         {key: each for key, each in session.facts.items() if key != "targets"},
@@ -432,10 +424,8 @@ def _belief(session: Session) -> PerformanceModel | None:
         session.profile,
         session.targets,
         session.budget,
-        grouping=settings.grouping,
-        n_groups=settings.n_groups,
-        min_rank=bounds.min_rank,
-        max_rank=bounds.max_rank,
+        session.study.search,
+        RankLimits(bounds.min_rank, bounds.max_rank),
     )
     return searching.belief_of(study, space)
 

@@ -1,4 +1,8 @@
-"""`rankscope dashboard`: Optuna's dashboard on a study's search, until Ctrl-C."""
+"""`rankscope dashboard`: Optuna's dashboard on a study's search, with a note and each trial's ranks as a picture.
+
+Pictures are drawn when they are looked at. Optuna lets nothing be added to a finished trial, so the dashboard's artifacts and
+notes of trials are attributes of the study, where the dashboard reads them, too.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.trial import FrozenTrial
 
 from rankscope.cli.session import Session, print_json, print_line
 from rankscope.errors import SettingsError
@@ -27,7 +30,6 @@ from rankscope.searching import RANKS_KEY, STUDY_KEY, TRIAL_KEY, Trial, complete
 from rankscope.targets import TargetModule, fingerprint_targets
 
 logger = logging.getLogger(__name__)
-
 
 HOST = "127.0.0.1"  # whoever reaches the dashboard may delete the study: this machine only
 WSGIApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -40,44 +42,33 @@ parameters in all at most. The objective is the validation {metric}, mean over t
 higher is better.
 
 **The best value observed is not the recommendation.** Noise flatters the best of many trials. `rankscope search` \
-trains a few finalists again on fresh seeds, and recommends what trials and fresh seeds together value most: see its \
-table, and `allocation.json`.
+trains a few finalists on fresh seeds and recommends what trials and fresh seeds together value most: see its table, and \
+`allocation.json`.
 
 ### A trial's page
-- **The picture** in its note shows its ranks: block by role, one panel a tower. `·` is rank 0, a module without an adapter. \
-Colours have each picture's own scale; compare the numbers.
-- `ranks` are the realised ranks, in the order of the model's target modules. They are what was trained.
+- **The picture** in its note shows its ranks, block by role, one panel a tower. `·` is rank 0. Each picture has its own scale.
+- `ranks` are the realised ranks, in the order of the model's target modules.
 - `rankscope` holds the rest: `origin` (below), `parameters`, `learning_rate`, the `metric` of each seed, the validation \
-`loss`, and `difference`, the paired difference to uniform at its best learning rate, seed by seed. `reused` names the \
-equal trial whose result was taken over.
+`loss`, and `difference`, the paired difference to uniform at its best learning rate. `reused` names the equal trial whose \
+result was taken over.
 
 ### Where trials come from (`origin`)
-Uniform ranks come first and one-shot second, at every learning rate: they are what a search must beat.
-- `uniform`: the same rank everywhere.
-- `one-shot`: computed from the profile alone.
+- `uniform`: the same rank everywhere. `one-shot`: computed from the profile alone. A search must beat these.
 - `sampler`: proposed by the search.
 - `posterior-mean`: what the performance model values most in the end.
 
 ### The parameters: tilts
-Tilts say how an allocation leans away from one-shot's.
 - `tau` blends: 0 is uniform, 1 is one-shot.
-- `group/TOWER/NUMBER` lifts (above 0) or lowers (below 0) the worth of ranks in a group of blocks, and `role/ROLE` that \
-of one projection in all blocks; both are logarithms of a factor.
-- Where the performance model proposes, it chooses ranks directly, and the tilts sum them up: by how much, in logarithms, \
-a group or role has more parameters than in one-shot's allocation.
+- `group/TOWER/NUMBER` and `role/ROLE` raise (above 0) or lower the worth of ranks in a group of blocks, or in one \
+projection of all blocks; both are logarithms of a factor.
+- Where the performance model proposes ranks, tilts only sum them up: by how much, in logarithms, a group or role has more \
+parameters than in one-shot's allocation.
 - `learning_rate`, if it is there, is searched beside the tilts.
 """
 
 
 class RankPictures(FileSystemArtifactStore):
-    """The pictures of a study's trials, as an artifact store for `optuna_dashboard`.
-
-    Args:
-        study: A search's.
-        storage: Where it lies.
-        targets: Its target modules, in the order of the ranks.
-        uploads: Folder of what users attach in the dashboard; made when they do.
-    """
+    """The pictures of a study's trials, as an artifact store for `optuna_dashboard`; uploads of users go into a folder."""
 
     def __init__(
         self,
@@ -93,33 +84,40 @@ class RankPictures(FileSystemArtifactStore):
         self._listing, self._drawing = Lock(), Lock()  # the server has a thread a request; matplotlib is for one
 
     def list_new(self) -> None:
-        """Lists the pictures of trials that completed since the last call; trials that rankscope did not make have none."""
+        """List the pictures of trials that completed since the last call; trials that rankscope did not make have none."""
         with self._listing:
-            found = {self._artifact_id(trial): trial for trial in completed(self._study) if self._is_ours(trial)}
-            new = [artifact for artifact in found if artifact not in self._trials]
-            if new:
-                study_id = self._storage.get_study_id_from_name(self._study.study_name)
-                listed = set(self._storage.get_study_system_attrs(study_id))
-                for artifact in new:
-                    trial = read_trial(found[artifact], self._targets)
-                    self._list(artifact, trial, study_id, listed)
-                    self._trials[artifact] = trial
+            study_id = self._storage.get_study_id_from_name(self._study.study_name)
+            listed = self._storage.get_study_system_attrs(study_id)
+            for frozen in completed(self._study):
+                # The same in every process, so that two dashboards on one study list a picture once.
+                artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{frozen.number}"))
+                ours = TRIAL_KEY in frozen.user_attrs and len(frozen.user_attrs[RANKS_KEY]) == len(self._targets)
+                if ours and artifact not in self._trials:
+                    trial = self._trials[artifact] = read_trial(frozen, self._targets)
+                    attributes = self._attributes(artifact, trial, study_id, listed)
+                    for key, value in attributes.items():
+                        self._storage.set_study_system_attr(study_id, key, value)
 
-    def _list(self, artifact: str, trial: Trial, study_id: int, listed: set[str]) -> None:
-        """Stores the trial's artifact and note, unless they are `listed` already: a user may have edited the note."""
+    def _attributes(self, artifact: str, trial: Trial, study_id: int, listed: Mapping[str, Any]) -> dict[str, Any]:
+        """What lists the trial's picture and note, but for what is `listed`: a user may have edited the note."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-        name = f"ranks of trial {trial.number}.png"
-        if (key := f"dashboard:artifacts:{trial_id}:{artifact}") not in listed:
+        key, version = f"dashboard:artifacts:{trial_id}:{artifact}", f"dashboard:{trial_id}:note_ver"
+        name, found = f"ranks of trial {trial.number}.png", dict[str, Any]()
+        if key not in listed:
             meta = {"artifact_id": artifact, "filename": name, "mimetype": "image/png", "encoding": None}
-            self._storage.set_study_system_attr(study_id, key, json.dumps(meta))
-        if (version := f"dashboard:{trial_id}:note_ver") not in listed:
+            found[key] = json.dumps(meta)
+        if version not in listed:
+            metric = f"validation {self._study.user_attrs[STUDY_KEY]['metric']} {trial.metric:.4g}"
+            summary = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: {metric}"
+            if trial.difference is not None:
+                summary += f", {trial.difference:+.4f} to uniform"
             # The page shows an artifact as small as a stamp, and what the note holds at full size.
-            note = f"{self._summary(trial)}\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})\n"
-            self._storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:0", note)
-            self._storage.set_study_system_attr(study_id, version, 1)
+            note = f"{summary}\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})\n"
+            found |= {f"dashboard:{trial_id}:note_str:0": note, version: 1}
+        return found
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        """A picture, drawn at its first look; or what a user has attached."""
+        """A picture, drawn at its first look; or what a user has uploaded."""
         if artifact_id not in self._trials:
             return super().open_reader(artifact_id)
         with self._drawing:
@@ -128,65 +126,42 @@ class RankPictures(FileSystemArtifactStore):
         return BytesIO(self._drawn[artifact_id])
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Keeps what a user attaches."""
+        """Keep what a user uploads."""
         self._uploads.mkdir(parents=True, exist_ok=True)
         super().write(artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
-        """Deletes what a user has attached; a picture has no file."""
+        """Delete what a user has uploaded; a picture has no file."""
         if artifact_id not in self._trials:
             super().remove(artifact_id)
-
-    def _summary(self, trial: Trial) -> str:
-        """What the search measured, in a line."""
-        metric = f"validation {self._study.user_attrs[STUDY_KEY]['metric']} {trial.metric:.4g}"
-        line = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: {metric}"
-        return line if trial.difference is None else f"{line}, {trial.difference:+.4f} to uniform"
-
-    def _artifact_id(self, trial: FrozenTrial) -> str:
-        """The same in every process, so that two dashboards on one study list a picture once."""
-        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{trial.number}"))
-
-    def _is_ours(self, trial: FrozenTrial) -> bool:
-        ranks = trial.user_attrs.get(RANKS_KEY)
-        return TRIAL_KEY in trial.user_attrs and ranks is not None and len(ranks) == len(self._targets)
 
 
 def draw_trial(trial: Trial) -> bytes:
     """A trial's ranks as a heatmap, in PNG."""
-    allocation, buffer = trial.allocation, BytesIO()
-    title = f"trial {trial.number}, {trial.origin}: {allocation.parameters:,} parameters"
-    plot_ranks(allocation, titles=[title]).savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    buffer = BytesIO()
+    title = f"trial {trial.number}, {trial.origin}: {trial.allocation.parameters:,} parameters"
+    plot_ranks(trial.allocation, titles=[title]).savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return buffer.getvalue()
 
 
 def study_note(about: Mapping[str, Any], n_targets: int) -> str:
-    """How to read a search in the dashboard, in Markdown.
-
-    Args:
-        about: What the search stored of itself: budget, metric and seeds.
-        n_targets: Target modules.
-    """
+    """How to read a search in the dashboard, in Markdown, from what the search is about."""
     return NOTE.format(n_targets=n_targets, **{key: about[key] for key in ("budget", "metric", "n_seeds")})
 
 
 def make_app(
     study: optuna.Study, storage: optuna.storages.BaseStorage, targets: tuple[TargetModule, ...], *, uploads: Path
 ) -> WSGIApplication:
-    """Optuna's dashboard as a WSGI application, with rankscope's note and pictures.
-
-    A search that goes on meanwhile is followed: what has completed is listed before the dashboard answers. A note that the
-    study has already, as one edited by a user, is kept.
+    """Optuna's dashboard as a WSGI application, with rankscope's note and pictures, also of trials that complete later.
 
     Args:
         study: A search's.
         storage: Where it lies, any of Optuna's.
         targets: The target modules that were searched, in the model's order.
-        uploads: Folder of what users attach in the dashboard; made when they do.
+        uploads: Folder of what users upload; created when they do.
 
     Raises:
-        SettingsError: optuna-dashboard is not installed.
-        SettingsError: The search is about other target modules.
+        SettingsError: optuna-dashboard is not installed, or the search is about other target modules.
     """
     optuna_dashboard = require_dashboard()
     about = study.user_attrs[STUDY_KEY]
@@ -211,12 +186,17 @@ def make_app(
     return app
 
 
-def open_server(app: WSGIApplication, port: int) -> WSGIServer:
-    """A server that listens on this machine's loopback address; `serve_forever` of it answers.
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True  # Ctrl-C waits for no browser
 
-    Args:
-        app: What `make_app` returns.
-        port: 0: any that is free; `server_port` of the server says which.
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
+
+
+def open_server(app: WSGIApplication, port: int) -> WSGIServer:
+    """A server on this machine's loopback address; of port 0, `server_port` says which it is.
 
     Raises:
         SettingsError: The port is in use, or not allowed.
@@ -231,11 +211,7 @@ def open_server(app: WSGIApplication, port: int) -> WSGIServer:
 
 
 def require_dashboard() -> Any:
-    """The package optuna_dashboard.
-
-    Raises:
-        SettingsError: It is not installed.
-    """
+    """The package optuna_dashboard; SettingsError where it is not installed."""
     try:
         import optuna_dashboard
     except ImportError:
@@ -246,19 +222,10 @@ def require_dashboard() -> Any:
     return optuna_dashboard
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True  # Ctrl-C waits for no browser
-
-
-class _Handler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        logger.debug(format, *args)
-
-
 def run_dashboard(session: Session, *, port: int, open_browser: bool, as_json: bool) -> None:
     """`rankscope dashboard`."""
     require_dashboard()
-    name, storage = session.study.name, find_storage(session.storage)
+    name, storage = session.study_name, find_storage(session.storage)
     study = load_study(name=name, storage=storage)
     targets = _targets(session, study.user_attrs[STUDY_KEY]["model"])
     app = make_app(study, storage, targets, uploads=session.out / "artifacts")

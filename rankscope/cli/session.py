@@ -114,6 +114,11 @@ class Session:
         return self.study.training.at(self.study.training.learning_rates[0])
 
     @property
+    def study_name(self) -> str:
+        """The name of the search's Optuna study."""
+        return self.study.search.study_name or self.study.name
+
+    @property
     def storage(self) -> str:
         """Where the search's trials are kept, as Optuna takes it."""
         return self.study.search.storage or f"sqlite:///{self.out / 'search.db'}"

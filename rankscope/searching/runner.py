@@ -1,4 +1,4 @@
-"""`search`: opens or resumes the study, explores, and confirms the finalists."""
+"""`search`: opens or resumes an Optuna study, asks for allocations, trains them, and confirms the finalists."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
-from rankscope.budget import Bound, ParameterBudget
+from rankscope.budget import Bound, ParameterBudget, RankLimits
 from rankscope.errors import SettingsError, TrainingError
 from rankscope.files import FORMAT, digest, replacing
 from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
 from rankscope.searching.confirmation import (
-    CONFIRM_FRACTION,
     Agreement,
     Finalist,
     agreement_on_the_way,
@@ -30,19 +29,16 @@ from rankscope.searching.confirmation import (
     confirm,
     confirmed_keys,
     recommend,
-    smoothing,
     split_budget,
 )
 from rankscope.searching.sampler import (
     PerformanceModelSampler,
-    PrunerName,
-    SamplerName,
     judges_seeds,
     make_pruner,
     make_sampler,
     suggest_allocation,
 )
-from rankscope.searching.space import Grouping, HierarchicalSpace, make_space
+from rankscope.searching.space import HierarchicalSpace, make_space
 from rankscope.searching.storage import (
     LEARNING_RATE,
     ONE_SHOT,
@@ -51,20 +47,24 @@ from rankscope.searching.storage import (
     SAMPLER,
     STEPS_KEY,
     STUDY_KEY,
-    TRIAL_KEY,
     UNIFORM,
     Trial,
     completed,
     fail_orphans,
     open_study,
     read_trial,
-    signature,
+    store_trial,
+    worker,
 )
+from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task
-from rankscope.training import TrainingConfig, TrainingResult, train
+from rankscope.training import TrainingResult, train
 
 logger = logging.getLogger(__name__)
+
+UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be at it
+PROFILE_TERMS = ("schema", "weights", "data", "batches", "seed", "head_steps", "sketch_size")  # which profile it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class SearchResult:
     """A finished search.
 
     Attributes:
-        study: The `optuna.Study`, usable as any other.
+        study: The `optuna.Study`.
         targets: The target modules.
         metric_name: The task's metric.
         finalists: What was trained again on fresh seeds; empty where nothing was.
@@ -108,7 +108,7 @@ class SearchResult:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the search took in all; those that a killed process lost are not counted."""
+        """Optimizer steps that the search took in all, without those that a killed process lost."""
         exploring: int = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
         return exploring + self.confirming_runs * self._schedule[1]
 
@@ -120,19 +120,12 @@ class SearchResult:
 
     @property
     def recommendation(self) -> Finalist | None:
-        """The finalist that trials and fresh seeds together value most; None without finalists.
-
-        See `rankscope.searching.confirmation.recommend`. Its difference to uniform comes with a 95 % interval.
-        """
+        """The finalist that trials and fresh seeds together value most; None without finalists."""
         return recommend(self.finalists, self.belief) if self.finalists else None
 
     @property
     def best_trial(self) -> Trial:
-        """The recommendation's trial.
-
-        Where nothing was confirmed it is the best observed, which noise flatters: compare it on fresh seeds before you
-        believe it.
-        """
+        """The recommendation's trial; where nothing was confirmed, the best observed, which noise flatters."""
         return self.recommendation.trial if self.recommendation else self.best_of(self.trials)
 
     @property
@@ -140,7 +133,7 @@ class SearchResult:
         """The allocation of `best_trial`."""
         return self.best_trial.allocation
 
-    def best_of(self, trials: list[Trial]) -> Trial:
+    def best_of(self, trials: Sequence[Trial]) -> Trial:
         """The best of some trials.
 
         Raises:
@@ -153,225 +146,19 @@ class SearchResult:
         return min(trials, key=lambda trial: (-trial.metric, trial.loss, trial.number))
 
     def best_of_origin(self, origin: str) -> Trial:
-        """The best trial among those of one origin, as in `"uniform"`: its learning rate is the tuned one."""
+        """The best trial of one origin, as in `"uniform"`: at its best learning rate."""
         return self.best_of([trial for trial in self.trials if trial.origin == origin])
 
     def to_frame(self) -> pd.DataFrame:
         """One row a completed trial; ranks as a list column in the order of the targets."""
-        return pd.DataFrame(
-            {
-                "trial": t.number,
-                "origin": t.origin,
-                "learning_rate": t.learning_rate,
-                "parameters": t.allocation.parameters,
-                "metric": t.metric,
-                "loss": t.loss,
-                "difference": t.difference,
-                "wall_seconds": t.wall_seconds,
-                "reused": t.reused,
-                "ranks": list(t.allocation.vector),
-                "fingerprint": t.allocation.fingerprint,
-            }
-            for t in self.trials
-        ).astype({"reused": "Int64"})
+        frame = pd.DataFrame(trial.to_row() for trial in self.trials)
+        return frame.loc[:, :"fingerprint"].astype({"reused": "Int64"})
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
-        """Writes `trials.parquet`, atomically; returns the path."""
+        """Write `trials.parquet`, atomically; returns the path."""
         with replacing(path) as temporary:
             self.to_frame().to_parquet(temporary, index=False)
         return Path(path)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """Callable for `optuna.Study.optimize`: validation metric of one point, mean over the seeds.
-
-    Attributes:
-        task: Where model, data, loss and metric come from.
-        space: Points to allocations.
-        training: The schedule; its learning rate is replaced where the search has several.
-        learning_rates: The rates searched over, at least one.
-        seeds: Training seeds of each trial.
-    """
-
-    task: Task
-    space: HierarchicalSpace
-    training: TrainingConfig
-    learning_rates: Sequence[float]
-    seeds: Sequence[int]
-
-    def __call__(self, trial: optuna.Trial) -> float:
-        """Trains, or reuses an equal trial's result; stores everything in the trial's attributes."""
-        for key, value in signature().items():  # a trial that waited may have been queued by another process
-            trial.set_user_attr(key, value)
-        allocation = suggest_allocation(trial, self.space)
-        rate = self._learning_rate(trial)
-        finished = completed(trial.study)
-        earlier = [read_trial(frozen, self.space.targets) for frozen in finished]
-        origin = trial.user_attrs.get("origin", SAMPLER)
-        same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
-        if same:
-            metrics, loss, seconds, history = dict(same.metrics_by_seed), same.loss, 0.0, same.history
-            for step, value in finished[earlier.index(same)].intermediate_values.items():
-                trial.report(value, step)  # pruners compare with the best trial, which may be this one
-        else:
-            results = self._train(trial, allocation, rate, may_prune=origin == SAMPLER)
-            metrics = {str(s): r.metrics[self.task.metric] for s, r in zip(self.seeds, results, strict=True)}
-            loss = fmean(r.metrics["loss"] for r in results)
-            seconds = sum(r.wall_seconds for r in results)
-            history = {step: found[self.task.metric] for step, found in results[0].history.items()}
-        stored = {
-            "origin": origin,
-            "budget": self.space.budget.limit,
-            "parameters": allocation.parameters,
-            "learning_rate": rate,
-            "metric": fmean(metrics.values()),
-            "loss": loss,
-            "metrics_by_seed": metrics,
-            "difference": None if origin == UNIFORM else _paired_difference(metrics, earlier),
-            "wall_seconds": seconds,
-            "reused": (same.number if same.reused is None else same.reused) if same else None,
-            "history": history,
-        }
-        trial.set_user_attr(TRIAL_KEY, stored)
-        return float(fmean(metrics.values()))
-
-    def _learning_rate(self, trial: optuna.Trial) -> float:
-        if len(self.learning_rates) == 1:
-            return self.learning_rates[0]
-        return float(trial.suggest_categorical(LEARNING_RATE, list(self.learning_rates)))
-
-    def _train(
-        self, trial: optuna.Trial, allocation: RankAllocation, rate: float, *, may_prune: bool
-    ) -> list[TrainingResult]:
-        by_seed = judges_seeds(trial.study.pruner)
-        steps: list[int] = []
-
-        def report(step: int, metric: float, last: int) -> None:
-            trial.report(metric, step)
-            if may_prune and step < last and trial.should_prune():
-                raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
-
-        def on_evaluation(step: int, metrics: Mapping[str, float]) -> None:
-            report(step, metrics[self.task.metric], self.training.steps)
-
-        config = self.training.at(rate)
-        results: list[TrainingResult] = []
-        try:
-            for number, seed in enumerate(self.seeds, start=1):
-                watch = on_evaluation if number == 1 and not by_seed else None  # later seeds repeat, they do not go on
-                # No name for the model: it would live through the next seed's training.
-                result = train(self.task, allocation, config, seed=seed, on_evaluation=watch, on_step=steps.append)[1]
-                results.append(result)
-                if by_seed:
-                    report(number, result.metrics[self.task.metric], len(self.seeds))
-        except (TrainingError, optuna.TrialPruned) as error:
-            if isinstance(error, TrainingError):
-                trial.set_user_attr("failure", str(error))
-                logger.warning("trial %d failed: %s", trial.number, error)
-            raise error.with_traceback(
-                None
-            ) from error.__cause__  # Optuna keeps the error in a cycle, and its frames keep the model
-        finally:
-            trial.set_user_attr(STEPS_KEY, len(steps))
-        return results
-
-
-def _paired_difference(metrics: Mapping[str, float], earlier: Sequence[Trial]) -> float | None:
-    """Mean difference to uniform at its best learning rate, seed by seed; None before uniform is known."""
-    uniform: Any = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
-    if uniform is None:
-        return None
-    return fmean(metrics[seed] - uniform.metrics_by_seed[seed] for seed in metrics)
-
-
-_UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be at it
-
-Report = Callable[[optuna.Study, FrozenTrial], None]
-
-
-def explore(study: optuna.Study, objective: Objective, n_trials: int, report: Report) -> None:
-    """Runs trials until the study has so many that are finished.
-
-    Args:
-        study: With its sampler; earlier trials count.
-        objective: What a trial does.
-        n_trials: Finished trials in all: completed, pruned, or failed of their own.
-        report: Called after each trial.
-
-    Raises:
-        TrainingError: Every trial failed.
-    """
-    # Uniform comes first and alone: every later trial is paired with it.
-    for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):
-        missing = _enqueue(study, objective.space.point(tau=tau), origin, objective.learning_rates)
-        _optimize(study, objective, min(missing, _remaining(study, n_trials)), report)
-    if not completed(study) and not study.get_trials(deepcopy=False, states=_UNDER_WAY):
-        raise TrainingError(
-            f"study `{study.study_name}` must have a trial that completes, but every one failed; lower `learning_rate`."
-        )
-    _optimize(study, objective, _remaining(study, n_trials) - 1, report)
-    if _remaining(study, n_trials):
-        _enqueue_posterior_mean(study)
-    _optimize(study, objective, _remaining(study, n_trials), report)
-
-
-def _enqueue_posterior_mean(study: optuna.Study) -> None:
-    """Queues the allocation that the performance model values most, if there is a model and it was not tried yet."""
-    sampler = study.sampler
-    if not isinstance(sampler, PerformanceModelSampler) or sampler.model(study) is None:
-        return
-    allocation, rate = sampler.best(study)
-    if list(allocation.vector) in [trial.user_attrs.get(RANKS_KEY) for trial in completed(study)]:
-        return
-    point = sampler.describe(allocation) | ({LEARNING_RATE: rate} if rate is not None else {})
-    attributes = {"origin": POSTERIOR_MEAN, RANKS_KEY: list(allocation.vector), **signature()}
-    study.enqueue_trial(point, user_attrs=attributes)
-
-
-def _enqueue(study: optuna.Study, point: dict[str, float], origin: str, rates: Sequence[float]) -> int:
-    """Queues a start point at each rate at which it is neither finished nor under way; returns how many wait now."""
-    trials = study.get_trials(deepcopy=False)
-    settled = [t for t in trials if t.user_attrs.get("origin") == origin and (_finished(t) or t.state in _UNDER_WAY)]
-    known = {t.user_attrs["rate"] for t in settled}
-    for rate in rates:
-        if rate not in known:
-            parameters = point | ({LEARNING_RATE: rate} if len(rates) > 1 else {})
-            study.enqueue_trial(parameters, user_attrs={"origin": origin, "rate": rate, **signature()})
-    return _waiting(study)
-
-
-def _waiting(study: optuna.Study) -> int:
-    return len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-
-
-def _finished(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: it completed, was pruned, or failed of its own (and not because its process was killed)."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "failure" in trial.user_attrs
-
-
-def _remaining(study: optuna.Study, n_trials: int) -> int:
-    return max(0, n_trials - sum(_finished(trial) for trial in study.get_trials(deepcopy=False)))
-
-
-def _optimize(study: optuna.Study, objective: Objective, n_trials: int, report: Report) -> None:
-    """Runs trials one by one; each is queued with its signature first, so that none ever runs unsigned."""
-    for _ in range(n_trials):
-        if not _waiting(study):
-            study.enqueue_trial({}, user_attrs=signature())  # no parameter is fixed: the sampler chooses all
-        study.optimize(objective, n_trials=1, callbacks=[report], catch=(TrainingError,))
-
-
-DEFAULT_STORAGE = "sqlite:///rankscope.db"
-_PROFILE = (
-    "schema",
-    "weights",
-    "data",
-    "batches",
-    "seed",
-    "head_steps",
-    "sketch_size",
-)  # what tells a profile from others
 
 
 def search(
@@ -379,173 +166,290 @@ def search(
     *,
     budget: ParameterBudget,
     profile: Profile,
-    n_trials: int = 60,
+    settings: SearchSettings | None = None,
+    training: TrainingSettings | None = None,
     targets: Sequence[TargetModule] | None = None,
-    training: TrainingConfig | None = None,
-    learning_rates: Sequence[float] | None = None,
-    n_seeds: int = 1,
-    confirm_fraction: float = CONFIRM_FRACTION,
-    fidelity: float = 1.0,
-    storage: str | optuna.storages.BaseStorage | None = DEFAULT_STORAGE,
-    study_name: str | None = None,
-    seed: int = 0,
-    sampler: SamplerName | optuna.samplers.BaseSampler = "performance-model",
-    grouping: Grouping = "depth",
-    n_groups: int = 3,
     min_rank: Bound = 0,
     max_rank: Bound = None,
-    pruner: PrunerName | optuna.pruners.BasePruner = "none",
-    on_trial: Callable[[Trial | FrozenTrial], None] | None = None,
-    on_confirm: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    **overrides: Any,
 ) -> SearchResult:
-    """Searches for the allocation with the best validation metric under a budget.
+    """Search for the allocation with the best validation metric under a budget.
 
-    Uniform and one-shot are the first trials, at every learning rate; the last share of the trainings confirms the finalists on
-    fresh seeds. An existing study resumes: with more `n_trials` it explores further, then confirms the
-    finalists of then, on more seeds; runs that it holds are not repeated, nor is an allocation that was already trained at a
-    learning rate. Several processes may work on one study at once.
+    Uniform and one-shot are the first trials, at every learning rate of `training`. The last share of the trainings confirms
+    finalists on fresh seeds, since the best observed trial is flattered by noise: uniform, one-shot, the allocation of the
+    performance model's posterior mean, the best by its prediction, and the best observed (`recommend` chooses).
+
+    An existing study resumes, with more `n_trials` too; neither a run that it holds nor an allocation that was trained at a
+    learning rate is trained again. Several processes may work on one study.
 
     Args:
         task: Where model, data, loss and metric come from.
         budget: The limit in adapter parameters.
-        profile: A profile of the task's model; its spectra are what the search tilts.
-        n_trials: Trainings in all, earlier and confirming ones included. A trial counts as its `n_seeds` trainings, also
-            where it failed, was pruned, or equals an earlier one.
+        profile: A profile of the task's model; the search tilts its spectra.
+        settings: How to search. `sampler`, `pruner` and `storage` may be Optuna's objects; without a `storage` the study is
+            kept in memory.
+        training: The full schedule.
         targets: The target modules; default: the profile's.
-        training: The schedule.
-        learning_rates: Rates to search over beside the ranks; default: the schedule's.
-        n_seeds: Training seeds of each trial: 0, 1, ….
-        confirm_fraction: Share of the trainings that is kept for training uniform, one-shot and three more on fresh seeds in
-            the end: the allocation of the performance model's posterior mean, the best by its prediction, and the best
-            observed. As many seeds of each as fit in; where not one does, all trainings explore and
-            `SearchResult.unconfirmed` says so. The recommendation is what trials and fresh seeds together value most
-            (`rankscope.searching.confirmation.recommend`), since the best observed trial is flattered by noise. 0: none.
-        fidelity: Share of the schedule's steps that a trial takes, on a complete schedule of its own; confirming takes all of
-            them. A short trial counts as one of `n_trials`, as a long one does; `SearchResult.steps` is what all
-            took. Trials of one study share one fidelity.
-        storage: As Optuna takes it; None keeps the study in memory.
-        study_name: Default: the task's name.
-        seed: Of the sampler.
-        sampler: `"performance-model"`, or one over the tilts: `"tpe"`, `"random"`, or any Optuna sampler object, as
-            `optuna.samplers.GPSampler()`.
-        grouping: Block groups by `"depth"` or by k-means over the `"gradient"`.
-        n_groups: Block groups in each tower.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        pruner: Stops bad trials early: `"median"` or `"hyperband"`, where `training.evaluate_every` is set; `"none"`; or any
-            Optuna pruner object. Optuna's `WilcoxonPruner` compares seeds and needs `n_seeds` of five or more to prune
-            anything. The performance model learns from pruned trials too.
-        on_trial: Called after each trial: with a `Trial` if it completed, else with Optuna's.
-        on_confirm: Called after each confirming run, with the number of runs done and of runs in all.
+        on_progress: Called after each run with "searching" or "confirming", the number of runs done, and of runs in all.
+        **overrides: Fields of `settings` by name.
 
     Raises:
-        SettingsError: The storage holds trials of another task, budget or schedule, or an argument is out of its range.
+        SettingsError: The storage holds trials of another task, budget or schedule, or nothing is feasible.
         TrainingError: Every trial failed.
-        SettingsError: Nothing feasible.
-        ModelError: The profile does not cover the targets.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
     >>> profile = rs.profile(task.build_model(), list(task.train_batches(0)), loss_fn=task.loss)
     >>> budget = rs.ParameterBudget.uniform(profile.targets, 1)
-    >>> short = rs.TrainingConfig(steps=2, learning_rate=0.01)
-    >>> result = rs.search(
-    ...     task, budget=budget, profile=profile, n_trials=6, confirm_fraction=0.5, training=short, storage=None
-    ... )
+    >>> short = rs.TrainingSettings(steps=2, learning_rate=0.01)
+    >>> result = rs.search(task, budget=budget, profile=profile, n_trials=6, confirm_fraction=0.5, training=short)
     >>> [trial.origin for trial in result.trials], [len(f.metrics_by_seed) for f in result.finalists]
     (['uniform', 'one-shot', 'sampler'], [1, 1, 1])
-    >>> result.best_allocation.parameters <= budget.limit
-    True
     """
-    exploring, confirming = split_budget(n_trials, confirm_fraction, n_seeds)
-    training = training or TrainingConfig()
-    short = _shortened(training, fidelity)
-    rates = tuple(learning_rates or training.learning_rates)
+    settings, training = SearchSettings.of(settings, **overrides), training or TrainingSettings()
     targets = tuple(targets) if targets is not None else profile.targets
     profile.require(targets)
-    space = make_space(
-        profile, targets, budget, grouping=grouping, n_groups=n_groups, min_rank=min_rank, max_rank=max_rank
+    space = make_space(profile, targets, budget, settings, RankLimits(min_rank, max_rank))
+    run = _Search.open(task, space, settings, training, profile)
+    report = on_progress or (lambda stage, done, total: None)
+    exploring, confirming = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)
+    run.explore(exploring, lambda done: report("searching", done * settings.n_seeds, settings.n_trials))
+    model, validation, belief = run.judged_model()
+    chosen = choose_finalists([read_trial(trial, targets) for trial in completed(run.study)], belief)
+    finalists, unconfirmed = confirm(
+        run.study, task, chosen, training, n_runs=confirming, on_run=lambda *done: report("confirming", *done)
     )
-    space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
-    name = study_name or task.name
-    about = {
-        **_about(task, space, training, short.steps, rates, n_seeds, profile),
-        "grouping": grouping,
-        "n_groups": n_groups,
-        "min_rank": _plain_bound(min_rank),
-        "max_rank": _plain_bound(max_rank),
-    }
-    study = open_study(
-        name=name,
-        storage=storage,
-        sampler=optuna.samplers.RandomSampler(seed),
-        pruner=make_pruner(pruner, short),
-        about=about,
-    )
-    study.sampler = make_sampler(sampler, space, seed + len(study.get_trials(deepcopy=False)))
-    fail_orphans(study)
-    objective = Objective(task=task, space=space, training=short, learning_rates=rates, seeds=range(n_seeds))
-
-    def report(study: optuna.Study, trial: FrozenTrial) -> None:
-        if on_trial:
-            on_trial(read_trial(trial, targets) if trial.state == TrialState.COMPLETE else trial)
-
-    explore(study, objective, exploring, report)
-    model, validation = _model(study)
-    belief = None if model is None else believable(model, validation)
-    if validation is not None and not validation.trustworthy:
-        instead = "nothing but fresh seeds" if belief is None else "the profile alone"
-        logger.warning("the performance model does not beat the profile alone, so %s chooses: %s", instead, validation)
-    trials = [read_trial(trial, targets) for trial in completed(study)]
-    if trials and not any(trial.origin == UNIFORM for trial in trials):
-        logger.warning("uniform completed no trial: differences to it are not known")
-    chosen = choose_finalists(trials, smoothing(belief))
-    finalists, unconfirmed = confirm(study, task, chosen, training, n_runs=confirming, on_run=on_confirm)
-    if unconfirmed and confirm_fraction:
+    if unconfirmed and settings.confirm_fraction:
         logger.warning("nothing is confirmed: %s", unconfirmed)
-    return SearchResult(study, targets, task.metric, finalists, model, validation, belief, unconfirmed)
+    return SearchResult(run.study, targets, task.metric, finalists, model, validation, belief, unconfirmed)
 
 
-def _shortened(training: TrainingConfig, fidelity: float) -> TrainingConfig:
-    """The schedule of a trial."""
-    if not 0.0 < fidelity <= 1.0:
-        raise SettingsError(f"`fidelity` must lie in (0, 1], but got {fidelity:g}.")
-    return training.of(training, steps=max(1, round(fidelity * training.steps)))
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """One process's work on a study: it asks for allocations, trains them, and tells Optuna what came out."""
+
+    study: optuna.Study
+    task: Task
+    space: HierarchicalSpace
+    training: TrainingSettings  # of a trial; at several learning rates, each is tried
+    n_seeds: int
+
+    @classmethod
+    def open(
+        cls,
+        task: Task,
+        space: HierarchicalSpace,
+        settings: SearchSettings,
+        training: TrainingSettings,
+        profile: Profile,
+    ) -> _Search:
+        """Opens the study, or resumes it if its trials are comparable."""
+        short = TrainingSettings.of(training, steps=max(1, round(settings.fidelity * training.steps)))
+        pruner = make_pruner(settings.pruner, short)
+        space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
+        rates, limits = training.learning_rates, space.limits
+        about = {
+            "format": FORMAT,
+            **fingerprint_task(task),
+            "metric": task.metric,
+            "model": fingerprint_targets(space.targets),
+            "budget": space.budget.limit,
+            "training": training.at(rates[0]).model_dump(),
+            "trial_steps": short.steps,
+            "learning_rates": list(rates),
+            "n_seeds": settings.n_seeds,
+            "tilts": [tilt.name for tilt in space.tilts],
+            "profile": {key: profile.metadata.get(key) for key in PROFILE_TERMS},
+            "grouping": settings.grouping,
+            "n_groups": settings.n_groups,
+            "min_rank": digest(dict(limits.min_rank)) if isinstance(limits.min_rank, Mapping) else limits.min_rank,
+            "max_rank": digest(dict(limits.max_rank)) if isinstance(limits.max_rank, Mapping) else limits.max_rank,
+        }
+        study = open_study(settings.study_name or task.name, settings.storage, about)
+        n_known = len(study.get_trials(deepcopy=False))
+        study.sampler = make_sampler(settings.sampler, space, (settings.seed or 0) + n_known)
+        study.pruner = pruner
+        fail_orphans(study)
+        return cls(study, task, space, short, settings.n_seeds)
+
+    def explore(self, n_trials: int, on_trial: Callable[[int], None]) -> None:
+        """Runs trials until so many are finished: uniform and one-shot, proposals, and the posterior mean's allocation last."""
+        for origin, tau in (
+            (UNIFORM, 0.0),
+            (ONE_SHOT, 1.0),
+        ):  # uniform first and alone: other trials are paired with it
+            waiting = self._queue_start(origin, self.space.point(tau=tau))
+            self._run(min(waiting, self._left(n_trials)), on_trial)
+        if not completed(self.study) and not self.study.get_trials(deepcopy=False, states=UNDER_WAY):
+            raise TrainingError(
+                f"study `{self.study.study_name}` must have a trial that completes, but every one failed; "
+                "lower `learning_rate`."
+            )
+        self._run(self._left(n_trials) - 1, on_trial)
+        if self._left(n_trials):
+            self._queue_posterior_mean()
+        self._run(self._left(n_trials), on_trial)
+        if not any(trial.user_attrs.get("origin") == UNIFORM for trial in completed(self.study)):
+            logger.warning("uniform completed no trial: differences to it are not known")
+
+    def judged_model(self) -> tuple[PerformanceModel | None, Validation | None, PerformanceModel | None]:
+        """The performance model on the study's trials, its scores on left-out ones, and what is to be believed."""
+        sampler = self.study.sampler
+        if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(self.study)) is None:
+            return None, None, None
+        validation = sampler.validate(self.study)
+        belief = believable(model, validation)
+        if validation is not None and not validation.trustworthy:
+            instead = "nothing but fresh seeds" if belief is None else "the profile alone"
+            logger.warning(
+                "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
+            )
+        return model, validation, belief
+
+    # --- asking ---
+
+    def _queue_start(self, origin: str, tilts: dict[str, float]) -> int:
+        """Queues a start point at each rate at which it is neither finished nor under way; returns how many trials wait."""
+        known = {
+            trial.user_attrs["rate"]
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.user_attrs.get("origin") == origin and (_finished(trial) or trial.state in UNDER_WAY)
+        }
+        rates = self.training.learning_rates
+        for rate in rates:
+            if rate not in known:
+                self._queue(tilts, rate if len(rates) > 1 else None, {"origin": origin, "rate": rate})
+        return self._waiting()
+
+    def _queue_posterior_mean(self) -> None:
+        """Queues the allocation that the performance model values most, if there is a model and it was not tried yet."""
+        sampler = self.study.sampler
+        if isinstance(sampler, PerformanceModelSampler) and sampler.model(self.study) is not None:
+            best = sampler.best(self.study)
+            ranks = list(best.allocation.vector)
+            if ranks not in [trial.user_attrs.get(RANKS_KEY) for trial in completed(self.study)]:
+                self._queue(best.tilts, best.learning_rate, {"origin": POSTERIOR_MEAN, RANKS_KEY: ranks})
+
+    def _queue_proposal(self) -> None:
+        """Queues what the performance model proposes; where another sampler chooses the tilts, a trial without any."""
+        if isinstance(self.study.sampler, PerformanceModelSampler):
+            proposal = self.study.sampler.propose(self.study)
+            ranks = list(proposal.allocation.vector)
+            self._queue(proposal.tilts, proposal.learning_rate, {RANKS_KEY: ranks})
+        else:
+            self._queue({}, None, {})
+
+    def _queue(self, tilts: dict[str, float], rate: float | None, attributes: dict[str, Any]) -> None:
+        """Queues a trial, signed first, so that none ever runs unsigned."""
+        parameters = tilts | ({} if rate is None else {LEARNING_RATE: rate})
+        self.study.enqueue_trial(parameters, user_attrs={**attributes, **worker()})
+
+    def _waiting(self) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def _left(self, n_trials: int) -> int:
+        return max(0, n_trials - sum(_finished(trial) for trial in self.study.get_trials(deepcopy=False)))
+
+    # --- training and telling ---
+
+    def _run(self, n_trials: int, on_trial: Callable[[int], None]) -> None:
+        """Runs trials one by one. `optimize` asks and tells, and keeps up heartbeats where the storage has them."""
+        for _ in range(n_trials):
+            if not self._waiting():
+                self._queue_proposal()
+            self.study.optimize(
+                self._evaluate,
+                n_trials=1,
+                catch=(TrainingError,),
+                callbacks=[lambda _, trial: on_trial(trial.number + 1)],
+            )
+
+    def _evaluate(self, running: optuna.Trial) -> float:
+        """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""
+        for key, value in worker().items():  # a trial that waited may have been queued by another process
+            running.set_user_attr(key, value)
+        allocation = suggest_allocation(running, self.space)
+        rates = self.training.learning_rates
+        rate = rates[0] if len(rates) == 1 else float(running.suggest_categorical(LEARNING_RATE, list(rates)))
+        origin = running.user_attrs.get("origin", SAMPLER)
+        done = {frozen.number: frozen for frozen in completed(self.study)}
+        earlier = [read_trial(frozen, self.space.targets) for frozen in done.values()]
+        same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
+        if same:
+            metrics, loss, seconds, history = same.metrics_by_seed, same.loss, 0.0, same.history
+            for step, value in done[same.number].intermediate_values.items():
+                running.report(value, step)  # pruners compare with the best trial, which may be this one
+        else:
+            results = self._train(running, allocation, rate, may_prune=origin == SAMPLER)
+            metrics = {str(seed): result.metrics[self.task.metric] for seed, result in enumerate(results)}
+            loss = fmean(result.metrics["loss"] for result in results)
+            seconds = sum(result.wall_seconds for result in results)
+            history = {step: found[self.task.metric] for step, found in results[0].history.items()}
+        trial = Trial(
+            number=running.number,
+            origin=origin,
+            allocation=allocation,
+            learning_rate=rate,
+            metric=fmean(metrics.values()),
+            loss=loss,
+            metrics_by_seed=metrics,
+            difference=None if origin == UNIFORM else _paired_difference(metrics, earlier),
+            wall_seconds=seconds,
+            reused=(same.number if same.reused is None else same.reused) if same else None,
+            history=history,
+        )
+        store_trial(running, trial)
+        return trial.metric
+
+    def _train(
+        self, running: optuna.Trial, allocation: RankAllocation, rate: float, *, may_prune: bool
+    ) -> list[TrainingResult]:
+        """One training a seed; the first is pruned on its way, or all of them between seeds."""
+        by_seed = judges_seeds(self.study.pruner)
+        steps: list[int] = []
+        results: list[TrainingResult] = []
+
+        def report(step: int, metrics: Mapping[str, float], last: int) -> None:
+            running.report(metrics[self.task.metric], step)
+            if may_prune and step < last and running.should_prune():
+                raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
+
+        try:
+            for seed in range(self.n_seeds):
+                watch = None if by_seed or seed else lambda step, found: report(step, found, self.training.steps)
+                # No name for the model: it would live through the next seed's training.
+                results.append(
+                    train(
+                        self.task,
+                        allocation,
+                        self.training.at(rate),
+                        seed=seed,
+                        on_evaluation=watch,
+                        on_step=steps.append,
+                    )[1]
+                )
+                if by_seed:
+                    report(seed + 1, results[-1].metrics, self.n_seeds)
+        except (TrainingError, optuna.TrialPruned) as error:
+            if isinstance(error, TrainingError):
+                running.set_user_attr("failure", str(error))
+                logger.warning("trial %d failed: %s", running.number, error)
+            # Optuna keeps the error in a cycle, and its frames keep the model.
+            raise error.with_traceback(None) from error.__cause__
+        finally:
+            running.set_user_attr(STEPS_KEY, len(steps))
+        return results
 
 
-def _model(study: optuna.Study) -> tuple[PerformanceModel | None, Validation | None]:
-    """The performance model on the study's trials, and its scores on left-out ones."""
-    sampler = study.sampler
-    if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(study)) is None:
-        return None, None
-    return model, sampler.validate(study)
+def _finished(trial: FrozenTrial) -> bool:
+    """Whether a trial counts: it completed, was pruned, or failed of its own (and not because its process was killed)."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "failure" in trial.user_attrs
 
 
-def _plain_bound(bound: Bound) -> int | str | None:
-    """A bound as it is kept; of one by name, a hash."""
-    return digest(dict(bound)) if isinstance(bound, Mapping) else bound
-
-
-def _about(
-    task: Task,
-    space: HierarchicalSpace,
-    training: TrainingConfig,
-    trial_steps: int,
-    rates: Sequence[float],
-    n_seeds: int,
-    profile: Profile,
-) -> dict[str, Any]:
-    """What trials must share to be comparable."""
-    return {
-        "format": FORMAT,
-        **fingerprint_task(task),
-        "metric": task.metric,
-        "model": fingerprint_targets(space.targets),
-        "budget": space.budget.limit,
-        "training": training.terms(),
-        "trial_steps": trial_steps,
-        "learning_rates": list(rates),
-        "n_seeds": n_seeds,
-        "tilts": [tilt.name for tilt in space.tilts],
-        "profile": {key: profile.metadata.get(key) for key in _PROFILE},
-    }
+def _paired_difference(metrics: Mapping[str, float], earlier: Sequence[Trial]) -> float | None:
+    """Mean difference to uniform at its best learning rate, seed by seed; None before uniform is known."""
+    uniform = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
+    return None if uniform is None else fmean(metrics[seed] - uniform.metrics_by_seed[seed] for seed in metrics)

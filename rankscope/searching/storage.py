@@ -1,4 +1,4 @@
-"""Opening an Optuna study for one search: what it must be about, and picking up after a kill."""
+"""Trials as records, the Optuna studies that keep them, and resuming a study whose process was killed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
@@ -19,9 +18,11 @@ from rankscope.errors import SettingsError
 from rankscope.files import require_same
 from rankscope.targets import TargetModule
 
-TRIAL_KEY = "rankscope"
-RANKS_KEY = "ranks"
-STEPS_KEY = "steps"  # optimizer steps that a trial took, over all its seeds, however it ended
+STUDY_KEY = "rankscope"  # study attribute: what the search is about
+TRIAL_KEY = "rankscope"  # trial attribute: the rest of `Trial.to_row`
+RANKS_KEY = "ranks"  # trial attribute: ranks in the order of the targets
+STEPS_KEY = "steps"  # trial attribute: optimizer steps taken over all seeds, however the trial ended
+WORKER_KEY = "worker"  # trial attribute: the process that runs it
 LEARNING_RATE = "learning_rate"  # the parameter beside the tilts
 UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "posterior-mean"  # a trial's origin
 
@@ -31,18 +32,17 @@ class Trial:
     """One evaluated allocation.
 
     Attributes:
-        number: Of the Optuna trial.
+        number: Number of the Optuna trial.
         origin: Where the allocation comes from: `"uniform"`, `"one-shot"`, `"sampler"`, or `"posterior-mean"`.
         allocation: The realised ranks.
-        learning_rate: The rate it was trained with.
+        learning_rate: Peak learning rate.
         metric: Validation metric, mean over seeds; higher is better.
         loss: Validation loss, mean over seeds.
         metrics_by_seed: Validation metric of each seed.
-        difference: Mean paired difference of the metric to uniform at uniform's best learning rate, seed by seed; None
-            for uniform itself.
+        difference: Mean paired difference of the metric to uniform at uniform's best learning rate; None for uniform.
         wall_seconds: Training time; 0 where the result of an equal trial was reused.
         reused: Number of the trial whose result was reused; None for one that was trained.
-        history: Validation metric of the first seed by step, where it was evaluated on the way, the end included.
+        history: Validation metric of the first seed by step, at each evaluation, the last included.
     """
 
     number: int
@@ -59,28 +59,45 @@ class Trial:
 
     @property
     def proposed(self) -> bool:
-        """Whether the search came up with it, and did not start from it."""
+        """Whether the search proposed it; start points it only compares with."""
         return self.origin not in (UNIFORM, ONE_SHOT)
 
+    def to_row(self) -> dict[str, Any]:
+        """The trial as plain values: a row of `trials.parquet`, then what only the study keeps."""
+        return {
+            "trial": self.number,
+            "origin": self.origin,
+            "learning_rate": self.learning_rate,
+            "parameters": self.allocation.parameters,
+            "metric": self.metric,
+            "loss": self.loss,
+            "difference": self.difference,
+            "wall_seconds": self.wall_seconds,
+            "reused": self.reused,
+            "ranks": list(self.allocation.vector),
+            "fingerprint": self.allocation.fingerprint,
+            "budget": self.allocation.budget,
+            "metrics_by_seed": dict(self.metrics_by_seed),
+            "history": dict(self.history),
+        }
 
-def seeds_of(trial: FrozenTrial) -> int:
-    """How many training runs a complete trial's value is the mean of; 1 in studies that do not say."""
-    return max(1, len(trial.user_attrs.get(TRIAL_KEY, {}).get("metrics_by_seed", {})))
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], targets: tuple[TargetModule, ...]) -> Trial:
+        """The inverse of `to_row`; names in JSON are texts, so steps are read as numbers."""
+        allocation = RankAllocation(targets, tuple(row["ranks"]), strategy=row["origin"], budget=row["budget"])
+        known = {each.name: row[each.name] for each in fields(cls) if each.name in row}
+        history = {int(step): metric for step, metric in row["history"].items()}
+        return cls(**{**known, "number": row["trial"], "allocation": allocation, "history": history})
 
 
-def learning_rate_of(trial: FrozenTrial) -> Any:
-    """The learning rate where it is a choice of a few; None where there is none, or where it is a number of its own."""
-    choice = isinstance(trial.distributions.get(LEARNING_RATE), CategoricalDistribution)
-    return trial.params[LEARNING_RATE] if choice else None
-
-
-def completed(study: optuna.Study) -> list[FrozenTrial]:
-    """The study's completed trials, in order."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def store_trial(running: optuna.Trial, trial: Trial) -> None:
+    """Keeps a trial's row in the attributes of Optuna's trial, which has number and ranks already."""
+    row = trial.to_row()
+    running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("trial", "ranks", "fingerprint")})
 
 
 def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
-    """A completed Optuna trial as a `Trial`.
+    """The record of a completed Optuna trial.
 
     Raises:
         SettingsError: The trial was not made by rankscope.
@@ -90,90 +107,62 @@ def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
         raise SettingsError(
             f"the study must hold trials of rankscope only, but trial {trial.number} is foreign; use another study name."
         )
-    allocation = RankAllocation(
-        targets, tuple(trial.user_attrs[RANKS_KEY]), strategy=stored["origin"], budget=stored["budget"]
-    )
-    return Trial(
-        number=trial.number,
-        origin=stored["origin"],
-        allocation=allocation,
-        learning_rate=stored["learning_rate"],
-        metric=stored["metric"],
-        loss=stored["loss"],
-        metrics_by_seed=stored["metrics_by_seed"],
-        difference=stored["difference"],
-        wall_seconds=stored["wall_seconds"],
-        reused=stored["reused"],
-        history={int(step): metric for step, metric in stored["history"].items()},
-    )
+    return Trial.from_row({**stored, "trial": trial.number, "ranks": trial.user_attrs[RANKS_KEY]}, targets)
 
 
-STUDY_KEY = "rankscope"
-WORKER_KEY = "worker"
+def completed(study: optuna.Study) -> list[FrozenTrial]:
+    """The study's completed trials, in order."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def open_study(
-    *,
-    name: str,
-    storage: str | optuna.storages.BaseStorage | None,
-    sampler: optuna.samplers.BaseSampler,
-    pruner: optuna.pruners.BasePruner,
-    about: Mapping[str, Any],
-) -> optuna.Study:
-    """Creates the study, or opens it again if it is about the same thing.
+def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, about: Mapping[str, Any]) -> optuna.Study:
+    """Create the study, or open it again if it is about the same thing.
 
     Args:
         name: Of the study.
-        storage: As Optuna takes it; for `sqlite:///` the folder is created.
-        sampler: Optuna's.
-        pruner: Optuna's.
-        about: What must be equal for trials to be comparable: task, model, budget, metric, training, ….
+        storage: As Optuna takes it; of an SQLite file the folder is created.
+        about: What must be equal for trials to be comparable, as plain values.
 
     Raises:
         SettingsError: The storage holds a study of this name about something else, or cannot be opened.
     """
-    if isinstance(storage, str) and (file := _sqlite_file(storage)):
+    if file := _sqlite_file(storage):
         file.parent.mkdir(parents=True, exist_ok=True)
-    with storage_errors(_unopened(storage)):
-        study = optuna.create_study(
-            study_name=name, storage=storage, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
-        )
-    stored = study.user_attrs.get(STUDY_KEY)
+    with _openable(storage):
+        study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    stored, remedy = study.user_attrs.get(STUDY_KEY), "use another study name or storage."
     if stored is None:
         if study.get_trials(deepcopy=False):
-            raise SettingsError(
-                f"study `{name}` must be rankscope's, but holds foreign trials; use another study name or storage."
-            )
+            raise SettingsError(f"study `{name}` must be rankscope's, but holds foreign trials; {remedy}")
         study.set_user_attr(STUDY_KEY, dict(about))
     else:
-        remedy = "use another study name or storage."
-        require_same(stored, about, what=f"study `{name}`", remedy=remedy, holds="its trials are", error=SettingsError)
+        what, holds = f"study `{name}`", "its trials are"
+        require_same(stored, about, what=what, remedy=remedy, holds=holds, error=SettingsError)
     return study
 
 
 def find_storage(url: str) -> optuna.storages.RDBStorage:
-    """The database of an earlier search; none is made.
+    """The database of an earlier search; none is created.
 
     Raises:
         SettingsError: There is none, or Optuna cannot open it.
     """
-    file = _sqlite_file(url)
-    if file and not file.exists():
+    if (file := _sqlite_file(url)) and not file.exists():
         raise SettingsError(
             f"`storage` must hold an earlier search, but there is no file `{file}`; run `rankscope search` first."
         )
-    with storage_errors(_unopened(url)):
+    with _openable(url):
         return optuna.storages.RDBStorage(url, skip_table_creation=True)
 
 
 def load_study(*, name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The study of an earlier search; none is made.
+    """The study of an earlier search; none is created.
 
     Raises:
         SettingsError: There is none of this name, or rankscope did not make it.
     """
     try:
-        with storage_errors(_unopened(storage)):
+        with _openable(storage):
             study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         known = ", ".join(optuna.get_all_study_names(storage)) or "none"
@@ -185,23 +174,20 @@ def load_study(*, name: str, storage: optuna.storages.BaseStorage) -> optuna.Stu
     return study
 
 
-def fail_orphans(study: optuna.Study) -> list[int]:
-    """Fails running trials whose process on this machine is gone, and returns their numbers.
-
-    A killed process cannot say that its trial is over. Trials of other machines are left alone.
-    """
-    orphans = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        worker = trial.user_attrs.get(WORKER_KEY, {})
-        if worker.get("host") == socket.gethostname() and not _alive(worker["pid"]):
-            study.tell(trial.number, state=TrialState.FAIL)
-            orphans.append(trial.number)
-    return orphans
-
-
-def signature() -> dict[str, Any]:
-    """The trial attribute that says which process runs it, for `fail_orphans`."""
+def worker() -> dict[str, Any]:
+    """The trial attribute that names the process which runs the trial, for `fail_orphans`."""
     return {WORKER_KEY: {"host": socket.gethostname(), "pid": os.getpid()}}
+
+
+def fail_orphans(study: optuna.Study) -> None:
+    """Fail running trials whose process on this machine is gone: a killed process cannot say that its trial is over.
+
+    Optuna's heartbeats, where the storage has them, do the same for other machines, but only after a grace period.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        runs_on = trial.user_attrs.get(WORKER_KEY, {})
+        if runs_on.get("host") == socket.gethostname() and not _alive(runs_on["pid"]):
+            study.tell(trial.number, state=TrialState.FAIL)
 
 
 def _alive(pid: int) -> bool:
@@ -209,41 +195,32 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # somebody else's
         return True
     return True
 
 
-def _sqlite_file(url: str) -> Path | None:
+def _sqlite_file(storage: object) -> Path | None:
     """The file of an SQLite database; None for others."""
-    return Path(url.removeprefix("sqlite:///").split("?")[0]) if url.startswith("sqlite:///") else None
+    if not isinstance(storage, str) or not storage.startswith("sqlite:///"):
+        return None
+    return Path(storage.removeprefix("sqlite:///").split("?")[0])
 
 
 @contextmanager
-def storage_errors(said: str) -> Iterator[None]:
-    """Says in one line, after `said`, why Optuna cannot open a storage."""
-    from sqlalchemy.exc import SQLAlchemyError
+def _openable(storage: object) -> Iterator[None]:
+    """Says in one line, without the password, why Optuna cannot open a storage."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     try:
         yield
     except (ValueError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-        raise SettingsError(f"{said}: {_first_line(error)}") from None
-
-
-def _unopened(storage: object) -> str:
-    return f"`storage` must be a database that Optuna can open, but {_without_password(storage)!r} is not"
-
-
-def _without_password(storage: object) -> object:
-    """A database's URL as it may be shown."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(storage).render_as_string(hide_password=True) if isinstance(storage, str) else storage
-    except ArgumentError:
-        return storage
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        try:
+            shown = make_url(storage).render_as_string(hide_password=True) if isinstance(storage, str) else storage
+        except ArgumentError:
+            shown = storage
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingsError(
+            f"`storage` must be a database that Optuna can open, but {shown!r} is not: {reason}"
+        ) from None

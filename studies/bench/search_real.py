@@ -21,12 +21,10 @@ from joblib import Parallel, delayed
 
 import rankscope as rs
 from rankscope.comparison import make_grid, paired_difference, run_tuned
-from rankscope.searching.confirmation import CONFIRM_FRACTION
-from rankscope.settings import TrainingSettings
 from rankscope.tasks import profile_task
 
 RATES = [0.005, 0.01, 0.02]
-TRAINING = rs.TrainingConfig(steps=84)
+TRAINING = rs.TrainingSettings(steps=84, learning_rate=RATES)
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
@@ -44,8 +42,7 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
         rs.RankAllocation(taken.targets, tuple(row["ranks"]), strategy=f"search {row['seed']}") for row in searches
     ]
     compared = [*allocations, *dict.fromkeys(found)]
-    schedule = TrainingSettings(steps=TRAINING.steps, learning_rate=RATES)
-    grids = [make_grid(allocation, schedule) for allocation in compared]
+    grids = [make_grid(allocation, TRAINING) for allocation in compared]
     groups = run_tuned(task, grids, seeds=range(2000, 2002 if quick else 2012), n_jobs=2)
     runs = {a.vector: [run for run in group if run.test is not None] for a, group in zip(compared, groups, strict=True)}
     test = {ranks: [run.test for run in reported if run.test is not None] for ranks, reported in runs.items()}
@@ -79,10 +76,8 @@ def searched(taken: rs.Profile, budget: rs.ParameterBudget, seed: int, quick: bo
         budget=budget,
         profile=taken,
         n_trials=15 if quick else 60,
-        confirm_fraction=1 / 3 if quick else CONFIRM_FRACTION,
+        confirm_fraction=1 / 3 if quick else 0.25,
         training=TRAINING,
-        learning_rates=RATES,
-        storage=None,
         seed=seed,
     )
     best = result.best_trial

@@ -28,10 +28,9 @@ from rankscope.plotting import save_figure
 LOG = Path(__file__).parents[2] / ".cache" / "search_regret.jsonl"
 SHARED = (
     "studies/bench/searches",
-    "rankscope/space.py",
     "rankscope/budget.py",
+    "rankscope/searching/space.py",
     "rankscope/searching/confirmation.py",
-    "rankscope/searching/finalists.py",
 )
 MINE = ("rankscope/searching", "rankscope/performance")  # what only our own search runs on
 JUDGED = ("digits-shift/1", "synthetic/72", "synthetic/72-useless-profile", "synthetic/24", "synthetic/210")

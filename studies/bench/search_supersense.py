@@ -11,7 +11,6 @@ two steps, one seed. The claims are what one would hope for, whatever comes out.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,29 +36,25 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = read_study(STUDY)
-    rates = study.training.learning_rates[:1] if quick else study.training.learning_rates
-    training = rs.TrainingConfig(
-        **{**dict(study.training), "learning_rate": rates[0], **({"steps": 4} if quick else {})}
-    )
+    training, settings = study.training, study.search
+    if quick:
+        training = rs.TrainingSettings.of(training, steps=4, learning_rate=training.learning_rates[0])
+        settings = rs.SearchSettings.of(settings, n_trials=6, confirm_fraction=0.0, fidelity=0.5)
     taken = rs.read_profile(Path(__file__).parents[2] / "data" / "rankbench" / "supersense.profile.parquet")
     CACHE.mkdir(exist_ok=True)
     result = rs.search(
         rs.load_task("supersense"),
         budget=rs.ParameterBudget.uniform(taken.targets, study.budget.uniform_rank),
         profile=taken,
-        n_trials=6 if quick else study.search.n_trials,
-        confirm_fraction=0.0 if quick else study.search.confirm_fraction,
-        fidelity=0.5 if quick else study.search.fidelity,
+        settings=settings,
         training=training,
-        learning_rates=rates,
         storage=None if quick else f"sqlite:///{CACHE}/search_supersense.db",
     )
     best = {name: _terms(result, name) for name in ("uniform", "one-shot", "recommended")}
     seeds = SEEDS[:1] if quick else SEEDS
     cells = [(name, seed) for seed in seeds for name in best]
     scores = Parallel(n_jobs=1 if quick else 2)(
-        delayed(_test)(best[name][0], replace(training, learning_rate=best[name][1]), seed, quick)
-        for name, seed in cells
+        delayed(_test)(best[name][0], training.at(best[name][1]), seed, quick) for name, seed in cells
     )
     test = {name: [s for (cell, _), s in zip(cells, scores, strict=True) if cell == name] for name in best}
     rows: list[dict[str, Any]] = [_search_row(result)]
@@ -82,7 +77,7 @@ def _terms(result: SearchResult, name: str) -> tuple[rs.RankAllocation, float]:
     return trial.allocation, trial.learning_rate
 
 
-def _test(allocation: rs.RankAllocation, training: rs.TrainingConfig, seed: int, quick: bool) -> float:
+def _test(allocation: rs.RankAllocation, training: rs.TrainingSettings, seed: int, quick: bool) -> float:
     """Test accuracy of one run in full; runs that were done before are read."""
     spec = RunSpec(method=Lora(allocation), training=training, seed=seed)
     (run,) = run_all(rs.load_task("supersense"), [spec], kept_in=None if quick else CACHE / "search_supersense")

@@ -39,7 +39,7 @@ Search = Callable[[BaseStorage, int], rs.SearchResult]
 @pytest.fixture(scope="module")
 def search(digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> Search:
     def run(storage: BaseStorage, n_trials: int) -> rs.SearchResult:
-        short = rs.TrainingConfig(steps=2, learning_rate=0.01)
+        short = rs.TrainingSettings(steps=2, learning_rate=0.01)
         return rs.search(digits, budget=digits_budget, profile=digits_profile, n_trials=n_trials, confirm_fraction=0.0,
                          training=short, storage=storage, study_name="short")  # fmt: skip
 

@@ -11,7 +11,7 @@ import rankscope as rs
 from rankscope.errors import SettingsError, TrainingError
 from rankscope.tasks import Task
 
-SHORT = rs.TrainingConfig(steps=2, learning_rate=0.01)
+SHORT = rs.TrainingSettings(steps=2, learning_rate=0.01)
 Digits = type(rs.load_task("digits-shift"))
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -36,7 +36,7 @@ class Constant(Digits):
 def test_a_constant_metric_recommends_uniform_and_leaves_the_model_out(
     digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
-    training = rs.TrainingConfig(steps=4, learning_rate=0.01, evaluate_every=2)
+    training = rs.TrainingSettings(steps=4, learning_rate=0.01, evaluate_every=2)
     found = run(
         Constant(), digits_profile, digits_budget, n_trials=24, confirm_fraction=0.5, training=training, pruner="median"
     )

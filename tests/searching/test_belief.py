@@ -16,7 +16,7 @@ def test_a_stored_search_is_believed_as_when_it_ended(
     digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
     storage = optuna.storages.InMemoryStorage()
-    training = rs.TrainingConfig(steps=20, learning_rate=0.02)
+    training = rs.TrainingSettings(steps=20, learning_rate=0.02)
     result = rs.search(
         digits, budget=digits_budget, profile=digits_profile, n_trials=14, confirm_fraction=0.0, training=training, storage=storage
     )  # fmt: skip

@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankscope.errors import SettingsError
-from rankscope.searching.confirmation import FIRST_SEED, _affordable_seeds, _key, split_budget
+from rankscope.searching.confirmation import FIRST_SEED, affordable_seeds, confirmation_key, split_budget
 from rankscope.searching.storage import Trial
+from rankscope.settings import SearchSettings
 from tests.searching.test_finalists import trial
 
 
@@ -28,10 +29,8 @@ def test_the_split_keeps_the_budget(n_trials: int, fraction: float, n_seeds: int
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 1.0, 1), "`confirm_fraction` must lie in [0, 1), but got 1."),
         ((1, 0.3, 2), "`n_trials` must cover one trial of 2 seeds, but got 1; raise it."),
         ((0, 0.3, 1), "`n_trials` must cover one trial of 1 seeds, but got 0; raise it."),
-        ((10, 0.3, 0), "`n_seeds` must be at least 1, but got 0."),
     ],
 )
 def test_bad_budgets(arguments: tuple[int, float, int], message: str) -> None:
@@ -39,19 +38,32 @@ def test_bad_budgets(arguments: tuple[int, float, int], message: str) -> None:
         split_budget(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"confirm_fraction": 1.0}, "`confirm_fraction`: input should be less than 1, but got 1.0."),
+        ({"n_seeds": 0}, "`n_seeds`: input should be greater than 0, but got 0."),
+        ({"sampler": "bohb"}, "`sampler`: input should be 'performance-model', 'tpe' or 'random', but got 'bohb'."),
+    ],
+)
+def test_bad_settings(settings: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        SearchSettings(**settings)
+
+
 def study_with(runs: list[tuple[Trial, int]]) -> optuna.Study:
     study = optuna.create_study()
     for finalist, seed in runs:
-        study.set_user_attr(_key(finalist, str(seed)), 0.5)
+        study.set_user_attr(confirmation_key(finalist, str(seed)), 0.5)
     return study
 
 
 def test_known_runs_count_and_are_not_paid_twice() -> None:
     a, b, old = trial(0, "uniform", (1, 1, 1)), trial(1, "one-shot", (3, 0, 0)), trial(2, "sampler", (0, 3, 0))
     first, second = FIRST_SEED, FIRST_SEED + 1
-    assert _affordable_seeds(study_with([]), [a, b], 5) == 2
-    assert _affordable_seeds(study_with([]), [a, b], 1) == 0
+    assert affordable_seeds(study_with([]), [a, b], 5) == 2
+    assert affordable_seeds(study_with([]), [a, b], 1) == 0
     known = study_with([(a, first), (b, first), (a, second)])
-    assert _affordable_seeds(known, [a, b], 0) == 1  # nothing is left: what is there counts
-    assert _affordable_seeds(known, [a, b], 4) == 2
-    assert _affordable_seeds(study_with([(old, first), (old, second)]), [a, b], 4) == 1  # an earlier finalist's runs
+    assert affordable_seeds(known, [a, b], 0) == 1  # nothing is left: what is there counts
+    assert affordable_seeds(known, [a, b], 4) == 2
+    assert affordable_seeds(study_with([(old, first), (old, second)]), [a, b], 4) == 1  # an earlier finalist's runs

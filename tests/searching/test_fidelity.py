@@ -10,7 +10,8 @@ from scipy.stats import kendalltau
 
 import rankscope as rs
 from rankscope.errors import SettingsError
-from rankscope.searching.confirmation import Agreement, agreement_on_the_way, agreement_when_confirmed, judge, observe
+from rankscope.searching.confirmation import Agreement, agreement_on_the_way, agreement_when_confirmed, judge
+from rankscope.searching.sampler import observe
 from rankscope.searching.storage import TRIAL_KEY, Trial
 from rankscope.tasks import Task
 from tests.searching.test_finalists import trial as made
@@ -120,7 +121,7 @@ def test_agreement_of_finalists_with_their_short_trials() -> None:
 def test_trials_are_short_and_confirmation_is_in_full(
     digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
-    training = rs.TrainingConfig(steps=10, learning_rate=0.01)
+    training = rs.TrainingSettings(steps=10, learning_rate=0.01)
     options = {"budget": digits_budget, "profile": digits_profile, "training": training, "study_name": "short"}
     found = rs.search(digits, n_trials=15, confirm_fraction=1 / 3, fidelity=0.2, storage=None, **options)
     assert len(found.trials) == 10
@@ -129,7 +130,7 @@ def test_trials_are_short_and_confirmation_is_in_full(
     assert found.steps == trained * 2 + found.confirming_runs * 10
     uniform = found.finalists[0]
     _, full = rs.train(digits, uniform.trial.allocation, training, seed=500)
-    _, short = rs.train(digits, uniform.trial.allocation, rs.TrainingConfig(steps=2, learning_rate=0.01), seed=0)
+    _, short = rs.train(digits, uniform.trial.allocation, rs.TrainingSettings(steps=2, learning_rate=0.01), seed=0)
     assert uniform.metrics_by_seed == {"500": full.metrics["accuracy"]}
     assert uniform.trial.metric == short.metrics["accuracy"]
     message = (
@@ -137,5 +138,5 @@ def test_trials_are_short_and_confirmation_is_in_full(
     )
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         rs.search(digits, n_trials=15, fidelity=0.5, storage=found.study._storage, **options)
-    with pytest.raises(SettingsError, match=r"^`fidelity` must lie in \(0, 1\], but got 0\.$"):
+    with pytest.raises(SettingsError, match=r"^`fidelity`: input should be greater than 0, but got 0\.0\.$"):
         rs.search(digits, fidelity=0.0, storage=None, **options)

@@ -12,7 +12,7 @@ from rankscope.searching.sampler import make_pruner
 from rankscope.searching.storage import STEPS_KEY
 from rankscope.tasks import Task
 
-EVALUATED = rs.TrainingConfig(steps=8, evaluate_every=2)
+EVALUATED = rs.TrainingSettings(steps=8, evaluate_every=2)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -28,14 +28,14 @@ def test_names_and_objects(name: object, expected: type) -> None:
 @pytest.mark.parametrize(
     ("pruner", "training", "message"),
     [
-        ("median", rs.TrainingConfig(steps=8), "`evaluate_every` must be below the 8 steps of a trial, for a pruner to "
+        ("median", rs.TrainingSettings(steps=8), "`evaluate_every` must be below the 8 steps of a trial, for a pruner to "
          "judge by, but is None; lower it, or prune nothing."),
-        (optuna.pruners.HyperbandPruner(), rs.TrainingConfig(steps=8, evaluate_every=8), "`evaluate_every` must be below "
+        (optuna.pruners.HyperbandPruner(), rs.TrainingSettings(steps=8, evaluate_every=8), "`evaluate_every` must be below "
          "the 8 steps of a trial, for a pruner to judge by, but is 8; lower it, or prune nothing."),
         ("mean", EVALUATED, "`pruner` must be one of none, median, hyperband or an Optuna pruner, but got 'mean'."),
     ],
 )  # fmt: skip
-def test_pruners_without_anything_to_judge_by(pruner: object, training: rs.TrainingConfig, message: str) -> None:
+def test_pruners_without_anything_to_judge_by(pruner: object, training: rs.TrainingSettings, message: str) -> None:
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         make_pruner(pruner, training)
 
@@ -71,7 +71,7 @@ def search(task: Task, profile: rs.Profile, budget: rs.ParameterBudget, **option
 def test_wilcoxon_compares_seed_by_seed(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
     task = Starved()
     task.good = 10  # two trials of five seeds
-    short = rs.TrainingConfig(steps=3, learning_rate=0.01)
+    short = rs.TrainingSettings(steps=3, learning_rate=0.01)
     pruner = optuna.pruners.WilcoxonPruner()
     found = search(task, digits_profile, digits_budget, training=short, n_trials=15, n_seeds=5, pruner=pruner)
     assert [t.state for t in found.study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
@@ -87,7 +87,7 @@ def test_wilcoxon_compares_seed_by_seed(digits_profile: rs.Profile, digits_budge
 def test_a_search_with_a_pruner_of_evaluations(
     name: str, digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
-    training = rs.TrainingConfig(steps=9, learning_rate=0.01, evaluate_every=3)
+    training = rs.TrainingSettings(steps=9, learning_rate=0.01, evaluate_every=3)
     found = search(digits, digits_profile, digits_budget, training=training, n_trials=14, pruner=name)
     states = [trial.state for trial in found.study.trials]
     assert states[:2] == [TrialState.COMPLETE, TrialState.COMPLETE]

@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from torch import nn
 
 import rankscope as rs
+from rankscope.budget import RankLimits
 from rankscope.errors import SettingsError
 from rankscope.performance import rank_features
 from rankscope.searching.sampler import make_sampler
@@ -57,7 +58,7 @@ def test_its_recommendation_beats_random_tilts() -> None:
         sampler = rs.PerformanceModelSampler(SPACE, seed=seed)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.optimize(objective, n_trials=40)
-        mine.append(worth(sampler.best(study)[0]))
+        mine.append(worth(sampler.best(study).allocation))
         random.append(best_found(optuna.samplers.RandomSampler(seed), 40))
     assert np.mean(mine) > np.mean(random)
 
@@ -121,7 +122,7 @@ def test_a_minimised_value_is_worth_the_less_the_higher_it_is() -> None:
     sampler = rs.PerformanceModelSampler(SPACE, seed=0)
     study = optuna.create_study(direction="minimize", sampler=sampler)
     study.optimize(lambda trial: -objective(trial), n_trials=40)
-    assert worth(sampler.best(study)[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
+    assert worth(sampler.best(study).allocation) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", optuna.samplers.GPSampler(seed=0)], ids=str)
@@ -183,7 +184,7 @@ def test_threads_share_a_sampler(database: bool, tmp_path: Path) -> None:
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
     allocations = [rs.RankAllocation(TARGETS, tuple(trial.user_attrs["ranks"])) for trial in study.trials]
     assert all(BUDGET.limit - 32 < allocation.parameters <= BUDGET.limit for allocation in allocations)
-    assert worth(sampler.best(study)[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
+    assert worth(sampler.best(study).allocation) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
 
 
 def test_copies_draw_alike_and_learn_again_from_the_study() -> None:
@@ -197,7 +198,7 @@ def test_copies_draw_alike_and_learn_again_from_the_study() -> None:
         proposals.append(rs.suggest_allocation(study.ask(), SPACE).vector)
     assert proposals[0] == proposals[1]
     assert len(pickle.dumps(sampler)) < 2 * len(pickle.dumps(rs.PerformanceModelSampler(SPACE, seed=0)))
-    assert copies[0].best(study)[0] == sampler.best(study)[0]
+    assert copies[0].best(study).allocation == sampler.best(study).allocation
 
 
 def test_a_sampler_learns_each_study_from_scratch() -> None:
@@ -207,8 +208,8 @@ def test_a_sampler_learns_each_study_from_scratch() -> None:
     for weights in (WORTH, WORTH[::-1]):
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.optimize(lambda trial, w=weights: np.log1p(rs.suggest_allocation(trial, SPACE).vector) @ w, n_trials=30)
-        found.append(sampler.best(study)[0])
-        assert found[-1] == rs.PerformanceModelSampler(SPACE).best(study)[0]
+        found.append(sampler.best(study).allocation)
+        assert found[-1] == rs.PerformanceModelSampler(SPACE).best(study).allocation
     assert worth(found[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0))) > worth(found[1])
 
 
@@ -273,8 +274,8 @@ def test_other_parameters_and_rates_that_are_numbers_stand_beside_the_tilts() ->
     model = sampler.model(study)
     assert model is not None
     assert model.conditions_ == [None]
-    assert worth(sampler.best(study)[0]) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
-    assert sampler.best(study)[1] is None
+    assert worth(sampler.best(study).allocation) > worth(SPACE.allocation(SPACE.point(tau=0.0)))
+    assert sampler.best(study).learning_rate is None
 
 
 def test_a_rate_of_a_few_goes_with_the_draw() -> None:
@@ -285,7 +286,7 @@ def test_a_rate_of_a_few_goes_with_the_draw() -> None:
         return objective(trial) + 10.0 * trial.suggest_categorical("learning_rate", [0.1, 0.9])
 
     study.optimize(tuned, n_trials=30)
-    assert sampler.best(study)[1] == 0.9
+    assert sampler.best(study).learning_rate == 0.9
     assert [trial.params["learning_rate"] for trial in study.trials[-10:]].count(0.9) >= 8  # a draw may differ
 
 
@@ -364,9 +365,9 @@ def space_of(n: int, **options: object) -> HierarchicalSpace:
         (space_of(1), {(4,)}),
         (space_of(3, budget=rs.ParameterBudget(32)), {(1, 0, 0), (0, 1, 0), (0, 0, 1)}),
         (space_of(3, budget=rs.ParameterBudget.uniform(TARGETS[:3], 16)), {(16, 16, 16)}),
-        (space_of(3, max_rank=1), {(1, 1, 1)}),
-        (space_of(3, min_rank=4), {(4, 4, 4)}),
-        (space_of(2, gains={TARGETS[0].name: np.zeros(16), TARGETS[1].name: np.ones(16)}, max_rank=8), None),
+        (space_of(3, limits=RankLimits(max_rank=1)), {(1, 1, 1)}),
+        (space_of(3, limits=RankLimits(min_rank=4)), {(4, 4, 4)}),
+        (space_of(2, gains={TARGETS[0].name: np.zeros(16), TARGETS[1].name: np.ones(16)}, limits=RankLimits(max_rank=8)), None),
         (space_of(2, gains={TARGETS[0].name: np.zeros(0), TARGETS[1].name: np.full(16, 1e-300)}), None),
     ],
     ids=["one module", "one rank", "full rank", "bound below", "bound above", "no gain in one", "tiny gains"],
@@ -375,7 +376,7 @@ def test_spaces_with_little_room(space: HierarchicalSpace, expected: set | None)
     sampler = rs.PerformanceModelSampler(space, seed=0)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.optimize(lambda trial: float(np.log1p(rs.suggest_allocation(trial, space).vector[0])), n_trials=14)
-    seen = {tuple(trial.user_attrs["ranks"]) for trial in study.trials} | {sampler.best(study)[0].vector}
+    seen = {tuple(trial.user_attrs["ranks"]) for trial in study.trials} | {sampler.best(study).allocation.vector}
     assert expected is None or seen <= expected
     most = min(space.budget.limit, sum(t.rank_cost * t.full_rank for t in space.targets))
     assert all(rs.RankAllocation(space.targets, ranks).parameters <= most for ranks in seen)
@@ -408,7 +409,7 @@ def test_proposals_at_rank_64_follow_the_spectra_beyond_the_sketch() -> None:
     drawn = [trial.user_attrs["ranks"] for trial in study.trials[8:]]
     assert sum(ranks[3] > 64 for ranks in drawn) >= 10  # a draw in which nothing helps is uniform
     assert max(ranks[3] for ranks in drawn) > 128
-    assert sampler.best(study)[0].vector[3] == max(sampler.best(study)[0].vector)
+    assert sampler.best(study).allocation.vector[3] == max(sampler.best(study).allocation.vector)
 
 
 # --- an allocation of a trial ----------------------------------------------------------------------------------------

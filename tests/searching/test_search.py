@@ -19,7 +19,8 @@ from rankscope.searching.confirmation import choose_finalists, recommend
 from rankscope.searching.storage import Trial, completed
 from rankscope.tasks import Task
 
-SHORT = rs.TrainingConfig(steps=4, learning_rate=0.01)
+SHORT = rs.TrainingSettings(steps=4, learning_rate=0.01)
+BOTH_RATES = rs.TrainingSettings(steps=4, learning_rate=[0.005, 0.01])
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -44,7 +45,7 @@ def result(
         digits_profile,
         digits_budget,
         storage,
-        learning_rates=[0.005, 0.01],
+        training=BOTH_RATES,
         confirm_fraction=10 / 18,
         n_trials=18,
     )
@@ -93,13 +94,19 @@ def test_a_finished_search_is_not_repeated_and_a_longer_one_goes_on(
     digits_budget: rs.ParameterBudget,
     storage: str,
 ) -> None:
-    trained = []
-    confirmed = []
-    options = {"learning_rates": [0.005, 0.01], "confirm_fraction": 10 / 18}
-    again = run(digits, digits_profile, digits_budget, storage, n_trials=18, **options,
-                on_trial=trained.append, on_confirm=lambda done, total: confirmed.append((done, total)))  # fmt: skip
-    assert trained == []
-    assert confirmed[-1] == (10, 10)
+    runs_done = []
+    options = {"training": BOTH_RATES, "confirm_fraction": 10 / 18}
+    again = run(
+        digits,
+        digits_profile,
+        digits_budget,
+        storage,
+        n_trials=18,
+        on_progress=lambda *run: runs_done.append(run),
+        **options,
+    )
+    assert {stage for stage, _, _ in runs_done} == {"confirming"}
+    assert runs_done[-1] == ("confirming", 10, 10)
     assert [t.metric for t in again.trials] == [t.metric for t in result.trials]
     assert [f.metrics_by_seed for f in again.finalists] == [f.metrics_by_seed for f in result.finalists]
     runs = stored_runs(result)
@@ -123,10 +130,11 @@ def test_an_equal_allocation_is_reused(
     counted = []
     again = search(
         digits, budget=digits_budget, profile=digits_profile, n_trials=3, training=SHORT, confirm_fraction=0.0,
-        storage=first.study._storage, study_name="short", on_trial=counted.append,
+        storage=first.study._storage, study_name="short", on_progress=lambda *run: counted.append(run),
     )  # fmt: skip
-    assert counted[0].reused == 1
-    assert counted[0].wall_seconds == 0.0
+    assert counted == [("searching", 3, 3)]
+    assert again.trials[2].reused == 1
+    assert again.trials[2].wall_seconds == 0.0
     assert again.trials[2].metric == again.trials[1].metric
 
 
@@ -140,7 +148,7 @@ def test_a_study_about_something_else_is_refused(
         "budget": {"budget": rs.ParameterBudget(5_000)},
         "min_rank": {"min_rank": 1},
         "grouping": {"grouping": "gradient"},
-        "training": {"training": rs.TrainingConfig(steps=5, learning_rate=0.01)},
+        "training": {"training": rs.TrainingSettings(steps=5, learning_rate=0.01)},
         "profile": {"profile": rs.Profile(digits_profile.table, {**digits_profile.metadata, "seed": 5})},
     }[key]
     arguments = {"profile": digits_profile, "budget": digits_budget, "storage": storage, "n_trials": 1, **change}
@@ -187,7 +195,7 @@ def test_a_search_in_which_every_trial_fails_says_so(
 
 
 def test_bad_trials_are_pruned(digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
-    training = rs.TrainingConfig(steps=4, learning_rate=0.01, evaluate_every=2)
+    training = rs.TrainingSettings(steps=4, learning_rate=0.01, evaluate_every=2)
     pruner = optuna.pruners.ThresholdPruner(lower=1.1)  # no accuracy is that high: all but the start points are pruned
     found = run(digits, digits_profile, digits_budget, None, n_trials=4, training=training, pruner=pruner)
     assert [t.origin for t in found.trials] == ["uniform", "one-shot"]
@@ -273,7 +281,7 @@ def test_finalists_of_a_model_are_posterior_mean_smoothed_and_observed(modelled:
     def smoothed(trial: Trial) -> float:
         return float(model.predict([trial.allocation.vector])[0])
 
-    chosen = choose_finalists(trials, smoothed)
+    chosen = choose_finalists(trials, model)
     assert [t.origin for t in chosen[:2]] == ["uniform", "one-shot"]
     others = [t for t in trials if t.origin in ("sampler", "posterior-mean") and t.reused is None]
     if any(t.origin == "posterior-mean" for t in others):
@@ -317,7 +325,7 @@ def test_no_model_outlives_its_trial(
             return model
 
     pruner = optuna.pruners.ThresholdPruner(lower=1.1)  # all but the start points are pruned
-    training = rs.TrainingConfig(steps=4, learning_rate=0.01, evaluate_every=2)
+    training = rs.TrainingSettings(steps=4, learning_rate=0.01, evaluate_every=2)
     gc.collect()
     gc.disable()
     try:

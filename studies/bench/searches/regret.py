@@ -18,18 +18,13 @@ from joblib import Parallel, delayed
 
 from rankscope.allocation import RankAllocation
 from rankscope.searching import PerformanceModelSampler
-from rankscope.searching.confirmation import (
-    CONFIRM_FRACTION,
-    choose_finalists,
-    judge,
-    recommend,
-    smoothing,
-    split_budget,
-)
+from rankscope.searching.confirmation import choose_finalists, judge, recommend, split_budget
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
+from rankscope.settings import SearchSettings
 from searches.landscapes import LANDSCAPES, Ints, Landscape
 from searches.methods import METHODS, Method
 
+CONFIRM_FRACTION = SearchSettings().confirm_fraction
 BUDGETS = (30, 33, 60, 100, 150)
 
 
@@ -131,7 +126,7 @@ class _Search:
             while len(self.trials) < n_trials:
                 last = len(self.trials) == n_trials - 1
                 if last and isinstance(self.method.sampler, PerformanceModelSampler):
-                    self._try(POSTERIOR_MEAN, np.array(self.method.sampler.best(self.study)[0].vector))
+                    self._try(POSTERIOR_MEAN, np.array(self.method.sampler.best(self.study).allocation.vector))
                 else:
                     self._try(SAMPLER, None)
 
@@ -139,7 +134,7 @@ class _Search:
         """The ranks that are recommended after so many more measurements of the finalists."""
         sampler = self.method.sampler
         belief = sampler.believed(self.study) if isinstance(sampler, PerformanceModelSampler) else None
-        chosen = choose_finalists(self.trials, smoothing(belief))
+        chosen = choose_finalists(self.trials, belief)
         rounds = range(1, 1 + confirming // len(chosen))
         measured = [
             {str(i): self.landscape.measure(np.array(trial.allocation.vector), i) for i in rounds} for trial in chosen

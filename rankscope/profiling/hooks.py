@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,34 +22,23 @@ SUPPORTED = ("linear", "conv1d", "conv2d")
 SAFE_EXPONENT = 30  # of two: squares of gradients beyond, or of a thousandth of one below, may leave float32's range
 
 
-class LocalHook:
+class LocalHook(partial[Any]):
     """A forward hook that is not copied or pickled with its module: it would feed the original's sketches, or fail."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        """Pass a module's call on."""
-        return self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes anything, returns None, and loads without rankscope
 
 
 class GradientHooks:
-    """Hooks on modules, and the sums that they feed.
+    """Hooks on modules, and the sums that they feed: `accumulators` of gradients, and `inputs`, shared by q, k and v.
 
     Args:
         modules: The target modules and where they are in the model.
         matrices: Random matrices of the sketches.
         inputs: Whether to sketch the modules' inputs too.
         factor: Multiplies gradients before they are kept; see `in_range`.
-        copied: Modules whose inputs are copied because they are changed in place later on. A module found to need it is added;
-            its present gradient is lost. None: raise an error instead.
-
-    Attributes:
-        accumulators: Each module's summed gradient.
-        inputs: Each module's input sketch; modules that read the same tensor (q, k and v) share one.
+        copied: Modules whose inputs are copied because they change in place later on. A module found to need it is added; its
+            present gradient is lost. None: raise an error instead.
     """
 
     def __init__(
@@ -74,15 +63,11 @@ class GradientHooks:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Keep hooks on the modules."""
-        handles = [
-            module.register_forward_hook(LocalHook(partial(self._called, target.name)), with_kwargs=True)
-            for target, module in self._modules.items()
-        ]
-        try:
+        with ExitStack() as handles:
+            for target, module in self._modules.items():
+                hook = LocalHook(self._called, target.name)
+                handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def begin_batch(self, weight: float, mask: Tensor | None = None) -> None:
         """Start recording; gradients are multiplied by `weight` already, and padding in inputs shaped as `mask` is left out."""
@@ -111,7 +96,7 @@ class GradientHooks:
         return max(float(kept.abs().max()) for each in self.accumulators.values() for kept in each.kept)
 
     def sum_over_processes(self) -> None:
-        """Sum over processes, whichever modules the batches of each one reached; every process must call it."""
+        """Sum over processes, whichever modules the batches of each one reached."""
         sum_over_processes(tensor for each in self.accumulators.values() for tensor in each.tensors())
         batches = gathered([each.batches for each in self.accumulators.values()])
         for accumulator, counts in zip(self.accumulators.values(), zip(*batches, strict=True), strict=True):

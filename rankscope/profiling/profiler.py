@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
@@ -49,18 +50,18 @@ def profile(
 ) -> Profile:
     """Profile the gradient of the loss, and the inputs, at every target module.
 
-    The model runs frozen and in evaluation mode, and is left as it was. Memory does not grow with the number of batches.
-    Under torch.distributed each process passes its own batches, and all get the profile of all of them.
+    The model (quantised, offloaded, compiled, wrapped by PEFT or DistributedDataParallel) runs frozen and in evaluation mode, and
+    is left as it was. Under torch.distributed each process passes its own batches, and all get the profile of all of them.
 
     Args:
-        model: Any torch module: quantised, offloaded, compiled, wrapped by PEFT or DistributedDataParallel.
+        model: Any torch module.
         batches: At least two. A batch counts by its number of examples, the length of its first tensor.
         targets: Default: `find_targets(model)`. Modules that cannot be profiled are skipped with a warning, and recorded.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         budget: The budget that allocations will have: the sketches grow with it.
         head: Names of freshly initialised modules, as a new classifier: trained first, alone, and restored at the end.
-        head_batches: Train the head on these. Default: each half of `batches`, held in memory, is profiled behind a head that
-            was trained on the other half, since a head that has fitted a batch leaves only noise in its gradient.
+        head_batches: Train the head on these. Default: each half of `batches` is profiled behind a head that was trained on the
+            other half, since a head that has fitted a batch leaves only noise in its gradient.
         seed: Seed of the sketches.
         on_batch: Called after each batch with its index and loss.
         settings: How to profile.
@@ -71,19 +72,22 @@ def profile(
     >>> {name: len(values) for name, values in found.spectra().items()}
     {'0': 3, '2': 1}
     """
-    settings = ProfileSettings.of(settings, **overrides)
-    if budget is not None and not isinstance(budget, ParameterBudget):
-        raise ModelError(f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`.")
-    run = _Run(unwrapped(model), targets, loss_fn or _model_loss, budget, settings, seed)
+    settings, model = ProfileSettings.of(settings, **overrides), unwrapped(model)
+    modules, skipped = _find_modules(model, targets)
+    wanted, size = _sketch_sizes(model, tuple(modules), budget, settings.sketch_size)
+    hooks = GradientHooks(modules, RandomMatrices(k=size, seed=seed))
+    run = _Run(model, loss_fn or _model_loss, modules, hooks, settings)
     stream = run.behind_heads(islice(batches, settings.n_batches), head, head_batches)
-    with _frozen(run.model), closing(stream), run.hooks.hooked(), _interrupt(settings.keep_partial) as interrupt:
+    with _frozen(model), closing(stream), hooks.hooked(), _interrupt(settings.keep_partial) as interrupt:
         for index, batch in enumerate(stream):
             run.see(batch)
             if on_batch and run.seen:
                 on_batch(index, run.seen[-1].loss)
             if interrupt.is_set() or run.converged():
                 break
-    return run.finish(head_steps=settings.head_steps if head else 0, interrupted=interrupt.is_set())
+    facts = {"seed": seed, "sketch_size": size, "sketch_wanted": wanted, "skipped": skipped}
+    head_steps = settings.head_steps if head else 0
+    return run.finish(**facts, head_steps=head_steps, interrupted=interrupt.is_set())
 
 
 class SeenBatch(NamedTuple):
@@ -95,34 +99,21 @@ class SeenBatch(NamedTuple):
     digest: str
 
 
+@dataclass
 class _Run:
     """A profile in the making."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Sequence[TargetModule] | None,
-        loss_fn: LossFunction,
-        budget: ParameterBudget | None,
-        settings: ProfileSettings,
-        seed: int,
-    ) -> None:
-        self.model, self.settings, self.seed, self.device = model, settings, seed, batch_device(model)
-        self._loss_fn = loss_fn
-        self.modules, self.skipped_modules = _find_modules(model, targets)
-        self.wanted = self.size = settings.sketch_size or 0
-        if not self.size:
-            limit = budget.limit if budget else None
-            self.wanted, self.size = choose_sketch_size(tuple(self.modules), limit, bytes_of_weights(model))
-        self.hooks = GradientHooks(self.modules, RandomMatrices(k=self.size, seed=seed))
-        self.seen: list[SeenBatch] = []
-        self.skipped = 0  # batches without a finite loss
-        self.unit = 0  # examples in the first batch; a batch weighs its own over these
-        self.scale = 1.0  # the factor on every loss; see `in_range`
-        self._next_look = 4
-        self._last: dict[str, Tensor] = {}
-        if settings.tolerance is not None and n_processes() > 1:
-            raise ModelError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
+    model: nn.Module
+    loss_fn: LossFunction
+    modules: Mapping[TargetModule, nn.Module]
+    hooks: GradientHooks
+    settings: ProfileSettings
+    seen: list[SeenBatch] = field(default_factory=list)
+    skipped: int = 0  # batches without a finite loss
+    unit: int = 0  # examples in the first batch; a batch weighs its own over these
+    scale: float = 1.0  # the factor on every loss; see `in_range`
+    next_look: int = 4  # in batches; see `converged`
+    last_look: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -144,15 +135,13 @@ class _Run:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch that may lie on another device, if it can be differentiated; it may not be finite."""
-        loss = self._loss_fn(model, send_to_device(batch, self.device))
+        loss: Any = self.loss_fn(model, send_to_device(batch, batch_device(model)))
+        found = f"{type(loss).__name__}; return the loss alone."
+        if loss is None:
+            found = "None; do the batches have labels?"
+        elif isinstance(loss, Tensor):
+            found = f"a tensor of shape {tuple(loss.shape)}; take its mean or sum."
         if not isinstance(loss, Tensor) or loss.ndim:
-            found = (
-                "None; do the batches have labels?"
-                if loss is None
-                else f"{type(loss).__name__}; return the loss alone."
-            )
-            if isinstance(loss, Tensor):
-                found = f"a tensor of shape {tuple(loss.shape)}; take its mean or sum."
             raise ModelError(f"`loss_fn` must return a scalar tensor, but returned {found}")
         if not loss.requires_grad and bool(loss.isfinite()):
             raise ModelError(
@@ -184,7 +173,7 @@ class _Run:
 
     def _backward(self, batch: Any, weight: float, mask: Tensor | None) -> float | None:
         """The loss, None if it is not finite; the hooks see its backward pass."""
-        self.hooks.begin_batch(weight, None if mask is None else mask.to(self.device))
+        self.hooks.begin_batch(weight, None if mask is None else mask.to(batch_device(self.model)))
         loss = self.loss(self.model, batch)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -196,100 +185,87 @@ class _Run:
 
     def converged(self) -> bool:
         """Whether the leading 8 singular values have stopped moving; looks after 4 batches, then after half as many again."""
-        if self.settings.tolerance is None or len(self.seen) < self._next_look:
+        if self.settings.tolerance is None:
             return False
-        self._next_look = int(len(self.seen) * 1.5) + 1
-        unit = 1.0 / self.total
+        if n_processes() > 1:
+            raise ModelError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
+        if len(self.seen) < self.next_look:
+            return False
+        self.next_look, unit = int(len(self.seen) * 1.5) + 1, 1.0 / self.total
         now = {name: sums.decompose().values[:8] * unit for name, sums in self.hooks.accumulators.items()}
-        last, self._last = self._last, now
+        last, self.last_look = self.last_look, now
         moved = [(now[name] - last[name]).norm() / now[name].norm() for name in last if now[name].any()]
         return bool(moved) and float(torch.stack(moved).mean()) <= self.settings.tolerance
 
-    def finish(self, *, head_steps: int, interrupted: bool) -> Profile:
-        """The profile of all processes' batches."""
+    def finish(self, **facts: Any) -> Profile:
+        """The profile of all processes' batches; `facts` are further metadata."""
         if n_processes() > 1:
             self._sum_over_processes()
         silent = self._check()
-        table = tabulate(map(self._measure, self.modules), len(self.seen), self.scale)
-        digests = "".join(sorted(batch.digest for batch in self.seen))  # whichever process saw them
+        sizes, digests = [batch.size for batch in self.seen], sorted(batch.digest for batch in self.seen)
         metadata = {
             "schema": SCHEMA_VERSION,
             "model": fingerprint_targets(tuple(self.modules)),
             "weights": _fingerprint_weights(self.model),
-            "data": hashlib.sha256(digests.encode()).hexdigest()[:16],
+            "data": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],  # whichever process saw them
             "targets": len(self.modules),
-            "skipped": self.skipped_modules,
             "without_gradient": silent,
             "batches": len(self.seen),
             "skipped_batches": self.skipped,
-            "interrupted": interrupted,
             "tokens": sum(batch.tokens for batch in self.seen),
-            "loss": sum(batch.size * batch.loss for batch in self.seen) / sum(batch.size for batch in self.seen),
-            "seed": self.seed,
-            "head_steps": head_steps,
-            "sketch_size": self.size,
-            "sketch_wanted": self.wanted,
+            "loss": sum(batch.size * batch.loss for batch in self.seen) / sum(sizes),
             "versions": {"rankscope": rankscope.__version__, **{n: version(n) for n in ("torch", "transformers")}},
         }
-        return Profile(table, metadata)
+        return Profile(tabulate(map(self._measure, self.modules), len(sizes), self.scale), {**metadata, **facts})
 
     def _sum_over_processes(self) -> None:
         """In units of the first process that has a batch: its first batch's size, and its scale."""
         everyone = gathered((self.seen, self.skipped, self.unit, self.scale))
         _, _, unit, scale = next((each for each in everyone if each[0]), everyone[0])
-        for accumulator in self.hooks.accumulators.values() if self.seen else ():
-            accumulator.scale(gradient=scale / self.scale, weight=self.unit / unit)
+        for sums in self.hooks.accumulators.values() if self.seen else ():
+            for kept in sums.kept:
+                kept *= self.unit / unit * (scale / self.scale)
+            sums.squares *= self.unit / unit * (scale / self.scale) ** 2
         self.hooks.sum_over_processes()
         self.seen = [batch for seen, *_ in everyone for batch in seen]
         self.skipped, self.unit, self.scale = sum(each[1] for each in everyone), unit, scale
 
     def _check(self) -> list[str]:
         """Modules without a gradient. Gradients are looked at in the end: on the way, each look would make a GPU wait."""
-        total, sums = self.skipped + len(self.seen), self.hooks.accumulators
-        if self.skipped > self.settings.max_skipped * total:
+        n, total, most = len(self.seen), self.skipped + len(self.seen), self.settings.max_skipped
+        if self.skipped > most * total:
             raise ModelError(
-                f"the loss must be finite, but is not in {self.skipped} of {total} batches (at most "
-                f"{self.settings.max_skipped:.0%} are skipped); look at these batches, or use float32 or bfloat16."
+                f"the loss must be finite, but is not in {self.skipped} of {total} batches (at most {most:.0%} are skipped); "
+                "look at these batches, or use float32 or bfloat16."
             )
-        if len(self.seen) < 2:
+        if n < 2:
+            need = "so that signal can be told from noise"
             raise ModelError(
-                "`batches` must hold at least 2 batches, so that signal can be told from noise, but held "
-                f"{len(self.seen)}; pass more, or smaller ones."
+                f"`batches` must hold at least 2 batches, {need}, but held {n}; pass more, or smaller ones."
             )
-        silent = [name for name, accumulator in sums.items() if not accumulator.batches]
-        if len(silent) == len(sums):
-            raise ModelError(
-                f"`{silent[0]}` and every other target must get a gradient from the loss, but none does; check `targets`."
-            )
+        silent = [name for name, sums in self.hooks.accumulators.items() if not sums.batches]
+        if len(silent) == len(self.modules):
+            others = f"`{silent[0]}` and every other target"
+            raise ModelError(f"{others} must get a gradient from the loss, but none does; check `targets`.")
         if silent:
-            count = f"{len(silent)} of {len(sums)}"
+            count = f"{len(silent)} of {len(self.modules)}"
             logger.warning("%s modules got no gradient and count as zero, as `%s`", count, silent[0])
-        for name, accumulator in sums.items():
-            if not all(tensor.isfinite().all() for tensor in accumulator.tensors()):
-                raise ModelError(
-                    f"the gradient at `{name}` must be finite, but is not; check the loss, or use float32 or bfloat16."
-                )
+        for name, sums in self.hooks.accumulators.items():
+            if not all(tensor.isfinite().all() for tensor in sums.tensors()):
+                remedy = "check the loss, or use float32 or bfloat16"
+                raise ModelError(f"the gradient at `{name}` must be finite, but is not; {remedy}.")
             if name in self.hooks.inputs and not self.hooks.inputs[name].squares.isfinite():
-                raise ModelError(
-                    f"the inputs of `{name}` must be finite and below 1e18, but are not; check the data and the weights."
-                )
+                remedy = "check the data and the weights"
+                raise ModelError(f"the inputs of `{name}` must be finite and below 1e18, but are not; {remedy}.")
         return silent
 
     def _measure(self, target: TargetModule) -> Measured:
-        sums, total = self.hooks.accumulators[target.name], self.total
-        gradient = sums.decompose()
+        sums, total, sizes = self.hooks.accumulators[target.name], self.total, [batch.size for batch in self.seen]
+        gradient, squares = sums.decompose(), float(sums.squares) * self.unit
         energy, measured = max(gradient.energy, 0.0) / total**2, float(sums.measure(sums.kept)) / total**2
-        sizes = [batch.size for batch in self.seen]
-        return Measured(
-            target=target,
-            gradient=gradient,
-            total=total,
-            exact=sums.exact,
-            split=split_energy(energy, float(sums.squares) * self.unit, sizes, measured=measured),
-            inputs=self.hooks.inputs.get(target.name),
-            weight=dense_weight(self.modules[target]),
-            keep=self.settings.keep_directions,
-        )
+        split = split_energy(energy, squares, sizes, measured)
+        inputs, weight = self.hooks.inputs.get(target.name), dense_weight(self.modules[target])
+        return Measured(target, sums.exact, gradient, total, split, inputs, weight, self.settings.keep_directions)
 
 
 def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
@@ -323,13 +299,13 @@ def head_warmed(
     present = dict(model.named_modules())
     if missing := [name for name in head if name not in present]:
         raise ModelError(f"`head` must name modules of this model, but it has no `{missing[0]}`; check the name.")
-    parameters = [parameter for name in head for parameter in present[name].parameters()]
+    modules = nn.ModuleList(present[name] for name in head)
+    parameters = list(modules.parameters())
     if any(parameter.is_meta for parameter in parameters):
         raise ModelError(f"`head` must name modules in memory, but `{head[0]}` is offloaded; keep it on a device.")
     before, done = [parameter.detach().clone() for parameter in parameters], 0
     try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        modules.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
         for batch in islice(chain.from_iterable(repeat(batches, steps)), steps):  # again and again
             optimizer.zero_grad()
@@ -342,9 +318,7 @@ def head_warmed(
             done += 1
         if done < steps:
             raise ModelError("the batches that train the head must not be empty, but are; check `head_batches`.")
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        modules.requires_grad_(False).zero_grad()
         yield
     finally:
         with torch.no_grad():
@@ -398,9 +372,8 @@ def _find_modules(
             "the model outside it."
         )
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta and not any(
-        hasattr(module, "_hf_hook") for module in model.modules()
-    ):  # accelerate loads what is offloaded
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads these
+    if meta and not offloaded:
         raise ModelError(f"the model's weights must be loaded, but `{meta[0]}` is on the meta device; load them first.")
     targets = find_targets(model) if targets is None else targets
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
@@ -415,6 +388,16 @@ def _find_modules(
     if missing := [target.name for target in wanted if target.name not in present]:
         raise ModelError(f"`targets` must be modules of this model, but it has no `{missing[0]}`; find them again.")
     return {target: present[target.name] for target in wanted}, skipped
+
+
+def _sketch_sizes(
+    model: nn.Module, targets: Sequence[TargetModule], budget: ParameterBudget | None, given: int | None
+) -> tuple[int, int]:
+    """What the budget calls for, and what memory allows."""
+    if budget is not None and not isinstance(budget, ParameterBudget):
+        raise ModelError(f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`.")
+    limit = budget.limit if budget else None
+    return (given, given) if given else choose_sketch_size(targets, limit, bytes_of_weights(model))
 
 
 def _fingerprint_weights(model: nn.Module) -> str:

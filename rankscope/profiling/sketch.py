@@ -1,10 +1,9 @@
 """Streaming sketches of weight gradients and of module inputs.
 
-A linear module's gradient is G = sum_n delta_n x_n^T (out x in). Two random projections of it, Y = G Omega and Z = Psi G, are
-kept. With Q = orth(Y), the leading singular triples are those of Q X, X = (Psi Q)^+ Z (Tropp, Yurtsever, Udell, Cevher,
-"Practical sketching algorithms for low-rank matrix approximation", 2017, Alg. 4). Both are linear in G, so sketches add up
-over batches and processes. Omega is Gaussian. Psi is a count sketch (Clarkson and Woodruff 2013): it sums coordinates into l
-buckets under random signs, in one pass over the deltas, and reconstructs real gradients as well as a Gaussian of l rows.
+Of a linear module's gradient G = sum_n delta_n x_n^T (out x in), random projections Y = G Omega and Z = Psi G are kept, which add
+up over batches and processes. With Q = orth(Y), the leading singular triples are those of Q X, X = (Psi Q)^+ Z (Tropp, Yurtsever,
+Udell, Cevher, "Practical sketching algorithms for low-rank matrix approximation", 2017, Alg. 4). Omega is Gaussian. Psi is a
+count sketch (Clarkson and Woodruff 2013): it sums coordinates into l buckets under random signs, in one pass over the deltas.
 """
 
 from __future__ import annotations
@@ -34,30 +33,20 @@ logger = logging.getLogger(__name__)
 
 
 class Decomposition(NamedTuple):
-    """G ~ left diag(values) right.
+    """The leading singular triples of G ~ left diag(values) right."""
 
-    Attributes:
-        left: Leading left singular vectors, (out, k).
-        values: Leading singular values, (k,), descending.
-        right: Leading right singular vectors, (k, in).
-        energy: ||G||_F^2; in expectation that of `GradientAccumulator.measure`, with less variance.
-        error: Standard error of each leading singular value; 0 if the gradient was kept whole.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    energy: float
-    error: float
+    left: Tensor  # (out, k)
+    values: Tensor  # (k,), descending
+    right: Tensor  # (k, in)
+    energy: float  # ||G||_F^2; in expectation that of `GradientAccumulator.measure`, with less variance
+    error: float  # standard error of each singular value; 0 if the gradient was kept whole
 
 
 class RandomMatrices:
-    """The random matrices of each size, shared by all modules of that size; equal for equal seeds on any device.
+    """Omega, (size, k), and the signs of Psi, (size,), of each size; equal for equal seeds on any device.
 
-    Args:
-        k: Columns of the narrow sketch: how many singular triples can be found. The wide one has l = 4 k rows: with 3 k,
-            single modules are off by half as much again.
-        seed: Seed of the random numbers.
+    The narrow sketch has k columns: so many singular triples can be found. The wide one has l = 4 k rows: with 3 k, single
+    modules are off by half as much again.
     """
 
     def __init__(self, *, k: int, seed: int) -> None:
@@ -67,11 +56,9 @@ class RandomMatrices:
         self.omega, self.signs = cache(self._omega), cache(self._signs)
 
     def _omega(self, size: int, device: torch.device) -> Tensor:
-        """Omega, (size, k), standard normal."""
         return torch.randn(size, self.k, generator=self._generator(size, 0)).to(device)
 
     def _signs(self, size: int, device: torch.device) -> Tensor:
-        """The signs of Psi, (size,)."""
         return (torch.randint(2, (size,), generator=self._generator(size, 1)) * 2.0 - 1.0).to(device)
 
     def _generator(self, size: int, which: int) -> torch.Generator:
@@ -82,12 +69,8 @@ class GradientAccumulator:
     """The sum of one module's weighted batch gradients: a sketch, or G itself if a sketch would save less than half of it.
 
     The narrow sketch Y, (max(in, out), k), lies on the longer side and the wide one Z, (l, min(in, out)), on the shorter; if
-    in > out they are sketches of G^T. Sums have the device and type of `like`.
-
-    Attributes:
-        kept: Y and Z, or G.
-        squares: Sum over batches of weight times ||mean gradient||_F^2, a scalar.
-        batches: How many were added.
+    in > out they are sketches of G^T. `kept` holds Y and Z, or G, on the device and in the type of `like`; `squares` is the
+    sum over batches of weight times ||mean gradient||_F^2.
     """
 
     def __init__(self, in_features: int, out_features: int, matrices: RandomMatrices, like: Tensor) -> None:
@@ -100,7 +83,7 @@ class GradientAccumulator:
             self.omega, self.signs = matrices.omega(short, like.device), matrices.signs(long, like.device)
 
     def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
-        """What sum_n deltas_n inputs_n^T adds to `kept`; `inputs` is (n, in), `deltas` is (n, out)."""
+        """What sum_n deltas_n inputs_n^T adds to `kept`, for (n, in) and (n, out)."""
         if self.exact:
             return ((deltas.T @ inputs).to(self.squares.dtype),)
         rows, columns = (inputs, deltas) if self.transposed else (deltas, inputs)  # G = rows^T columns
@@ -118,12 +101,6 @@ class GradientAccumulator:
             total += part
         self.batches += 1
 
-    def scale(self, gradient: float, weight: float) -> None:
-        """Multiply all gradients, and all batch weights, by factors."""
-        for tensor in self.kept:
-            tensor *= gradient * weight
-        self.squares *= weight * gradient**2
-
     def tensors(self) -> Increment:
         """All that is summed over batches and processes."""
         return (*self.kept, self.squares)
@@ -137,11 +114,10 @@ class GradientAccumulator:
     def decompose(self) -> Decomposition:
         """Leading singular triples and energy of the sum.
 
-        The fit is X = Q^T G + (Psi Q)^+ Psi R, where R = G - Q Q^T G is what the range Q misses. For columns of R in any
-        direction outside Q, with P = Psi Q and D = Psi Psi^T (the bucket sizes, diagonal), the energy of X is
-        (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too large, and the residual's is tr (I - P P^+) D / (n - k) ||R||^2. A leading
-        direction loses about ||R||^2 / k to R, and a k-th of the excess falls on its own left vector, which gives the standard
-        error of a singular value to first order (tests/profiling/test_real_gradients.py).
+        X = Q^T G + (Psi Q)^+ Psi R, where R = G - Q Q^T G is what Q misses. For columns of R in any direction outside Q, with
+        P = Psi Q and D = Psi Psi^T (the bucket sizes, diagonal), the energy of X is (tr P^+ D P^+^T - k) / (n - k) ||R||^2 too
+        large, and the residual's is tr (I - P P^+) D / (n - k) ||R||^2. A leading direction loses about ||R||^2 / k to R, and
+        a k-th of the excess falls on its own left vector: to first order, that is the standard error of a singular value.
         """
         if self.exact:
             return Decomposition(*thin_svd(solvable(self.kept[0])), float(self.kept[0].square().sum()), 0.0)
@@ -181,10 +157,7 @@ def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weigh
 
 
 def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_bytes: int, *, copies: int = 1) -> int:
-    """The largest size from 8 to `wanted` at which that many copies of all sketches fit the memory bound.
-
-    The bound is a quarter of the memory of the model's weights, or 1 GiB if that is more. A warning says if it binds.
-    """
+    """The largest size from 8 to `wanted` at which all copies of all sketches fit a quarter of the weights' memory, or 1 GiB."""
     short, long = np.sort([(t.in_features, t.out_features) for t in targets], axis=1).T.astype(np.float64)
     bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES) / copies
 
@@ -194,11 +167,8 @@ def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_byt
 
     size = max(filter(fits, range(LEAST_SIZE, wanted + 1)), default=LEAST_SIZE)
     if size < wanted:
-        logger.warning(
-            "the gradient sketches have %d columns instead of %d, so as to take no more than a quarter of the memory of the "
-            "model's weights; singular values beyond are estimated",
-            *(size, wanted),
-        )
+        why = "so as to take no more than a quarter of the memory of the model's weights; singular values beyond are estimated"
+        logger.warning("the gradient sketches have %d columns instead of %d, %s", size, wanted, why)
     return size
 
 
@@ -210,25 +180,16 @@ def bytes_of_weights(model: nn.Module) -> int:
 class InputSketch:
     """The covariance C of a module's inputs, from float32 sums about the running mean m of the rows x.
 
-    With raw sums, the variance of a channel with a large mean would be a difference of large numbers: mere rounding in
-    bfloat16. Parts are merged as in Chan, Golub and LeVeque 1983.
-
-    Attributes:
-        omega: (in, k), independent standard normal.
-        count: Number of rows, an integer scalar.
-        mean: m, (in,).
-        squares: sum ||x - m||^2, a scalar.
-        product: sum (x - m) (x - m)^T Omega, (in, k).
+    With raw sums, the variance of a channel with a large mean would be mere rounding in bfloat16. Parts are merged as in Chan,
+    Golub and LeVeque 1983.
     """
 
     def __init__(self, omega: Tensor) -> None:
-        self.omega = omega
+        self.omega = omega  # (in, k), standard normal
         self.count = torch.zeros((), dtype=torch.int64, device=omega.device)
-        self.mean, self.squares, self.product = (
-            omega.new_zeros(len(omega)),
-            omega.new_zeros(()),
-            torch.zeros_like(omega),
-        )
+        self.mean = omega.new_zeros(len(omega))  # m
+        self.squares = omega.new_zeros(())  # sum ||x - m||^2
+        self.product = torch.zeros_like(omega)  # sum (x - m) (x - m)^T Omega
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add rows, (n, in), of any floating type; those with 0 in the mask, (n,), are padding and do not count."""

@@ -19,27 +19,21 @@ Floats = NDArray[np.float64]
 
 
 class SignalAndNoise(NamedTuple):
-    """Where a mean gradient's energy comes from: ||E g||_F^2 (unbiased), tr Cov(g) / examples, and E ||g||_F^2."""
+    """Where a mean gradient's energy comes from."""
 
-    signal: float
-    noise: float
-    fisher_trace: float
+    signal: float  # ||E g||_F^2, unbiased
+    noise: float  # tr Cov(g) / examples
+    fisher_trace: float  # E ||g||_F^2
 
 
 def split_energy(
-    energy: float, squares: float, sizes: Sequence[float], *, measured: float | None = None
+    energy: float, squares: float, sizes: Sequence[float], measured: float | None = None
 ) -> SignalAndNoise:
-    """Split the energy of a mean gradient by the scatter between batches (one-way analysis of variance).
+    """Split ||G||_F^2, the energy of a mean gradient, by the scatter between batches (one-way analysis of variance).
 
     A batch of n_b examples has a mean gradient G_b with E ||G_b||^2 = ||E g||^2 + tr Cov(g) / n_b. So for independent examples
-    E [sum_b n_b ||G_b||^2 - N ||G||^2] = (B - 1) tr Cov(g). This is the U-statistic of <G_b, G_b'> over all pairs of batches
-    (McCandlish et al., arXiv 1812.06162, App. A.1).
-
-    Args:
-        energy: ||G||_F^2 of the mean over all examples.
-        squares: sum_b n_b ||G_b||_F^2.
-        sizes: n_b, at least two.
-        measured: ||G||_F^2 by the estimator that `squares` uses, if `energy` uses another: its error then cancels.
+    E [squares - N ||G||^2] = (B - 1) tr Cov(g), squares = sum_b n_b ||G_b||^2 (McCandlish et al., arXiv 1812.06162, App. A.1).
+    `measured` is ||G||_F^2 by the estimator that `squares` uses, if `energy` uses another: its error then cancels.
 
     >>> split_energy(energy=1.0, squares=8.0, sizes=[4, 4])  # both batches have the same gradient: no noise
     SignalAndNoise(signal=1.0, noise=0.0, fisher_trace=1.0)
@@ -51,11 +45,7 @@ def split_energy(
 
 
 def signal_shares(signal: Floats, energy: Floats, n_batches: int) -> Floats:
-    """Each module's share of signal in its gradient energy, in [0, 1], shrunk towards the pooled share of all modules.
-
-    With few batches a module's own share scatters as much as shares differ between modules (an empirical-Bayes estimate in
-    the manner of Efron and Morris 1975).
-    """
+    """Each module's share of signal in its energy, shrunk towards the pooled share (as in Efron and Morris 1975)."""
     pooled = signal.sum() / energy.sum() if energy.sum() > 0 else 0.0
     own = np.divide(signal, energy, out=np.full_like(signal, pooled), where=energy > 0)
     weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
@@ -63,17 +53,11 @@ def signal_shares(signal: Floats, energy: Floats, n_batches: int) -> Floats:
 
 
 def energy_tail(energies: Floats, total: float, size: int, length: int | None = None) -> Floats:
-    """Estimate the spectrum beyond its leading k energies from what they leave of the total: a decreasing power law.
+    """Estimate a spectrum of `size` energies beyond the leading k, up to `length`, as a decreasing power law.
 
-    The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 makes
-    indices k + 1 to `size` sum to what is left. If even a flat tail at e_k holds less (a sketch underrates its last values),
-    the tail is flat; if only rounding is left, it is zero.
-
-    Args:
-        energies: (k,) leading squared singular values, or eigenvalues of a covariance; not increasing.
-        total: Sum of the whole spectrum.
-        size: Length of the whole spectrum.
-        length: Last index to return; default: `size`.
+    The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 makes them
+    sum to what the leading ones leave of the total. If even a flat tail at e_k holds less (a sketch underrates its last
+    values), the tail is flat; if only rounding is left, it is zero.
 
     >>> energies = 1.0 / np.arange(1, 101) ** 1.5
     >>> energy_tail(energies[:40], energies.sum(), 100)[[0, 9, 59]].round(5), energies[[40, 49, 99]].round(5)
@@ -126,10 +110,7 @@ def frobenius_norm(weight: Tensor) -> float:
 
 
 def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
-    """Sum |w_ij g_ij|, the first-order change of the loss when single weights are removed (Molchanov et al. 2017; AdaLoRA).
-
-    The gradient's leading directions are basis @ core, (out, k) @ (k, in).
-    """
+    """Sum |w_ij g_ij| with g = basis @ core: how the loss changes as single weights go (Molchanov et al. 2017; AdaLoRA)."""
     blocks = row_blocks(weight, BLOCK_ROWS)
     parts = zip(blocks, basis.split(len(blocks[0])), strict=True)
     return float(torch.stack([(part.float() * (rows @ core)).abs().sum() for part, rows in parts]).sum())

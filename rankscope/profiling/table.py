@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,49 +19,33 @@ from torch import Tensor
 
 from rankscope.errors import FileError, ModelError, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
+from rankscope.profiling import statistics
 from rankscope.profiling.sketch import Decomposition, InputSketch
-from rankscope.profiling.statistics import (
-    Floats,
-    SignalAndNoise,
-    effective_rank,
-    energy_tail,
-    frobenius_norm,
-    sensitivity,
-    signal_shares,
-    stable_rank,
-)
+from rankscope.profiling.statistics import Floats, SignalAndNoise, energy_tail
 from rankscope.targets import TargetModule, fingerprint_targets
 
 SCHEMA_VERSION = 4
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(NamedTuple):
     """What a profile saw of one module. G is the mean gradient over examples, in the units of the scaled loss."""
 
     target: TargetModule
+    exact: bool  # whether the gradient was kept whole
     gradient: Decomposition  # of the sum over batches, which is `total` times G
     total: float
-    exact: bool  # whether the gradient was kept whole
     split: SignalAndNoise
     inputs: InputSketch | None
     weight: Tensor | None  # (out, in); None if it cannot be read
     keep: int  # directions
 
-    @property
-    def norm(self) -> float:
-        """||G||_F."""
-        return math.sqrt(max(self.gradient.energy, 0.0) / self.total**2)
-
     def sensitivity(self) -> float | None:
         """Sum of |w g|."""
         if self.weight is None:
             return None
-        core = self.gradient.values[:, None] * self.gradient.right
-        return (
-            sensitivity(self.weight, *(part.to(self.weight.device) for part in (self.gradient.left, core))) / self.total
-        )
+        factors = self.gradient.left, self.gradient.values[:, None] * self.gradient.right
+        return statistics.sensitivity(self.weight, *(each.to(self.weight.device) for each in factors)) / self.total
 
 
 _TEXT, _WHOLE, _NUMBER = pa.string(), pa.int64(), pa.float64()
@@ -76,19 +60,19 @@ COLUMNS: Mapping[str, tuple[pa.DataType, Callable[[Measured], Any]]] = {
     "in_features": (_WHOLE, lambda m: m.target.in_features),
     "out_features": (_WHOLE, lambda m: m.target.out_features),
     "rank_cost": (_WHOLE, lambda m: m.target.rank_cost),  # parameters that one more rank adds
-    "gradient_norm": (_NUMBER, lambda m: m.norm),  # ||G||_F
+    "gradient_norm": (_NUMBER, lambda m: math.sqrt(max(m.gradient.energy, 0.0) / m.total**2)),  # ||G||_F
     "signal_energy": (_NUMBER, lambda m: m.split.signal),  # squared norm of the expected gradient, unbiased
     "noise_energy": (_NUMBER, lambda m: m.split.noise),  # of ||G||_F^2, what is noise of this many batches
     "signal_share": (_NUMBER, lambda m: 0.0),  # of signal in ||G||_F^2; see `signal_shares`
     "fisher_trace": (_NUMBER, lambda m: m.split.fisher_trace),  # mean squared gradient norm of single examples
-    "gradient_rank": (_NUMBER, lambda m: effective_rank(m.gradient.values)),
+    "gradient_rank": (_NUMBER, lambda m: statistics.effective_rank(m.gradient.values)),
     "singular_values": (_NUMBERS, lambda m: (m.gradient.values / m.total).tolist()),  # leading ones of G, descending
     "singular_error": (_NUMBER, lambda m: m.gradient.error / m.total),  # standard error of each; 0 if exact
     "signal_values": (_NUMBERS, lambda m: []),  # singular_values times the root of signal_share
     "exact": (pa.bool_(), lambda m: m.exact),  # whether the gradient was kept whole or sketched
     "sensitivity": (_NUMBER, lambda m: m.sensitivity()),  # sum of |w g|; these three are null if the weight cannot be read
-    "weight_norm": (_NUMBER, lambda m: None if m.weight is None else frobenius_norm(m.weight)),  # of the frozen weight
-    "weight_rank": (_NUMBER, lambda m: None if m.weight is None else stable_rank(m.weight)),
+    "weight_norm": (_NUMBER, lambda m: None if m.weight is None else statistics.frobenius_norm(m.weight)),  # of the frozen weight
+    "weight_rank": (_NUMBER, lambda m: None if m.weight is None else statistics.stable_rank(m.weight)),
     "activation_moment": (_NUMBER, lambda m: m.inputs.second_moment() if m.inputs else 0.0),
     "activation_variance": (_NUMBER, lambda m: m.inputs.variance() if m.inputs else 0.0),
     "activation_rank": (_NUMBER, lambda m: m.inputs.effective_rank() if m.inputs else 0.0),
@@ -98,7 +82,6 @@ COLUMNS: Mapping[str, tuple[pa.DataType, Callable[[Measured], Any]]] = {
 }  # fmt: skip
 _NULLABLE = {"block", "sensitivity", "weight_norm", "weight_rank", "left_directions", "right_directions"}
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name in _NULLABLE) for name, (kind, _) in COLUMNS.items()])
-
 
 # Where a profile comes from: a JSON object under the key `rankscope` of the Parquet file's metadata.
 METADATA: Mapping[str, type] = {
@@ -115,34 +98,33 @@ def tabulate(modules: Iterable[Measured], n_batches: int, scale: float) -> pd.Da
         raise ModelError("the gradient must not be zero at every target module, but is; check the loss and the labels.")
     table["block"] = table["block"].astype("Int64")
     energy, unit = table["gradient_norm"].to_numpy() ** 2, np.float64(1.0 / scale)
-    table["signal_share"] = signal_shares(table["signal_energy"].to_numpy(), energy, n_batches)
+    table["signal_share"] = statistics.signal_shares(table["signal_energy"].to_numpy(), energy, n_batches)
     table["singular_values"] = [(np.array(values) * unit).tolist() for values in table["singular_values"]]
     pairs = zip(table["singular_values"], table["signal_share"], strict=True)
     table["signal_values"] = [[value * math.sqrt(share) for value in values] for values, share in pairs]
-    for column in ("gradient_norm", "singular_error", "sensitivity"):
-        table[column] = table[column].astype(np.float64) * unit
-    for column in ("signal_energy", "noise_energy", "fisher_trace"):
-        with np.errstate(over="ignore"):
-            table[column] *= unit**2
+    powers = {
+        "gradient_norm": 1,
+        "singular_error": 1,
+        "sensitivity": 1,
+        "signal_energy": 2,
+        "noise_energy": 2,
+        "fisher_trace": 2,
+    }
+    with np.errstate(over="ignore"):
+        for column, power in powers.items():
+            table[column] = table[column].astype(np.float64) * unit**power
     if not np.isfinite(table["fisher_trace"]).all():
-        largest = table["gradient_norm"].max()
-        raise ModelError(
-            f"squared gradients must be below 1e308, but the gradient is about {largest:.0e}; scale the loss."
-        )
+        size = f"{table['gradient_norm'].max():.0e}"
+        raise ModelError(f"squared gradients must be below 1e308, but gradients are about {size}; scale the loss down.")
     return table
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """The features of every target module, and how they were measured.
+    """The features of every target module, and how they were measured."""
 
-    Attributes:
-        table: One row a target module, in the model's order, with the columns of `COLUMNS`.
-        metadata: The keys of `METADATA`, and any others.
-    """
-
-    table: pd.DataFrame
-    metadata: Mapping[str, Any]
+    table: pd.DataFrame  # one row a target module, in the model's order; see `COLUMNS`
+    metadata: Mapping[str, Any]  # the keys of `METADATA`, and any others
 
     @property
     def targets(self) -> tuple[TargetModule, ...]:
@@ -162,14 +144,10 @@ class Profile:
         return dict(zip(self.table["module"], lists, strict=True))
 
     def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, Floats]:
-        """Singular values of each module's gradient by name, descending, up to full rank.
+        """Singular values of each module's gradient by name, descending, up to full rank or `length`.
 
-        The leading ones were measured. Those beyond are estimated from the energy that is left; see `energy_tail`.
-
-        Args:
-            signal: The part that the batches agree on; False: raw, inflated by noise. If the batches agree on nothing in any
-                module, a warning is logged and the raw values are returned.
-            length: At most so many values of each module; default: all.
+        The leading ones were measured; those beyond are estimated by `energy_tail`. With `signal` they are those of the part
+        that the batches agree on (all of it, with a warning, if they agree on nothing); without it noise inflates them.
         """
         shares = self.signal_shares() if signal else dict.fromkeys(self.table["module"], 1.0)
         measured = self.lists("signal_values" if signal and self.has_signal else "singular_values")
@@ -208,16 +186,11 @@ class Profile:
         return dict.fromkeys(self.table["module"], 1.0)
 
     def directions(self, module: str) -> tuple[np.ndarray, np.ndarray]:
-        """Leading left (r, out) and right (r, in) singular vectors of one module's gradient, in float32.
-
-        Raises:
-            ModelError: They were not kept, or there is no such module.
-        """
+        """Leading left (r, out) and right (r, in) singular vectors of one module's gradient."""
         row = next((row for row in self.table.to_dict("records") if row["module"] == module), {})
         if row.get("left_directions") is None:
-            raise ModelError(
-                f"the profile must hold directions of `{module}`, but does not; take it with `keep_directions=8`."
-            )
+            remedy = "take it with `keep_directions=8`"
+            raise ModelError(f"the profile must hold directions of `{module}`, but does not; {remedy}.")
         left, right = (np.asarray(row[f"{side}_directions"], dtype=np.float32) for side in ("left", "right"))
         return left.reshape(-1, row["out_features"]), right.reshape(-1, row["in_features"])
 
@@ -241,11 +214,7 @@ class Profile:
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read what `Profile.to_parquet` wrote.
-
-    Raises:
-        FileError: The file is missing, truncated, no profile, or of another schema.
-    """
+    """Read what `Profile.to_parquet` wrote; raise a FileError if the file is anything else."""
     table = read_parquet(path, what="a profile")
     stored = (table.schema.metadata or {}).get(b"rankscope")
     if stored is None:
@@ -299,8 +268,7 @@ def _problem(metadata: Mapping[str, Any], frame: pd.DataFrame) -> str | None:
 def rank_modules(profile: Profile) -> pd.DataFrame:
     """Modules by gradient energy per parameter of one rank, densest first.
 
-    Columns: `module`, `rank_cost`, `gradient_norm`, `share` (of all energy), `signal_share`, `first` (share of the module's
-    energy that rank 1 captures), `gradient_rank`.
+    `share` is the module's share of all energy, and `first` the share of the module's energy that rank 1 captures.
     """
     energy = profile.table["gradient_norm"] ** 2
     pairs = zip(profile.table["singular_values"], energy, strict=True)
@@ -314,10 +282,7 @@ def rank_modules(profile: Profile) -> pd.DataFrame:
 
 
 def group_energy(profile: Profile) -> pd.DataFrame:
-    """Shares of energy and of full-rank parameters by tower and role, most energy first.
-
-    Columns: `tower`, `role`, `modules`, `share` (of all gradient energy), `parameters` (share of one rank everywhere).
-    """
+    """By tower and role, the number of `modules`, and shares of energy and of the `parameters` of one rank everywhere."""
     table = profile.table.assign(energy=profile.table["gradient_norm"] ** 2)
     groups = table.groupby(["tower", "role"], sort=False).agg(
         modules=("module", "size"), share=("energy", "sum"), parameters=("rank_cost", "sum")

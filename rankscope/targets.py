@@ -11,7 +11,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from rankscope.errors import ModelError
 from rankscope.naming import NOT_LINEAR, describe_modules, find_heads, reads_weight
@@ -103,14 +103,7 @@ def find_targets(
         kept = _selected_by_peft(selection, model, candidates)
     else:
         kept = _selected(_checked(selection), type(model).__name__, candidates, include)
-    described = describe_modules(list(candidates))
-    return tuple(
-        TargetModule(
-            name=name, in_features=c.shape[0], out_features=c.shape[1], tower=tower, block=block, role=role, kind=c.kind
-        )
-        for (name, c), (tower, block, role) in zip(candidates.items(), described.values(), strict=True)
-        if name in kept
-    )
+    return tuple(candidate.target for name, candidate in candidates.items() if name in kept)
 
 
 def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
@@ -208,19 +201,17 @@ def _walk(
             yield from _walk(child, f"{name}.{key}" if name else key, saved, seen)
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """A module that may carry an adapter by its type, why it is left out by default, and why it can be no target."""
 
-    kind: Kind
-    shape: tuple[int, int]
+    target: TargetModule
     left_out: LeftOut | None
     idle: str | None
 
 
 def _candidates(base: nn.Module) -> dict[str, _Candidate]:
     walked = {name: (base_layer(module), saved) for name, module, saved in _walk(base)}
-    found = {name: kind for name, (layer, _) in walked.items() if (kind := _kind_and_shape(layer))}
+    found = {name: facts for name, (layer, _) in walked.items() if (facts := _kind_and_shape(layer))}
     weights = {name: walked[name][0]._parameters.get("weight") for name in found}
     owners = Counter(id(weight) for weight in weights.values() if weight is not None)
     get_output = getattr(base, "get_output_embeddings", None)
@@ -228,38 +219,44 @@ def _candidates(base: nn.Module) -> dict[str, _Candidate]:
     heads = {name for name in found if output is not None and walked[name][0] is base_layer(output)} | find_heads(found)
     left_out: dict[str, LeftOut] = {name: "tied" for name in found if owners[id(weights[name])] > 1}
     left_out |= dict.fromkeys(heads, "heads")
-    left_out |= {name: "embeddings" for name, (kind, _) in found.items() if kind == "embedding"}
+    left_out |= {name: "embeddings" for name, (kind, *_) in found.items() if kind == "embedding"}
     idle: dict[str, str] = {}
     if hasattr(getattr(base, "config", None), "model_type"):
         from rankscope.lora import refused_by_peft
 
         idle |= {name: f"PEFT refuses it ({why})" for name, why in refused_by_peft(base, found).items()}
-    for name, (_, shape) in found.items():
+    candidates = {}
+    for name, (tower, block, role) in describe_modules(list(found)).items():
         layer, saved = walked[name]
+        kind, rows, columns = found[name]
         above, _, child = name.rpartition(".")
         if saved:
             idle[name] = _SAVED
-        elif not all(shape):
+        elif not rows or not columns:
             idle[name] = "the module has no weights (a width of 0)"
         elif NOT_LINEAR.fullmatch(type(layer).__name__):
             idle[name] = f"{type(layer).__name__} computes more than a linear map"
         elif name and above in walked and _reads_weight(walked[above][0], child):
             idle[name] = f"{type(walked[above][0]).__name__} reads its weight without calling it"
-    return {name: _Candidate(*kind, left_out.get(name), idle.get(name)) for name, kind in found.items()}
+        target = TargetModule(
+            name=name, in_features=rows, out_features=columns, tower=tower, block=block, role=role, kind=kind
+        )
+        candidates[name] = _Candidate(target, left_out.get(name), idle.get(name))
+    return candidates
 
 
-def _kind_and_shape(layer: Any) -> tuple[Kind, tuple[int, int]] | None:
+def _kind_and_shape(layer: Any) -> tuple[Kind, int, int] | None:
     """The kind of adapter a layer takes, and its input and output features. Quantised linears subclass nn.Linear."""
     from torch import nn
 
     if isinstance(layer, nn.Linear):
-        return "linear", (layer.in_features, layer.out_features)
+        return "linear", layer.in_features, layer.out_features
     if hasattr(layer, "nf") and "Conv1D" in _classes(layer):
-        return "conv1d", (layer.nx, layer.nf)
+        return "conv1d", layer.nx, layer.nf
     if isinstance(layer, nn.Conv2d) and layer.groups == 1:  # with groups, PEFT takes only multiples of them as ranks
-        return "conv2d", (layer.in_channels * math.prod(layer.kernel_size), layer.out_channels)
+        return "conv2d", layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
     if isinstance(layer, nn.Embedding):
-        return "embedding", (layer.num_embeddings, layer.embedding_dim)
+        return "embedding", layer.num_embeddings, layer.embedding_dim
     return None
 
 
@@ -300,7 +297,7 @@ def _selected(
             name, why = next(iter(idle.items()))
             logger.warning("`%s` is no target: %s (%d such modules)", name, why, len(idle))
         return kept
-    if selection == ALL_LINEAR and any(candidate.kind == "conv2d" for candidate in candidates.values()):
+    if selection == ALL_LINEAR and any(candidate.target.kind == "conv2d" for candidate in candidates.values()):
         raise ModelError(
             f"`selection` must name the convolutions of {model}, which has no linear modules outside its head, "
             f'but is "{ALL_LINEAR}"; pass a regex or a list.'
@@ -339,31 +336,29 @@ def _selected_by_peft(config: Any, model: nn.Module, candidates: Mapping[str, _C
 def _match(selection: str | tuple[str, ...], candidates: Mapping[str, _Candidate]) -> set[str]:
     """The names that a selection matches, by PEFT's rules: a regex for the whole name, or names or the ends of names."""
     if selection == ALL_LINEAR:
-        return {name for name, candidate in candidates.items() if candidate.kind in ("linear", "conv1d")}
+        return {name for name, candidate in candidates.items() if candidate.target.kind in ("linear", "conv1d")}
     if isinstance(selection, str) and (matched := _match_regex(selection, candidates)):
         return matched
-    entries = (selection,) if isinstance(selection, str) else selection
-    by_entry = _match_names(entries, candidates)
-    if isinstance(selection, str) and by_entry:
-        missing, remedy = selection, f"a string is a regex for the whole name, so pass [{selection!r}]"
-    elif absent := [entry for entry in entries if entry not in by_entry]:
-        missing, remedy = absent[0], _near_misses(absent[0], candidates)
-    else:
-        return set().union(*by_entry.values())
-    raise ModelError(f"`selection` must match modules of the model, but {missing!r} matches none; {remedy}.")
-
-
-def _match_names(entries: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
-    """The names that each entry matches, as a whole or by their last parts. Entries without a match are absent."""
-    wanted = set(entries)
-    matched: dict[str, set[str]] = {}
-    for name in names:
-        tail, dot = name, "."
+    by_entry: dict[str, set[str]] = {
+        entry: set() for entry in ((selection,) if isinstance(selection, str) else selection)
+    }
+    for name in candidates:
+        end, dot = name, "."
         while dot:
-            if tail in wanted:
-                matched.setdefault(tail, set()).add(name)
-            _, dot, tail = tail.partition(".")
-    return matched
+            if end in by_entry:
+                by_entry[end].add(name)
+            _, dot, end = end.partition(".")
+    missing = next((entry for entry, names in by_entry.items() if not names or entry is selection), None)
+    if missing is None:
+        return set().union(*by_entry.values())
+    if by_entry[missing]:
+        remedy = f"a string is a regex for the whole name, so pass [{missing!r}]"
+    else:
+        ends = list(dict.fromkeys(end for name in candidates if not (end := name.rpartition(".")[2]).isdigit()))
+        wanted = missing.rpartition(".")[2] if missing.replace(".", "").isidentifier() else missing
+        close = difflib.get_close_matches(wanted, ends[:1000], n=3, cutoff=0.5) or ends[:6]
+        remedy = f"did you mean {', '.join(map(repr, close))}" if close else "the model has no such modules"
+    raise ModelError(f"`selection` must match modules of the model, but {missing!r} matches none; {remedy}.")
 
 
 def _match_regex(pattern: str, names: Iterable[str]) -> set[str]:
@@ -381,13 +376,6 @@ def _match_regex(pattern: str, names: Iterable[str]) -> set[str]:
             f"`selection` must be a regex that matches quickly, but {pattern!r} takes over {_REGEX_SECONDS} s for one name; "
             "avoid nested repeats such as `(a+)+`."
         ) from None
-
-
-def _near_misses(entry: str, names: Iterable[str]) -> str:
-    tails = list(dict.fromkeys(tail for name in names if not (tail := name.rsplit(".", 1)[-1]).isdigit()))
-    wanted = entry.rsplit(".", 1)[-1] if "." in entry and entry.replace(".", "").isidentifier() else entry
-    close = difflib.get_close_matches(wanted, tails[:1000], n=3, cutoff=0.5) or tails[:6]
-    return f"did you mean {', '.join(repr(name) for name in close)}" if close else "the model has no such modules"
 
 
 def _brief(value: Any) -> str:

@@ -6,16 +6,6 @@ from rankscope.tasks.ready import DigitsShift, load_task
 from rankscope.tasks.text import CausalLM, TextClassification
 
 __all__ = [
-    "Batch",
-    "CausalLM",
-    "DigitsShift",
-    "Split",
-    "Task",
-    "TextClassification",
-    "check_task",
-    "data_folder",
-    "evaluate",
-    "fingerprint_task",
-    "load_task",
-    "profile_task",
-]
+    "Batch", "CausalLM", "DigitsShift", "Split", "Task", "TextClassification", "check_task", "data_folder",
+    "evaluate", "fingerprint_task", "load_task", "profile_task",
+]  # fmt: skip

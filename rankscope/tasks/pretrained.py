@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache, cached_property
 from importlib.util import find_spec
+from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,7 +25,6 @@ from rankscope.errors import TaskError, one_line
 from rankscope.files import replacing
 from rankscope.tasks.protocol import Batch, Split
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -98,14 +96,18 @@ class PretrainedTask:
 def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) -> T:
     """Return `load(source, **options)` of a `from_pretrained`. Weights that the checkpoint lacks come from a fixed seed."""
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
     check_source(source)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in options:
         must = f"`{source}` must be a model folder"
         raise TaskError(f"{must}, but has no config.json; save the model there with save_pretrained.")
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # a fresh head is on purpose
+    logging.disable_progress_bar()
     try:
-        with seeded(0), _quiet_transformers():
+        with seeded(0):
             return load(source, local_files_only=path.is_dir() or not hub_answers(), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.
@@ -113,6 +115,10 @@ def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) 
         if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
             reason = "its config.json does not fit its weights."
         raise TaskError(f"`{source}` must be a model folder or hub id that loads, but does not: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | None = None, **options: Any) -> nn.Module:
@@ -142,7 +148,7 @@ def dequantised(folder: Path, gguf_file: str) -> Path:
         raise TaskError(f"`{gguf_file}` needs the package gguf, but it is not installed; install rankscope[gguf].")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.warning("dequantising %s into %s, once", gguf_file, plain)
+    getLogger(__name__).warning("dequantising %s into %s, once", gguf_file, plain)
     loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, folder, gguf_file=gguf_file)
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, folder, gguf_file=gguf_file)
     if hasattr(loaded.config, "quantization_config"):
@@ -197,19 +203,3 @@ def hub_answers() -> bool:
     except OSError as error:
         return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the hub's client may know other certificates
     return True
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """A fresh head is on purpose: no load report, no progress bar; the user's settings come back."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

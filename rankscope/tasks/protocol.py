@@ -99,9 +99,8 @@ def fingerprint_task(task: Task, model: nn.Module | None = None) -> dict[str, An
     call of `build_model`.
     """
     kind = type(task)
-    made_by = getattr(kind.__init__, "__code__", None)
-    names = made_by.co_varnames[1 : made_by.co_argcount + made_by.co_kwonlyargcount] if made_by else ()
-    kept = {name: getattr(task, name, None) for name in names if name not in ("model", "data")}
+    names = inspect.signature(kind).parameters.keys() - {"model", "data"}
+    kept = {name: getattr(task, name, None) for name in sorted(names)}
     options = {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
     hash_data = getattr(task, "fingerprint_data", lambda: digest(list(islice(task.train_batches(0), 8))))
     return {

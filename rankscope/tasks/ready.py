@@ -153,28 +153,20 @@ def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
     return _on_minilm("supersense", data, batch_size=batch_size, max_length=max_length)
 
 
-def sentiment(
-    *, batch_size: int = 16, max_length: int = 40, n_train: int = 4000, n_evaluate: int = 2000
-) -> TextClassification:
+def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassification:
     """Movie-review sentences to the sign of their mean human rating, on all-MiniLM-L6-v2, mean-pooled.
 
-    Sentences rated between -0.5 and 0.5 are left out. `n_train` sentences to train, `n_evaluate` each to validate and to
-    test, drawn once with a fixed seed. The text is fetched from the sdist of vaderSentiment and not redistributed.
+    Sentences rated between -0.5 and 0.5 are left out. 4,000 to train, 2,000 each to validate and to test, drawn with a fixed
+    seed. The text is fetched from the sdist of vaderSentiment and not redistributed.
     """
-    check_counts(n_train=n_train, n_evaluate=n_evaluate)
-    folder = fetch_package(
-        "vaderSentiment==3.3.2",
-        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    )
-    path = folder / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
-    table = pd.read_csv(
-        path, sep="\t", names=["id", "rating", "text"], quoting=3, encoding="utf-8", encoding_errors="replace"
-    )
+    member = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    hash_ = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+    folder = fetch_package("vaderSentiment==3.3.2", member, sha256=hash_) / "hutto_ICWSM_2014"
+    columns: Any = {"sep": "\t", "names": ["id", "rating", "text"], "quoting": 3, "encoding_errors": "replace"}
+    table = pd.read_csv(folder / "movieReviewSnippets_GroundTruth.txt", **columns)
     table = table[table["rating"].abs() > 0.5].drop_duplicates("text").sample(frac=1.0, random_state=0)
-    table = table.assign(label=(table["rating"] > 0).astype(int))
-    parts = ["train"] * n_train + ["validation"] * n_evaluate + ["test"] * n_evaluate
-    table = table.iloc[: len(parts)].assign(split=parts[: len(table)])
+    splits = ["train"] * 4000 + ["validation"] * 2000 + ["test"] * 2000
+    table = table.iloc[: len(splits)].assign(label=(table["rating"] > 0).astype(int), split=splits)
     return _on_minilm("sentiment", table, batch_size=batch_size, max_length=max_length)
 
 

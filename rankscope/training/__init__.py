@@ -2,18 +2,9 @@
 
 from rankscope.settings import TrainingSettings as TrainingConfig
 from rankscope.training.loop import TrainingResult, save_adapter, train
-from rankscope.training.methods import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, Running
+from rankscope.training.methods import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method
 
 __all__ = [
-    "AdaLora",
-    "Eva",
-    "FullFineTuning",
-    "HeadOnly",
-    "Lora",
-    "Method",
-    "Running",
-    "TrainingConfig",
-    "TrainingResult",
-    "save_adapter",
-    "train",
-]
+    "AdaLora", "Eva", "FullFineTuning", "HeadOnly", "Lora", "Method", "TrainingConfig", "TrainingResult",
+    "save_adapter", "train",
+]  # fmt: skip

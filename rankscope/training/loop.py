@@ -109,7 +109,10 @@ def train(
                 if on_step:
                     on_step(step)
                 if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                    history[step] = _finite_metrics(task, model, step)
+                    history[step] = evaluate(task, model, "validation")
+                    if not math.isfinite(value := history[step][task.metric]):
+                        must = f"`{task.metric}` must be finite"
+                        raise TrainingError(f"{must}, but is {value} at step {step}; lower `learning_rate`.")
                     if on_evaluation:
                         on_evaluation(step, history[step])
     for adapter in getattr(model, "peft_config", {}).values():
@@ -154,19 +157,10 @@ def _steps(
         schedule.step()
         if step % _CHECK_EVERY == 0 or step == settings.steps:
             if not bool(torch.isfinite(torch.stack(losses)).all()):
-                raise TrainingError(
-                    f"the loss must be finite, but is not by step {step} of {settings.steps}; lower `learning_rate`, "
-                    f"now {settings.peak_learning_rate:g}."
-                )
+                must = f"the loss must be finite, but is not by step {step} of {settings.steps}"
+                raise TrainingError(f"{must}; lower `learning_rate`, now {settings.peak_learning_rate:g}.")
             losses.clear()
         yield step
-
-
-def _finite_metrics(task: Task, model: nn.Module, step: int) -> Mapping[str, float]:
-    metrics = evaluate(task, model, "validation")
-    if not math.isfinite(value := metrics[task.metric]):
-        raise TrainingError(f"`{task.metric}` must be finite, but is {value} at step {step}; lower `learning_rate`.")
-    return metrics
 
 
 def _stream(task: Task, seed: int) -> Iterator[Batch]:
@@ -214,8 +208,7 @@ def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[di
 def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -> Path:
     """Save a trained model by its own `save_pretrained`, with a README that says how to load it in plain PEFT.
 
-    The options that the base model must be loaded with (`id2label`, …) go to `model_kwargs.json`. The folder is replaced
-    as a whole.
+    Options for the base model (`id2label`, …) go to `model_kwargs.json`. The folder is replaced as a whole.
     """
     options: dict[str, Any] = dict(getattr(task, "model_kwargs", {}))
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -27,8 +27,6 @@ from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.targets import TargetModule
 from rankscope.tasks import Task
 
-_SETTLED = 0.7  # fraction of the steps, on AdaLoRA's usual schedule
-
 
 @dataclass(frozen=True, slots=True)
 class Running:
@@ -154,14 +152,14 @@ class AdaLora(Method):
     rank: int
     alpha: float
     share: float = 1.0
-    settled: float = _SETTLED
+    settled: float = 0.7
 
     name = "AdaLoRA"
 
     @property
     def variant(self) -> str:
         """Alpha, the share of ranks kept, and when they settle, if not as usual."""
-        early = "" if self.settled == _SETTLED else f", settled at {self.settled:.0%}"
+        early = "" if self.settled == 0.7 else f", settled at {self.settled:.0%}"
         return f"alpha {self.alpha:g}, {self.share:.0%} of ranks{early}"
 
     @property
@@ -205,13 +203,11 @@ class Eva(Method):
         targets: Target modules.
         rank: Mean rank: EVA's budget counts ranks, not parameters.
         rho: The largest rank is `rho * rank`; 1: all ranks are equal.
-        n_batches: Training batches whose inputs are recorded.
     """
 
     targets: tuple[TargetModule, ...]
     rank: int
     rho: float = 2.0
-    n_batches: int = 32
 
     name = "EVA"
 
@@ -222,7 +218,7 @@ class Eva(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters along the principal directions."""
-        batches, options = islice(task.train_batches(seed), self.n_batches), _peft_options(task, settings)
+        batches, options = islice(task.train_batches(seed), 32), _peft_options(task, settings)
         adapted: nn.Module = wrap_with_eva(
             model, self.targets, list(batches), rank=self.rank, scaling=settings.scaling, rho=self.rho, **options
         )

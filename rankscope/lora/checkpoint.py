@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import types
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankscope.errors import FileError, ModelError
-from rankscope.files import read_json, read_tensors, write_json
+from rankscope.files import AnyPath, read_json, read_tensors, write_json
 from rankscope.lora.config import PEFT_PREFIX
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import FACTORS, LiveAdapter, Resize, resize_adapters
@@ -23,47 +22,35 @@ from rankscope.targets import unwrapped
 
 RANKS_FILE = "ranks.json"
 SCHEMA = 1
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FACTOR_A = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.*)\.lora_(?:A\.weight|embedding_A)")
 
 
-def save_ranks(model: PeftModel, folder: str | os.PathLike[str], *, adapter_name: str | None = None) -> Path:
-    """Write the adapter's ranks (0 included) into a checkpoint's folder, atomically; return the path of `ranks.json`.
+def save_ranks(model: PeftModel, folder: AnyPath, *, adapter_name: str | None = None) -> Path:
+    """Write the adapter's ranks (0 included) into the folder of its weights, atomically; return the path of `ranks.json`.
 
     For a model that carries masks these are the active ranks; capacity and active components are written, too.
-
-    Args:
-        model: As it was when the checkpoint's weights were saved.
-        folder: Where the adapter's weights are; PEFT has a subfolder for an adapter not called `default`.
-        adapter_name: May be left out if there is only one.
-
-    Raises:
-        ModelError: The model has no such adapter.
     """
     adapter = LiveAdapter(model, adapter_name)
-    path = Path(folder) / RANKS_FILE
-    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": adapter.ranks}
+    ranks = adapter.ranks
+    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": ranks}
     if (masks := masks_on(adapter.model)) is not None:
-        value |= {"capacity": value["ranks"], "ranks": value["ranks"] | masks.ranks, "active": masks.active}
-    write_json(path, value)
-    return path
+        value |= {"ranks": {**ranks, **masks.ranks}, "capacity": ranks, "active": masks.active}
+    write_json(Path(folder) / RANKS_FILE, value)
+    return Path(folder) / RANKS_FILE
 
 
 def restore_ranks(
     model: PeftModel,
-    folder: str | os.PathLike[str],
+    folder: AnyPath,
     *,
     optimizer: Optimizer | None = None,
     adapter_name: str | None = None,
 ) -> None:
     """Give the model a checkpoint's ranks, so that the checkpoint's weights and optimizer state can be loaded.
 
-    The model's scaling stays. Masked ranks need a model of the same capacity; `restore_ranks_on_load` places their weights.
-
-    Args:
-        model: With the adapter on the same modules, at any ranks.
-        folder: The checkpoint's, with its `ranks.json`.
-        optimizer: If there is one already.
-        adapter_name: May be left out if there is only one.
+    The model, and the optimizer if there is one, may be at any ranks; its scaling stays. Masked ranks need a model of the same
+    capacity; `restore_ranks_on_load` places their weights.
 
     Raises:
         FileError: There is no `ranks.json`, or it is of another schema.
@@ -71,47 +58,40 @@ def restore_ranks(
     """
     adapter = LiveAdapter(model, adapter_name)
     saved = _read(Path(folder) / RANKS_FILE)
-    ranks, present = saved["ranks"], adapter.ranks
+    ranks, present, masks = saved["ranks"], adapter.ranks, masks_on(adapter.model)
     if odd := sorted(set(ranks) ^ set(present)):
-        where = "the checkpoint" if odd[0] in ranks else "the model"
         remedy = "adapt the same modules"
         if not any(ranks.get(name, 1) for name in odd):
             remedy = (
                 "wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out"
             )
         raise ModelError(
-            f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in {where} only "
-            f"({len(odd)} such); {remedy}."
+            f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in "
+            f"{'the checkpoint' if odd[0] in ranks else 'the model'} only ({len(odd)} such); {remedy}."
         )
     if differs := _weights_differ(Path(folder), adapter, ranks):
-        name, in_weights, in_ranks = differs
         raise ModelError(
-            f"`{folder}` must hold weights of the ranks in its {RANKS_FILE}, but `{name}` has rank {in_weights} in the weights "
-            f"and {in_ranks} there; it mixes two checkpoints: use another."
+            "`{}` must hold weights of the ranks in its {}, but `{}` has rank {} in the weights and {} there; it mixes two "
+            "checkpoints: use another.".format(folder, RANKS_FILE, *differs)
         )
-    masks = masks_on(adapter.model)
-    if "active" not in saved:
-        if masks is not None:
+    if "active" in saved:
+        if odd := sorted(name for name, capacity in saved["capacity"].items() if present[name] != capacity):
             raise ModelError(
-                f"`{folder}` must hold masked ranks for a model that carries masks, but holds a live resize's; `compress` the "
-                "masks."
+                f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {present[odd[0]]} "
+                f"and `{folder}` {saved['capacity'][odd[0]]}; wrap the model at that rank."
             )
-        resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
-        resize_adapters(model, optimizer, resizes, adapter_name=adapter.name)
+        (masks or RankMasks(model, adapter_name=adapter.name)).restore(saved["active"])
         return
-    if odd := sorted(name for name, capacity in saved["capacity"].items() if present[name] != capacity):
+    if masks is not None:
         raise ModelError(
-            f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {present[odd[0]]} "
-            f"and `{folder}` {saved['capacity'][odd[0]]}; wrap the model at that rank."
+            f"`{folder}` must hold masked ranks for a model that carries masks, but holds a live resize's; `compress` the masks."
         )
-    (masks or RankMasks(model, adapter_name=adapter.name)).restore(saved["active"])
+    resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
+    resize_adapters(model, optimizer, resizes, adapter_name=adapter.name)
 
 
 def restore_ranks_on_load(model: PeftModel) -> None:
-    """Make `model.load_adapter` restore a checkpoint's ranks first, if the checkpoint has a `ranks.json`.
-
-    transformers' Trainer calls `load_adapter` on resuming and for the best model, and has no callback before either.
-    """
+    """Make `model.load_adapter` restore a checkpoint's ranks first; `del model.load_adapter` undoes it."""
     model.load_adapter = types.MethodType(_load_with_ranks, model)
 
 
@@ -121,9 +101,7 @@ def loaded_from(model: PeftModel, adapter_name: str) -> Path | None:
     return folders.get(adapter_name)
 
 
-def _load_with_ranks(
-    self: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, *args: Any, **kwargs: Any
-) -> Any:
+def _load_with_ranks(self: PeftModel, model_id: AnyPath, adapter_name: str, *args: Any, **kw: Any) -> Any:
     """`PeftModel.load_adapter`, the ranks restored first."""
     if adapter_name in self.peft_config:
         folder = Path(model_id)
@@ -135,7 +113,7 @@ def _load_with_ranks(
             if (masks := masks_on(self)) is not None:
                 weights = _at_capacity(masks, load_peft_weights(str(model_id), device="cpu"))
                 return set_peft_model_state_dict(self, weights, adapter_name=adapter_name)
-    return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    return type(self).load_adapter(self, model_id, adapter_name, *args, **kw)
 
 
 def _at_capacity(masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,14 +122,14 @@ def _at_capacity(masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, T
     for name, active in masks.active.items():
         a, b = (factor.detach().cpu() for factor in masks.live.modules[name].factors)
         for dim, (part, full) in enumerate(zip(FACTORS, (a.clone(), torch.zeros_like(b)), strict=True)):
-            key = f"{PEFT_PREFIX}{name}.{'.'.join(filter(None, part))}"
+            key = f"{PEFT_PREFIX}{name}.{part[0]}.{part[1]}"
             if active:
                 full.index_copy_(dim, torch.tensor(active), weights[key].to(full))
             placed[key] = full
     return placed
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
+def load_adapter(model: nn.Module, folder: AnyPath) -> PeftModel:
     """Wrap `model` (in place) with the adapter that `PeftModel.save_pretrained` left in a folder, trained modules included.
 
     An adapter whose `task_type` names one of rankscope's own classes, which plain PEFT rejects, is loaded into that class only.
@@ -181,12 +159,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> PeftModel:
 
 def _read(path: Path) -> dict[str, Any]:
     saved = read_json(path, what="an adapter's ranks")
+    ranks, active, capacity = saved.get("ranks"), saved.get("active"), saved.get("capacity")
     if saved.get("schema") != SCHEMA:
         raise FileError(f"`{path}` must have schema {SCHEMA}, but has {saved.get('schema')!r}; write it again.")
-    ranks = saved.get("ranks")
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
         raise FileError(f"`{path}` must hold a rank for each module, but does not; it was edited: write it again.")
-    if "active" in saved and not _are_masks(saved["active"], saved.get("capacity"), ranks):
+    if "active" in saved and not (
+        isinstance(active, dict)
+        and isinstance(capacity, dict)
+        and active.keys() == capacity.keys() <= ranks.keys()
+        and all(_is_mask(active[name], capacity[name], ranks[name]) for name in active)
+    ):
         raise FileError(
             f"`{path}` must hold the active components of each module within its capacity, but does not; it was edited: write it "
             "again."
@@ -194,42 +177,30 @@ def _read(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _are_masks(active: Any, capacity: Any, ranks: Mapping[str, int]) -> bool:
-    if not isinstance(active, dict) or not isinstance(capacity, dict):
+def _is_mask(active: Any, capacity: Any, rank: int) -> bool:
+    if not isinstance(active, list) or type(capacity) is not int:
         return False
-    return active.keys() == capacity.keys() <= ranks.keys() and all(
-        isinstance(indices, list)
-        and type(capacity[name]) is int
-        and all(type(index) is int and 0 <= index < capacity[name] for index in indices)
-        and len(set(indices)) == len(indices) == ranks[name]
-        for name, indices in active.items()
-    )
+    whole = all(type(index) is int and 0 <= index < capacity for index in active)
+    return whole and len(set(active)) == len(active) == rank
 
 
 def _check_weights_fit(adapter: LiveAdapter, folder: Path) -> None:
     if differs := _weights_differ(folder, adapter, adapter.ranks):
-        name, in_weights, in_model = differs
         raise ModelError(
-            f"`{folder}` must hold weights of the model's ranks, or its own {RANKS_FILE} beside them, but `{name}` has rank "
-            f"{in_weights} there and {in_model} in the model; it was not finished, or is of another model: use another."
+            "`{}` must hold weights of the model's ranks, or its own {} beside them, but `{}` has rank {} there and {} in the "
+            "model; it was not finished, or is of another model: use another.".format(folder, RANKS_FILE, *differs)
         )
 
 
 def _weights_differ(folder: Path, adapter: LiveAdapter, ranks: Mapping[str, int]) -> tuple[str, int, int] | None:
-    """The first module whose rank is another in the folder's weights, and both ranks; None without weights.
-
-    Ranks are read from shapes alone, adapters on parameters left out.
-    """
-    paths = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    if not (present := [path for path in paths if path.exists()]):
+    """The first module whose rank is another in the folder's weights, and both ranks; None without weights."""
+    if not (paths := [folder / name for name in _WEIGHTS if (folder / name).exists()]):
         return None
     fused = {name.rpartition(".")[0] for name in adapter.parameters}
-    tensors = read_tensors(present[0], what="an adapter's weights", device="meta")
-    found = {
-        match[1]: len(tensor) for key, tensor in tensors.items() if (match := _FACTOR_A.fullmatch(key)) and tensor.ndim
-    }
-    weights = {name: rank for name, rank in found.items() if name.replace(".base_layer", "") not in fused}
-    for name in sorted({*ranks, *weights}):
-        if ranks.get(name, 0) != weights.get(name, 0):
-            return name, weights.get(name, 0), ranks.get(name, 0)
-    return None
+    weights = {}
+    for key, tensor in read_tensors(paths[0], what="an adapter's weights", device="meta").items():
+        match = _FACTOR_A.fullmatch(key)
+        if match and tensor.ndim and match[1].replace(".base_layer", "") not in fused:
+            weights[match[1]] = len(tensor)
+    differing = sorted(name for name in {*ranks, *weights} if ranks.get(name, 0) != weights.get(name, 0))
+    return next(((name, weights.get(name, 0), ranks.get(name, 0)) for name in differing), None)

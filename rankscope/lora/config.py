@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
-import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
@@ -25,7 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rankscope.errors import ModelError, SettingsError
-from rankscope.files import replacing
+from rankscope.files import AnyPath, write_json
 from rankscope.naming import is_output_embedding
 from rankscope.targets import TargetModule
 
@@ -39,17 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SCALING = 2.0
 PEFT_PREFIX = "base_model.model."  # of the base model's names inside a PeftModel
-_FROM_ALLOCATION = (
-    "r",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "exclude_modules",
-    "layers_to_transform",
-    "target_parameters",
-)
 
 
 def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
@@ -61,8 +49,7 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
     Args:
         allocation: At least one rank must be above 0.
         scaling: Factor on every module's update; default 2 (alpha = 2 r).
-        **peft_kwargs: Other fields of `LoraConfig`, such as `task_type="SEQ_CLS"`. DoRA magnitudes and LoRA biases add
-            parameters to the allocation's; a warning says so.
+        **peft_kwargs: Other fields of `LoraConfig`, such as `task_type="SEQ_CLS"`.
 
     Raises:
         SettingsError: All ranks are 0, or an argument contradicts the allocation.
@@ -70,30 +57,26 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
     adapted = {name: rank for name, rank in allocation.ranks.items() if rank > 0}
     if not adapted:
         raise SettingsError("`allocation` must give at least one module a rank above 0 to become a LoRA config.")
-    if clash := [key for key in _FROM_ALLOCATION if key in peft_kwargs]:
-        raise SettingsError(f"`{clash[0]}` follows from the allocation and cannot be passed as well; leave it out.")
     if scaling is not None and "lora_alpha" in peft_kwargs:
         raise SettingsError(
             "`scaling` and `lora_alpha` exclude each other: constant scaling, or one alpha; leave one out."
         )
-    for key in ("use_dora", "lora_bias"):
-        if peft_kwargs.get(key):
-            logger.warning(
-                "`%s` adds trainable parameters to the %s of the allocation", key, f"{allocation.parameters:,}"
-            )
+    for key in filter(peft_kwargs.get, ("use_dora", "lora_bias")):
+        logger.warning("`%s` adds trainable parameters to the %s of the allocation", key, f"{allocation.parameters:,}")
     if "lora_alpha" in peft_kwargs:
         alphas = dict.fromkeys(adapted, peft_kwargs.pop("lora_alpha"))
     else:
-        factor, rslora = DEFAULT_SCALING if scaling is None else scaling, bool(peft_kwargs.get("use_rslora"))
+        factor, rslora = 2.0 if scaling is None else scaling, bool(peft_kwargs.get("use_rslora"))
         alphas = {name: alpha_for(rank, factor, rslora=rslora) for name, rank in adapted.items()}
-    return LoraConfig(**rank_fields(adapted, alphas), **name_fields(adapted), **peft_kwargs)
+    fields = rank_fields(adapted, alphas) | name_fields(adapted)
+    if clash := [key for key in (*fields, "layers_to_transform", "target_parameters") if key in peft_kwargs]:
+        raise SettingsError(f"`{clash[0]}` follows from the allocation and cannot be passed as well; leave it out.")
+    return LoraConfig(**fields, **peft_kwargs)
 
 
-def save_lora_config(config: LoraConfig, path: str | os.PathLike[str]) -> Path:
+def save_lora_config(config: LoraConfig, path: AnyPath) -> Path:
     """Write the config as PEFT's own `adapter_config.json`, atomically; return the path."""
-    with tempfile.TemporaryDirectory() as folder, replacing(path) as temporary:
-        config.save_pretrained(folder)
-        shutil.copyfile(Path(folder) / "adapter_config.json", temporary)
+    write_json(path, {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()})
     return Path(path)
 
 
@@ -109,13 +92,18 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dic
             "`config` must name its `target_modules`, but leaves them to PEFT's default for the model's architecture; "
             "set them to [t.name for t in find_targets(model, config)]."
         )
-    names = set(adapted_modules(config, _skeleton(targets)))
+    patterns, config = config.rank_pattern or {}, _prepared(config)
+    config.target_modules = config.target_modules or []
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        names = {name for name in names if not is_output_embedding(name)}
-    ranks = {target.name: config.r for target in targets if target.name in names}
+        linear = (target.name for target in targets if target.kind in ("linear", "conv1d"))
+        config.target_modules = {name for name in linear if not is_output_embedding(name)}
+    try:
+        names = [target.name for target in targets if check_target_module_exists(config, target.name)]
+    except _PEFT_REFUSES as error:
+        raise _refusal(error) from None
+    ranks = dict.fromkeys(_not_saved(names, config), config.r)
     if not ranks:
         raise SettingsError(f"`config` must adapt at least one of the {len(targets)} target modules, but adapts none.")
-    patterns = config.rank_pattern or {}
     if not isinstance(patterns, Mapping):
         raise SettingsError(f"`rank_pattern` must be a mapping from regexes to ranks, but got {patterns!r}.")
     left = set(ranks)
@@ -126,19 +114,12 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dic
     return ranks
 
 
-# --- ranks, alphas and names as fields of a config ----------------------------------------------------------------
-#
-# PEFT takes regexes in `rank_pattern`, matches `target_modules` by the last parts of a name, and rewrites a regex in
-# `target_modules` on mixture-of-experts models. Beyond 512 patterns it compiles one at each look-up, so there is one pattern
-# for each distinct value, and names that share parts are factored.
+# PEFT rewrites a regex in `target_modules` on mixture-of-experts models, but not in `exclude_modules`. Beyond 512 patterns it
+# compiles one at each look-up, so there is one pattern for each distinct value, and names that share parts are factored.
 
 
 def alpha_for(rank: int, scaling: float, *, rslora: bool) -> float:
-    """The alpha at which PEFT's scaling (alpha / r, or alpha / sqrt(r)) is `scaling`; an int where it is one.
-
-    >>> alpha_for(3, 2.0, rslora=False), alpha_for(4, 0.7, rslora=True)
-    (6, 1.4)
-    """
+    """The alpha at which PEFT's scaling (alpha / r, or alpha / sqrt(r)) is `scaling`; an int where it is one."""
     alpha = scaling * (math.sqrt(rank) if rslora else rank)
     return int(alpha) if float(alpha).is_integer() else alpha
 
@@ -146,19 +127,12 @@ def alpha_for(rank: int, scaling: float, *, rslora: bool) -> float:
 def rank_fields(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     """`r`, `lora_alpha` and their patterns; the most frequent value, the first among equals, is the config's own."""
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "r": rank,
-        "rank_pattern": value_patterns(ranks, rank),
-        "lora_alpha": alpha,
-        "alpha_pattern": value_patterns(alphas, alpha),
-    }
+    patterns = {"rank_pattern": value_patterns(ranks, rank), "alpha_pattern": value_patterns(alphas, alpha)}
+    return {"r": rank, "lora_alpha": alpha} | patterns
 
 
 def name_fields(names: Collection[str]) -> dict[str, Any]:
-    r"""`target_modules` and `exclude_modules` that adapt exactly the modules of these full names, on every model.
-
-    The last parts of the names select, and a regex excludes all other modules. PEFT leaves this form as it is on
-    mixture-of-experts models, and matches it in linear time.
+    r"""`target_modules` and `exclude_modules` that adapt exactly these modules; last parts select, a regex excludes others.
 
     >>> name_fields(["h.0.q", "h.1.q"])
     {'target_modules': {'q'}, 'exclude_modules': '(?!h\\.(?:0|1)\\.q$).*'}
@@ -168,11 +142,7 @@ def name_fields(names: Collection[str]) -> dict[str, Any]:
 
 
 def value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    r"""A `rank_pattern` or `alpha_pattern`: one regex for each value that is not the default.
-
-    >>> value_patterns({"a": 2, "b.c": 8, "d": 2, "b.e": 8}, default=2)
-    {'^b\\.(?:c|e)': 8}
-    """
+    """A `rank_pattern` or `alpha_pattern`: one regex for each value that is not the default."""
     names: dict[Any, list[str]] = {}
     for name, value in values.items():
         if value != default:
@@ -181,11 +151,7 @@ def value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def names_regex(names: Iterable[str]) -> str:
-    r"""A regex that fully matches these dotted names and no others; common parts are written once.
-
-    >>> names_regex(["h.0.q", "h.0.k", "h.1.q", "h.1.k", "head"])
-    '(?:h\\.(?:0|1)\\.(?:q|k)|head)'
-    """
+    """A regex that fully matches these dotted names and no others; common parts are written once."""
     return _factored([name.split(".") for name in names])
 
 
@@ -197,9 +163,7 @@ def _factored(paths: Iterable[Sequence[str]]) -> str:
     for part, rests in following.items():
         longer = [rest for rest in rests if rest]
         regex = rf"\.{_factored(longer)}" if longer else ""
-        if longer and len(longer) < len(rests):
-            regex = f"(?:{regex})?"
-        alike.setdefault(regex, []).append(re.escape(part))
+        alike.setdefault(f"(?:{regex})?" if 0 < len(longer) < len(rests) else regex, []).append(re.escape(part))
     return _either([_either(parts) + regex for regex, parts in alike.items()])
 
 
@@ -213,44 +177,49 @@ def _either(choices: Sequence[str]) -> str:
 _SAVED_FOR_TASK = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 
 # What PEFT has LoRA layers for, beside the quantised linear modules of other libraries.
-_ADAPTABLE = (
-    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.MultiheadAttention, Conv1D, BaseTunerLayer),
-)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ADAPTABLE = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.MultiheadAttention, Conv1D, BaseTunerLayer)
 
-_EMPTY: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(1, 1, device="meta"),
-    "conv1d": lambda: Conv1D(1, 1),
-    "conv2d": lambda: nn.Conv2d(1, 1, 1, device="meta"),
-    "embedding": lambda: nn.Embedding(1, 1, device="meta"),
-}
+_PEFT_REFUSES = (ValueError, OverflowError, re.error)
 
 
 def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
-    """Names of the modules that `get_peft_model(model, config)` would adapt. Neither the model nor the config changes.
-
-    PEFT's own code decides: defaults by architecture, `all-linear`, `exclude_modules`, `layers_to_transform`, `modules_to_save`.
+    """Names of the modules that `get_peft_model(model, config)` would adapt, by PEFT's own code; nothing changes.
 
     Raises:
-        ModelError: The config is not LoRA's, PEFT cannot apply it, or it names a module that PEFT cannot adapt.
+        ModelError: The config is not LoRA's, or PEFT cannot apply it.
     """
     if not isinstance(config, LoraConfig):
         raise ModelError(f"`selection` must be a peft.LoraConfig, but is a {type(config).__name__}; name the modules.")
-    config = copy.deepcopy(config)  # PEFT writes into it
-    if heads := _SAVED_FOR_TASK.get(str(getattr(config.task_type, "value", config.task_type))):
-        config.modules_to_save = [*(config.modules_to_save or []), *heads]
-    matching = _Matching(model, config)
+    matching = _Matching(model, _prepared(config))
     try:
         with warnings.catch_warnings():  # PEFT warns again when it wraps
             warnings.simplefilter("ignore")
             matching.inject_adapter(model, "default")
     except (_MatchingDone, NoMatchingPeftModuleError):
-        saved = tuple(matching.peft_config["default"].modules_to_save or ())
-        return [name for name in matching.found if not _is_saved(name, saved)]
-    except (ValueError, OverflowError, re.error) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"`selection` must be a config that PEFT can apply, but {reason}") from None
+        return _not_saved(matching.found, matching.peft_config["default"])
+    except _PEFT_REFUSES as error:
+        raise _refusal(error) from None
     raise AssertionError("PEFT's inject_adapter must activate the adapter that it injected")
+
+
+def _refusal(error: Exception) -> ModelError:
+    return ModelError(f"`selection` must be a config that PEFT can apply, but {' '.join(str(error).split())}")
+
+
+def _prepared(config: LoraConfig) -> LoraConfig:
+    """A copy that PEFT may write into, with the heads that its model classes save for the task."""
+    config = copy.deepcopy(config)
+    heads = _SAVED_FOR_TASK.get(str(getattr(config.task_type, "value", config.task_type)), [])
+    config.modules_to_save = [*(config.modules_to_save or []), *heads] or None
+    return config
+
+
+def _not_saved(names: Iterable[str], config: LoraConfig) -> list[str]:
+    """Without modules that end, or are in one that ends, with a name of `modules_to_save`: they are trained in full."""
+    saved = tuple(config.modules_to_save or ())
+    parents = {name: itertools.accumulate(name.split("."), "{}.{}".format) for name in names}
+    return [name for name in names if not any(parent.endswith(saved) for parent in parents[name])]
 
 
 def refused_by_peft(model: nn.Module, names: Collection[str]) -> dict[str, str]:
@@ -269,8 +238,7 @@ def refused_by_peft(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 def taken_for_experts(model: nn.Module, names: Collection[str]) -> set[str]:
     """Which of these modules cannot be adapted by name, since PEFT turns the name into the model's fused experts.
 
-    transformers 5 fuses the experts of Mixtral, Qwen, DeepSeek and others. PEFT converts the experts' former names
-    (`gate_proj`, `down_proj`), which dense layers and shared experts still have.
+    transformers 5 fuses the experts of Mixtral, Qwen and others; dense layers and shared experts still have their former names.
     """
     if convert_peft_config_for_transformers is None:
         return set()
@@ -280,9 +248,8 @@ def taken_for_experts(model: nn.Module, names: Collection[str]) -> set[str]:
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=None)
         except ValueError:  # one half of a fused pair
-            taken.add(last_part)
-        else:
-            taken |= {last_part} - set(config.target_modules)
+            config.target_modules = set()
+        taken |= {last_part} - set(config.target_modules)
     return {name for name in names if name.rpartition(".")[2] in taken}
 
 
@@ -295,9 +262,7 @@ class _Matching(LoraModel):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, config: LoraConfig) -> None:
         nn.Module.__init__(self)
-        self.model = model
-        self.peft_config = {"default": config}
-        self.active_adapter = "default"
+        self.model, self.peft_config, self.active_adapter = model, {"default": config}, "default"
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.found: list[str] = []
@@ -320,23 +285,3 @@ class _Matching(LoraModel):  # type: ignore[misc]
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         raise _MatchingDone
-
-
-def _is_saved(name: str, saved: tuple[str, ...]) -> bool:
-    """Whether the module, or one around it, ends with a name of `modules_to_save`, and is trained in full."""
-    parts = name.split(".")
-    return any(".".join(parts[:end]).endswith(saved) for end in range(1, len(parts) + 1))
-
-
-def _skeleton(targets: Sequence[TargetModule]) -> nn.Module:
-    """A model of empty modules with the names and kinds of the targets."""
-    root = nn.Module()
-    for target in targets:
-        parent = root
-        *path, last = target.name.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, _EMPTY[target.kind]())
-    return root

@@ -1,8 +1,4 @@
-"""Arithmetic on one adapter's factors: choose components to keep, compress them, and append new ones.
-
-An adapter's update is `s * B @ A` with A of shape (rank, inputs) and B of shape (outputs, rank). Component i is row i of A
-and column i of B. A convolution's kernel is flattened into `inputs`.
-"""
+"""Arithmetic on one adapter's factors A (rank, inputs) and B (outputs, rank); component i is row i of A, column i of B."""
 
 from __future__ import annotations
 
@@ -16,26 +12,20 @@ from torch import Tensor
 
 
 class RankMap(Protocol):
-    """How tensors shaped like a factor (gradients, optimizer moments) follow a change of rank."""
+    """How gradients and optimizer moments follow a change of rank along `dim`; `squared`: of squared gradients."""
 
-    def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
-        """The tensor after the change along its rank dimension `dim`; `squared`: it holds squared gradients."""
-        ...
+    def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Keeps components in the given order and appends `added` zeros.
-
-    >>> Selection(kept=(2, 0), added=1).carry(torch.tensor([5.0, 6.0, 7.0]), 0)
-    tensor([7., 5., 0.])
-    """
+    """Keeps components in the given order and appends `added` zeros."""
 
     kept: tuple[int, ...]
     added: int = 0
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
-        """Select and pad."""
+        """Select and pad along `dim`."""
         index = torch.tensor(self.kept, dtype=torch.long, device=tensor.device)
         shape = list(tensor.shape)
         shape[dim] = self.added
@@ -68,11 +58,7 @@ class Resized(NamedTuple):
 
 
 def component_norms(a: Tensor, b: Tensor) -> Tensor:
-    """The Frobenius norm of each component, `||b_i|| * ||a_i||`; shape (rank,), without the scaling.
-
-    >>> component_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.5]]))
-    tensor([10.0000,  0.5000])
-    """
+    """The Frobenius norm of each component, `||b_i|| * ||a_i||`; shape (rank,), without the scaling."""
     norms: Tensor = torch.linalg.vector_norm(_precise(a), dim=1) * torch.linalg.vector_norm(_precise(b), dim=0)
     return norms
 
@@ -84,7 +70,7 @@ def keep_components(a: Tensor, b: Tensor, kept: Sequence[int]) -> Resized:
 
 
 def drop_components(a: Tensor, b: Tensor, rank: int) -> Resized:
-    """Keep the `rank` components of largest norm, in their order; the earlier one on ties."""
+    """Keep the `rank` components of largest norm, in their order; the earlier ones on ties."""
     order = torch.argsort(component_norms(a, b), descending=True, stable=True)
     return keep_components(a, b, sorted(order[:rank].tolist()))
 
@@ -119,10 +105,7 @@ def add_components(a: Tensor, b: Tensor, new_rows: Tensor, new_columns: Tensor) 
 
 
 def kaiming_rows(added: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """(added, inputs) rows as PEFT initialises A: Kaiming uniform with a = sqrt(5), within ±1 / sqrt(inputs).
-
-    They are drawn on the generator's device, so that a CPU generator gives the same rows on every device.
-    """
+    """(added, inputs) rows as PEFT initialises A (Kaiming uniform, a = sqrt(5)), drawn on the generator's device."""
     inputs = like.shape[1]
     device = like.device if generator is None else generator.device
     rows = torch.rand(added, inputs, generator=generator, device=device, dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from rankscope.distributed import check_same, from_first_process, is_first, whole
 from rankscope.errors import ModelError
+from rankscope.files import AnyPath
 from rankscope.lora.config import PEFT_PREFIX
 from rankscope.lora.factors import Selection, component_norms, kaiming_rows, keep_components
 from rankscope.lora.optimizer import Replacement, replace_parameters
@@ -26,13 +26,13 @@ from rankscope.targets import plain_name, unwrapped
 class RankMasks:
     """The active ranks of a model's adapters, whose parameters keep their shapes.
 
-    An adapter's present rank becomes its capacity. A mask multiplies A's output, so that inactive components get no gradient;
-    their columns of B are zero, so that they add nothing. The function is that of a resized adapter. A component that is
-    switched on starts as in `resize_adapters`, with moments of 0.
+    An adapter's present rank becomes its capacity. A mask multiplies A's output, so that inactive components get no gradient,
+    and their columns of B are zero: the function is that of a resized adapter. A component that is switched on starts as in
+    `resize_adapters`, with moments of 0.
 
-    Shapes do not change, so DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On
-    several processes the first one's plan is broadcast. Optimizer statistics over a whole parameter (Adafactor) cover the
-    capacity. While the masks are on, `model.save_pretrained` writes the adapter at its true ranks, for plain PEFT.
+    DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On several processes the first
+    one's plan is broadcast. Optimizer statistics over a whole parameter (Adafactor) cover the capacity. While the masks are
+    on, `model.save_pretrained` writes the adapter at its true ranks, for plain PEFT.
 
     Args:
         model: The PEFT model.
@@ -40,7 +40,7 @@ class RankMasks:
         adapter_name: May be left out if there is only one.
 
     Raises:
-        ModelError: The model carries masks already, or adapts an embedding; an unknown module, or a rank beyond capacity.
+        ModelError: The model carries masks already, or adapts an embedding; a resize cannot be followed; processes differ.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(target_modules=["0", "1"], r=4))
@@ -54,6 +54,7 @@ class RankMasks:
         self, model: PeftModel, ranks: Mapping[str, int] | None = None, *, adapter_name: str | None = None
     ) -> None:
         self.live = LiveAdapter(model, adapter_name)
+        self.adapter = self.live.name
         if (other := masks_on(self.live.model)) is not None:
             raise ModelError(
                 f"`model` must not carry rank masks yet, but carries those of adapter {other.adapter!r}; go on with them "
@@ -88,11 +89,6 @@ class RankMasks:
         del self.live.model.rank_masks, self.live.model.save_pretrained
 
     @property
-    def adapter(self) -> str:
-        """The name of the adapter whose ranks are masked."""
-        return self.live.name
-
-    @property
     def ranks(self) -> Mapping[str, int]:
         """The active rank of each module, by name; read-only."""
         return MappingProxyType({name: len(active) for name, active in self.active.items()})
@@ -105,36 +101,28 @@ class RankMasks:
     def resize(
         self, resizes: Sequence[Resize], optimizer: Optimizer | None = None, *, generator: torch.Generator | None = None
     ) -> None:
-        """As `resize_adapters`, within the capacity. Every process must call it at the same step.
-
-        Raises:
-            ModelError: A resize that cannot be followed, an optimizer whose state cannot be carried, or processes that differ.
-        """
+        """As `resize_adapters`, within the capacity. Every process must call it at the same step."""
         asked = _from_first_process(resizes)
         self._check(asked, self.ranks)
         drawn = _from_first_process([self._with_rows(resize, generator) for resize in asked])
-        switches = {resize.name: self._switch(resize) for resize in drawn}
-        check_same({name: switch.mask.tolist() for name, switch in switches.items()}, what="the masks")
-        replace_parameters(
-            optimizer,
-            [
-                Replacement(old=factor, new=factor, dim=dim, map=switch.keep)
-                for name, switch in switches.items()
-                for dim, factor in enumerate(self._modules[name].factors)
-            ],
-        )
-        for name, switch in switches.items():
-            self._commit(name, switch)
+        switches = [self._switch(resize) for resize in drawn]
+        check_same([switch.mask.tolist() for switch in switches], what="the masks")
+        replacements = [
+            Replacement(factor, factor, dim, switch.keep)
+            for switch in switches
+            for dim, factor in enumerate(switch.factors)
+        ]
+        replace_parameters(optimizer, replacements)
+        with torch.no_grad():
+            for switch in switches:
+                for dim, (factor, value) in enumerate(zip(switch.factors, switch.values, strict=True)):
+                    factor.copy_(_like(value, factor))
+                    if factor.grad is not None:
+                        factor.grad.copy_(switch.keep.carry(factor.grad, dim))
+                switch.inner.rank_mask.copy_(switch.mask)
 
     def restore(self, active: Mapping[str, Sequence[int]]) -> None:
-        """Set the masks alone, for weights that are loaded from a checkpoint of this capacity.
-
-        Args:
-            active: What `active` was when the checkpoint was written.
-
-        Raises:
-            ModelError: It is of other modules, or names components beyond the capacity.
-        """
+        """Set the masks alone, to what `active` was in a checkpoint of this capacity whose weights are loaded."""
         if set(active) != set(self._modules):
             raise ModelError("`active` must name exactly the modules that are masked; it is of another model.")
         for name, indices in active.items():
@@ -144,11 +132,7 @@ class RankMasks:
             self._inner[name].rank_mask.zero_()[list(indices)] = 1
 
     def compress(self, optimizer: Optimizer | None = None) -> None:
-        """Take the masks off and give the adapters their true ranks; in one process, with nothing wrapped.
-
-        Raises:
-            ModelError: No module has an active rank, parameters are sharded, or the optimizer's state cannot be carried.
-        """
+        """Take the masks off and give the adapters their true ranks; in one process, with nothing wrapped."""
         self.live.check_changeable(self._modules)
         resized = {}
         for name, active in self.active.items():
@@ -158,7 +142,7 @@ class RankMasks:
         self.remove()
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+        self, folder: AnyPath, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
     ) -> None:
         """Write the adapter at its true ranks, for plain PEFT; the model stays masked. `model.save_pretrained` is this, too.
 
@@ -166,21 +150,26 @@ class RankMasks:
             folder: Where to.
             state_dict: The model's, its tensors whole; None: it is taken, which every process must do under FSDP2.
             **options: As `PeftModel.save_pretrained` takes them.
-
-        Raises:
-            ModelError: No module has an active rank.
         """
         if not any(self.ranks.values()):
             raise ModelError(
                 "at least one module must have a rank above 0 to be saved; PEFT has no adapter without modules."
             )
         model, tuner = self.live.model, self.live.model.base_model
-        state = self._true_state_dict(model.state_dict() if state_dict is None else state_dict)
-        options.setdefault("is_main_process", is_first())
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found = model.state_dict() if state_dict is None else state_dict
+        state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in found.items()}
+        for name, active in self.active.items():
+            for dim, (container, attribute) in enumerate(FACTORS):
+                key = f"{PEFT_PREFIX}{name}.{container}.{self.adapter}.{attribute}"
+                full = state.pop(key)
+                if active:
+                    state[key] = Selection(kept=active).carry(full, dim)
         config, compiled = model.peft_config[self.adapter], tuner.model
         model.peft_config[self.adapter] = self.live.config(self.ranks)
         tuner.model = unwrapped(compiled)  # PEFT saves the names of a model that is not compiled
         try:
+            options = {"is_main_process": is_first()} | options
             type(model).save_pretrained(model, str(folder), state_dict=state, **options)
         finally:
             model.peft_config[self.adapter], tuner.model = config, compiled
@@ -191,7 +180,7 @@ class RankMasks:
             a, _ = module.factors
             if a.ndim < 2:
                 raise ModelError(
-                    "masked ranks need parameters of their own shape, which FSDP1 flattens; use FSDP2 (fully_shard)."
+                    "masked ranks need unflattened parameters, but FSDP1 flattens them; use FSDP2 (fully_shard)."
                 )
             rooms[name] = (ranks[name], len(a), a.shape[1:].numel())
         check_resizes(resizes, rooms)
@@ -213,41 +202,20 @@ class RankMasks:
 
     def _switch(self, resize: Resize) -> _Switch:
         """The module's next mask and factors; nothing is changed yet."""
-        before = self._inner[resize.name].rank_mask.bool()
-        a, b = (whole(factor.detach()) for factor in self._modules[resize.name].factors)
+        inner, factors = self._inner[resize.name], self._modules[resize.name].factors
+        before: Tensor = inner.rank_mask.bool()
+        a, b = (whole(factor.detach()) for factor in factors)
         if resize.directions is not None and resize.rank > before.sum():
             born = (~before).nonzero().flatten()[: len(resize.directions)]
             a = a.clone()
             a[born] = resize.directions.to(a).reshape(-1, *a.shape[1:])
-            after, keep = before.clone(), _Keep(stays=before)
-            after[born] = True
+            after, keep = before.index_fill(0, born, True), _Keep(before)
         else:
             norms = component_norms(a.flatten(1), b.flatten(1)).masked_fill(~before, -1.0)
-            after = torch.zeros_like(before)
-            after[torch.argsort(norms, descending=True, stable=True)[: resize.rank]] = True
-            keep = _Keep(stays=after)
-        return _Switch(mask=after, a=a, b=keep.carry(b, 1), keep=keep)
-
-    def _commit(self, name: str, switch: _Switch) -> None:
-        with torch.no_grad():
-            for dim, (factor, value) in enumerate(zip(self._modules[name].factors, (switch.a, switch.b), strict=True)):
-                factor.copy_(_like(value, factor))
-                if factor.grad is not None:
-                    factor.grad.copy_(switch.keep.carry(factor.grad, dim))
-            self._inner[name].rank_mask.copy_(switch.mask)
-
-    def _true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state with active components only; trained tensors that FSDP2 shards are gathered."""
-        trained = {name for name, parameter in self.live.model.named_parameters() if parameter.requires_grad}
-        state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in state.items()}
-        for name, active in self.active.items():
-            for dim, (container, attribute) in enumerate(FACTORS):
-                key = f"{PEFT_PREFIX}{name}.{container}.{self.adapter}.{attribute}"
-                if active:
-                    state[key] = Selection(kept=active).carry(state[key], dim)
-                else:
-                    del state[key]
-        return state
+            largest = torch.argsort(norms, descending=True, stable=True)[: resize.rank]
+            after = torch.zeros_like(before).index_fill(0, largest, True)
+            keep = _Keep(after)
+        return _Switch(inner, after, factors, (a, keep.carry(b, 1)), keep)
 
 
 def masks_on(model: PeftModel) -> RankMasks | None:
@@ -256,7 +224,7 @@ def masks_on(model: PeftModel) -> RankMasks | None:
     return masks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Keep:
     """A `RankMap` that zeroes all components but some, and keeps shapes."""
 
@@ -264,26 +232,25 @@ class _Keep:
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
         values = whole(tensor)
-        shape = [1] * values.ndim
-        shape[dim] = -1
+        shape = [-1 if index == dim else 1 for index in range(values.ndim)]
         kept = torch.where(self.stays.to(values.device).reshape(shape), values, torch.zeros_like(values))
         return _like(kept, tensor)
 
 
 class _Switch(NamedTuple):
-    """One module's next mask, its factors under it, and the components that keep their gradients and moments."""
+    """One module's next mask and values of its factors, and the map for their gradients and moments."""
 
+    inner: Any
     mask: Tensor
-    a: Tensor
-    b: Tensor
+    factors: tuple[nn.Parameter, nn.Parameter]
+    values: tuple[Tensor, Tensor]
     keep: _Keep
 
 
 def _from_first_process(resizes: Sequence[Resize]) -> Sequence[Resize]:
     """Sent through the CPU, since other processes have other devices."""
-    return from_first_process(
-        [replace(r, directions=None if r.directions is None else r.directions.cpu()) for r in resizes]
-    )
+    rows = [None if resize.directions is None else resize.directions.cpu() for resize in resizes]
+    return from_first_process([replace(r, directions=d) for r, d in zip(resizes, rows, strict=True)])
 
 
 def _mask_output(inner: Any, _: Any, output: Tensor) -> Tensor:
@@ -295,7 +262,7 @@ def _mask_output(inner: Any, _: Any, output: Tensor) -> Tensor:
 
 
 def _like(value: Tensor, reference: Tensor) -> Tensor:
-    """A whole tensor sharded as another one is."""
+    """A whole tensor, sharded as another one is."""
     if not isinstance(reference, DTensor):
         return value
     return distribute_tensor(value, reference.device_mesh, reference.placements)

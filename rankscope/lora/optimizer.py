@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -32,8 +31,7 @@ _FACTORED = {
 _KNOWN = "SGD, Adam, AdamW, Adafactor (torch's and transformers') and bitsandbytes' Adam and AdamW"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replacement:
+class Replacement(NamedTuple):
     """A parameter that takes another's place; `dim` is the rank dimension of both."""
 
     old: nn.Parameter
@@ -54,17 +52,12 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def check_known(optimizer: Optimizer) -> type | None:
-    """The known class that an optimizer belongs to; None for bitsandbytes' Adam.
-
-    Raises:
-        ModelError: The optimizer's state cannot be carried.
-    """
+    """The known class that an optimizer belongs to, None for bitsandbytes' Adam; a ModelError for any other."""
     optimizer = unwrap_optimizer(optimizer)
     if _is_bitsandbytes_adam(optimizer):
         return None
-    for known in _ENTRIES:
-        if isinstance(optimizer, known):
-            return known
+    if known := [kind for kind in _ENTRIES if isinstance(optimizer, kind)]:
+        return known[0]
     raise ModelError(
         f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {type(optimizer).__name__}; use one of these."
     )
@@ -73,8 +66,7 @@ def check_known(optimizer: Optimizer) -> type | None:
 def replace_parameters(optimizer: Optimizer | None, replacements: Sequence[Replacement]) -> None:
     """Put new parameters and their carried state in the place of the old; all of them or, on any error, none.
 
-    No group is added, so learning-rate schedulers stay right. New components start with moments of 0 and the parameter's own
-    `step`. State that is empty, as before the first step, stays empty.
+    No group is added, so learning-rate schedulers stay right. New components start with moments of 0 and the parameter's `step`.
 
     Raises:
         ModelError: The optimizer does not own a parameter, or its state is of unknown meaning.
@@ -108,13 +100,11 @@ def _carried(optimizer: Optimizer, replacement: Replacement) -> dict[str, Any]:
     if (factored := _FACTORED.get(kind)) and state.get(factored[0]) is not None:
         carried |= _carried_factored(state, replacement, factored, keepdim=kind is torch.optim.Adafactor)
     for name, value in state.items():
-        if name in carried:
-            continue
         if not isinstance(value, Tensor) or value.ndim == 0:
-            carried[name] = value
+            carried.setdefault(name, value)
         elif name in _ENTRIES[kind]:
             carried[name] = replacement.carry(value, _ENTRIES[kind][name])
-        else:
+        elif name not in carried:
             raise ModelError(
                 f"`optimizer` must hold state of known meaning, but {type(optimizer).__name__} holds {name!r} as well; "
                 f"use one of {_KNOWN}."

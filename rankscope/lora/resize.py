@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rankscope.distributed import n_processes
-from rankscope.errors import ModelError, SettingsError
+from rankscope.errors import ModelError
 from rankscope.lora.config import alpha_for, name_fields, rank_fields
 from rankscope.lora.factors import SHRINKS, RankMap, Resized, Selection, add_components, kaiming_rows
 from rankscope.lora.optimizer import Replacement, replace_parameters
@@ -60,17 +60,15 @@ def resize_adapters(
 ) -> None:
     """Give modules of a live LoRA model new ranks: all of them or, on any error, none.
 
-    Growing does not change the function: new components have a row in A and zeros in B (in embeddings, as in PEFT, the other
-    way round unless directions are given). The scaling stays the same at every rank, and the config follows, so that
-    `save_pretrained` writes what plain PEFT loads. To PEFT, a module at rank 0 has no adapter.
+    Growing does not change the function: new components are zero in B (in embeddings without directions, in A). The scaling
+    stays, and the config follows, so that `save_pretrained` writes what plain PEFT loads; rank 0 is no adapter there.
 
-    Parameters are replaced. Other references, such as an EMA copy, keep pointing at the old ones; hooks on modules survive.
-    Call it between steps, never between a forward and its backward pass. `torch.compile` recompiles after every call; use
-    `RankMasks` there.
+    Parameters are replaced, in the optimizer too. Other references, such as an EMA copy, keep pointing at the old ones; hooks on
+    modules survive. Call it between steps. `torch.compile` recompiles after every call; use `RankMasks` there.
 
     Args:
         model: Not wrapped by DDP or FSDP, adapters not merged.
-        optimizer: The one that trains the adapter; None if there is none yet. Moments are carried.
+        optimizer: The one that trains the adapter; None if there is none yet.
         resizes: One for each module that changes.
         adapter_name: May be left out if there is only one.
         shrink: `"drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit.
@@ -94,8 +92,7 @@ def resize_adapters(
     adapter.check_changeable([r.name for r in resizes], to_zero=any(r.rank == 0 for r in resizes))
     if optimizer is not None and n_processes() > 1:
         raise ModelError(
-            f"a live resize must run in one process, but there are {n_processes()}, whose wrappers (DDP, FSDP, ZeRO) fix the "
-            "parameters; mask ranks instead (RankMasks)."
+            f"a live resize must run in one process, but there are {n_processes()}; mask ranks instead (RankMasks)."
         )
     resized = {}
     for resize in resizes:
@@ -113,14 +110,10 @@ def resize_adapters(
 
 
 def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int, int]]) -> None:
-    """Raise a ModelError for the first wrong name, rank or directions.
-
-    `rooms` holds each module's present rank, the largest that it can have, and the width of a row of A.
-    """
+    """Raise a ModelError for a wrong name, rank or directions; `rooms` holds `LoraModule.room` of each module."""
     seen: set[str] = set()
     for resize in resizes:
-        name = resize.name
-        rank: Any = resize.rank
+        name, rank = resize.name, cast(Any, resize.rank)
         if name not in rooms:
             close = difflib.get_close_matches(name, rooms, n=2)
             remedy = f"did you mean {' or '.join(map(repr, close))}" if close else "adapt it when the model is wrapped"
@@ -161,8 +154,8 @@ _INACTIVE = "dormant_adapters"
 class InactiveAdapter(nn.Module):
     """A LoRA layer's entries of an adapter at rank 0: hidden from PEFT, still owned by the optimizer.
 
-    PEFT has no rank 0, so forward passes, `save_pretrained` and `state_dict` must leave the adapter out. Its parameters (of size
-    zero) keep their place in `parameters()`, and its inner modules their hooks.
+    PEFT has no rank 0, so forward passes, `save_pretrained` and `state_dict` must leave the adapter out. Its parameters, of size
+    zero, keep their place in `parameters()`.
     """
 
     def __init__(self, entries: dict[str, Any]) -> None:
@@ -186,7 +179,7 @@ class LoraModule(NamedTuple):
 
     @property
     def active(self) -> bool:
-        """Whether the rank is above 0."""  # an adapter that was deleted and added again is in both places
+        """Whether the rank is above 0; an adapter that was deleted and added again is in both places."""
         return self.adapter in self.layer.r or self.adapter not in getattr(self.layer, _INACTIVE, ())
 
     def entry(self, container: str) -> Any:
@@ -309,27 +302,20 @@ def _replacement(old: nn.Parameter, value: Tensor, dim: int, rank_map: RankMap) 
     new = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
     if old.grad is not None:
         new.grad = rank_map.carry(old.grad, dim).contiguous()
-    return Replacement(old=old, new=new, dim=dim, map=rank_map)
+    return Replacement(old, new, dim, rank_map)
 
 
 # --- the adapter of a model ---------------------------------------------------------------------------------------
 
 
 class LiveAdapter:
-    """A LoRA adapter inside a PEFT model.
-
-    Args:
-        model: A PEFT model, also inside `torch.compile`'s wrapper, but not inside DDP or FSDP.
-        adapter_name: May be left out if there is only one.
+    """A LoRA adapter inside a PEFT model, which `torch.compile` may wrap, but not DDP or FSDP.
 
     Attributes:
         model: The PEFT model.
         name: The adapter's name.
         modules: Its modules by their names in the base model, those of rank 0 included.
         parameters: Its layers on parameters (`target_parameters`: fused experts), whose ranks stay.
-
-    Raises:
-        ModelError: It is no PEFT model, is wrapped for several processes, or has no such LoRA adapter.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
@@ -352,7 +338,8 @@ class LiveAdapter:
             raise ModelError(f"adapter {self.name!r} must be LoRA for its ranks to change, but is {peft_type.value}.")
         self.modules, self.parameters = lora_modules(inner, self.name)
         if not self.modules:
-            raise ModelError(f"`model` must carry LoRA layers of adapter {self.name!r}, but has none.")
+            only = f" on modules, only on parameters such as `{min(self.parameters)}`" if self.parameters else ""
+            raise ModelError(f"`model` must carry a LoRA adapter {self.name!r}, but has none{only}; it has {names}.")
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -360,11 +347,8 @@ class LiveAdapter:
         return {name: len(module.factors[0]) for name, module in self.modules.items()}
 
     def config(self, ranks: Mapping[str, int]) -> LoraConfig:
-        """A copy of the adapter's config with exactly these ranks and the present scalings.
-
-        It is a copy because the object may be another adapter's, too: trainers add a reference adapter with the same config.
-        """
-        config = copy.deepcopy(self.model.peft_config[self.name])
+        """A copy of the adapter's config with exactly these ranks and the present scalings."""
+        config = copy.deepcopy(self.model.peft_config[self.name])  # the object may be another adapter's, too
         adapted = {name: rank for name, rank in ranks.items() if rank > 0}
         scalings = {name: self.modules[name].entry("scaling") for name in adapted}
         alphas = {name: alpha_for(rank, scalings[name], rslora=config.use_rslora) for name, rank in adapted.items()}
@@ -395,13 +379,7 @@ class LiveAdapter:
     def check_changeable(
         self, names: Collection[str] | None = None, *, to_zero: bool = False, in_place: bool = False
     ) -> None:
-        """Raise a ModelError unless the ranks of these modules (default: all) can change.
-
-        Args:
-            names: In the base model.
-            to_zero: Ranks may fall to 0.
-            in_place: Parameters keep their shapes, as under masks, and may be sharded.
-        """
+        """Raise a ModelError unless the ranks of these modules (default: all) can change, `to_zero` or `in_place` by masks."""
         owners: dict[int, str] = {}
         for name in self.modules if names is None else names:
             for obstacle in self.modules[name].obstacles(name, in_place=in_place):
@@ -426,44 +404,25 @@ def lora_modules(model: PeftModel, adapter: str) -> tuple[dict[str, LoraModule],
     return modules, parameters
 
 
-def from_peft_model(model: PeftModel, *, adapter_name: str | None = None) -> dict[str, int]:
-    """The ranks that a PEFT model really carries, read from its LoRA layers and not from its config.
-
-    Adapters on parameters (fused experts, PEFT's `target_parameters`) are left out.
-
-    Args:
-        model: A `peft.PeftModel` with a LoRA adapter, also as `torch.compile` or DDP wraps it.
-        adapter_name: Default: the active one.
+def from_peft_model(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
+    """The ranks that a PEFT model carries in an adapter (default: the active one), read from its LoRA layers.
 
     Raises:
-        SettingsError: The model has no such LoRA adapter, or several active ones and none is named.
+        ModelError: The model has no such LoRA adapter, or several active ones and none is named.
     """
     model = unwrapped(model)
-    if not isinstance(model, PeftModel):
-        raise SettingsError(
-            f"`model` must be a peft.PeftModel, but is a {type(model).__name__}; wrap it with get_peft_model."
-        )
-    active = [adapter_name] if adapter_name else model.active_adapters
-    if len(active) > 1:
-        raise SettingsError(f"`adapter_name` must say which of the active adapters {active} is meant, but is None.")
-    adapter = next(iter(active), "default")
-    if adapter in model.peft_config and (kind := model.peft_config[adapter].peft_type) != PeftType.LORA:
-        raise SettingsError(f"adapter {adapter!r} must be LoRA to be read as ranks, but is {kind.value}.")
-    modules, fused = lora_modules(model, adapter)
-    if attention := [name for name, module in modules.items() if isinstance(module.layer, MultiheadAttention)]:
-        raise SettingsError(
+    if adapter_name is None and isinstance(model, PeftModel):
+        if len(active := model.active_adapters) > 1:
+            raise ModelError(f"`adapter_name` must say which of the active adapters {active} is meant, but is None.")
+        adapter_name = next(iter(active), "default")
+    adapter = LiveAdapter(model, adapter_name)
+    if attention := [name for name, found in adapter.modules.items() if isinstance(found.layer, MultiheadAttention)]:
+        raise ModelError(
             f"`model` must carry adapters on modules of one weight, but `{attention[0]}` is an nn.MultiheadAttention; "
             "adapt others."
         )
-    if not modules:
-        only = f" on modules, only on parameters such as `{min(fused)}`" if fused else ""
-        raise SettingsError(
-            f"`model` must carry a LoRA adapter {adapter!r}, but has none{only}; it has {sorted(model.peft_config)}."
-        )
-    return {name: len(module.factors[0]) for name, module in modules.items()}
+    return adapter.ranks
 
-
-# --- models and configs whose ranks cannot change -----------------------------------------------------------------
 
 # These take a part of the initial rank off the base weights, and another part when PEFT loads the adapter.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

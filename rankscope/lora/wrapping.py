@@ -36,7 +36,6 @@ from rankscope.targets import TargetModule, unwrapped
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation
 
-_SHARE_BEFORE = 0.1  # of AdaLoRA's steps, before ranks fall
 _FEWEST_STEPS = 10
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
 
@@ -44,16 +43,16 @@ _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the 
 def apply_allocation(
     model: nn.Module, allocation: RankAllocation, *, dormant: bool = False, **peft_kwargs: Any
 ) -> PeftModel:
-    """Wrap `model` (in place) with LoRA of exactly these ranks, and check that PEFT built what was asked.
+    """Wrap the base `model` (in place) with LoRA of exactly these ranks, and check that PEFT built what was asked.
 
     Args:
         model: The base model.
         allocation: For its target modules.
-        dormant: True: modules of rank 0 get an inactive adapter, which `resize_adapters` can activate.
+        dormant: Give modules of rank 0 an inactive adapter, which `resize_adapters` can activate.
         **peft_kwargs: As `to_lora_config` takes them.
 
     Raises:
-        SettingsError: PEFT built other ranks or another parameter count: the allocation is for another model.
+        SettingsError: The allocation is for another model, or PEFT cannot build it.
     """
     if dormant and "lora_alpha" in peft_kwargs:
         raise SettingsError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
@@ -79,16 +78,11 @@ def apply_allocation(
 
 
 def _wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **options: Any) -> PeftModel:
-    """`get_peft_model`, and the check that PEFT adapts exactly these modules at these ranks.
-
-    Raises:
-        SettingsError: It would not, or did not; the model is as it was, but for weights that an initialisation changes.
-    """
+    """`get_peft_model`, and a check that PEFT adapts exactly these modules at these ranks; otherwise the model is unwrapped."""
     names = [name for name, rank in ranks.items() if rank]
     if offloaded := [name for name in names if is_offloaded(model.get_submodule(name))]:
         raise SettingsError(
-            f"the weights of `{offloaded[0]}` must be in memory to be adapted, but are offloaded ({len(offloaded)} such), "
-            "and PEFT would make an adapter without values; load the model without offloading."
+            f"the weights of `{offloaded[0]}` must be in memory to be adapted, but are offloaded; load the model without."
         )
     if config.peft_type == PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
         raise SettingsError(
@@ -102,8 +96,7 @@ def _wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **opti
     if odd := sorted(name for name in {*built, *names} if built.get(name, 0) != ranks.get(name, 0)):
         peft_model.unload()
         raise SettingsError(
-            f"PEFT must build exactly the ranks asked for, but `{odd[0]}` got {built.get(odd[0], 0)} instead of "
-            f"{ranks.get(odd[0], 0)} ({len(odd)} such); leave it out of the target modules."
+            f"PEFT must build rank {ranks.get(odd[0], 0)} for `{odd[0]}`, but built {built.get(odd[0], 0)}; leave it out."
         )
     return peft_model
 
@@ -111,9 +104,6 @@ def _wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **opti
 def count_adapter_parameters(model: nn.Module) -> int:
     """The LoRA parameters in a model, counted by `numel` over the factors A and B."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if _FACTOR.search(name))
-
-
-# --- AdaLoRA (Zhang et al., arXiv 2303.10512) ---------------------------------------------------------------------
 
 
 def wrap_with_adalora(
@@ -128,21 +118,10 @@ def wrap_with_adalora(
     settled: float,
     **peft_kwargs: Any,
 ) -> PeftModel:
-    """Wrap `model` (in place) with AdaLoRA on these modules.
+    """Wrap `model` (in place) with AdaLoRA (Zhang et al., arXiv 2303.10512), which starts at `initial_rank` everywhere.
 
-    Args:
-        model: The base model.
-        targets: What to adapt.
-        rank: The mean rank at the end.
-        initial_rank: Of every module at the beginning.
-        alpha: The update's scaling is `alpha / initial_rank`.
-        steps: Of the run; ranks begin to fall after a tenth of them.
-        share: Fraction of `rank` to keep: AdaLoRA counts ranks, not parameters, and may end above a budget in parameters.
-        settled: Fraction of the steps after which no rank falls any more.
-        **peft_kwargs: Other fields of `AdaLoraConfig`.
-
-    Raises:
-        ModelError: Too few steps for ranks to be scored before they fall.
+    A tenth of the steps in, ranks begin to fall, to a mean of `share * rank` when the fraction `settled` of the steps is over.
+    AdaLoRA counts ranks, not parameters, so with `share=1` it may end above a budget in parameters.
     """
     check_adalora_steps(steps)
     ranks = {target.name: initial_rank for target in targets}
@@ -151,7 +130,7 @@ def wrap_with_adalora(
         init_r=initial_rank,
         lora_alpha=alpha,
         total_step=steps,
-        tinit=round(_SHARE_BEFORE * steps),
+        tinit=round(0.1 * steps),
         tfinal=steps - round(settled * steps),
         deltaT=max(1, steps // 100),
         **name_fields(ranks),
@@ -176,9 +155,6 @@ def ranks_of_adalora(model: Any) -> dict[str, int]:
     return {name.split(".lora_E")[0].removeprefix(PEFT_PREFIX): sum(mask) for name, mask in config.rank_pattern.items()}
 
 
-# --- EVA (Paischer et al., arXiv 2410.07170) ----------------------------------------------------------------------
-
-
 def wrap_with_eva(
     model: nn.Module,
     targets: Sequence[TargetModule],
@@ -189,19 +165,10 @@ def wrap_with_eva(
     rho: float = 2.0,
     **peft_kwargs: Any,
 ) -> PeftModel:
-    """Wrap `model` (in place) with LoRA whose ranks and rows of A come from the modules' inputs.
+    """Wrap `model` (in place) with EVA (Paischer et al., arXiv 2410.07170): ranks and rows of A come from modules' inputs.
 
-    Args:
-        model: The base model.
-        targets: What to adapt.
-        batches: Repeated until the directions have settled.
-        rank: The mean over modules; EVA may leave a module without any.
-        scaling: Factor on the update at this rank.
-        rho: The largest rank is `rho * rank`; 1: no redistribution.
-        **peft_kwargs: Other fields of `LoraConfig`.
-
-    Raises:
-        ModelError: The first batch does not reach one of the targets.
+    The mean is `rank` and the largest `rho * rank`; a module may end without any. The batches are repeated until the directions
+    have settled; the first one must reach all targets.
     """
     ranks = {target.name: rank for target in targets}
     config = LoraConfig(
@@ -267,9 +234,6 @@ def _tokens_seen(batch: Mapping[str, Any], config: LoraConfig) -> Tensor | None:
 
 def _without_class_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A model needs its labels only where they are tokens that a decoder reads."""
-    tokens = batch.get("input_ids", batch.get("decoder_input_ids"))
-    return {
-        key: value
-        for key, value in batch.items()
-        if key != "labels" or (tokens is not None and value.ndim == tokens.ndim)
-    }
+    tokens, labels = batch.get("input_ids", batch.get("decoder_input_ids")), batch.get("labels")
+    keep = tokens is not None and labels is not None and labels.ndim == tokens.ndim
+    return {key: value for key, value in batch.items() if key != "labels" or keep}

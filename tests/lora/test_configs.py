@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankscope as rs
-from rankscope.errors import ModelError, RankscopeError, SettingsError
+from rankscope.errors import ModelError, RankscopeError
 from rankscope.lora import RankMasks, Resize, apply_allocation, resize_adapters
 from tests.lora.live_models import stir
 
@@ -237,7 +237,7 @@ def test_which_of_several_active_adapters_is_asked() -> None:
     model.add_adapter("b", LoraConfig(r=3, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "b"])
     message = "`adapter_name` must say which of the active adapters ['default', 'b'] is meant, but is None."
-    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.RankAllocation.from_peft_model(model)
     assert set(rs.RankAllocation.from_peft_model(model, adapter_name="b").vector) == {3}
 
@@ -255,7 +255,7 @@ def test_adapters_of_other_ranks_are_combined(tmp_path: Path) -> None:
 def test_multihead_attention_is_refused() -> None:
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     message = "`model` must carry adapters on modules of one weight, but `attention` is an nn.MultiheadAttention; adapt others."
-    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.RankAllocation.from_peft_model(get_peft_model(net, LoraConfig(target_modules=["attention", "linear"])))
 
 

@@ -111,7 +111,7 @@ def test_experts_and_linear_modules_are_controlled_apart() -> None:
         "`model` must carry a LoRA adapter 'default', but has none on modules, only on parameters such as "
         "`model.layers.0.mlp.experts.down_proj`; it has ['default']."
     )
-    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         rs.RankAllocation.from_peft_model(experts)
 
 

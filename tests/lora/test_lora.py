@@ -217,14 +217,14 @@ def test_models_that_do_not_fit() -> None:
     ):
         apply_allocation(build("llama"), allocation)
     with pytest.raises(
-        SettingsError, match=r"^`model` must be a peft\.PeftModel, but is a ViTForImageClassification; wrap it"
+        ModelError, match=r"^`model` must be a peft\.PeftModel, but is a ViTForImageClassification; wrap it"
     ):
         rs.RankAllocation.from_peft_model(build("vit"))
     with pytest.raises(
-        SettingsError, match=r"^`model` must carry a LoRA adapter 'other', but has none; it has \['default'\]\.$"
+        ModelError, match=r"^`adapter_name` must be among the model's adapters \['default'\], but got 'other'\.$"
     ):
         rs.RankAllocation.from_peft_model(apply_allocation(build("vit"), allocation), adapter_name="other")
-    with pytest.raises(SettingsError, match=r"^adapter 'default' must be LoRA to be read as ranks, but is ADALORA\.$"):
+    with pytest.raises(ModelError, match=r"^adapter 'default' must be LoRA for its ranks to change, but is ADALORA\.$"):
         rs.RankAllocation.from_peft_model(get_peft_model(build("vit"), ADALORA))
     with pytest.raises(
         SettingsError, match=r"^`model` must be a base model, but is a PeftModel already; pass `model\.unload\(\)`\.$"

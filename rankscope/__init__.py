@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from rankscope.targets import find_targets as find_targets
     from rankscope.tasks import Task as Task
     from rankscope.tasks import load_task as load_task
-    from rankscope.training import TrainingConfig as TrainingConfig
     from rankscope.training import train as train
 
 __version__ = "0.1.0"
@@ -62,9 +61,12 @@ _NAMES = {
     "strategies": ["allocate"],
     "targets": ["TargetModule", "find_targets"],
     "tasks": ["Task", "load_task"],
-    "training": ["TrainingConfig", "train"],
+    "training": ["train"],
 }  # fmt: skip
-_RENAMED = {"ControllerConfig": "ControllerSettings"}  # old public names, which work for one release
+_RENAMED = {
+    "ControllerConfig": "ControllerSettings",
+    "TrainingConfig": "TrainingSettings",
+}  # old public names, which work for one release
 
 _HOMES = {name: f"rankscope.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = ["RankscopeError", "__version__", *_HOMES]

@@ -53,7 +53,7 @@ def test_an_error_in_a_worker_names_the_line_too(folder: Path) -> None:
     task = rs.load_task("mine.py:Mine", base_dir=folder)
     targets = rs.find_targets(task.build_model())
     uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
-    specs = [RunSpec(method=Lora(uniform), training=rs.TrainingConfig(steps=1), seed=seed) for seed in range(2)]
+    specs = [RunSpec(method=Lora(uniform), training=rs.TrainingSettings(steps=1), seed=seed) for seed in range(2)]
     with pytest.raises(TaskError, match=r"^the study's own code raised KeyError: 'y' \(mine\.py, line 14\); --debug"):
         run_all(task, specs, n_jobs=2)
 

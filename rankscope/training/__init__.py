@@ -1,10 +1,6 @@
 """Fine-tuning: one loop for search, train and compare, and the methods it can run."""
 
-from rankscope.settings import TrainingSettings as TrainingConfig
 from rankscope.training.loop import TrainingResult, save_adapter, train
 from rankscope.training.methods import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method
 
-__all__ = [
-    "AdaLora", "Eva", "FullFineTuning", "HeadOnly", "Lora", "Method", "TrainingConfig", "TrainingResult",
-    "save_adapter", "train",
-]  # fmt: skip
+__all__ = ["AdaLora", "Eva", "FullFineTuning", "HeadOnly", "Lora", "Method", "TrainingResult", "save_adapter", "train"]

@@ -23,8 +23,9 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.control.decisions import count_moved
+from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
-from rankscope.training import AdaLora, Lora, Method, TrainingConfig
+from rankscope.training import AdaLora, Lora, Method
 
 RANK, STEPS = 8, 1000
 DEFAULTS = rs.ControllerSettings()
@@ -56,7 +57,7 @@ class Training:
     """One method's training, a step at a time."""
 
     def __init__(self, task: Task, method: Method, steps: int) -> None:
-        config = TrainingConfig(steps=steps, learning_rate=1e-3)
+        config = TrainingSettings(steps=steps, learning_rate=1e-3)
         torch.manual_seed(0)
         self.task = task
         self.model: nn.Module = method.adapt(task.build_model(), task, config, 0).train()

@@ -166,12 +166,12 @@ def pipeline(toy: bool, _shape: str) -> tuple[list[dict[str, Any]], list[Claim]]
         n_profiled = task.losses
         allocation = rs.allocate("one-shot", targets=targets, budget=budget, profile=profile)
         uniform = rs.allocate("uniform", targets=targets, budget=budget)
-        config = rs.TrainingConfig(steps=steps, learning_rate=rate)
-        before = rs.train(task, uniform, rs.TrainingConfig(steps=1, learning_rate=1e-9))[1].metrics
+        config = rs.TrainingSettings(steps=steps, learning_rate=rate)
+        before = rs.train(task, uniform, rs.TrainingSettings(steps=1, learning_rate=1e-9))[1].metrics
         _, static = rs.train(task, allocation, config)
         _, moved = rs.train(task, uniform, config, controller=rs.ControllerSettings(every=5))
         found = rs.compare(task, methods, budget=budget, targets=targets, profile=profile,
-                           training=rs.TrainingConfig(steps=10, learning_rate=rate), seeds=range(2))  # fmt: skip
+                           training=rs.TrainingSettings(steps=10, learning_rate=rate), seeds=range(2))  # fmt: skip
         assert n_profiled
         assert task.evaluations
         rows.append(
@@ -192,7 +192,7 @@ def memory(toy: bool, _shape: str) -> tuple[list[dict[str, Any]], list[Claim]]:
     task: Any = Watched(Progression("small-llama", SHAPES["toy"] if toy else SMALL, rows=8, tokens=32))
     targets = rs.find_targets(task.build_model())
     uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, RANK))
-    config = rs.TrainingConfig(steps=10, learning_rate=1e-3)
+    config = rs.TrainingSettings(steps=10, learning_rate=1e-3)
     runs: list[Callable[[], object]] = [
         lambda: rs.train(task, uniform, config),
         lambda: rs.train(task, uniform, config, controller=rs.ControllerSettings(every=3)),
@@ -267,7 +267,7 @@ def controller(toy: bool, shape: str) -> tuple[list[dict[str, Any]], list[Claim]
     task = Progression(f"llama-{shape}", SHAPES[shape], rows=ROWS, tokens=32 if toy else TOKENS)
     targets = rs.find_targets(task.build_model())
     uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, RANK))
-    config = rs.TrainingConfig(steps=20 if toy else 100, learning_rate=1e-4)
+    config = rs.TrainingSettings(steps=20 if toy else 100, learning_rate=1e-4)
     taken: dict[str, list[float]] = {"without": [], "with": []}
     moved = decisions = 0
     for name in ("without", "with", "without", "with"):

@@ -12,7 +12,7 @@ import rankscope as rs
 from rankscope.comparison.statistics import paired_difference
 from rankscope.tasks import Task
 
-CONFIG = rs.TrainingConfig(steps=84, learning_rate=0.01)
+CONFIG = rs.TrainingSettings(steps=84, learning_rate=0.01)
 
 
 def accuracies(task: Task, start: rs.RankAllocation, seeds: Iterable[int], *, moving: bool) -> list[float]:

@@ -93,6 +93,12 @@ def _stdout_is_closed() -> bool:
     return bool(poll.poll(0))  # with no event asked for, only errors are told: the reader has gone
 
 
+def _shared(
+    study: Study, out: Out = None, set_: Set = None, seed: Seed = None, json: Json = False, debug: Debug = False
+) -> None:
+    """The arguments and options of every command on a study."""
+
+
 def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[..., None]], None]:
     """Register a command on a study.
 
@@ -101,38 +107,31 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
 
     def register(described: Callable[..., None]) -> None:
         def command(
-            study: Path, out: Path | None, set_: list[str] | None, seed: int | None, json: bool, **own: Any
+            study: Path, out: Path | None, set_: list[str], seed: int | None, json: bool, debug: bool, **own: Any
         ) -> None:
             from rankscope.settings import read_study
 
-            del own["debug"]
-            overrides = {
-                **{key: _given(own.pop(flag)) for flag, key in keys.items()},
-                "seed": seed,
-                **_parsed(set_ or []),
+            given = {**{key: own.pop(flag) for flag, key in keys.items()}, "seed": seed}
+            flags = {
+                key: value for key, value in given.items() if value is not None and value is not False and value != []
             }
-            settings = read_study(study, overrides)  # a mistyped key is told before torch loads
-            module = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
-            session = importlib.import_module("rankscope.cli.session").Session.open(study, overrides, settings, out)
-            getattr(module, f"run_{name}")(session, as_json=json, **own)
+            flags |= _parsed(set_ or [])
+            settings = read_study(study, flags)  # a mistyped key is told before torch loads
+            work = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
+            from rankscope.cli.session import Session
 
-        none = inspect.Parameter.KEYWORD_ONLY
-        first = [("study", Study, inspect.Parameter.empty), ("out", Out, None)]
-        last = [("set_", Set, None), ("seed", Seed, None), ("json", Json, False), ("debug", Debug, False)]
-        parameters = [inspect.Parameter(each, none, annotation=kind, default=default) for each, kind, default in first]
-        parameters += inspect.signature(described, eval_str=True).parameters.values()
-        parameters += [inspect.Parameter(each, none, annotation=kind, default=default) for each, kind, default in last]
-        command.__signature__ = inspect.Signature([p.replace(kind=none) for p in parameters])  # type: ignore[attr-defined]
+            session = Session(study, flags, settings, out or Path("out") / settings.name)
+            getattr(work, f"run_{name}")(session, as_json=json, **own)
+
+        first, second, *last = inspect.signature(_shared, eval_str=True).parameters.values()
+        parameters = [first, second, *inspect.signature(described, eval_str=True).parameters.values(), *last]
+        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        command.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__ = described.__doc__
         app.command(name, epilog=f"Example: rankscope {name} {example}")(reports_errors(command))
 
     return register
-
-
-def _given(value: Any) -> Any:
-    """A flag's value; None where it was not given."""
-    return None if value is False or value == [] else value
 
 
 def _parsed(given: list[str]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from optuna.trial import TrialState
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
@@ -48,43 +48,34 @@ def run_profile(session: Session, *, as_json: bool) -> None:
         save_figure(plotting.plot_energy(taken), session.out / "energy.png"),
         save_figure(plotting.plot_spectra(taken), session.out / "spectra.png"),
     ]
-    modules, groups = profiling.rank_modules(taken), profiling.group_energy(taken)
+    modules = profiling.rank_modules(taken)
+    groups = profiling.group_energy(taken).to_dict("records")
     if as_json:
-        found = {
-            "profile": str(session.profile_path),
-            "modules": len(modules),
-            **facts,
-            "groups": groups.to_dict("records"),
-        }
-        print_json(found, files)
+        made = {"profile": str(session.profile_path), "modules": len(modules)}
+        print_json({**made, **facts, "groups": groups}, files)
         return
     shown = modules if len(modules) <= SHOWN_MODULES else pd.concat([modules.head(6), modules.tail(3)])
+    taken_on = f"{session.study.name}: {len(modules)} modules, {facts['batches']} batches"
     print_table(
-        f"{session.study.name}: {len(modules)} modules, {facts['batches']} batches: "
-        "gradient energy per parameter, most and least",
-        ("module", "rank cost", "‖G‖", "energy", "signal", "in rank 1"),
-        [
-            (m["module"], f"{m['rank_cost']:,}", f"{m['gradient_norm']:.3g}", f"{m['share']:.1%}", f"{m['signal_share']:.0%}",
-             f"{m['first']:.0%}")
-            for m in shown.to_dict("records")
-        ],
+        f"{taken_on}: gradient energy per parameter, most and least",
+        {"module": "{module}", "rank cost": "{rank_cost:,}", "‖G‖": "{gradient_norm:.3g}", "energy": "{share:.1%}",
+         "signal": "{signal_share:.0%}", "in rank 1": "{first:.0%}"},
+        shown.to_dict("records"),
     )  # fmt: skip
     print_table(
         "gradient energy by tower and role, beside the share of parameters at equal ranks",
-        ("group", "modules", "energy", "parameters"),
-        [
-            (f"{g['tower']} {g['role']}", str(g["modules"]), f"{g['share']:.1%}", f"{g['parameters']:.1%}")
-            for g in groups.to_dict("records")
-        ],
+        {"group": "{tower} {role}", "modules": "{modules}", "energy": "{share:.1%}", "parameters": "{parameters:.1%}"},
+        groups,
     )
-    captured = np.interp(session.budget.limit, *profiling.cumulative_energy(taken))
+    limit = session.budget.limit
     print_line(
-        f"the best {session.budget.limit:,} parameters (this study's budget) capture {captured:.0%} of the gradient's energy; "
+        f"the best {limit:,} parameters (this study's budget) capture "
+        f"{np.interp(limit, *profiling.cumulative_energy(taken)):.0%} of the gradient's energy; "
         f"signal is {profiling.pooled_signal(taken):.0%} of it"
     )
-    for kind, key in (("skipped", "skipped"), ("without a gradient", "without_gradient")):
-        if facts[key]:
-            print_line(f"{kind}: {', '.join(facts[key])}")
+    for kind, names in {"skipped": facts["skipped"], "without a gradient": facts["without_gradient"]}.items():
+        if names:
+            print_line(f"{kind}: {', '.join(names)}")
     if facts["interrupted"]:
         print_line(f"interrupted: the profile holds the {facts['batches']} batches before")
     print_files(files)
@@ -106,9 +97,14 @@ def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
         return
     print_table(
         f"{session.study.name}: budget {session.budget.limit:,} parameters",
-        ("strategy", "parameters", "modules adapted", "max rank"),
+        {
+            "strategy": "{a.strategy}",
+            "parameters": "{a.parameters:,}",
+            "modules adapted": "{adapted}",
+            "max rank": "{most}",
+        },
         [
-            (a.strategy, f"{a.parameters:,}", f"{np.count_nonzero(a.vector)} of {len(a.targets)}", str(max(a.vector)))
+            {"a": a, "adapted": f"{np.count_nonzero(a.vector)} of {len(a.targets)}", "most": max(a.vector)}
             for a in dict.fromkeys([uniform, allocation])
         ],
     )
@@ -157,14 +153,13 @@ def run_search(session: Session, *, as_json: bool) -> None:
         *_export(session, allocation, list(shown), command="search"),
         result.to_parquet(session.out / "trials.parquet"),
     ]
-    pictures = {
-        "predictions.png": lambda model: plotting.plot_predictions(model, result),
-        "belief.png": plotting.plot_belief,
-        "levels.png": plotting.plot_levels,
-    }
     if result.model is not None:
-        files += [save_figure(plot(result.model), session.out / name) for name, plot in pictures.items()]
-    remove_others(session.out, pictures, kept=files)
+        files += [
+            save_figure(plotting.plot_predictions(result.model, result), session.out / "predictions.png"),
+            save_figure(plotting.plot_belief(result.model), session.out / "belief.png"),
+            save_figure(plotting.plot_levels(result.model), session.out / "levels.png"),
+        ]
+    remove_others(session.out, ("predictions.png", "belief.png", "levels.png"), kept=files)
     if as_json:
         print_json({"study": session.study.name, **_allocation_summary(allocation), **_search_summary(result)}, files)
         return
@@ -195,33 +190,39 @@ def _search(session: Session) -> SearchResult:
 
 def _print_search(result: SearchResult, *, modelled: bool) -> None:
     """The finalists (without a confirmation, the start points and the recommended trial), and what to make of them."""
-    best = result.best_trial
     if result.finalists:
-        rows = [_trial_row(f.trial, best, f.metric, f.difference, f.interval) for f in result.finalists]
+        shown = [_finalist_summary(finalist) for finalist in result.finalists]
         n_seeds = len(result.finalists[0].metrics_by_seed)
         title = f"{len(result.trials)} trials; finalists on {n_seeds} fresh seeds, 95 % interval; * recommended"
     else:
-        shown = {trial.number: trial for trial in [*_starts_of(result), best]}
-        rows = [_trial_row(trial, best, trial.metric, trial.difference) for trial in shown.values()]
+        best_and_starts = {trial.number: trial for trial in [*_starts_of(result), result.best_trial]}
+        shown = [_trial_summary(trial) for trial in best_and_starts.values()]
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
-    header = ("strategy", "parameters", "rate", result.metric_name, "difference to uniform")
-    print_table(f"{result.study.study_name}: {title}", header, rows)
+    for row in shown:
+        row["name"] = f"trial {row['trial']}" if row["origin"] == "sampler" else row["origin"]
+        row["name"] += " *" if row["trial"] == result.best_trial.number else ""
+        row["metric"] = fmean(row["confirmed"].values()) if "confirmed" in row else row["metric"]
+        low, high = row.get("interval") or (math.nan, math.nan)
+        unknown = row["difference"] is None or row["origin"] == "uniform"
+        row["text"] = "-" if unknown else Interval(row["difference"], low, high).text()
+    print_table(
+        f"{result.study.study_name}: {title}",
+        {"strategy": "{name}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
+         result.metric_name: "{metric:.3f}", "difference to uniform": "{text}"},
+        shown,
+    )  # fmt: skip
     print_line(_verdict(result))
-    states = Counter(trial.state for trial in result.study.get_trials(deepcopy=False))
-    ended = sum(states[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
-    others = {"pruned": states[TrialState.PRUNED], "failed": states[TrialState.FAIL]}
+    states = Counter(trial.state.name for trial in result.study.get_trials(deepcopy=False))
+    others = {"pruned": states["PRUNED"], "failed": states["FAIL"]}
     said = ", ".join(f"{count} {how}" for how, count in others.items() if count)
-    print_line(
-        f"cost: {ended} trials{f' ({said})' if said else ''}, {result.confirming_runs} confirming runs, {result.steps:,} steps"
-    )
+    trials = f"{states['COMPLETE'] + sum(others.values())} trials{f' ({said})' if said else ''}"
+    print_line(f"cost: {trials}, {result.confirming_runs} confirming runs, {result.steps:,} steps")
     for agreement in result.agreements:
         print_line(f"fidelity: {agreement}")
     if modelled and result.model is None:
         print_line(f"performance model: no proposal yet; it needs {searching.START_TRIALS} trials whose metrics differ")
     elif modelled:
-        scores = (
-            str(result.validation) if result.validation else "too few different comparison.allocations to validate it"
-        )
+        scores = str(result.validation) if result.validation else "too few different allocations to validate it"
         if len(result.trials) < FEW_TRIALS:
             scores += f". Fewer than {FEW_TRIALS} trials seldom find more than one-shot gives"
         print_line(f"performance model: {scores}")
@@ -231,21 +232,6 @@ def _starts_of(result: SearchResult) -> list[Trial]:
     """The best trials of uniform and of one-shot, as far as the search has come."""
     origins = {trial.origin for trial in result.trials}
     return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
-
-
-def _trial_row(
-    trial: Trial, best: Trial, metric: float, difference: float | None, interval: tuple[float, float] | None = None
-) -> tuple[str, ...]:
-    name = f"trial {trial.number}" if trial.origin == "sampler" else trial.origin
-    return (
-        f"{name} *" if trial.number == best.number else name,
-        f"{trial.allocation.parameters:,}",
-        f"{trial.learning_rate:g}",
-        f"{metric:.3f}",
-        "-"
-        if difference is None or trial.origin == "uniform"
-        else Interval(difference, *(interval or (math.nan,) * 2)).text(),
-    )
 
 
 def _verdict(result: SearchResult) -> str:
@@ -344,13 +330,15 @@ def run_train(
     if as_json:
         print_json({"study": session.study.name, "metric": session.task.metric, "runs": rows}, files)
         return
+    seeds_said = f"{seeds} seeds" if seeds > 1 else "one seed"
+    said = "; paired test difference to uniform, 95 % interval" if baseline else ""
     print_table(
-        f"{session.study.name}: mean {session.task.metric} of {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
-        + ("; paired test difference to uniform, 95 % interval" if baseline else ""),
-        ("strategy", "parameters", "rate", "validation", "test", "to uniform"),
+        f"{session.study.name}: mean {session.task.metric} of {seeds_said}{said}",
+        {"strategy": "{strategy}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
+         "validation": "{validation:.3f}", "test": "{test:.3f}", "to uniform": "{difference}"},
         [
-            (row["strategy"], f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{np.mean(row['validation']):.3f}",
-             f"{np.mean(row['test']):.3f}", row["difference"].text() if row["difference"] else "-")
+            {**row, "validation": fmean(row["validation"]), "test": fmean(row["test"]),
+             "difference": row["difference"].text() if row["difference"] else "-"}
             for row in rows
         ],
     )  # fmt: skip
@@ -555,8 +543,8 @@ def _print_comparison(table: pd.DataFrame, files: list[Path], *, as_json: bool) 
                 _print_methods(group)
         uniform = rows[rows["method"] == REFERENCE]
         if len(uniform) > 1 or len(uniform) == len(rows):
-            levels = [_cells(row, "parameters", "rate", "points") for _, row in uniform.iterrows()]
-            print_table(f"{_study_name(rows.iloc[0])}: uniform by parameters", ("parameters", "rate", "test"), levels)
+            columns = {"parameters": "{parameters}", "rate": "{rate}", "test": "{points}"}
+            print_table(f"{_study_name(rows.iloc[0])}: uniform by parameters", columns, _texts(uniform))
     limited = comparison.at_budget(table).query("budget > 0 and uniform_budget_multiplier.notna()")
     for study, group in limited.groupby("study", sort=False):
         best = group.sort_values("test").iloc[-1]
@@ -574,9 +562,11 @@ def _print_methods(group: pd.DataFrame) -> None:
     n_seeds = int(first["seeds"])
     noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
     title = f"{_study_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
-    header = ("method", "parameters", "rate", "test, 95 % interval", "differs")
-    columns = ("method", "parameters", "rate", "points", "differs")
-    print_table(title, header, [_cells(row, *columns) for _, row in group.iterrows()])
+    columns = {
+        "method": "{method}", "parameters": "{parameters}", "rate": "{rate}", "test, 95 % interval": "{points}",
+        "differs": "{differs}",
+    }  # fmt: skip
+    print_table(title, columns, _texts(group))
 
 
 def _study_name(row: pd.Series) -> str:
@@ -584,6 +574,5 @@ def _study_name(row: pd.Series) -> str:
     return str(row["study"]) if row["task"] in row["study"] else f"{row['study']}, {row['task']}"
 
 
-def _cells(row: pd.Series, *columns: str) -> list[str]:
-    texts = comparison.format_row(row)
-    return [texts[name] for name in columns]
+def _texts(rows: pd.DataFrame) -> list[dict[str, str]]:
+    return [comparison.format_row(row) for _, row in rows.iterrows()]

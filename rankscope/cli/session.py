@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,8 +46,10 @@ class Session:
         path: The study file.
         flags: What the command line overrides, by dotted key.
         study: The file's settings, with the flags.
-        out: The output folder; default: `out/NAME`.
+        out: The output folder.
 
+    Raises:
+        RankscopeError: torchrun started several copies of this process, or the output folder cannot be written to.
     """
 
     path: Path
@@ -55,20 +57,13 @@ class Session:
     study: StudySettings
     out: Path
 
-    @classmethod
-    def open(cls, path: Path, flags: Mapping[str, Any], study: StudySettings, out: Path | None) -> Session:
-        """Check the process and the output folder before any work.
-
-        Raises:
-            RankscopeError: torchrun started several copies of this process, or the folder cannot be written to.
-        """
+    def __post_init__(self) -> None:
         require_one_process("a command")
         _quiet_libraries()
-        out = out or Path("out") / study.name
-        nearest = next(each for each in (out, *out.absolute().parents) if os.path.lexists(each))
+        nearest = next(each for each in (self.out, *self.out.absolute().parents) if os.path.lexists(each))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
-        return cls(path, {key: value for key, value in flags.items() if value is not None}, study, out)
+        self.profile_path, self.allocation_path = self.out / "profile.parquet", self.out / "allocation.json"
 
     @property
     def arguments(self) -> str:
@@ -125,18 +120,8 @@ class Session:
 
     @property
     def has_search(self) -> bool:
-        """Whether a search can have been made: its database is there, or where the study says."""
+        """Whether there can be a search: its database is in the output folder, or where the study says."""
         return self.study.search.storage is not None or (self.out / "search.db").exists()
-
-    @property
-    def profile_path(self) -> Path:
-        """The profile's file."""
-        return self.out / "profile.parquet"
-
-    @property
-    def allocation_path(self) -> Path:
-        """The allocation's file."""
-        return self.out / "allocation.json"
 
     def provenance(self, command: str) -> dict[str, Any]:
         """How this command makes an output, and what the output depends on; kept in the output's file."""
@@ -144,12 +129,12 @@ class Session:
         return {"study": self.study.name, "made_by": made_by, "made_from": self._terms(command, self.flags)}
 
     def require_present(self, kept: Mapping[str, Any], path: Path, *, command: str, remedy: str) -> None:
-        """Check that an output depends on the study as it is now, with the flags that it was made with.
+        """Check that an output was made from the study as it is now, and with the flags that made it.
 
         Args:
-            kept: The output's `provenance`.
+            kept: The output's `provenance`; `command` makes it if that does not say.
             path: Its file.
-            command: What makes it, if `kept` does not say.
+            command: The default.
             remedy: What to do about a difference.
 
         Raises:
@@ -255,19 +240,25 @@ def progress(description: str) -> Iterator[Any]:
         yield lambda **values: bar.update(line, **values)
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: columns after the first are aligned right and keep their width; the title is not wrapped.
+def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:
+    """A table on stdout. Columns after the first are aligned right and keep their width; the title is not wrapped.
 
     On a terminal too narrow for that, the table is wider than the terminal: no figure is cut.
+
+    Args:
+        title: The line above.
+        columns: Headers, with the format of a row's values, as in `{"parameters": "{parameters:,}"}`.
+        rows: The rows' values.
     """
-    widths = [max(cell_len(text) for text in column) for column in zip(header, *rows, strict=True)]
+    texts = [[text.format(**row) for text in columns.values()] for row in rows]
+    widths = [max(cell_len(text) for text in column) for column in zip(columns, *texts, strict=True)]
     widths[0] = min(widths[0], NARROWEST)
     needed = sum(widths) + 3 * len(widths) + 1
     table = Table(width=needed if needed > stdout.width else None)
-    for index, (name, width) in enumerate(zip(header, widths, strict=True)):
+    for index, (name, width) in enumerate(zip(columns, widths, strict=True)):
         justify: Literal["left", "right"] = "left" if index == 0 else "right"
         table.add_column(name, justify=justify, no_wrap=index > 0, overflow="fold", min_width=width)
-    for row in rows:
+    for row in texts:
         table.add_row(*row)
     stdout.print(title, style="bold", soft_wrap=True)
     stdout.print(table, crop=False)

@@ -111,7 +111,8 @@ def test_a_terminal_without_our_signs_gets_their_codes() -> None:
 def test_a_narrow_terminal_cuts_no_figure() -> None:
     table = """
 from rankscope.cli.session import print_table
-print_table("[t]", ("method", "parameters", "test"), [("controller-one-shot", "6,912", "+0.0 [-12.0, +12.0]")])
+columns = {"method": "{m}", "parameters": "{p:,}", "test": "{t}"}
+print_table("[t]", columns, [{"m": "controller-one-shot", "p": 6912, "t": "+0.0 [-12.0, +12.0]"}])
 """
     done = subprocess.run(
         [sys.executable, "-c", table], capture_output=True, text=True, env={**os.environ, "COLUMNS": "30"}, check=True

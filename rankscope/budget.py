@@ -186,7 +186,7 @@ def allocate_proportional(
     low, high = ends[[after - 1, min(after, len(ends) - 1)]]
     scale = low if low == high else low + (high - low) * (limit - cost(low)) / (cost(high) - cost(low))
 
-    ranks = np.floor(ideal(scale) + 1e-9).astype(np.int64)
+    ranks = np.floor(ideal(scale) + min(1e-9, 0.5 / costs.sum())).astype(np.int64)  # forgives less than a parameter
     left = limit - int(costs @ ranks)
     order = np.lexsort((places, -np.round(ideal(scale) - ranks, 9)))
     while (open_ := order[(ranks[order] < highest[order]) & (costs[order] <= left)]).size:

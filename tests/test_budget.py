@@ -175,6 +175,12 @@ def test_scores_that_underflow_do_not_make_the_ranks_even(tiny: float) -> None:
     assert sum(found.vector) == 70
 
 
+def test_rounding_costs_no_parameter_of_a_huge_model() -> None:
+    targets = tuple(rs.TargetModule(name=n, in_features=10**9, out_features=10**9) for n in "ab")
+    budget = rs.ParameterBudget(8 * 4 * 10**9 - 1)
+    assert sorted(rs.allocate("uniform", targets=targets, budget=budget).vector) == [7, 8]
+
+
 def test_ties_survive_rounding_errors() -> None:
     """0.1 * 3 is not 0.3 in floating point, but a tie all the same: it goes to the name, not to the last bit."""
     targets = tuple(rs.TargetModule(name=n, in_features=5, out_features=5) for n in "ab")

@@ -438,7 +438,7 @@ def run_compare(session: Session, *, jobs: int, as_json: bool) -> None:
     settings, study = session.study.compare, session.study
     first = FIRST_REPORTED_SEED + study.seed
     seeds = range(first, first + settings.n_seeds)
-    comparison.check_terms(settings, seeds)  # before a profile is taken or a search resumed
+    comparison.check_terms(settings, session.budget, seeds)  # before a profile is taken or a search resumed
     searched = None
     if any(SEARCHED in name for name in settings.methods):
         if not session.has_search:

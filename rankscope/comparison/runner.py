@@ -284,7 +284,7 @@ def run_tuned(
 
 def _best(grid: Sequence[RunSpec], tried: Sequence[Sequence[RunResult]]) -> RunSpec:
     """The run with the best mean validation metric of those within the budget; the only one is not tried."""
-    if len(grid) == 1:
+    if not tried:
         return grid[0]
     limit, most = grid[0].budget, [max(run.parameters for run in runs) for runs in tried]
     within = [place for place, parameters in enumerate(most) if not limit or parameters <= limit]
@@ -330,11 +330,9 @@ class Contender:
         def allocated(strategy: str) -> RankAllocation:
             if strategy != SEARCHED:
                 return allocate(strategy, targets=targets, budget=budget, profile=profile, seed=self.seed)
-            if self.searched is None or self.searched.best_allocation.budget not in (None, budget.limit):
-                raise SettingsError(
-                    "`searched` needs a search at this budget, but there is none; run `rankscope search`."
-                )
-            return self.searched.best_allocation.renamed(SEARCHED)
+            if self.searched and self.searched.best_allocation.budget in (None, budget.limit):
+                return self.searched.best_allocation.renamed(SEARCHED)
+            raise SettingsError("`searched` needs a search at this budget, but there is none; run `rankscope search`.")
 
         modules, rank = tuple(targets), max(1, budget.limit // sum(target.rank_cost for target in targets))
         match self.source:
@@ -415,7 +413,7 @@ class Comparison:
 
     runs: pd.DataFrame
     decisions: Mapping[str, pd.DataFrame]
-    made_from: Mapping[str, Any] = field(default_factory=dict)
+    made_from: Mapping[str, Any]
 
     def renamed(self, study: str) -> Comparison:
         """The same comparison under another study's name."""
@@ -454,7 +452,7 @@ def compare(
         methods: As `find_methods` takes them; default: those of the settings.
         budget: In adapter parameters. Variants that end above it are not chosen.
         targets: The target modules; default: the profile's, or all that are found.
-        profile: For methods that need one; default: taken over an epoch of the training batches.
+        profile: Default: taken over an epoch of the training batches, if a method needs one.
         seeds: Of the reported runs, at least 3 for intervals and tests; default: the settings' `n_seeds`, from 0.
         training: The schedule; every method is tuned over its learning rates (full fine-tuning over a thirtieth of them).
         settings: How many seeds, and which budgets.
@@ -470,35 +468,46 @@ def compare(
     """
     settings, training = CompareSettings.of(settings, **overrides), training or TrainingSettings()
     seeds = range(settings.n_seeds) if seeds is None else seeds
-    tuning_seeds = check_terms(settings, seeds)
+    tuning_seeds = check_terms(settings, budget, seeds)
     asked = [REFERENCE, *(settings.methods if methods is None else methods)]
     contenders = {each.name: each for each in find_methods(asked, seed=min(seeds))}
     if profile is None and any(each.needs_profile for each in contenders.values()):
         profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
-    grids = []
+    grids = [
+        make_grid(
+            each.make(targets, at, profile),
+            training,
+            rate_factor=RATE_FACTORS.get(each.name, 1.0),
+            name=each.name,
+            budget=0 if each.name in UNLIMITED else at.limit,
+            factor=factor,
+            cost_steps=each.searched.steps if each.searched and SEARCHED in each.name else 0,
+        )
+        for factor, at, each in _plan(list(contenders.values()), settings, budget)
+    ]
+    run = partial(run_tuned, n_jobs=settings.n_jobs, kept_in=kept_in, on_run=on_run)
+    runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
+    terms = {"targets": fingerprint_targets(targets), "budget": budget.limit, "training": training.terms()}
+    made_from = {"format": FORMAT, **fingerprint_task(task), "study": task.name, **terms, "seeds": list(seeds)}
+    firsts = [each for each in runs if (each.role, each.factor, each.seed) == (REPORTED, 1.0, seeds[0])]
+    decisions = {each.method: each.decisions for each in firsts if each.decisions is not None}
+    return Comparison(pd.DataFrame([each.to_row() for each in runs]), decisions, made_from)
+
+
+def _plan(
+    contenders: Sequence[Contender], settings: CompareSettings, budget: ParameterBudget
+) -> Iterator[tuple[float, ParameterBudget, Contender]]:
+    """What is compared: every method at each factor of the budget, uniform at more of them, and at 1 those without a budget."""
     for factor in sorted({*settings.budgets, *settings.uniform_budgets}):
-        at = _scaled(budget, factor)
-        for name, each in contenders.items():
-            limited = name not in UNLIMITED
-            if name == REFERENCE or (factor in settings.budgets and (limited or factor == 1.0)):
-                cost = each.searched.steps if each.searched and SEARCHED in name else 0
-                labels = {"name": name, "budget": at.limit * limited, "factor": factor, "cost_steps": cost}
-                made, rate_factor = each.make(targets, at, profile), RATE_FACTORS.get(name, 1.0)
-                grids.append(make_grid(made, training, rate_factor=rate_factor, **labels))
-    options: dict[str, Any] = {"n_jobs": settings.n_jobs, "kept_in": kept_in, "on_run": on_run}
-    runs = list(chain(*run_tuned(task, grids, seeds=seeds, tuning_seeds=tuning_seeds, **options)))
-    made_from = {
-        "format": FORMAT, **fingerprint_task(task), "study": task.name, "targets": fingerprint_targets(targets),
-        "budget": budget.limit, "training": training.terms(), "seeds": list(seeds),
-    }  # fmt: skip
-    firsts = [run for run in runs if (run.role, run.factor, run.seed) == (REPORTED, 1.0, seeds[0])]
-    decisions = {run.method: run.decisions for run in firsts if run.decisions is not None}
-    return Comparison(pd.DataFrame([run.to_row() for run in runs]), decisions, made_from)
+        at = budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))
+        for each in contenders:
+            if each.name == REFERENCE or (factor in settings.budgets and (each.name not in UNLIMITED or factor == 1.0)):
+                yield factor, at, each
 
 
-def check_terms(settings: CompareSettings, seeds: Sequence[int]) -> range:
+def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Sequence[int]) -> range:
     """The seeds that tune; raises SettingsError for budgets and seeds that cannot be compared, before anything is trained."""
     tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
     if 1.0 not in settings.budgets:
@@ -506,17 +515,14 @@ def check_terms(settings: CompareSettings, seeds: Sequence[int]) -> range:
         raise SettingsError(
             f"`budgets` must hold the factor 1, the study's own budget, but holds {held}; add 1, or change `budget`."
         )
+    for factor in (*settings.budgets, *settings.uniform_budgets):
+        if not 1 <= factor * budget.limit < 2**63:
+            raise SettingsError(
+                f"`budgets` must leave a budget between 1 and 2^63 parameters, but {factor:g} times {budget.limit:,} is "
+                "not; change the factor."
+            )
     if not seeds:
         raise SettingsError("`seeds` must hold at least one seed, but is empty.")
     if shared := set(seeds) & set(tuning_seeds):
         raise SettingsError(f"`tuning_seeds` must be none of `seeds`, but share {min(shared)}; take others.")
     return tuning_seeds
-
-
-def _scaled(budget: ParameterBudget, factor: float) -> ParameterBudget:
-    if not 1 <= factor * budget.limit < 2**63:
-        raise SettingsError(
-            f"`budgets` must leave a budget between 1 and 2^63 parameters, but {factor:g} times {budget.limit:,} is "
-            "not; change the factor."
-        )
-    return budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))

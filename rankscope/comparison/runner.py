@@ -475,18 +475,8 @@ def compare(
         profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
-    grids = [
-        make_grid(
-            each.make(targets, at, profile),
-            training,
-            rate_factor=RATE_FACTORS.get(each.name, 1.0),
-            name=each.name,
-            budget=0 if each.name in UNLIMITED else at.limit,
-            factor=factor,
-            cost_steps=each.searched.steps if each.searched and SEARCHED in each.name else 0,
-        )
-        for factor, at, each in _plan(list(contenders.values()), settings, budget)
-    ]
+    plan = _plan(list(contenders.values()), settings, budget)
+    grids = [make_grid(each.make(targets, at, profile), training, **labels) for each, at, labels in plan]
     run = partial(run_tuned, n_jobs=settings.n_jobs, kept_in=kept_in, on_run=on_run)
     runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
     terms = {"targets": fingerprint_targets(targets), "budget": budget.limit, "training": training.terms()}
@@ -498,13 +488,16 @@ def compare(
 
 def _plan(
     contenders: Sequence[Contender], settings: CompareSettings, budget: ParameterBudget
-) -> Iterator[tuple[float, ParameterBudget, Contender]]:
-    """What is compared: every method at each factor of the budget, uniform at more of them, and at 1 those without a budget."""
+) -> Iterator[tuple[Contender, ParameterBudget, dict[str, Any]]]:
+    """Every method at each factor of the budget, uniform at more of them, and at 1 those without a budget; with labels."""
     for factor in sorted({*settings.budgets, *settings.uniform_budgets}):
         at = budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))
         for each in contenders:
-            if each.name == REFERENCE or (factor in settings.budgets and (each.name not in UNLIMITED or factor == 1.0)):
-                yield factor, at, each
+            limit = 0 if each.name in UNLIMITED else at.limit
+            cost = each.searched.steps if each.searched and SEARCHED in each.name else 0
+            labels = {"name": each.name, "budget": limit, "factor": factor, "cost_steps": cost}
+            if each.name == REFERENCE or (factor in settings.budgets and (limit or factor == 1.0)):
+                yield each, at, {**labels, "rate_factor": RATE_FACTORS.get(each.name, 1.0)}
 
 
 def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Sequence[int]) -> range:

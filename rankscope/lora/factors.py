@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,8 +16,7 @@ class RankMap(Protocol):
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor: ...  # noqa: D102
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
+class Selection(NamedTuple):
     """Keeps components in the given order and appends `added` zeros."""
 
     kept: tuple[int, ...]
@@ -32,8 +30,7 @@ class Selection:
         return torch.cat([tensor.index_select(dim, index), tensor.new_zeros(shape)], dim)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotation:
+class Rotation(NamedTuple):
     """Mixes components: new component i is the sum over j of `matrix[i, j]` times old component j.
 
     Gradients follow exactly; squared gradients only if the old components' gradients are uncorrelated.

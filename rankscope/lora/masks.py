@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -31,8 +31,7 @@ class RankMasks:
     `resize_adapters`, with moments of 0.
 
     DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On several processes the first
-    one's plan is broadcast. Optimizer statistics over a whole parameter (Adafactor) cover the capacity. While the masks are
-    on, `model.save_pretrained` writes the adapter at its true ranks, for plain PEFT.
+    one's plan is broadcast. While the masks are on, `model.save_pretrained` writes the adapter at its true ranks.
 
     Args:
         model: The PEFT model.
@@ -224,8 +223,7 @@ def masks_on(model: PeftModel) -> RankMasks | None:
     return masks
 
 
-@dataclass(frozen=True, slots=True)
-class _Keep:
+class _Keep(NamedTuple):
     """A `RankMap` that zeroes all components but some, and keeps shapes."""
 
     stays: Tensor
@@ -238,7 +236,7 @@ class _Keep:
 
 
 class _Switch(NamedTuple):
-    """One module's next mask and values of its factors, and the map for their gradients and moments."""
+    """One module's next mask and factor values, and the map for gradients and moments."""
 
     inner: Any
     mask: Tensor

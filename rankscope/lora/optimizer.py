@@ -39,8 +39,7 @@ class Replacement(NamedTuple):
     dim: int
     map: RankMap
 
-    def carry(self, tensor: Tensor, squared: bool) -> Tensor:
-        """A tensor of the old parameter's shape in the new one's."""
+    def carry(self, tensor: Tensor, squared: bool) -> Tensor:  # noqa: D102
         return self.map.carry(tensor, self.dim, squared=squared)
 
 
@@ -116,9 +115,9 @@ def _carried_factored(
     state: Mapping[str, Any], replacement: Replacement, names: tuple[str, str], *, keepdim: bool
 ) -> dict[str, Any]:
     """Adafactor's row and column means, whose product estimates the second moment (Shazeer and Stern, 2018)."""
-    row, col = (
-        state[name] if keepdim else state[name].unsqueeze(dim) for name, dim in zip(names, (-1, -2), strict=True)
-    )
+    row, col = (state[name] for name in names)
+    if not keepdim:
+        row, col = row.unsqueeze(-1), col.unsqueeze(-2)
     from_last = replacement.old.ndim - replacement.dim
     if from_last > 2:  # a convolution's rank lies outside the two factored dimensions
         row, col = replacement.carry(row, True), replacement.carry(col, True)
@@ -149,13 +148,13 @@ def _carried_bitsandbytes(optimizer: Any, state: Mapping[str, Any], replacement:
     """Moments in 8 bits are dequantised, carried, and quantised again where the optimizer would: a rounding in 256 steps."""
     from bitsandbytes import functional
 
-    group, position, parameters = next(
-        (i, j, group)
-        for i, group in enumerate(optimizer.param_groups)
-        for j, parameter in enumerate(group["params"])
+    index, place, group = next(
+        (index, place, group)
+        for index, group in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
         if parameter is replacement.old
     )
-    config = optimizer.get_config(group, position, parameters)
+    config = optimizer.get_config(index, place, group)
     carried = {name: value for name, value in state.items() if not name.startswith(("state", "qmap", "absmax"))}
     for moment, qmap_name in (("1", "dynamic"), ("2", "udynamic")):
         value = state[f"state{moment}"]

@@ -286,7 +286,7 @@ class LoraModule(NamedTuple):
             yield f"{form} on a convolution with groups."
         if isinstance(layer, MultiheadAttention):
             yield f"{form} a MultiheadAttention."
-        if is_offloaded(layer):
+        if any(parameter.is_meta for parameter in layer.parameters()):
             yield f"the weights of `{name}` must be in memory for its rank to change, but are offloaded; load the model without."
         whole = "the adapter's parameters must be whole in this process, but"
         if any(hasattr(parameter, "ds_id") for parameter in self.factors):
@@ -458,11 +458,6 @@ def check_config(config: LoraConfig, *, to_zero: bool) -> None:
 def is_ddp(model: nn.Module) -> bool:
     """Whether DistributedDataParallel wraps the model, inside `torch.compile` or not."""
     return any(isinstance(module, DistributedDataParallel) for module in model.modules())
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps a module's weights elsewhere between calls; PEFT would make adapters without values there."""
-    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def check_block_names(names: Collection[str]) -> None:

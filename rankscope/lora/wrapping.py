@@ -7,42 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
-from peft import (
-    AdaLoraConfig,
-    EvaConfig,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    get_peft_model,
-    initialize_lora_eva_weights,
-)
 from torch import Tensor, nn
 
 from rankscope.errors import ModelError, SettingsError
 from rankscope.lora.config import PEFT_PREFIX, alpha_for, name_fields, taken_for_experts, to_lora_config
-from rankscope.lora.resize import (
-    LiveAdapter,
-    Resize,
-    check_block_names,
-    check_config,
-    is_offloaded,
-    lora_modules,
-    resize_adapters,
-)
+from rankscope.lora.resize import LiveAdapter, Resize, check_block_names, check_config, lora_modules, resize_adapters
 from rankscope.targets import TargetModule, unwrapped
 
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation
 
-_FEWEST_STEPS = 10
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
 
 
 def apply_allocation(
     model: nn.Module, allocation: RankAllocation, *, dormant: bool = False, **peft_kwargs: Any
-) -> PeftModel:
+) -> peft.PeftModel:
     """Wrap the base `model` (in place) with LoRA of exactly these ranks, and check that PEFT built what was asked.
 
     Args:
@@ -57,7 +39,7 @@ def apply_allocation(
     if dormant and "lora_alpha" in peft_kwargs:
         raise SettingsError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")
     model = unwrapped(model)  # PEFT takes the name of torch.compile's wrapper for a part of every module's
-    if isinstance(model, PeftModel):
+    if isinstance(model, peft.PeftModel):
         raise SettingsError("`model` must be a base model, but is a PeftModel already; pass `model.unload()`.")
     present = dict(model.named_modules())
     check_block_names(present)
@@ -77,19 +59,21 @@ def apply_allocation(
     return peft_model
 
 
-def _wrap(model: nn.Module, config: PeftConfig, ranks: Mapping[str, int], **options: Any) -> PeftModel:
+def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], **options: Any) -> peft.PeftModel:
     """`get_peft_model`, and a check that PEFT adapts exactly these modules at these ranks; otherwise the model is unwrapped."""
     names = [name for name, rank in ranks.items() if rank]
-    if offloaded := [name for name in names if is_offloaded(model.get_submodule(name))]:
+    if offloaded := [
+        name for name in names if any(weight.is_meta for weight in model.get_submodule(name).parameters())
+    ]:
         raise SettingsError(
             f"the weights of `{offloaded[0]}` must be in memory to be adapted, but are offloaded; load the model without."
         )
-    if config.peft_type == PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
+    if config.peft_type == peft.PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
         raise SettingsError(
             f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
             f"{type(model).__name__}; give it rank 0."
         )
-    peft_model = get_peft_model(model, config, **options)
+    peft_model = peft.get_peft_model(model, config, **options)
     modules, parameters = lora_modules(peft_model, "default")
     built = {name: module.layer.r["default"] for name, module in modules.items()}
     built |= {name: layer.r["default"] for name, layer in parameters.items()}
@@ -117,7 +101,7 @@ def wrap_with_adalora(
     share: float = 1.0,
     settled: float,
     **peft_kwargs: Any,
-) -> PeftModel:
+) -> peft.PeftModel:
     """Wrap `model` (in place) with AdaLoRA (Zhang et al., arXiv 2303.10512), which starts at `initial_rank` everywhere.
 
     A tenth of the steps in, ranks begin to fall, to a mean of `share * rank` when the fraction `settled` of the steps is over.
@@ -125,7 +109,7 @@ def wrap_with_adalora(
     """
     check_adalora_steps(steps)
     ranks = {target.name: initial_rank for target in targets}
-    config = AdaLoraConfig(
+    config = peft.AdaLoraConfig(
         target_r=rank,
         init_r=initial_rank,
         lora_alpha=alpha,
@@ -143,8 +127,8 @@ def wrap_with_adalora(
 
 def check_adalora_steps(steps: int) -> None:
     """Raise `ModelError` if a run is too short for ranks to be scored before they fall."""
-    if steps < _FEWEST_STEPS:
-        raise ModelError(f"`steps` must be at least {_FEWEST_STEPS} for AdaLoRA, but got {steps}; train longer.")
+    if steps < 10:
+        raise ModelError(f"`steps` must be at least 10 for AdaLoRA, but got {steps}; train longer.")
 
 
 def ranks_of_adalora(model: Any) -> dict[str, int]:
@@ -164,24 +148,24 @@ def wrap_with_eva(
     scaling: float,
     rho: float = 2.0,
     **peft_kwargs: Any,
-) -> PeftModel:
+) -> peft.PeftModel:
     """Wrap `model` (in place) with EVA (Paischer et al., arXiv 2410.07170): ranks and rows of A come from modules' inputs.
 
     The mean is `rank` and the largest `rho * rank`; a module may end without any. The batches are repeated until the directions
     have settled; the first one must reach all targets.
     """
     ranks = {target.name: rank for target in targets}
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha_for(rank, scaling, rslora=False),
         init_lora_weights="eva",
-        eva_config=EvaConfig(rho=rho),
+        eva_config=peft.EvaConfig(rho=rho),
         **name_fields(ranks),
         **peft_kwargs,
     )
     wrapped = _wrap(model, config, ranks, low_cpu_mem_usage=True)
     inputs = _Inputs(PEFT_PREFIX + name for name in ranks)
-    initialize_lora_eva_weights(
+    peft.initialize_lora_eva_weights(
         wrapped,
         [_without_class_labels(batch) for batch in batches],
         forward_fn=inputs.forward,
@@ -210,18 +194,16 @@ class _Inputs:
             )
         return outputs
 
-    def rows(self, inputs: Any, seen: Tensor | None, name: str) -> Tensor:
+    def rows(self, inputs: Any, seen: Any, name: str) -> Tensor:
         """(n, width): the inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
         self._unseen.pop(name, None)
         values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
         rows = values.reshape(-1, values.shape[-1])
-        if seen is None or values.shape[:-1] not in (seen.shape, (seen.numel(),)):
-            return rows
-        kept: Tensor = rows[seen.flatten().to(rows.device)]
-        return kept
+        masked = seen is not None and values.shape[:-1] in (seen.shape, (seen.numel(),))
+        return rows[seen.flatten().to(rows.device)] if masked else rows
 
 
-def _tokens_seen(batch: Mapping[str, Any], config: LoraConfig) -> Tensor | None:
+def _tokens_seen(batch: Mapping[str, Any], config: peft.LoraConfig) -> Tensor | None:
     """(batch, length): the tokens that are neither padding nor without a label; None if there are none."""
     if (tokens := batch.get("input_ids")) is None:
         return None

@@ -16,7 +16,7 @@ import rankscope as rs
 from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
-from tests.lora.test_optimizer_state import EVERY
+from tests.lora.test_optimizer import EVERY
 from tests.lora.test_resize import quantised
 
 TOTAL = 40

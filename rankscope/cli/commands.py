@@ -261,7 +261,7 @@ def _search_summary(result: SearchResult) -> dict[str, Any]:
         "trials": len(result.trials),
         "confirming_runs": result.confirming_runs,
         "steps": result.steps,
-        "fidelity": [asdict(agreement) for agreement in result.agreements],
+        "fidelity": [agreement._asdict() for agreement in result.agreements],
     }
 
 

@@ -51,15 +51,8 @@ class Interval(NamedTuple):
 def t_interval(mean: float, variance: float, n: int, *, freedom: int, confidence: float = CONFIDENCE) -> Interval:
     """Student's interval of the mean of n paired differences: mean ± t(1 - (1 - confidence) / 2; freedom) sqrt(variance / n).
 
-    There is none for fewer than 3 pairs, nor where all differences are equal: their variance of zero is estimated from too
-    few or too coarse values.
-
-    Args:
-        mean: Of the differences.
-        variance: Of one difference.
-        n: Number of pairs.
-        freedom: Degrees of freedom of `variance`; n - 1 where it comes from these pairs alone.
-        confidence: Coverage; for m intervals that shall hold at once, 1 - (1 - 0.95) / m.
+    `variance` is that of one difference, with `freedom` degrees of freedom. There is no interval for fewer than 3 pairs, nor
+    where all differences are equal: their variance of zero is estimated from too few or too coarse values.
 
     >>> t_interval(0.5, 0.04, 4, freedom=3).text()
     '+0.500 [+0.182, +0.818]'
@@ -73,10 +66,7 @@ def t_interval(mean: float, variance: float, n: int, *, freedom: int, confidence
 
 
 def residual_variance(metrics: ArrayLike) -> float:
-    """Variance of one measurement: what rows (allocations) and columns (seeds) of (n, n_seeds) leave unexplained.
-
-    With fewer than two of either nothing can be told, and it is 0.
-    """
+    """Variance of one measurement that rows (allocations) and columns (seeds) leave unexplained; 0 with fewer than two."""
     table = np.asarray(metrics, dtype=np.float64)
     n, n_seeds = table.shape
     if n < 2 or n_seeds < 2:
@@ -93,8 +83,7 @@ class Finalist:
         trial: The trial that made it a finalist.
         metrics_by_seed: Validation metric of each fresh seed.
         difference: Mean paired difference to the finalist `uniform` on these seeds; None for uniform itself.
-        interval: The difference's 95 % interval, of all finalists at once; None for uniform, with fewer than 3 seeds, and
-            where all differences are equal.
+        interval: The difference's 95 % interval, of all finalists at once; None where there is none.
     """
 
     trial: Trial
@@ -109,12 +98,7 @@ class Finalist:
 
 
 def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tuple[int, int]:
-    """How many trials of `n_seeds` trainings explore, and how many trainings confirm.
-
-    Confirming takes as many whole seeds of all finalists (five at most) as fit into its share.
-
-    Raises:
-        SettingsError: There is no room for one trial.
+    """How many trials explore, and how many trainings confirm: whole seeds of all finalists (five at most).
 
     >>> split_budget(60, 1 / 3), split_budget(60, 1 / 3, n_seeds=2), split_budget(12, 1 / 3)
     ((40, 20), (20, 20), (12, 0))
@@ -132,11 +116,7 @@ def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tu
 
 
 def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = None) -> list[Trial]:
-    """Uniform, one-shot, and three different others.
-
-    With a model to believe, the others are the allocation of its posterior mean, the best by its prediction, and the best
-    observed; without, the best observed only.
-    """
+    """Uniform, one-shot, and three others: a believed model's posterior mean and best prediction, and the best observed."""
     ranked = sorted((t for t in trials if t.reused is None), key=lambda t: (-t.metric, t.loss, t.number))
     starts = [next((t for t in ranked if t.origin == origin), None) for origin in (UNIFORM, ONE_SHOT)]
     chosen = [t for t in starts if t is not None]
@@ -165,15 +145,7 @@ def confirm(
     """Train the finalists on fresh seeds, the same for each; runs that the study already holds are not repeated.
 
     A finalist that diverges on a fresh seed is dropped. Processes that share a study share the runs: each goes through them
-    in an order of its own and skips what another has stored.
-
-    Args:
-        study: Keeps the runs.
-        task: The search's task.
-        finalists: Trials, each with its allocation and learning rate.
-        training: The full schedule.
-        n_runs: Trainings for confirming in all, those of earlier finalists included.
-        on_run: Called with the number of runs done and of runs in all.
+    in an order of its own and skips what another has stored. `n_runs` includes the runs of earlier finalists.
 
     Returns:
         The finalists, and why there are none.
@@ -258,11 +230,9 @@ def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tu
 def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = None) -> Finalist:
     """The finalist that trials and fresh seeds together value most.
 
-    With a believable model, its posterior from the trials is combined with the fresh seeds
-    (`PerformanceModel.posterior_given_retests`), so that neither a lucky trial nor a lucky seed decides alone. Without, it is
-    the simplest finalist within one standard error of the best; uniform is simplest, then one-shot: the one-standard-error
-    rule (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), with the standard error of a paired difference, pooled over all
-    finalists. One seed tells nothing of noise; then it is the best.
+    A model to believe combines its posterior with the fresh seeds. Without one it is the simplest finalist within a standard
+    error of the best (uniform, then one-shot, then the rest): the one-standard-error rule (Breiman, Friedman, Olshen, Stone
+    1984, §3.4.3), with the pooled standard error of a paired difference, which is 0 with one seed.
     """
     metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
     means, n_seeds = metrics.mean(axis=1), metrics.shape[1]
@@ -275,17 +245,8 @@ def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = N
     return next(finalists[i] for i in order if means[i] >= means.max() - error)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """How alike short and long training rank the same allocations.
-
-    Attributes:
-        steps: Of the short training.
-        of_steps: Of the long one.
-        kendall: Kendall's tau of the two metrics.
-        pairs: Trials behind it.
-        fresh: Whether long training is a run of its own, on other seeds, and not the end of the short one.
-    """
+class Agreement(NamedTuple):
+    """Kendall's tau of `pairs` allocations' metrics after short and long training; `fresh`: long training had other seeds."""
 
     steps: int
     of_steps: int
@@ -298,42 +259,30 @@ class Agreement:
         return f"{self.steps} of {self.of_steps} steps rank {self.pairs} {what}: Kendall's tau {self.kendall:.2f}"
 
 
-def agreement_on_the_way(trials: Sequence[Trial]) -> list[Agreement]:
-    """Metrics about a quarter and half way against the final metric, over trials that were evaluated there.
+def agreements(trials: Sequence[Trial], finalists: Sequence[Finalist], steps: int, of_steps: int) -> list[Agreement]:
+    """Whether short training ranks allocations like long training, where there are enough of them to tell.
 
-    Metrics are taken less the mean of their learning rate: allocations are compared, not rates.
+    Trials' metrics about a quarter and half way stand against their final metric, both less the mean of their learning rate;
+    where trials take `steps` of `of_steps`, finalists' short trials stand against their full training on fresh seeds.
     """
+    from scipy.stats import kendalltau
+
     trained = [t for t in trials if t.reused is None]
     common = set.intersection(*(set(t.history) for t in trained)) if trained else set()
-    last = max(common, default=0)
-    rates = {t.learning_rate for t in trained}
+    last, rates = max(common, default=0), {t.learning_rate for t in trained}
 
     def less_rate_mean(values: Sequence[float]) -> list[float]:
         by_rate = {r: fmean(v for t, v in zip(trained, values, strict=True) if t.learning_rate == r) for r in rates}
         return [value - by_rate[t.learning_rate] for t, value in zip(trained, values, strict=True)]
 
-    found: list[Agreement] = []
+    pairs: list[tuple[int, int, bool, Sequence[float], Sequence[float]]] = []
     for step in sorted({min(common, key=lambda s: abs(s - share * last)) for share in (0.25, 0.5) if common} - {last}):
         early, late = less_rate_mean([t.history[step] for t in trained]), less_rate_mean([t.metric for t in trained])
-        found += _agreement(early, late, steps=step, of_steps=last, fresh=False)
-    return found
-
-
-def agreement_when_confirmed(finalists: Sequence[Finalist], steps: int, of_steps: int) -> list[Agreement]:
-    """Metrics of short trials against those of full training on fresh seeds, over finalists; none where trials are not short."""
-    if steps >= of_steps:
-        return []
-    early, late = [f.trial.metric for f in finalists], [f.metric for f in finalists]
-    return _agreement(early, late, steps=steps, of_steps=of_steps, fresh=True)
-
-
-def _agreement(
-    early: Sequence[float], late: Sequence[float], *, steps: int, of_steps: int, fresh: bool
-) -> list[Agreement]:
-    """The agreement, if there is enough to tell it."""
-    from scipy.stats import kendalltau
-
-    if len(early) < MIN_TRIALS or len(set(early)) < 2 or len(set(late)) < 2:
-        return []
-    tau = float(kendalltau(early, late)[0])
-    return [Agreement(steps=steps, of_steps=of_steps, kendall=tau, pairs=len(early), fresh=fresh)]
+        pairs.append((step, last, False, early, late))
+    if steps < of_steps:
+        pairs.append((steps, of_steps, True, [f.trial.metric for f in finalists], [f.metric for f in finalists]))
+    return [
+        Agreement(short, full, float(kendalltau(early, late)[0]), len(early), fresh)
+        for short, full, fresh, early, late in pairs
+        if len(early) >= MIN_TRIALS and len(set(early)) > 1 and len(set(late)) > 1
+    ]

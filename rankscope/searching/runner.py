@@ -20,42 +20,10 @@ from rankscope.errors import SettingsError, TrainingError
 from rankscope.files import FORMAT, digest, replacing
 from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
-from rankscope.searching.confirmation import (
-    Agreement,
-    Finalist,
-    agreement_on_the_way,
-    agreement_when_confirmed,
-    choose_finalists,
-    confirm,
-    confirmed_keys,
-    recommend,
-    split_budget,
-)
-from rankscope.searching.sampler import (
-    PerformanceModelSampler,
-    judges_seeds,
-    make_pruner,
-    make_sampler,
-    suggest_allocation,
-)
+from rankscope.searching import confirmation, storage
+from rankscope.searching.sampler import PerformanceModelSampler, make_pruner, make_sampler, suggest_allocation
 from rankscope.searching.space import HierarchicalSpace, make_space
-from rankscope.searching.storage import (
-    LEARNING_RATE,
-    ONE_SHOT,
-    POSTERIOR_MEAN,
-    RANKS_KEY,
-    SAMPLER,
-    STEPS_KEY,
-    STUDY_KEY,
-    UNIFORM,
-    Trial,
-    completed,
-    fail_orphans,
-    open_study,
-    read_trial,
-    store_trial,
-    worker,
-)
+from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, STEPS_KEY, UNIFORM
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task
@@ -75,56 +43,51 @@ class SearchResult:
         study: The `optuna.Study`.
         targets: The target modules.
         metric_name: The task's metric.
-        finalists: What was trained again on fresh seeds; empty where nothing was.
+        finalists: What was trained again on fresh seeds.
         model: The performance model on all trials; None for other samplers, and with too few trials.
-        validation: How well the model predicts trials it has not seen; None where there are too few.
-        belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds do.
+        validation: How well the model predicts trials it has not seen; None with too few.
+        belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds.
         unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
     """
 
     study: optuna.Study
     targets: tuple[TargetModule, ...]
     metric_name: str
-    finalists: tuple[Finalist, ...] = ()
+    finalists: tuple[confirmation.Finalist, ...] = ()
     model: PerformanceModel | None = None
     validation: Validation | None = None
     belief: PerformanceModel | None = None
     unconfirmed: str | None = None
 
     @property
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[storage.Trial]:
         """The completed trials, in order."""
-        return [read_trial(trial, self.targets) for trial in completed(self.study)]
+        return [storage.read_trial(trial, self.targets) for trial in storage.completed(self.study)]
 
     @property
-    def agreements(self) -> list[Agreement]:
+    def agreements(self) -> list[confirmation.Agreement]:
         """Whether short training ranks allocations like long training, as far as these trials can tell."""
-        return [*agreement_on_the_way(self.trials), *agreement_when_confirmed(self.finalists, *self._schedule)]
+        about = self.study.user_attrs[storage.STUDY_KEY]
+        return confirmation.agreements(self.trials, self.finalists, about["trial_steps"], about["training"]["steps"])
 
     @property
     def confirming_runs(self) -> int:
         """Trainings on fresh seeds that the study holds, those of earlier finalists included."""
-        return len(confirmed_keys(self.study))
+        return len(confirmation.confirmed_keys(self.study))
 
     @property
     def steps(self) -> int:
         """Optimizer steps that the search took in all, without those that a killed process lost."""
         exploring: int = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
-        return exploring + self.confirming_runs * self._schedule[1]
+        return exploring + self.confirming_runs * int(self.study.user_attrs[storage.STUDY_KEY]["training"]["steps"])
 
     @property
-    def _schedule(self) -> tuple[int, int]:
-        """Steps of a trial, and of a confirming run."""
-        about = self.study.user_attrs[STUDY_KEY]
-        return about["trial_steps"], about["training"]["steps"]
-
-    @property
-    def recommendation(self) -> Finalist | None:
+    def recommendation(self) -> confirmation.Finalist | None:
         """The finalist that trials and fresh seeds together value most; None without finalists."""
-        return recommend(self.finalists, self.belief) if self.finalists else None
+        return confirmation.recommend(self.finalists, self.belief) if self.finalists else None
 
     @property
-    def best_trial(self) -> Trial:
+    def best_trial(self) -> storage.Trial:
         """The recommendation's trial; where nothing was confirmed, the best observed, which noise flatters."""
         return self.recommendation.trial if self.recommendation else self.best_of(self.trials)
 
@@ -133,19 +96,15 @@ class SearchResult:
         """The allocation of `best_trial`."""
         return self.best_trial.allocation
 
-    def best_of(self, trials: Sequence[Trial]) -> Trial:
-        """The best of some trials.
-
-        Raises:
-            SettingsError: There is none.
-        """
+    def best_of(self, trials: Sequence[storage.Trial]) -> storage.Trial:
+        """The best of some trials; SettingsError where there is none."""
         if not trials:
             raise SettingsError(
                 f"study `{self.study.study_name}` must hold a completed trial, but holds none; run the search."
             )
         return min(trials, key=lambda trial: (-trial.metric, trial.loss, trial.number))
 
-    def best_of_origin(self, origin: str) -> Trial:
+    def best_of_origin(self, origin: str) -> storage.Trial:
         """The best trial of one origin, as in `"uniform"`: at its best learning rate."""
         return self.best_of([trial for trial in self.trials if trial.origin == origin])
 
@@ -176,24 +135,21 @@ def search(
 ) -> SearchResult:
     """Search for the allocation with the best validation metric under a budget.
 
-    Uniform and one-shot are the first trials, at every learning rate of `training`. The last share of the trainings confirms
-    finalists on fresh seeds, since the best observed trial is flattered by noise: uniform, one-shot, the allocation of the
-    performance model's posterior mean, the best by its prediction, and the best observed (`recommend` chooses).
-
-    An existing study resumes, with more `n_trials` too; neither a run that it holds nor an allocation that was trained at a
-    learning rate is trained again. Several processes may work on one study.
+    Uniform and one-shot are the first trials, at each learning rate of `training`. The last share of the trainings confirms
+    finalists on fresh seeds, since noise flatters the best observed trial. An existing study resumes, also with more
+    `n_trials`, and trains nothing again. Several processes may work on one study.
 
     Args:
         task: Where model, data, loss and metric come from.
         budget: The limit in adapter parameters.
-        profile: A profile of the task's model; the search tilts its spectra.
-        settings: How to search. `sampler`, `pruner` and `storage` may be Optuna's objects; without a `storage` the study is
+        profile: A profile of the task's model, whose spectra are tilted.
+        settings: How to search. `sampler`, `pruner` and `storage` may be Optuna's objects; without a storage the study is
             kept in memory.
         training: The full schedule.
         targets: The target modules; default: the profile's.
         min_rank: The least rank, for all modules or by name.
         max_rank: The greatest rank, for all modules or by name; None: full rank.
-        on_progress: Called after each run with "searching" or "confirming", the number of runs done, and of runs in all.
+        on_progress: Called after each run with "searching" or "confirming", and the numbers of runs done and in all.
         **overrides: Fields of `settings` by name.
 
     Raises:
@@ -210,21 +166,12 @@ def search(
     (['uniform', 'one-shot', 'sampler'], [1, 1, 1])
     """
     settings, training = SearchSettings.of(settings, **overrides), training or TrainingSettings()
-    targets = tuple(targets) if targets is not None else profile.targets
+    targets = tuple(targets or profile.targets)
     profile.require(targets)
     space = make_space(profile, targets, budget, settings, RankLimits(min_rank, max_rank))
-    run = _Search.open(task, space, settings, training, profile)
-    report = on_progress or (lambda stage, done, total: None)
-    exploring, confirming = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)
-    run.explore(exploring, lambda done: report("searching", done * settings.n_seeds, settings.n_trials))
-    model, validation, belief = run.judged_model()
-    chosen = choose_finalists([read_trial(trial, targets) for trial in completed(run.study)], belief)
-    finalists, unconfirmed = confirm(
-        run.study, task, chosen, training, n_runs=confirming, on_run=lambda *done: report("confirming", *done)
-    )
-    if unconfirmed and settings.confirm_fraction:
-        logger.warning("nothing is confirmed: %s", unconfirmed)
-    return SearchResult(run.study, targets, task.metric, finalists, model, validation, belief, unconfirmed)
+    run = _Search.open(task, space, settings, training, profile, on_progress or (lambda stage, done, total: None))
+    run.explore()
+    return run.result(training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +181,10 @@ class _Search:
     study: optuna.Study
     task: Task
     space: HierarchicalSpace
+    settings: SearchSettings
     training: TrainingSettings  # of a trial; at several learning rates, each is tried
-    n_seeds: int
+    split: tuple[int, int]  # how many trials explore, and how many trainings confirm
+    on_progress: Callable[[str, int, int], None]
 
     @classmethod
     def open(
@@ -245,12 +194,15 @@ class _Search:
         settings: SearchSettings,
         training: TrainingSettings,
         profile: Profile,
+        on_progress: Callable[[str, int, int], None],
     ) -> _Search:
         """Opens the study, or resumes it if its trials are comparable."""
+        split = confirmation.split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)
         short = TrainingSettings.of(training, steps=max(1, round(settings.fidelity * training.steps)))
         pruner = make_pruner(settings.pruner, short)
         space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
-        rates, limits = training.learning_rates, space.limits
+        rates, bounds = training.learning_rates, (space.limits.min_rank, space.limits.max_rank)
+        lowest, highest = (digest(dict(bound)) if isinstance(bound, Mapping) else bound for bound in bounds)
         about = {
             "format": FORMAT,
             **fingerprint_task(task),
@@ -265,118 +217,119 @@ class _Search:
             "profile": {key: profile.metadata.get(key) for key in PROFILE_TERMS},
             "grouping": settings.grouping,
             "n_groups": settings.n_groups,
-            "min_rank": digest(dict(limits.min_rank)) if isinstance(limits.min_rank, Mapping) else limits.min_rank,
-            "max_rank": digest(dict(limits.max_rank)) if isinstance(limits.max_rank, Mapping) else limits.max_rank,
+            "min_rank": lowest,
+            "max_rank": highest,
         }
-        study = open_study(settings.study_name or task.name, settings.storage, about)
-        n_known = len(study.get_trials(deepcopy=False))
-        study.sampler = make_sampler(settings.sampler, space, (settings.seed or 0) + n_known)
-        study.pruner = pruner
-        fail_orphans(study)
-        return cls(study, task, space, short, settings.n_seeds)
+        study = storage.open_study(settings.study_name or task.name, settings.storage, about)
+        seed = (settings.seed or 0) + len(study.get_trials(deepcopy=False))
+        study.sampler, study.pruner = make_sampler(settings.sampler, space, seed), pruner
+        storage.fail_orphans(study)
+        return cls(study, task, space, settings, short, split, on_progress)
 
-    def explore(self, n_trials: int, on_trial: Callable[[int], None]) -> None:
+    def explore(self) -> None:
         """Runs trials until so many are finished: uniform and one-shot, proposals, and the posterior mean's allocation last."""
         for origin, tau in (
             (UNIFORM, 0.0),
             (ONE_SHOT, 1.0),
         ):  # uniform first and alone: other trials are paired with it
-            waiting = self._queue_start(origin, self.space.point(tau=tau))
-            self._run(min(waiting, self._left(n_trials)), on_trial)
-        if not completed(self.study) and not self.study.get_trials(deepcopy=False, states=UNDER_WAY):
+            self._queue_start(origin, self.space.point(tau=tau))
+            self._run(min(self._waiting(), self._left()))
+        if not storage.completed(self.study) and not self.study.get_trials(deepcopy=False, states=UNDER_WAY):
             raise TrainingError(
                 f"study `{self.study.study_name}` must have a trial that completes, but every one failed; "
                 "lower `learning_rate`."
             )
-        self._run(self._left(n_trials) - 1, on_trial)
-        if self._left(n_trials):
+        self._run(self._left() - 1)
+        if self._left():
             self._queue_posterior_mean()
-        self._run(self._left(n_trials), on_trial)
-        if not any(trial.user_attrs.get("origin") == UNIFORM for trial in completed(self.study)):
-            logger.warning("uniform completed no trial: differences to it are not known")
+        self._run(self._left())
 
-    def judged_model(self) -> tuple[PerformanceModel | None, Validation | None, PerformanceModel | None]:
-        """The performance model on the study's trials, its scores on left-out ones, and what is to be believed."""
-        sampler = self.study.sampler
-        if not isinstance(sampler, PerformanceModelSampler) or (model := sampler.model(self.study)) is None:
-            return None, None, None
-        validation = sampler.validate(self.study)
-        belief = believable(model, validation)
+    def result(self, training: TrainingSettings) -> SearchResult:
+        """Confirms the finalists, on the full schedule."""
+        study, model, validation, belief = self.study, None, None, None
+        if isinstance(study.sampler, PerformanceModelSampler) and (model := study.sampler.model(study)) is not None:
+            validation = study.sampler.validate(study)
+            belief = believable(model, validation)
         if validation is not None and not validation.trustworthy:
             instead = "nothing but fresh seeds" if belief is None else "the profile alone"
             logger.warning(
                 "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
             )
-        return model, validation, belief
+        trials = [storage.read_trial(trial, self.space.targets) for trial in storage.completed(study)]
+        if not any(trial.origin == UNIFORM for trial in trials):
+            logger.warning("uniform completed no trial: differences to it are not known")
+        finalists, unconfirmed = confirmation.confirm(
+            study,
+            self.task,
+            confirmation.choose_finalists(trials, belief),
+            training,
+            n_runs=self.split[1],
+            on_run=lambda done, total: self.on_progress("confirming", done, total),
+        )
+        if unconfirmed and self.settings.confirm_fraction:
+            logger.warning("nothing is confirmed: %s", unconfirmed)
+        metric, targets = self.task.metric, self.space.targets
+        return SearchResult(study, targets, metric, finalists, model, validation, belief, unconfirmed)
 
     # --- asking ---
 
-    def _queue_start(self, origin: str, tilts: dict[str, float]) -> int:
-        """Queues a start point at each rate at which it is neither finished nor under way; returns how many trials wait."""
-        known = {
-            trial.user_attrs["rate"]
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.user_attrs.get("origin") == origin and (_finished(trial) or trial.state in UNDER_WAY)
-        }
-        rates = self.training.learning_rates
+    def _queue_start(self, origin: str, tilts: dict[str, float]) -> None:
+        """Queues a start point at each rate at which it is neither finished nor under way."""
+        rates, trials = self.training.learning_rates, self.study.get_trials(deepcopy=False)
+        mine = [trial for trial in trials if trial.user_attrs.get("origin") == origin]
+        known = {trial.user_attrs["rate"] for trial in mine if _finished(trial) or trial.state in UNDER_WAY}
         for rate in rates:
             if rate not in known:
-                self._queue(tilts, rate if len(rates) > 1 else None, {"origin": origin, "rate": rate})
-        return self._waiting()
+                self._queue(tilts, rate if len(rates) > 1 else None, origin=origin, rate=rate)
 
     def _queue_posterior_mean(self) -> None:
         """Queues the allocation that the performance model values most, if there is a model and it was not tried yet."""
         sampler = self.study.sampler
         if isinstance(sampler, PerformanceModelSampler) and sampler.model(self.study) is not None:
-            best = sampler.best(self.study)
-            ranks = list(best.allocation.vector)
-            if ranks not in [trial.user_attrs.get(RANKS_KEY) for trial in completed(self.study)]:
-                self._queue(best.tilts, best.learning_rate, {"origin": POSTERIOR_MEAN, RANKS_KEY: ranks})
+            allocation, tilts, rate = sampler.best(self.study)
+            ranks = list(allocation.vector)
+            if ranks not in [trial.user_attrs.get(RANKS_KEY) for trial in storage.completed(self.study)]:
+                self._queue(tilts, rate, origin=POSTERIOR_MEAN, ranks=ranks)
 
     def _queue_proposal(self) -> None:
         """Queues what the performance model proposes; where another sampler chooses the tilts, a trial without any."""
         if isinstance(self.study.sampler, PerformanceModelSampler):
-            proposal = self.study.sampler.propose(self.study)
-            ranks = list(proposal.allocation.vector)
-            self._queue(proposal.tilts, proposal.learning_rate, {RANKS_KEY: ranks})
+            allocation, tilts, rate = self.study.sampler.propose(self.study)
+            self._queue(tilts, rate, ranks=list(allocation.vector))
         else:
-            self._queue({}, None, {})
+            self._queue({}, None)
 
-    def _queue(self, tilts: dict[str, float], rate: float | None, attributes: dict[str, Any]) -> None:
+    def _queue(self, tilts: dict[str, float], learning_rate: float | None, **attributes: Any) -> None:
         """Queues a trial, signed first, so that none ever runs unsigned."""
-        parameters = tilts | ({} if rate is None else {LEARNING_RATE: rate})
-        self.study.enqueue_trial(parameters, user_attrs={**attributes, **worker()})
+        parameters = tilts | ({} if learning_rate is None else {LEARNING_RATE: learning_rate})
+        self.study.enqueue_trial(parameters, user_attrs={**attributes, **storage.worker()})
 
     def _waiting(self) -> int:
         return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
-    def _left(self, n_trials: int) -> int:
-        return max(0, n_trials - sum(_finished(trial) for trial in self.study.get_trials(deepcopy=False)))
+    def _left(self) -> int:
+        return max(0, self.split[0] - sum(_finished(trial) for trial in self.study.get_trials(deepcopy=False)))
 
     # --- training and telling ---
 
-    def _run(self, n_trials: int, on_trial: Callable[[int], None]) -> None:
+    def _run(self, n_trials: int) -> None:
         """Runs trials one by one. `optimize` asks and tells, and keeps up heartbeats where the storage has them."""
         for _ in range(n_trials):
             if not self._waiting():
                 self._queue_proposal()
-            self.study.optimize(
-                self._evaluate,
-                n_trials=1,
-                catch=(TrainingError,),
-                callbacks=[lambda _, trial: on_trial(trial.number + 1)],
-            )
+            self.study.optimize(self._evaluate, n_trials=1, catch=(TrainingError,))
+            done = len(self.study.get_trials(deepcopy=False))
+            self.on_progress("searching", done * self.settings.n_seeds, self.settings.n_trials)
 
     def _evaluate(self, running: optuna.Trial) -> float:
         """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""
-        for key, value in worker().items():  # a trial that waited may have been queued by another process
+        for key, value in storage.worker().items():  # a trial that waited may have been queued by another process
             running.set_user_attr(key, value)
         allocation = suggest_allocation(running, self.space)
-        rates = self.training.learning_rates
+        rates, origin = self.training.learning_rates, running.user_attrs.get("origin", SAMPLER)
         rate = rates[0] if len(rates) == 1 else float(running.suggest_categorical(LEARNING_RATE, list(rates)))
-        origin = running.user_attrs.get("origin", SAMPLER)
-        done = {frozen.number: frozen for frozen in completed(self.study)}
-        earlier = [read_trial(frozen, self.space.targets) for frozen in done.values()]
+        done = {frozen.number: frozen for frozen in storage.completed(self.study)}
+        earlier = [storage.read_trial(frozen, self.space.targets) for frozen in done.values()]
         same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
             metrics, loss, seconds, history = same.metrics_by_seed, same.loss, 0.0, same.history
@@ -388,7 +341,11 @@ class _Search:
             loss = fmean(result.metrics["loss"] for result in results)
             seconds = sum(result.wall_seconds for result in results)
             history = {step: found[self.task.metric] for step, found in results[0].history.items()}
-        trial = Trial(
+        uniform = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
+        difference = None  # to uniform at its best learning rate
+        if uniform is not None and origin != UNIFORM:
+            difference = fmean(metrics[seed] - uniform.metrics_by_seed[seed] for seed in metrics)
+        trial = storage.Trial(
             number=running.number,
             origin=origin,
             allocation=allocation,
@@ -396,43 +353,37 @@ class _Search:
             metric=fmean(metrics.values()),
             loss=loss,
             metrics_by_seed=metrics,
-            difference=None if origin == UNIFORM else _paired_difference(metrics, earlier),
+            difference=difference,
             wall_seconds=seconds,
             reused=(same.number if same.reused is None else same.reused) if same else None,
             history=history,
         )
-        store_trial(running, trial)
+        storage.store_trial(running, trial)
         return trial.metric
 
     def _train(
         self, running: optuna.Trial, allocation: RankAllocation, rate: float, *, may_prune: bool
     ) -> list[TrainingResult]:
-        """One training a seed; the first is pruned on its way, or all of them between seeds."""
-        by_seed = judges_seeds(self.study.pruner)
+        """One training a seed; pruned on the first one's way, or between seeds where the pruner compares those."""
+        by_seed = isinstance(self.study.pruner, optuna.pruners.WilcoxonPruner)
+        last = self.settings.n_seeds if by_seed else self.training.steps
         steps: list[int] = []
         results: list[TrainingResult] = []
 
-        def report(step: int, metrics: Mapping[str, float], last: int) -> None:
+        def report(step: int, metrics: Mapping[str, float]) -> None:
             running.report(metrics[self.task.metric], step)
             if may_prune and step < last and running.should_prune():
                 raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
 
+        schedule, on_step = self.training.at(rate), steps.append
         try:
-            for seed in range(self.n_seeds):
-                watch = None if by_seed or seed else lambda step, found: report(step, found, self.training.steps)
+            for seed in range(self.settings.n_seeds):
+                watch = None if by_seed or seed else report
                 # No name for the model: it would live through the next seed's training.
-                results.append(
-                    train(
-                        self.task,
-                        allocation,
-                        self.training.at(rate),
-                        seed=seed,
-                        on_evaluation=watch,
-                        on_step=steps.append,
-                    )[1]
-                )
+                result = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=on_step)[1]
+                results.append(result)
                 if by_seed:
-                    report(seed + 1, results[-1].metrics, self.n_seeds)
+                    report(seed + 1, result.metrics)
         except (TrainingError, optuna.TrialPruned) as error:
             if isinstance(error, TrainingError):
                 running.set_user_attr("failure", str(error))
@@ -447,9 +398,3 @@ class _Search:
 def _finished(trial: FrozenTrial) -> bool:
     """Whether a trial counts: it completed, was pruned, or failed of its own (and not because its process was killed)."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "failure" in trial.user_attrs
-
-
-def _paired_difference(metrics: Mapping[str, float], earlier: Sequence[Trial]) -> float | None:
-    """Mean difference to uniform at its best learning rate, seed by seed; None before uniform is known."""
-    uniform = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
-    return None if uniform is None else fmean(metrics[seed] - uniform.metrics_by_seed[seed] for seed in metrics)

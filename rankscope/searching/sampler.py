@@ -49,13 +49,13 @@ class Proposal(NamedTuple):
 class PerformanceModelSampler(BaseSampler):
     """Proposes allocations, in any study whose objective calls `suggest_allocation`.
 
-    Threads may share it (`study.optimize(n_jobs=...)`). A pruned trial counts by its last intermediate value, with less weight;
-    failed trials, and trials whose ranks are not of these modules, do not count. Where tilts are fixed from outside, as by
-    Optuna's `PartialFixedSampler`, the allocation is that of the tilts. Copies and pickles learn again from the study.
+    Threads may share it. A pruned trial counts by its last intermediate value, with less weight; failed trials, and trials whose
+    ranks are not of these modules, do not count. Where tilts are fixed from outside, as by Optuna's `PartialFixedSampler`, the
+    allocation is that of the tilts. Copies and pickles learn again from the study.
 
     Args:
         space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
-        n_startup_trials: Trials with a metric before the model proposes; before, tilts are drawn around one-shot. At least 2.
+        n_startup_trials: Trials with a metric before the model proposes, at least 2; before, tilts are drawn around one-shot.
         seed: Of the draws.
 
     >>> from rankscope.budget import ParameterBudget
@@ -155,11 +155,7 @@ class PerformanceModelSampler(BaseSampler):
             return Proposal(allocation, self._tilts_of(allocation), rate)
 
     def best(self, study: optuna.Study) -> Proposal:
-        """What the posterior mean values most; of the profile alone, if that is what predicts left-out trials.
-
-        Raises:
-            SettingsError: The study holds fewer than two trials with a metric.
-        """
+        """What the posterior mean values most, of the model that is believed; SettingsError with less than two trials."""
         with self._lock:
             model = self.believed(study) or self._model
             if not self._seen:
@@ -176,12 +172,11 @@ class PerformanceModelSampler(BaseSampler):
             return None if self.model(study) is None else believable(self._model, self.validate(study))
 
     def model(self, study: optuna.Study) -> PerformanceModel | None:
-        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal.
-
-        It is fitted from scratch: one that learned trial by trial depends on when it was interrupted.
-        """
+        """The performance model on the study's trials; None with fewer than it starts with, or where all are equal."""
         with self._lock:
-            self._learned_from = None
+            self._learned_from = (
+                None  # from scratch: one that learned trial by trial depends on when it was interrupted
+            )
             self._learn(study)
             return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
 
@@ -261,9 +256,7 @@ class PerformanceModelSampler(BaseSampler):
 def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) -> RankAllocation:
     """The allocation of a trial under any sampler; stores the realised ranks as the trial's attribute `ranks`.
 
-    Args:
-        trial: In an objective, or from `study.ask()`. A finished trial gives its own allocation again.
-        space: The same that the sampler was made with.
+    A finished trial gives its own allocation again.
 
     Raises:
         SettingsError: The trial was queued with ranks above the budget or of other modules, or with something else.
@@ -288,16 +281,11 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
 
 
 def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: bool) -> tuple[float, float] | None:
-    """A trial as an observation of the final metric, and how many training runs it counts as; None if it is not one.
+    """A trial's final metric, and how many training runs it counts as; None where it tells nothing.
 
-    A pruned trial was seen up to some step (or over some of its seeds), and is expected to gain from there what trials that
-    completed at its learning rate gained on average: its difference to them is taken at equal steps. It counts as the share
-    of the run that it was given, or as its seeds.
-
-    Args:
-        trial: Complete or pruned.
-        complete: The complete trials of the study.
-        by_seed: Whether intermediate values are those of seeds instead of steps.
+    A pruned trial is expected to gain from where it was seen last (or from its seeds, if intermediate values are `by_seed`) what
+    the complete trials at its learning rate gained on average. It counts as the share of the run that it was given, or as its
+    seeds.
     """
     if trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
         return trial.value, float(max(1, len(_seeds(trial))))
@@ -318,11 +306,7 @@ def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: boo
 
 
 def belief_of(study: optuna.Study, space: HierarchicalSpace) -> PerformanceModel | None:
-    """What an earlier search believes of a space, as `PerformanceModelSampler.believed` says.
-
-    Raises:
-        SettingsError: The search was of other modules or another budget.
-    """
+    """What an earlier search believes of a space; SettingsError where it was of other modules or another budget."""
     about = study.user_attrs[STUDY_KEY]
     for key, ours in (("model", fingerprint_targets(space.targets)), ("budget", space.budget.limit)):
         if about[key] != ours:
@@ -344,16 +328,8 @@ def make_sampler(sampler: str | BaseSampler, space: HierarchicalSpace, seed: int
 
 
 def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePruner:
-    """The pruner of a name; a pruner object is passed through.
-
-    Raises:
-        SettingsError: There is none of that name, or trials, which take `training.steps`, give it nothing to judge by.
-    """
-    known: dict[str, Callable[[], BasePruner]] = {
-        "none": NopPruner,
-        "median": MedianPruner,
-        "hyperband": HyperbandPruner,
-    }
+    """The pruner of a name; a pruner object is passed through. SettingsError where trials give it nothing to judge by."""
+    known = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
     made = pruner if isinstance(pruner, BasePruner) else _named("pruner", pruner, known)
     nothing = training.evaluate_every is None or training.evaluate_every >= training.steps
     if nothing and not isinstance(made, NopPruner) and not judges_seeds(made):

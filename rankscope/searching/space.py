@@ -4,9 +4,8 @@ The gain per parameter of rank r of module i becomes
 
     (gain_{i,r} / cost_i) ** tau * (1 / r**2) ** (1 - tau) * exp(a_{tower, group(i)}) * exp(b_{role(i)}),
 
-a geometric blend of the module's own spectrum with one that all modules share. (A bare power of the gains would keep their
-order and change nothing.) With zero offsets, tau = 1 is the one-shot allocation and tau = 0 the uniform one. Every point is
-projected onto the budget.
+a geometric blend of the module's own spectrum with one that all modules share: a bare power would keep the order of gains.
+With zero offsets, tau = 1 is the one-shot allocation and tau = 0 the uniform one. Every point is projected onto the budget.
 """
 
 from __future__ import annotations
@@ -52,9 +51,6 @@ class HierarchicalSpace:
         groups: The block group of each module by name, as in `model/0`.
         limits: The least and the greatest ranks.
         candidates: The only allocations that may be used, as those of a table; None: all within budget and limits.
-
-    Raises:
-        SettingsError: No targets or candidates, or a module without group, or without gains that are finite and not negative.
     """
 
     targets: tuple[TargetModule, ...]
@@ -91,11 +87,7 @@ class HierarchicalSpace:
         return {tilt.name: tau if tilt.name == "tau" else 0.0 for tilt in self.tilts}
 
     def allocation(self, point: Mapping[str, float]) -> RankAllocation:
-        """The allocation at a point of the space.
-
-        Raises:
-            SettingsError: The point lacks a tilt or a finite number for it, all gains are zero, or nothing is feasible.
-        """
+        """The allocation at a point; SettingsError where it lacks a finite number, all gains are zero, or nothing is feasible."""
         for name, _, _ in self.tilts:
             if name not in point:
                 raise SettingsError(f"`point` must give every tilt a value, but lacks {name!r}.")
@@ -111,15 +103,17 @@ class HierarchicalSpace:
         for target in self.targets:
             offset = point.get(f"group/{self.groups[target.name]}", 0.0) + point.get(f"role/{target.role}", 0.0)
             density = np.asarray(self.gains[target.name], dtype=np.float64) / target.rank_cost / scale
-            tilted[target.name] = _blend(density, point["tau"]) * np.exp(offset) * target.rank_cost
+            shared = 1.0 / np.arange(1, density.size + 1) ** 2.0
+            blend = density ** point["tau"] * shared ** (
+                1.0 - point["tau"]
+            )  # 0 ** 0 is 1: at tau = 0 all modules are alike
+            tilted[target.name] = (
+                np.minimum.accumulate(blend) * np.exp(offset) * target.rank_cost
+            )  # beyond tau = 1 it may rise
         return self.solve(tilted).renamed("tilted")
 
     def solve(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
-        """The allocation with the highest total gain: by water-filling, or the best of the candidates.
-
-        Args:
-            gains: For each module by name, the gain of its first, second, … rank, not increasing.
-        """
+        """The allocation with the highest total of such gains: by water-filling, or the best of the candidates."""
         if self.candidates is None:
             return allocate_marginal(self.targets, gains, self.budget, self.limits)
         totals = np.zeros(len(self.candidates))
@@ -127,12 +121,6 @@ class HierarchicalSpace:
             sums = np.concatenate([[0.0], np.cumsum(gains[target.name])])
             totals += sums[np.minimum(ranks, len(sums) - 1)]
         return self.candidates[int(np.argmax(totals))]
-
-
-def _blend(density: NDArray[np.float64], tau: float) -> NDArray[np.float64]:
-    """The blend density ** tau * (1 / r**2) ** (1 - tau), kept from increasing with r where tau is above 1."""
-    shared = 1.0 / np.arange(1, density.size + 1) ** 2.0
-    return np.minimum.accumulate(density**tau * shared ** (1.0 - tau))  # 0 ** 0 is 1: at tau = 0 all modules are alike
 
 
 def make_space(
@@ -175,13 +163,7 @@ def group_by_gradient(
 ) -> dict[str, str]:
     """Block groups by k-means over the blocks' gradients, within each tower: HyDRA's coarse stage.
 
-    A block is described by the log energy of each of its roles; group 0 has the least energy.
-
-    Args:
-        targets: The target modules.
-        energies: Squared gradient norm of each module, by name.
-        n_groups: The most groups in each tower.
-        seed: Of k-means.
+    A block is described by the log energy (squared gradient norm) of each of its roles; group 0 has the least.
 
     Raises:
         SettingsError: `n_groups` is not a whole number from 1 on, or an energy is missing, negative or not finite.

@@ -91,17 +91,13 @@ class Trial:
 
 
 def store_trial(running: optuna.Trial, trial: Trial) -> None:
-    """Keeps a trial's row in the attributes of Optuna's trial, which has number and ranks already."""
+    """Keep a trial's row in the attributes of Optuna's trial, which has number and ranks already."""
     row = trial.to_row()
     running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("trial", "ranks", "fingerprint")})
 
 
 def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
-    """The record of a completed Optuna trial.
-
-    Raises:
-        SettingsError: The trial was not made by rankscope.
-    """
+    """The record of a completed Optuna trial; SettingsError where rankscope did not make it."""
     stored: dict[str, Any] | None = trial.user_attrs.get(TRIAL_KEY)
     if stored is None:
         raise SettingsError(
@@ -116,12 +112,7 @@ def completed(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, about: Mapping[str, Any]) -> optuna.Study:
-    """Create the study, or open it again if it is about the same thing.
-
-    Args:
-        name: Of the study.
-        storage: As Optuna takes it; of an SQLite file the folder is created.
-        about: What must be equal for trials to be comparable, as plain values.
+    """Create the study, or open it again if it is about the same thing: what makes trials comparable, as plain values.
 
     Raises:
         SettingsError: The storage holds a study of this name about something else, or cannot be opened.
@@ -142,11 +133,7 @@ def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, abo
 
 
 def find_storage(url: str) -> optuna.storages.RDBStorage:
-    """The database of an earlier search; none is created.
-
-    Raises:
-        SettingsError: There is none, or Optuna cannot open it.
-    """
+    """The database of an earlier search; SettingsError where there is none, or Optuna cannot open it."""
     if (file := _sqlite_file(url)) and not file.exists():
         raise SettingsError(
             f"`storage` must hold an earlier search, but there is no file `{file}`; run `rankscope search` first."
@@ -156,11 +143,7 @@ def find_storage(url: str) -> optuna.storages.RDBStorage:
 
 
 def load_study(*, name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The study of an earlier search; none is created.
-
-    Raises:
-        SettingsError: There is none of this name, or rankscope did not make it.
-    """
+    """The study of an earlier search; SettingsError where there is none of this name, or rankscope did not make it."""
     try:
         with _openable(storage):
             study = optuna.load_study(study_name=name, storage=storage)
@@ -182,7 +165,7 @@ def worker() -> dict[str, Any]:
 def fail_orphans(study: optuna.Study) -> None:
     """Fail running trials whose process on this machine is gone: a killed process cannot say that its trial is over.
 
-    Optuna's heartbeats, where the storage has them, do the same for other machines, but only after a grace period.
+    Optuna's heartbeats, where the storage has them, do the same for other machines after a grace period.
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         runs_on = trial.user_attrs.get(WORKER_KEY, {})
@@ -193,10 +176,8 @@ def fail_orphans(study: optuna.Study) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another user's process cannot be signalled
     return True
 
 

@@ -10,7 +10,7 @@ from scipy.stats import kendalltau
 
 import rankscope as rs
 from rankscope.errors import SettingsError
-from rankscope.searching.confirmation import Agreement, agreement_on_the_way, agreement_when_confirmed, judge
+from rankscope.searching.confirmation import Agreement, agreements, judge
 from rankscope.searching.sampler import observe
 from rankscope.searching.storage import TRIAL_KEY, Trial
 from rankscope.tasks import Task
@@ -92,28 +92,28 @@ def test_agreement_is_of_allocations_and_not_of_rates() -> None:
     early, late = [1.0, 2.0, 3.0, 2.5, 1.5], [0.5, 0.6, 0.8, 0.9, 0.4]  # sums are exact: ties stay ties
     trials = [with_history(i, {20: a, 40: a, 80: b}) for i, (a, b) in enumerate(zip(early, late, strict=True))]
     expected = kendalltau(early, late)[0]
-    assert [(a.steps, a.of_steps, a.pairs) for a in agreement_on_the_way(trials)] == [(20, 80, 5), (40, 80, 5)]
-    assert all(a.kendall == pytest.approx(expected) for a in agreement_on_the_way(trials))
+    assert [(a.steps, a.of_steps, a.pairs) for a in agreements(trials, [], 1, 1)] == [(20, 80, 5), (40, 80, 5)]
+    assert all(a.kendall == pytest.approx(expected) for a in agreements(trials, [], 1, 1))
     faster = [with_history(i + 5, {20: t.history[20] + 10, 40: t.history[40] + 10, 80: t.history[80]}, 0.02) for i, t in enumerate(trials)]  # fmt: skip
-    both = agreement_on_the_way([*trials, *faster])
+    both = agreements([*trials, *faster], [], 1, 1)
     assert both[0].kendall == pytest.approx(kendalltau(early * 2, late * 2)[0])
 
 
 def test_too_few_or_equal_trials_tell_nothing() -> None:
-    assert agreement_on_the_way([]) == []
-    assert agreement_on_the_way([with_history(i, {20: 0.1 * i, 80: 0.1 * i}) for i in range(4)]) == []
-    assert agreement_on_the_way([with_history(i, {20: 0.5, 80: 0.1 * i}) for i in range(9)]) == []
-    assert agreement_on_the_way([with_history(i, {80: 0.1 * i}) for i in range(9)]) == []
+    assert agreements([], [], 1, 1) == []
+    assert agreements([with_history(i, {20: 0.1 * i, 80: 0.1 * i}) for i in range(4)], [], 1, 1) == []
+    assert agreements([with_history(i, {20: 0.5, 80: 0.1 * i}) for i in range(9)], [], 1, 1) == []
+    assert agreements([with_history(i, {80: 0.1 * i}) for i in range(9)], [], 1, 1) == []
 
 
 def test_agreement_of_finalists_with_their_short_trials() -> None:
     trials = [made(i, "uniform" if i == 0 else "sampler", (i, 0, 0), 0.1 * i) for i in range(5)]
     finalists = judge(trials, [{"500": 0.5 - 0.1 * i} for i in range(5)])
-    assert agreement_when_confirmed(finalists, 10, 50) == [
+    assert agreements([], finalists, 10, 50) == [
         Agreement(steps=10, of_steps=50, kendall=pytest.approx(-1.0), pairs=5, fresh=True)
     ]
-    assert agreement_when_confirmed(finalists, 50, 50) == []
-    assert str(agreement_when_confirmed(finalists, 10, 50)[0]) == (
+    assert agreements([], finalists, 50, 50) == []
+    assert str(agreements([], finalists, 10, 50)[0]) == (
         "10 of 50 steps rank 5 finalists, trained in full on fresh seeds: Kendall's tau -1.00"
     )
 

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits
-from rankscope.control.decisions import (
-    Decision,
-    LossHistory,
-    effect_of_move,
-    predict_effect,
-    screen,
-    write_decisions,
-)
-from rankscope.control.policy import Effect, Proposal, propose
+from rankscope.control.decisions import Decision, LossHistory, effect_of_move, predict_effect, screen
+from rankscope.control.policy import Proposal, propose
 from rankscope.control.signals import GradientWindow, Signals
-from rankscope.distributed import check_same, from_first_process, gathered, is_first, n_processes, whole
-from rankscope.errors import ModelError, SettingsError
+from rankscope.distributed import from_first_process, gathered, n_processes, whole
+from rankscope.errors import ModelError, SettingsError, one_line
 from rankscope.lora import (
     LiveAdapter,
     RankMasks,
@@ -53,17 +44,19 @@ logger = logging.getLogger(__name__)
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average
 MIN_SKETCH_SIZE = 16
 SCHEMA = 1
-_STATE_KEYS = {"targets", "step", "ranks", "sketch", "active", "moved_at", "decisions", "window", "losses"}
+_NO_LOSS = (
+    "no loss was passed to `step` and the model returned none, so the effect of moves is not measured; pass the loss that is "
+    "minimised, or in a Trainer call `RankControllerCallback.bind(trainer)`"
+)
+_NOT_FINITE = "the gradients of {} sampled steps were not finite; lower the learning rate or the loss scale"
+_NOT_SEEN = (
+    "no training forward pass of the PEFT model was seen, or none with gradients; train the model that was passed, and with "
+    "reentrant checkpointing call its `enable_input_require_grads()`"
+)
 
 
 def schedule_of(settings: ControllerSettings, total_steps: int) -> tuple[int, int]:
-    """Steps between decisions, and the step after which ranks stay, of a run of so many steps.
-
-    Raises:
-        SettingsError: No decision comes before the freeze.
-    """
-    if type(total_steps) is not int or total_steps < 1:
-        raise SettingsError(f"`total_steps` must be a whole number above 0, but got {total_steps!r}.")
+    """Steps between decisions, and the step after which ranks stay; a SettingsError if there is no decision before it."""
     every, freeze = settings.every_of(total_steps), int(settings.freeze_fraction * total_steps + 1e-9)
     if freeze < every:
         raise SettingsError(
@@ -82,22 +75,19 @@ def check_budget(budget: Any) -> None:
 class RankController:
     """Moves ranks while a LoRA model trains.
 
-    Call `step` once an optimizer step, after `optimizer.step()` (and a GradScaler's `update()`) and before `zero_grad()`.
-    Gradients of a few steps before each decision are sketched by hooks. Each decision projects what ranks are worth onto the
-    budget, lets the performance models refuse, and resizes the adapters; function, optimizer state and config follow. After
-    the freeze, or at the end of a `with` block, nothing is left on the model but its new ranks.
+    Call `step` after each `optimizer.step()` (and a GradScaler's `update()`) and before `zero_grad()`. Hooks sketch the gradients
+    of a few steps before each decision, which projects what ranks are worth onto the budget and resizes the adapters. Function,
+    optimizer state and config follow. After the freeze, or a `with` block, only the new ranks are left on the model.
 
     Args:
         model: A PEFT model with LoRA, not merged; also in DistributedDataParallel or compiled. Only adapted modules can get
-            ranks. For modules that start at rank 0, pass `start` or use `apply_allocation(..., dormant=True)`.
+            ranks: for those that start at rank 0, pass `start` or use `apply_allocation(..., dormant=True)`.
         optimizer: The one that trains the adapter, also as accelerate wraps it.
         budget: The most adapter parameters at any time.
-        settings: How ranks move.
         total_steps: Optimizer steps of the run.
         start: Initial ranks: an allocation, or the name of a strategy that needs no profile. None: those of the model.
         performance_model: A study's. It refuses moves that it expects to do harm.
         scaler: The `torch.amp.GradScaler` that scales the loss; accelerate's is found on the optimizer.
-        out: Folder for `decisions.parquet`, written after each decision.
         **overrides: Single `ControllerSettings`.
 
     Raises:
@@ -130,16 +120,15 @@ class RankController:
         start: RankAllocation | str | None = None,
         performance_model: PerformanceModel | None = None,
         scaler: Any = None,
-        out: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> None:
-        self._settings = ControllerSettings.of(settings, **overrides)
-        self._every, self._freeze = schedule_of(self._settings, total_steps)
+        self._settings = settings = ControllerSettings.of(settings, **overrides)
+        self._every, self._freeze = schedule_of(settings, total_steps)
         self._last_decision = self._freeze // self._every * self._every
-        self._last_look = min(self._last_decision + self._every, total_steps)  # at the effect of the last decision
+        self._last_look = min(self._last_decision + self._every, total_steps)  # at what the last decision did
         check_budget(budget)
-        self._budget, self._seed = budget, self._settings.seed
-        self._ranks = _LiveRanks(model, optimizer, self._settings)
+        self._budget, self._seed = budget, settings.seed
+        self._ranks = _LiveRanks(model, optimizer, settings)
         begin = self._ranks.initial(start, budget)
         self._features, self._offline = rank_features(begin.targets, budget), performance_model
         if performance_model and {target.name for target in performance_model.features.targets} != set(begin.ranks):
@@ -149,13 +138,12 @@ class RankController:
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
             raise SettingsError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
-        self._sketch_size = self._settings.sketch_size or _sketch_size(self._ranks.model, begin)
+        self._sketch_size = settings.sketch_size or self._ranks.sketch_size(begin)
         self._window = self._new_window(self._sketch_size, self._seed)
-        self._out = None if out is None else _decisions_file(out)
         self._decisions: list[Decision] = []
         self._moved_at: dict[str, int] = {}
         self._step, self._closed = 0, False
-        self._ranks.begin(begin, generator=self._generator())
+        self._ranks.begin(begin, self._generator())
         # Nothing may fail from here on, where hooks are registered; `close` removes them.
         self._losses = LossHistory(self._ranks.model)
         self._reminder = _remind_of_steps(unwrap_optimizer(optimizer), after=self._every)
@@ -201,8 +189,7 @@ class RankController:
         """Tell the controller that the optimizer has stepped.
 
         Args:
-            loss: The loss that is minimised, by which the effect of moves is measured. None: what the model returned as `loss`,
-                averaged over the step's forward passes.
+            loss: The loss that is minimised, by which moves are judged. None: the mean of what the model returned as `loss`.
         """
         self._step += 1
         self._reminder.remove()
@@ -210,10 +197,10 @@ class RankController:
             return
         self._window.end_step()
         self._losses.end_step(loss)
+        if self._step % self._every == 0 or self._step == self._last_look:
+            self._measure_last_move()
         if self._step % self._every == 0 and self._step <= self._last_decision:
             self._decide()
-        elif self._step == self._last_look:
-            self._settle()
         if self._step == self._last_look:
             self.close()
         else:
@@ -221,8 +208,12 @@ class RankController:
 
     def close(self) -> None:
         """Remove all hooks; ranks stay from now on. Warns if no decision had a gradient to rest on."""
-        if not self._closed:
-            _warn_if_blind(self._decisions)
+        if not self._closed and self._decisions and self._all_skipped:
+            broken = self._decisions[-1].broken
+            logger.warning(
+                "no rank was moved, for none of the %d decisions had gradients to rest on: %s",
+                *(len(self._decisions), _NOT_FINITE.format(broken) if broken else _NOT_SEEN),
+            )
         self._closed = True
         self._reminder.remove()
         self._window.close()
@@ -230,14 +221,13 @@ class RankController:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on: numbers, lists and tensors. Every process must call it."""
-        masks = self.masks
         return {
             "schema": SCHEMA,
             "targets": fingerprint_targets(self.allocation.targets),
             "step": self._step,
             "ranks": dict(self.allocation.ranks),
             "sketch": [self._sketch_size, self._seed],
-            "active": None if masks is None else {name: list(active) for name, active in masks.active.items()},
+            "active": self.masks and {name: list(active) for name, active in self.masks.active.items()},
             "moved_at": dict(self._moved_at),
             "decisions": [decision.to_row() for decision in self._decisions],
             "window": self._window.state_dict(),
@@ -248,12 +238,11 @@ class RankController:
         """Resume where another controller stopped. The model gets its ranks, so that its weights and optimizer state fit.
 
         Raises:
-            ModelError: The state is damaged, of another version, of other modules, or of the other kind of rank change; nothing
-                is changed.
+            ModelError: The state is damaged, or of another version, model or `rank_change`; nothing is changed.
         """
-        self._check_state(state)
         try:
-            ranks = RankAllocation.from_ranks(self.allocation.targets, state["ranks"])
+            self._check_state(state)
+            ranks = RankAllocation.from_ranks(self.allocation.targets, dict(state["ranks"]))
             active = {name: [int(index) for index in indices] for name, indices in (state["active"] or {}).items()}
             step, moved_at = int(state["step"]), dict(state["moved_at"])
             decisions = [Decision(**row) for row in state["decisions"]]
@@ -261,15 +250,17 @@ class RankController:
             losses = [float(loss) for loss in state["losses"]]
             window = self._new_window(sketch_size, seed)
             window.load_state_dict(state["window"])
+        except ModelError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ModelError(
-                f"the controller's state must be what `state_dict` returned, but cannot be read ({type(error).__name__}); it was "
-                "edited or cut short: resume from another checkpoint."
+                f"the controller's state must be what `state_dict` returned, but cannot be read ({type(error).__name__}: "
+                f"{one_line(error)}); it was edited or cut short: resume from another checkpoint."
             ) from error
         if self.masks is not None:
             self.masks.restore(active)
-        elif ranks != self.allocation:
-            self._change(ranks, None)
+        else:
+            self._ranks.change(ranks, self._generator())
         self._window.close()
         self._step, self._moved_at, self._decisions = step, moved_at, decisions
         self._sketch_size, self._seed, self._window = sketch_size, seed, window
@@ -280,44 +271,35 @@ class RankController:
             self._watch()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise unless the state is of this version, these modules and this kind of rank change."""
+        """Raise unless the state is of this version, these modules and this way to change ranks."""
+        the_state = "the controller's state must"
         if not isinstance(state, Mapping):
-            raise ModelError(f"the controller's state must be a dict, but is a {type(state).__name__}.")
+            raise ModelError(f"{the_state} be a dict, but is a {type(state).__name__}.")
         if state.get("schema") != SCHEMA:
-            raise ModelError(f"the controller's state must have schema {SCHEMA}, but has {state.get('schema')!r}.")
-        if missing := sorted(_STATE_KEYS - set(state)):
-            raise ModelError(
-                f"the controller's state must hold `{missing[0]}`, but does not ({len(missing)} such); it was edited: resume "
-                "from another checkpoint."
-            )
-        if not isinstance(state["ranks"], Mapping):
-            raise ModelError(f"the ranks in the controller's state must be a dict, but are {state['ranks']!r}.")
+            raise ModelError(f"{the_state} have schema {SCHEMA}, but has {state.get('schema')!r}.")
         if odd := sorted(set(state["ranks"]) ^ set(self.allocation.ranks)):
             where = "state" if odd[0] in state["ranks"] else "model"
             raise ModelError(
-                f"the controller's state must be of this model's adapted modules, but `{odd[0]}` is in the {where} only "
-                f"({len(odd)} such); wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of "
-                "rank 0 out."
+                f"{the_state} be of this model's adapted modules, but `{odd[0]}` is in the {where} only ({len(odd)} such); wrap "
+                "the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out."
             )
         if state["targets"] != fingerprint_targets(self.allocation.targets):
-            raise ModelError("the controller's state must be of this model's adapted modules, but is of others.")
+            raise ModelError(f"{the_state} be of this model's adapted modules, but is of others.")
         if (state["active"] is None) != (self.masks is None):
             theirs, ours = ("resize", "mask") if state["active"] is None else ("mask", "resize")
             processes = " and use one process" if theirs == "resize" else ""
             raise ModelError(
-                f"the controller's state must be of mode {ours!r}, but is of mode {theirs!r}; pass "
-                f"rank_change={theirs!r}{processes}."
+                f"{the_state} be of mode {ours!r}, but is of mode {theirs!r}; pass rank_change={theirs!r}{processes}."
             )
 
     def _new_window(self, sketch_size: int, seed: int) -> GradientWindow:
-        return GradientWindow(
-            self._ranks.model,
-            self.allocation.targets,
-            sketch_size=sketch_size,
-            seed=seed,
-            compiled=self._ranks.compiled
-            or self._ranks.capacity is not None,  # the Trainer compiles later, and masks then
-        )
+        model, targets = self._ranks.model, self.allocation.targets
+        compiled = self._ranks.compiled or self._ranks.masked  # the Trainer compiles later, and masks then
+        return GradientWindow(model, targets, sketch_size=sketch_size, seed=seed, compiled=compiled)
+
+    @property
+    def _all_skipped(self) -> bool:
+        return all(each.action == "skipped" for each in self._decisions)
 
     def _generator(self) -> torch.Generator:
         """For rows of A that are drawn at this step."""
@@ -332,7 +314,6 @@ class RankController:
     # --- a decision --------------------------------------------------------------------------------------------------
 
     def _decide(self) -> None:
-        self._settle()
         before = after = self.allocation
         coarse = self._step <= self._settings.coarse_fraction * self._freeze
         signals = self._window.measure(self._ranks.factors())
@@ -341,13 +322,14 @@ class RankController:
             proposal = Proposal(allocation=before, action="skipped", reason=reason, predicted=math.nan)
         else:
             proposal = self._propose(signals, coarse)
-            self._losses.say_which()
         self._window.clear()
+        losses = self._losses.values()
+        if self._losses.watching and signals and self._all_skipped and np.isnan(losses).all():
+            logger.warning(_NO_LOSS)  # once, at the first decision
         if proposal.action == "moved" and signals is not None:
             after = proposal.allocation
-            check_same(after.vector, what="the ranks")
-            self._change(after, signals.directions)
             self._moved_at.update(dict.fromkeys(after.difference(before), self._step))
+            self._ranks.change(after, self._generator(), signals.directions)
         found = {each.target.name: each for each in signals.modules} if signals else {}
         decision = Decision(
             step=self._step,
@@ -358,7 +340,7 @@ class RankController:
             batches=signals.batches if signals else 0,
             broken=sum(gathered(self._window.broken)),
             signal_share=signals.signal_share if signals else math.nan,
-            loss=float(np.mean(self._losses.values()[-self._every :])),
+            loss=float(np.mean(losses[-self._every :])),
             predicted=proposal.predicted,
             offline=proposal.offline.mean,
             offline_error=proposal.offline.error,
@@ -377,80 +359,48 @@ class RankController:
             *(self._step, decision.action, decision.reason, decision.n_moved),
             *(f"{after.parameters:,}", f"{self._budget.limit:,}"),
         )
-        self._write()
 
     def _propose(self, signals: Signals, coarse: bool) -> Proposal:
-        """The policy's proposal, which performance models may refuse. Modules that cannot be watched keep their ranks."""
-        ranks = dict(self.allocation.ranks)
+        """The first process's proposal, which performance models may refuse. Modules that are not watched keep their ranks."""
+        present = self.allocation
         watched = [each.target for each in signals.modules]
-        fixed = self.allocation.parameters - sum(target.rank_cost * ranks[target.name] for target in watched)
+        fixed = present.parameters - sum(target.rank_cost * present.ranks[target.name] for target in watched)
         cooled = self._step - (self._settings.cooldown + 1) * self._every
-        cooling = [name for name, step in self._moved_at.items() if step > cooled]
-        found = propose(
+        proposal = propose(
             signals.modules,
             ParameterBudget(max(self._budget.limit - fixed, 1)),
             self._settings,
             coarse=coarse,
             signal_share=signals.signal_share,
             energy=signals.energy,
-            limits=self._ranks.limits(watched, cooling),
+            limits=self._ranks.limits(watched, {name for name, step in self._moved_at.items() if step > cooled}),
         )
-        ranks |= found.allocation.ranks
-        after = RankAllocation.from_ranks(
-            self.allocation.targets, ranks, strategy="controller", budget=self._budget.limit
-        )
-        found = replace(found, allocation=after)
-        if found.action == "moved":
-            moves = [
-                (each.ranks_before, each.ranks_after, Effect(each.realised, each.realised_error))
-                for each in self._decisions
-                if each.action == "moved" and not math.isnan(each.realised)
-            ]
-            online = predict_effect(self._features, moves, self.allocation.vector, after.vector)
-            found = screen(found, self.allocation, self._offline, online)
-        return from_first_process(found)
+        ranks = {**present.ranks, **proposal.allocation.ranks}
+        after = RankAllocation.from_ranks(present.targets, ranks, strategy="controller", budget=self._budget.limit)
+        proposal = replace(proposal, allocation=after)
+        if proposal.action == "moved":
+            online = predict_effect(self._features, self._decisions, present.vector, after.vector)
+            proposal = screen(proposal, present, self._offline, online)
+        return from_first_process(proposal)
 
-    def _change(self, after: RankAllocation, directions: Callable[[str], Tensor] | None) -> None:
-        """Resize; new rows of A lie along the directions if there are enough, and are drawn otherwise."""
-        rows = {}
-        for name, more in after.difference(self.allocation).items():
-            if directions and more > 0 and len(found := directions(name)) >= more:
-                rows[name] = found[:more] * ROW_NORM
-        self._ranks.change(after, rows, generator=self._generator())
-
-    def _settle(self) -> None:
-        """Measure what the previous decision did, once as many steps lie after it as before."""
-        every = self._every
-        if not self._decisions or self._decisions[-1].step != self._step - every:
+    def _measure_last_move(self) -> None:
+        """Measure what the previous decision did to the loss, now that as many steps lie after it as before."""
+        if not self._decisions or self._decisions[-1].step != self._step - self._every:
             return
-        losses = self._losses.values()
-        effect = effect_of_move(losses[-2 * every :]) if len(losses) >= 2 * every else None
-        if effect is None:
-            return
-        self._decisions[-1] = replace(self._decisions[-1], realised=effect.mean, realised_error=effect.error)
-        self._write()
-
-    def _write(self) -> None:
-        if self._out is not None and is_first():
-            write_decisions(self.decisions, self._out)
+        losses = self._losses.values()[-2 * self._every :]
+        effect = effect_of_move(losses) if len(losses) == 2 * self._every else None
+        if effect is not None:
+            self._decisions[-1] = replace(self._decisions[-1], realised=effect.mean, realised_error=effect.error)
 
 
 class _LiveRanks:
-    """The ranks of a live adapter, resized or masked.
-
-    Attributes:
-        model: The PEFT model, unwrapped.
-        adapter: The adapter's name.
-        masks: In mask mode: those that the model carries, or new ones from `begin` on.
-        compiled: Whether `torch.compile` has compiled the model, or a part of it.
-    """
+    """The ranks of a live adapter, resized or masked: by masks that the model carries, or by new ones from `begin` on."""
 
     def __init__(self, model: Any, optimizer: Any, settings: ControllerSettings) -> None:
         mode = settings.rank_change
         if mode == "resize" and is_ddp(model):
             raise ModelError(
-                "`rank_change` must be 'mask' for a model in DistributedDataParallel, which keeps the parameters that it wraps, "
-                "but is 'resize'; pass rank_change='mask', or control the model before it is wrapped."
+                "`rank_change` must be 'mask' in DistributedDataParallel, which keeps its parameters, but is 'resize'; change it."
             )
         self._live = LiveAdapter(unwrapped(model), settings.adapter_name)
         self.model, self.adapter = self._live.model, self._live.name
@@ -462,50 +412,43 @@ class _LiveRanks:
             )
         self.compiled = is_compiled(model)
         fixed = self.masks is not None or n_processes() > 1 or self.compiled or is_ddp(model)
-        self._masked = mode == "mask" or (mode == "auto" and fixed)
-        self._optimizer = optimizer
-        self._live.check_changeable(in_place=self._masked)
+        self.masked = mode == "mask" or (mode == "auto" and fixed)
+        self._live.check_changeable(in_place=self.masked)
         check_known(optimizer)
-        self._check_trained([factor for module in self._live.modules.values() for factor in module.factors])
-        self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
-
-    def _check_trained(self, parameters: Sequence[Tensor]) -> None:
+        self._optimizer = optimizer
+        parameters = [factor for module in self._live.modules.values() for factor in module.factors]
         if not any(parameter.requires_grad for parameter in parameters):
             raise ModelError(
                 f"adapter {self.adapter!r} must be trained, but its parameters are frozen; load it with is_trainable=True, or "
                 "make it the active one (`set_adapter`)."
             )
-        owned = {id(p) for group in unwrap_optimizer(self._optimizer).param_groups for p in group["params"]}
+        owned = {id(p) for group in unwrap_optimizer(optimizer).param_groups for p in group["params"]}
         if missing := sum(id(parameter) not in owned for parameter in parameters):
             raise ModelError(
                 f"`optimizer` must own the adapter's parameters, but lacks {missing} of {len(parameters)}; build it from "
                 "the PEFT model's parameters, after wrapping."
             )
+        self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
 
     def initial(self, start: RankAllocation | str | None, budget: ParameterBudget) -> RankAllocation:
-        """The ranks to begin with; nothing is changed yet.
-
-        Raises:
-            SettingsError: They cost more than the budget, are none, or are for other modules.
-        """
-        if start is not None and not isinstance(start, str | RankAllocation):
+        """The ranks to begin with; nothing is changed yet."""
+        present = self.allocation
+        if not self.masked:  # `begin` cuts what is above the full rank
+            cut = {t.name: min(rank, t.full_rank) for t, rank in zip(present.targets, present.vector, strict=True)}
+            present = RankAllocation.from_ranks(present.targets, cut)
+        if isinstance(start, str):
+            start = allocate(start, targets=present.targets, budget=budget, max_rank=self.capacity)
+        if start is not None and not isinstance(start, RankAllocation):
             raise SettingsError(
                 f"`start` must be a RankAllocation or a strategy's name, but is a {type(start).__name__}."
             )
-        present = begin = self.allocation
-        if not self._masked:  # `begin` cuts what is above the full rank
-            cut = {t.name: min(rank, t.full_rank) for t, rank in zip(present.targets, present.vector, strict=True)}
-            present = begin = RankAllocation.from_ranks(present.targets, cut)
-        if isinstance(start, str):
-            start = allocate(start, targets=present.targets, budget=budget, max_rank=self.capacity)
-        if start is not None:
-            given = {name: rank for name, rank in start.ranks.items() if rank}
-            if unknown := set(given) - set(present.ranks):
-                raise ModelError(
-                    f"`start` must give ranks to adapted modules only, but gives `{min(unknown)}` some; adapt it when the model "
-                    "is wrapped."
-                )
-            begin = RankAllocation.from_ranks(present.targets, given)
+        given = {name: rank for name, rank in (start or present).ranks.items() if rank}
+        if unknown := set(given) - set(present.ranks):
+            raise ModelError(
+                f"`start` must give ranks to adapted modules only, but gives `{min(unknown)}` some; adapt it when the model is "
+                "wrapped."
+            )
+        begin = RankAllocation.from_ranks(present.targets, given)
         if not begin.parameters:
             raise SettingsError(
                 "`start` must give at least one module a rank, but gives none; PEFT has no empty adapter."
@@ -515,42 +458,36 @@ class _LiveRanks:
                 f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
                 "raise it, or pass `start`."
             )
-        if self._masked and self.masks is None and begin == present:
+        if self.masked and self.masks is None and begin == present:
             raise ModelError(
                 "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; "
                 "wrap the model at a larger rank, and pass `start`."
             )
         return begin
 
-    def begin(self, ranks: RankAllocation, *, generator: torch.Generator) -> None:
-        """Put the masks on, or cut ranks above full rank, and set the initial ranks: all of it or nothing."""
-        new = self._masked and self.masks is None
-        if new:
-            self.masks = RankMasks(self.model, adapter_name=self.adapter)
-        elif not self._masked:
-            self._cut()
-        try:
-            self.change(ranks, {}, generator=generator)
-        except BaseException:
-            if new and self.masks is not None:
-                self.masks.remove()
-            raise
-
-    def _cut(self) -> None:
-        """Bring ranks above full rank down to it, which leaves the function as it is."""
+    def begin(self, ranks: RankAllocation, generator: torch.Generator) -> None:
+        """Cut ranks above full rank, which changes no function, or put masks on, and set the initial ranks: all or nothing."""
         above = [Resize(name=t.name, rank=t.full_rank) for t in self._full.targets if t.existing_rank is not None]
-        if above:
+        if above and not self.masked:
             resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, shrink="svd")
             logger.warning(
                 "%d modules had ranks above their smaller side (`%s`: %d above %d), which no update needs: cut to it, "
                 "they compute the same, and what that saves can go to others",
                 *(len(above), above[0].name, self._full.ranks[above[0].name], above[0].rank),
             )
-        self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
+            self._full = RankAllocation.from_peft_model(self.model, adapter_name=self.adapter)
+        new = RankMasks(self.model, adapter_name=self.adapter) if self.masked and self.masks is None else None
+        self.masks = self.masks or new
+        try:
+            self.change(ranks, generator)
+        except BaseException:
+            if new is not None:
+                new.remove()
+            raise
 
     @property
     def allocation(self) -> RankAllocation:
-        """The present ranks, dormant modules included."""
+        """The present ranks, inactive adapters included."""
         if self.masks is not None:
             return RankAllocation.from_ranks(self._full.targets, self.masks.ranks)
         return RankAllocation.from_peft_model(self.model, self._full.targets, adapter_name=self.adapter)
@@ -558,59 +495,46 @@ class _LiveRanks:
     @property
     def capacity(self) -> Mapping[str, int] | None:
         """The largest masked rank of each module; None where ranks are resized."""
-        return self._full.ranks if self._masked else None
+        return self._full.ranks if self.masked else None
+
+    def sketch_size(self, ranks: RankAllocation) -> int:
+        """Twice the largest rank, at least 16, as far as the memory bound allows; sampled steps keep one more copy."""
+        wanted = max(MIN_SKETCH_SIZE, min(2 * max(ranks.vector), max(target.full_rank for target in ranks.targets)))
+        return largest_sketch_size(ranks.targets, wanted, bytes_of_weights(self.model), copies=2)
 
     def limits(self, targets: Sequence[TargetModule], cooling: Collection[str]) -> RankLimits:
         """The ranks that modules may have now; those that cool down keep theirs."""
         config = self.model.peft_config[self.adapter]
-        stays = config.bias != "none" or (self._masked and (config.use_dora or config.lora_bias))
-        ranks, capacity = self.allocation.ranks, self.capacity or {}
-        min_rank, max_rank = {}, {}
-        for target in targets:
-            name, full, rank = target.name, target.full_rank, ranks[target.name]
-            min_rank[name] = min(
-                rank, full if name in cooling else int(stays)
-            )  # 1 where a bias or masked magnitude stays
-            max_rank[name] = rank if name in cooling else capacity.get(name, full)
-        return RankLimits(min_rank, max_rank)
+        stays = config.bias != "none" or (self.masked and (config.use_dora or config.lora_bias))  # and needs rank 1
+        ranks, highest = self.allocation.ranks, self.capacity or {t.name: t.full_rank for t in targets}
+        return RankLimits(
+            {t.name: min(ranks[t.name], t.full_rank if t.name in cooling else int(stays)) for t in targets},
+            {t.name: ranks[t.name] if t.name in cooling else highest[t.name] for t in targets},
+        )
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A, (r, in), and B, (out, r), of the active ranks of each module."""
         found = {}
-        chosen = {} if self.masks is None else self.masks.active
+        active = {} if self.masks is None else self.masks.active
         for name, module in self._live.modules.items():
             a, b = (whole(factor).detach().flatten(1) for factor in module.factors)
-            if name in chosen:
-                active = list(chosen[name])
-                a, b = a[active], b[:, active]
-            found[name] = a, b
+            chosen = list(active.get(name, range(len(a))))
+            found[name] = a[chosen], b[:, chosen]
         return found
 
-    def change(self, after: RankAllocation, directions: Mapping[str, Tensor], *, generator: torch.Generator) -> None:
-        """Set new ranks, all or none. New rows of A are the directions, or drawn."""
-        ranks = {name: after.ranks[name] for name in after.difference(self.allocation)}
-        resizes = [Resize(name=name, rank=rank, directions=directions.get(name)) for name, rank in ranks.items()]
-        if not resizes:
-            return
-        if self.masks is not None:
+    def change(
+        self, after: RankAllocation, generator: torch.Generator, directions: Callable[[str], Tensor] | None = None
+    ) -> None:
+        """Set new ranks, all or none. New rows of A lie along a module's directions if there are enough, else are drawn."""
+        resizes = []
+        for name, more in after.difference(self.allocation).items():
+            found = directions(name)[:more] * ROW_NORM if directions and more > 0 else ()
+            rows = found if isinstance(found, Tensor) and len(found) == more else None
+            resizes.append(Resize(name=name, rank=after.ranks[name], directions=rows))
+        if self.masks is not None and resizes:
             self.masks.resize(resizes, self._optimizer, generator=generator)
-        else:
+        elif resizes:
             resize_adapters(self.model, self._optimizer, resizes, adapter_name=self.adapter, generator=generator)
-
-
-def _sketch_size(model: nn.Module, ranks: RankAllocation) -> int:
-    """Twice the largest rank and 16 at least, as far as the memory bound allows; one more copy is kept at sampled steps."""
-    wanted = max(MIN_SKETCH_SIZE, min(2 * max(ranks.vector), max(target.full_rank for target in ranks.targets)))
-    return largest_sketch_size(ranks.targets, wanted, bytes_of_weights(model), copies=2)
-
-
-def _decisions_file(folder: str | os.PathLike[str]) -> Path:
-    """The file of decisions. Its folder is made at once: a run should not find out after hours that it cannot write."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"`out` must be a folder that can be written to, but {folder} is not: {error}.") from error
-    return Path(folder) / "decisions.parquet"
 
 
 def _remind_of_steps(optimizer: Optimizer, *, after: int) -> RemovableHandle:
@@ -627,19 +551,3 @@ def _remind_of_steps(optimizer: Optimizer, *, after: int) -> RemovableHandle:
 
     handle = optimizer.register_step_post_hook(stepped)
     return handle
-
-
-def _warn_if_blind(decisions: Sequence[Decision]) -> None:
-    """Warn if there were decisions and none had a gradient to rest on."""
-    if not decisions or any(decision.action != "skipped" for decision in decisions):
-        return
-    broken = decisions[-1].broken
-    cause = (
-        f"the gradients of {broken} sampled steps were not finite; lower the learning rate or the loss scale"
-        if broken
-        else "no training forward pass of the PEFT model was seen, or none with gradients; train the model that was passed, and "
-        "with reentrant checkpointing call its `enable_input_require_grads()`"
-    )
-    logger.warning(
-        "no rank was moved, for none of the %d decisions had gradients to rest on: %s", len(decisions), cause
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,10 +21,6 @@ from rankscope.distributed import gathered
 from rankscope.files import replacing
 from rankscope.performance import HierarchicalRegressor, PerformanceModel, RankFeatures
 from rankscope.profiling import LocalHook
-
-logger = logging.getLogger(__name__)
-
-Move = tuple[Sequence[int], Sequence[int], Effect]  # ranks before and after, and what it did to the loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +89,14 @@ def write_decisions(decisions: pd.DataFrame, path: str | os.PathLike[str]) -> Pa
 
 
 class LossHistory:
-    """The training loss of each step: the one that is passed, or else what the model returns as `loss`.
+    """The training loss of each step: the one that is passed, or, as long as none was, what the model returns as `loss`.
 
-    The model is not watched once a loss was passed, since what it returns is not always what is minimised. Nothing is copied
-    from the device before `values`.
+    Nothing is copied from the device before `values`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._handle = model.register_forward_hook(LocalHook(self._see))
-        self._open, self._said = True, False
+        self.watching = True
         self._present: list[Tensor] = []
         self._unread: list[Tensor | None] = []
         self._read: list[float] = []
@@ -115,19 +109,6 @@ class LossHistory:
             seen = [torch.as_tensor(loss).detach().float()]
         self._unread.append(torch.stack(seen).mean() if seen else None)
 
-    def say_which(self) -> None:
-        """Log once which loss is used if none was passed. Every process must call it."""
-        if self._said or not self._open:
-            return
-        self._said = True
-        if not np.isnan(self.values()).all():
-            logger.info("no loss was passed to `step`; moves are judged by what the model returns as `loss`")
-        else:
-            logger.warning(
-                "no loss was passed to `step` and the model returned none, so the effect of moves is not measured; pass the loss "
-                "that is minimised, or in a Trainer call `RankControllerCallback.bind(trainer)`"
-            )
-
     def values(self) -> list[float]:
         """One loss a step since the beginning, the mean over processes; NaN where there was none."""
         known = [loss for loss in self._unread if loss is not None]
@@ -138,16 +119,16 @@ class LossHistory:
         return self._read
 
     def restore(self, values: Sequence[float]) -> None:
-        """Start from the losses of an earlier run."""
+        """Go on from the losses of an earlier run."""
         self._read, self._unread, self._present = list(values), [], []
 
     def close(self) -> None:
         """Remove the hook, and stop what `torch.compile` made of it."""
         self._handle.remove()
-        self._open = False
+        self.watching = False
 
     def _see(self, model: nn.Module, _: Any, output: Any) -> None:
-        if not self._open:
+        if not self.watching:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if model.training and torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.numel() == 1:
@@ -157,12 +138,10 @@ class LossHistory:
 def effect_of_move(losses: Sequence[float]) -> Effect | None:
     """How much more the loss fell at a move than before and after it.
 
-    The losses are cut into four blocks, two before and two after the move, with means m_0 … m_3. The fall from m_1 to m_2 is
+    The losses, as many before the move as after it, are cut into four blocks with means m_0 … m_3. The fall from m_1 to m_2 is
     compared with the mean of the falls from m_0 to m_1 and from m_2 to m_3, where nothing was moved: a steady or slowing
-    decline cancels. The error is that of the four means, by the scatter inside the blocks.
-
-    Args:
-        losses: As many before the move as after it. None is returned for fewer than 8, or if one is not finite.
+    decline cancels. The error is that of the four means, by the scatter inside the blocks. None for fewer than 8 losses, or if
+    one is not finite.
 
     >>> effect_of_move([4.0, 4.0, 3.0, 3.0, 1.0, 1.0, 0.0, 0.0])
     Effect(mean=1.0, error=0.0)
@@ -179,7 +158,7 @@ def effect_of_move(losses: Sequence[float]) -> Effect | None:
 
 
 def predict_effect(
-    features: RankFeatures, moves: Sequence[Move], before: Sequence[int], after: Sequence[int]
+    features: RankFeatures, decisions: Sequence[Decision], before: Sequence[int], after: Sequence[int]
 ) -> Effect:
     """The effect to expect of a move: Bayesian linear regression on the measured effects of earlier ones; NaN without any.
 
@@ -192,26 +171,20 @@ def predict_effect(
         difference: NDArray[np.float64] = rows[0] - rows[1]
         return difference
 
+    moves = [each for each in decisions if each.action == "moved" and not math.isnan(each.realised)]
     if not moves:
         return UNKNOWN
-    rows = np.array([change(*ranks) for *ranks, _ in moves])
-    errors = np.maximum([effect.error for _, _, effect in moves], 1e-12)
+    rows = np.array([change(move.ranks_before, move.ranks_after) for move in moves])
+    errors = np.maximum([move.realised_error for move in moves], 1e-12)
     variance = errors[0] ** 2 / max(float(rows[0] @ rows[0]), 1e-12)
     model = HierarchicalRegressor(variances={"all": variance, "noise": 1.0})
-    model.fit(rows, [effect.mean for _, _, effect in moves], sample_weight=1.0 / errors**2)
+    model.fit(rows, [move.realised for move in moves], sample_weight=1.0 / errors**2)
     mean, deviation = model.predict(change(before, after)[None, :], return_std=True)
     return Effect(float(mean[0]), float(deviation[0]))
 
 
 def screen(proposal: Proposal, before: RankAllocation, offline: PerformanceModel | None, online: Effect) -> Proposal:
-    """The proposal, refused if a model expects it to do harm by more than the standard deviation of its prediction.
-
-    Args:
-        proposal: What the policy would do.
-        before: The present ranks.
-        offline: The study's performance model.
-        online: What earlier moves predict.
-    """
+    """The proposal, refused if a model (the study's, or earlier moves) expects harm of more than its standard deviation."""
     expected = UNKNOWN
     if offline is not None:
         order = [target.name for target in offline.features.targets]

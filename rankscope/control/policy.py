@@ -18,6 +18,7 @@ from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
 from rankscope.settings import ControllerSettings
 from rankscope.targets import TargetModule
 
+# "kept": nothing is worth moving; "refused" by a performance model; "skipped": no gradient to decide on.
 Action = Literal["moved", "kept", "refused", "skipped"]
 
 
@@ -33,17 +34,11 @@ UNKNOWN = Effect(math.nan, math.nan)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleSignals:
-    """What one module's ranks are worth, in units of gradient energy that all modules share.
-
-    Attributes:
-        target: The module.
-        values: The worth of each rank in place, descending.
-        gains: The worth of the first, second, … further rank, descending.
-    """
+    """What one module's ranks are worth, in units of gradient energy that all modules share."""
 
     target: TargetModule
-    values: tuple[float, ...]
-    gains: tuple[float, ...]
+    values: tuple[float, ...]  # of each rank in place, descending
+    gains: tuple[float, ...]  # of the first, second, … further rank, descending
 
     @property
     def rank(self) -> int:
@@ -57,27 +52,16 @@ class ModuleSignals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
-    """What the policy would do, and what performance models expect of it.
+    """What the policy would do, and what performance models expect of it."""
 
-    Attributes:
-        allocation: The ranks afterwards.
-        action: `"moved"`; `"kept"` if nothing is worth moving; `"refused"` by a performance model; `"skipped"` without gradients.
-        reason: Why, in words.
-        changes: The rank before and after of each module that would change.
-        predicted: Predicted increase in captured gradient energy, as a fraction of the total.
-        moved: Share of the budget that goes to further ranks.
-        offline: Predicted by the study's performance model, in its standard normal units.
-        online: Predicted from earlier moves, in units of the training loss.
-    """
-
-    allocation: RankAllocation
+    allocation: RankAllocation  # afterwards
     action: Action
-    reason: str
-    changes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    predicted: float = 0.0
-    moved: float = 0.0
-    offline: Effect = UNKNOWN
-    online: Effect = UNKNOWN
+    reason: str  # in words
+    changes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # ranks before and after, by module
+    predicted: float = 0.0  # increase in captured gradient energy, as a fraction of the total
+    moved: float = 0.0  # share of the budget that goes to further ranks
+    offline: Effect = UNKNOWN  # by the study's performance model, in its standard normal units
+    online: Effect = UNKNOWN  # by earlier moves, in units of the training loss
 
 
 def propose(
@@ -90,16 +74,10 @@ def propose(
     energy: float | None = None,
     limits: RankLimits | None = None,
 ) -> Proposal:
-    """What the policy would move: ranks of all modules together (coarse), or one rank to one module (fine).
+    """What the policy would move within the budget: ranks of all modules together (coarse), or one rank to one module.
 
-    Args:
-        signals: Of all modules; their ranks are within the budget.
-        budget: The limit in parameters, which the proposal keeps.
-        settings: The thresholds.
-        coarse: Whether all modules may change.
-        signal_share: Share of the gradient energy that is signal. The less it is, the more a move must gain.
-        energy: What worth is a fraction of; None: the sum of all signals.
-        limits: The ranks that are allowed; a module outside them may keep its rank.
+    The less of the gradient energy is signal (`signal_share`), the more a move must gain. Worth is a fraction of `energy`; None:
+    of the sum of all signals. A module outside the `limits` may keep its rank.
 
     >>> fc = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
     >>> signals = [ModuleSignals(target=fc[0], values=(9.0, 1.0), gains=(0.5,)),

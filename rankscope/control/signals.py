@@ -1,8 +1,8 @@
 """What the controller sees: gradients of a few steps before each decision, sketched by the profile's hooks.
 
 The j-th rank of a module is worth sigma_j^2 of the present gradient, whatever its component points at: components turn to the
-leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient, and further ones
-with the rest, moved nearly all ranks at every decision on digits-shift, since fresh random rows hold next to nothing.)
+leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient moved nearly all
+ranks at every decision on digits-shift, since fresh random rows hold next to nothing.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from rankscope.control.policy import ModuleSignals
 from rankscope.distributed import gathered, is_first, sum_over_processes
 from rankscope.profiling import (
-    POOLED_BATCHES,
     SUPPORTED,
     Decomposition,
     GradientHooks,
@@ -31,48 +30,33 @@ from rankscope.profiling import (
     RandomMatrices,
     energy_tail,
     in_range,
+    signal_shares,
     thin_svd,
 )
 from rankscope.targets import TargetModule, base_modules
 
 Floats = NDArray[np.float64]
-Factors = Mapping[str, tuple[Tensor, Tensor]]
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # A, (r, in), and B, (out, r), by module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What the gradients of a window say.
+    """What the gradients of a window say, on all processes."""
 
-    Attributes:
-        modules: The signals of each watched module, in the model's order.
-        directions: Maps a module's name to the right singular vectors, (n, in), of the gradient that its adapter misses.
-        batches: Number of batches seen, on all processes.
-        signal_share: Share of the gradient energy of all modules that the batches agree on.
-        energy: The gradient energy of all modules within the reach of ranks: of twice as many leading values as the largest
-            rank, or of all that were sketched.
-    """
-
-    modules: tuple[ModuleSignals, ...]
-    directions: Callable[[str], Tensor] = field(repr=False)
+    modules: tuple[ModuleSignals, ...]  # of each watched module, in the model's order
+    directions: Callable[[str], Tensor] = field(repr=False)  # see `residual_directions`; by a module's name
     batches: int
-    signal_share: float
-    energy: float
+    signal_share: float  # of the gradient energy of all modules, what the batches agree on
+    energy: float  # of all modules, of the leading values that ranks can reach or that were sketched
 
 
 class GradientWindow:
     """Sketches of the gradients of some steps.
 
     The hooks are on the modules only while a step is sampled. They see gradients of module outputs, which neither clipping nor
-    `zero_grad` touches. Every training forward pass of the model (a micro-batch) counts as a batch; evaluation and the
-    recomputation of checkpointed segments do not. Nothing is copied from the device before `measure`.
-
-    Args:
-        model: The PEFT model, whose own forward passes count.
-        targets: The modules to watch.
-        sketch_size: Columns of the narrow sketch: how many singular values are found; those beyond are estimated.
-        seed: Of the sketches.
-        compiled: Whether `torch.compile` may have compiled the model. Sampled steps then run eagerly, since compiled code
-            ignores new hooks.
+    `zero_grad` touches. Every training forward pass of the PEFT model (a micro-batch) counts as a batch; evaluation and the
+    recomputation of checkpointed segments do not. If the model may be `compiled`, sampled steps run eagerly, since compiled code
+    ignores new hooks. Nothing is copied from the device before `measure`.
     """
 
     def __init__(
@@ -99,12 +83,7 @@ class GradientWindow:
         return self._broken
 
     def watch(self, weight: float = 1.0) -> None:
-        """Record the gradients of what follows until `end_step`.
-
-        Args:
-            weight: The factor on the loss, as a GradScaler's scale, which is divided out. Where it changes within a window, the
-                batches are weighted by it.
-        """
+        """Record gradients until `end_step`. The weight, a GradScaler's scale, is divided out; batches are weighted by it."""
         self.close()
         observer = self._hooks(factor=self._factor or 1.0, copied=self._copied)
         passes: list[float] = []
@@ -126,9 +105,13 @@ class GradientWindow:
         if step is None:
             return
         observer, passes, n_copied = step
-        if (self._factor is None and not self._fits(observer)) or not passes:
-            return
-        if len(self._copied) > n_copied:  # the gradient of an input that was changed in place is lost
+        if self._factor is None:
+            peak = max(gathered(observer.peak()))  # of the first gradients: if float32 does not hold their squares,
+            if 0.0 < peak < math.inf:  # later ones are multiplied by a power of two
+                self._factor = in_range(peak)
+            if self._factor not in (None, 1.0):
+                return
+        if not passes or len(self._copied) > n_copied:  # of an input that was changed in place the gradient is lost
             return
         squares = [seen.squares for seen in observer.accumulators.values()]
         finite = torch.isfinite(torch.stack([each.to(squares[0].device) for each in squares]).sum())
@@ -136,16 +119,6 @@ class GradientWindow:
             for total, new in zip(self._sums[name].tensors(), seen.tensors(), strict=True):
                 total += torch.where(finite.to(new.device), new, torch.zeros_like(new))
         self._unread.append((finite, passes))
-
-    def _fits(self, observer: GradientHooks) -> bool:
-        """Whether float32 holds the squares of the gradients; if not, later steps are multiplied by a power of two.
-
-        Every process must call it. The first sampled step that is finite and not zero decides.
-        """
-        peak = max(gathered(observer.peak()))
-        if 0.0 < peak < math.inf:
-            self._factor = in_range(peak)
-        return self._factor in (None, 1.0)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -161,11 +134,7 @@ class GradientWindow:
         self._weights.clear()
 
     def measure(self, factors: Factors) -> Signals | None:
-        """The signals of all processes' batches since `clear`; None if there was no gradient, or all were zero.
-
-        Args:
-            factors: A of shape (r, in) and B of shape (out, r) of each module, by name.
-        """
+        """The signals of all batches since `clear`; None if there was no gradient, or all were zero. A collective call."""
         sum_over_processes(tensor for seen in self._sums.values() for tensor in seen.tensors())
         self._read()
         self._weights = [weight for each in gathered(self._weights) for weight in each]
@@ -185,7 +154,8 @@ class GradientWindow:
         squares = np.array([float(seen.squares) for seen in sums.values()]) / total
         noise = noise_of_mean(measured, squares, float((weights**2).sum()) / total**2)
         pooled = float(np.clip(1.0 - noise.sum() / energy.sum(), 0.0, 1.0))
-        shares = _cautious_shares(energy - noise, energy, pooled, len(weights))
+        # Late in a run a few batches may hold noise alone: without a floor, shares near 0 would differ by large factors.
+        shares = signal_shares(energy - noise, energy, len(weights), pooled=max(pooled, 0.5))
         reach = 2 * max(len(factors[target.name][0]) for target in self._targets)
         modules, within = [], 0.0
         for target, share in zip(self._targets, shares, strict=True):
@@ -242,14 +212,9 @@ def _begin_pass(observer: GradientHooks, passes: list[float], weight: float, mod
 
 
 def full_spectrum(found: Decomposition, weight: float, share: float, size: int, *, factor: float = 1.0) -> list[float]:
-    """Energies of a mean gradient's signal up to full rank, descending; `energy_tail` estimates those beyond the sketch.
+    """Energies of a mean gradient's signal up to full rank (`size`), descending; `energy_tail` estimates those beyond the sketch.
 
-    Args:
-        found: The summed gradient.
-        weight: What to divide the sum by.
-        share: Share of the energy that is signal.
-        size: The full rank.
-        factor: The power of two that gradients were multiplied by.
+    `found` is the sum of gradients times `factor`, a power of two; `weight` divides it; `share` of the energy is signal.
     """
     leading: list[float] = ((found.values / weight).square() * share).tolist()
     tail = energy_tail(np.asarray(leading), max(found.energy, 0.0) / weight**2 * share, size)
@@ -259,42 +224,22 @@ def full_spectrum(found: Decomposition, weight: float, share: float, size: int, 
 def noise_of_mean(energy: Floats, squares: Floats, concentration: float) -> Floats:
     """The noise in the energy of a weighted mean gradient, by the scatter between batches.
 
-    With E ||G_b||^2 = S + v and weights w_b of sum 1, E sum_b w_b ||G_b||^2 = S + v and E ||sum_b w_b G_b||^2 = S + v q, where
-    q = sum_b w_b^2. The estimate of v q is returned; at equal weights it is that of a profile.
-
-    Args:
-        energy: (n,) squared norms of the weighted means.
-        squares: (n,) weighted means of the squared norms.
-        concentration: q. At 1 there is one batch only, and all of it counts as signal.
+    With E ||G_b||^2 = S + v and weights w_b of sum 1, E sum_b w_b ||G_b||^2 = S + v (`squares`) and E ||sum_b w_b G_b||^2 =
+    S + v q (`energy`), where q = sum_b w_b^2 (`concentration`; at 1 there is one batch only, and all counts as signal). The
+    estimate of v q is returned; at equal weights it is that of a profile.
     """
     if concentration >= 1.0:
         return np.zeros_like(energy)
     return (squares - energy) * concentration / (1.0 - concentration)
 
 
-def _cautious_shares(signal: Floats, energy: Floats, pooled: float, n_batches: int) -> Floats:
-    """Each module's share of signal, drawn towards that of all modules, or towards a half where that is less.
-
-    A profile's shares are not bounded so. A window is a few batches only, and late in a run its gradient may be all noise: the
-    modules' own shares, near 0 each, would then differ by large factors for no reason.
-    """
-    own = np.clip(np.divide(signal, energy, out=np.zeros_like(signal), where=energy > 0), 0.0, 1.0)
-    weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
-    return np.asarray(weight * own + (1.0 - weight) * max(pooled, 0.5), dtype=np.float64)
-
-
 @torch.no_grad()
 def residual_directions(gradient: Decomposition, a: Tensor, b: Tensor) -> Tensor:
-    """Right singular vectors of the gradient that an adapter's factors miss, (n, in), by descending singular values.
+    """Right singular vectors of the part of a gradient that an adapter misses, (n, in), by descending singular values.
 
-    A step on A and B moves W_0 + s B A within the tangent space of the matrices of that rank, whose columns lie in the span of
-    B's or whose rows in that of A's. It misses R = (I - P_B) G (I - P_A) of G (Vandereycken, SIAM J. Optim. 23, 2013, sec. 2.1).
-    A new row of A along R's leading right singular vector captures most of it. Values of 0 are left out.
-
-    Args:
-        gradient: Leading singular triples, G ~ left diag(values) right.
-        a: (r, in); r may be 0.
-        b: (out, r); columns of zeros, as of new ranks, span nothing.
+    A step on A (r, in) and B (out, r) moves W_0 + s B A within the tangent space of the matrices of that rank, whose columns lie
+    in the span of B's or whose rows in that of A's. It misses R = (I - P_B) G (I - P_A) of the gradient G (Vandereycken, SIAM J.
+    Optim. 23, 2013, sec. 2.1). A new row of A along R's leading right singular vector captures most of it.
     """
     left, right = gradient.left * gradient.values, gradient.right
     columns, rows = _basis(b.to(left)), _basis(a.to(right).T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,77 +37,64 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         budget: The most adapter parameters at any time.
-        settings: How ranks move.
-        **options: Other arguments of `RankController`, or single `ControllerSettings`.
-
-    Attributes:
-        controller: The `RankController`, once training has begun.
+        **options: `start` or `performance_model` of `RankController`, or single `ControllerSettings`.
 
     >>> callback = RankControllerCallback(budget=ParameterBudget(2_000_000), every=50)
     >>> trainer = Trainer(model, args, callbacks=[callback])  # doctest: +SKIP
     >>> callback.bind(trainer)  # doctest: +SKIP
     """
 
+    controller: RankController  # once training has begun
+
     def __init__(self, *, budget: ParameterBudget, settings: ControllerSettings | None = None, **options: Any) -> None:
         if clash := {"total_steps", "model", "optimizer"} & set(options):
             raise SettingsError(f"`{min(clash)}` comes from the Trainer and cannot be passed; leave it out.")
         check_budget(budget)
         self._options: dict[str, Any] = {"budget": budget}
-        self._options |= {name: options.pop(name) for name in ("start", "performance_model", "out") if name in options}
+        self._options |= {name: options.pop(name) for name in ("start", "performance_model") if name in options}
         self._settings = ControllerSettings.of(settings, **options)
         self._trainer: Trainer | None = None
         self._losses: list[Tensor] = []
         self._cleanup = ExitStack()  # closes the controller and takes the patch off the Trainer
-        self.controller: RankController | None = None
 
     def bind(self, trainer: Trainer) -> Self:
         """Use what only the Trainer has; call it before `trainer.train()`."""
         self._trainer = trainer
         if trainer.model_init is not None:
             make = trainer.call_model_init
-
-            def make_prepared(trial: Any = None) -> Any:
-                made = make(trial)
-                restore_ranks_on_load(made)
-                return made
-
-            trainer.call_model_init = make_prepared
+            trainer.call_model_init = lambda trial=None: self._prepared(make(trial))
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Make later loads of a checkpoint restore its ranks first."""
-        self._prepare(model)
+        self._prepared(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Start the controller: the optimizer and the number of steps are known."""
         self._cleanup.close()  # what a run that raised left behind
-        adapter = self._prepare(model)  # again, if the Trainer was given the callback later
-        settings, options, saved = self._settings, self._options, None
+        self._prepared(model)  # again, if the Trainer was given the callback later
+        settings, options, resumed = self._settings, self._options, state.global_step > 0
         if args.torch_compile and settings.rank_change == "auto":
             settings = ControllerSettings.of(settings, rank_change="mask")
-        if state.global_step > 0:
+        if resumed:
+            adapter = LiveAdapter(model, settings.adapter_name).name
             saved, options = _saved_state(loaded_from(model, adapter), state.global_step), {**options, "start": None}
-        controller = RankController(model, optimizer, settings=settings, total_steps=state.max_steps, **options)
-        self._cleanup.callback(controller.close)
-        if saved is not None:
-            try:
+        with ExitStack() as stack:
+            controller = RankController(model, optimizer, settings=settings, total_steps=state.max_steps, **options)
+            stack.enter_context(controller)
+            if resumed:
                 controller.load_state_dict(saved)
-            except BaseException:
-                self._cleanup.close()
-                raise
-        self.controller, self._losses = controller, []
-        if self._trainer is not None:
-            self._record_losses(self._trainer)
-        elif args.report_to:
-            logger.info(
-                "decisions go to the log history only; call `bind(trainer)` for them to reach %s", args.report_to
-            )
+            if self._trainer is not None:
+                stack.callback(self._record_losses(self._trainer))
+            self.controller, self._losses, self._cleanup = controller, [], stack.pop_all()
+        if self._trainer is None and args.report_to:
+            logger.info("decisions go to the log history only; `bind(trainer)` lets them reach %s", args.report_to)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped and gradients are zero."""
-        controller, losses, self._losses = self._started(), self._losses, []
-        controller.step(torch.stack(losses).sum() if losses else None)
-        decision = controller.last_decision
+        losses, self._losses = self._losses, []
+        self.controller.step(torch.stack(losses).sum() if losses else None)
+        decision = self.controller.last_decision
         if decision is None or decision.step != state.global_step:
             return
         if self._trainer is None:
@@ -118,35 +106,28 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Write ranks and state beside the weights."""
-        controller = self._started()
-        values = controller.state_dict()  # on every process: it asks them all
+        values = self.controller.state_dict()  # on every process: it asks them all
         if not state.is_world_process_zero:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if controller.adapter_name != "default":
-            folder /= controller.adapter_name  # where PEFT puts its weights
-        save_ranks(model, folder, adapter_name=controller.adapter_name)
+        folder, adapter = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.controller.adapter_name
+        if adapter != "default":
+            folder /= adapter  # where PEFT puts its weights
+        save_ranks(model, folder, adapter_name=adapter)
         with replacing(folder / STATE_FILE) as temporary:
             torch.save(values, temporary)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave nothing of the controller on model and Trainer but masks, if ranks are masked."""
-        self._started()
         self._cleanup.close()
 
-    def _prepare(self, model: Any) -> str:
-        """The adapter to control, whose later loads restore its ranks first."""
-        adapter = LiveAdapter(model, self._settings.adapter_name).name
+    def _prepared(self, model: Any) -> Any:
+        """The model, which has the adapter to control and whose later loads restore ranks first."""
+        LiveAdapter(model, self._settings.adapter_name)  # raises unless there is one to control
         restore_ranks_on_load(model)
-        return adapter
+        return model
 
-    def _started(self) -> RankController:
-        if self.controller is None:
-            raise ModelError("the controller must be started by `on_train_begin`; pass the callback to a Trainer.")
-        return self.controller
-
-    def _record_losses(self, trainer: Trainer) -> None:
-        """Wrap `training_step`, which returns the loss that is minimised over the micro-batches of a step; they are summed."""
+    def _record_losses(self, trainer: Trainer) -> Callable[[], None]:
+        """Patch `training_step`, which returns each micro-batch's share of the loss that is minimised; returns the undoing."""
         step, own = trainer.training_step, "training_step" in vars(trainer)
 
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
@@ -155,18 +136,11 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             return loss
 
         trainer.training_step = training_step
-        restore = (
-            partial(setattr, trainer, "training_step", step) if own else partial(delattr, trainer, "training_step")
-        )
-        self._cleanup.callback(restore)
+        return partial(setattr, trainer, "training_step", step) if own else partial(delattr, trainer, "training_step")
 
 
 def _saved_state(folder: Path | None, step: int) -> Any:
-    """The controller's state in a checkpoint.
-
-    Raises:
-        ModelError: There is none, or it cannot be read.
-    """
+    """The controller's state in a checkpoint."""
     if folder is None or not (path := folder / STATE_FILE).exists():
         raise ModelError(
             f"the checkpoint of step {step} must hold {STATE_FILE} to be resumed with a controller, but does not; it was "

@@ -116,6 +116,9 @@ def _load_with_ranks(self: PeftModel, model_id: AnyPath, adapter_name: str, *arg
     return type(self).load_adapter(self, model_id, adapter_name, *args, **kw)
 
 
+_load_with_ranks.__name__ = "load_adapter"  # under which a model's copy or pickle looks for it
+
+
 def _at_capacity(masks: RankMasks, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of the active ranks in tensors of the capacity; inactive rows of A stay, inactive columns of B are 0."""
     placed = dict(weights)

@@ -44,9 +44,10 @@ def split_energy(
     return SignalAndNoise(signal, variance / total, signal + variance)
 
 
-def signal_shares(signal: Floats, energy: Floats, n_batches: int) -> Floats:
+def signal_shares(signal: Floats, energy: Floats, n_batches: int, *, pooled: float | None = None) -> Floats:
     """Each module's share of signal in its energy, shrunk towards the pooled share (as in Efron and Morris 1975)."""
-    pooled = signal.sum() / energy.sum() if energy.sum() > 0 else 0.0
+    if pooled is None:
+        pooled = float(signal.sum() / energy.sum()) if energy.sum() > 0 else 0.0
     own = np.divide(signal, energy, out=np.full_like(signal, pooled), where=energy > 0)
     weight = (n_batches - 1) / (n_batches - 1 + POOLED_BATCHES)
     return np.asarray(weight * np.clip(own, 0.0, 1.0) + (1.0 - weight) * np.clip(pooled, 0.0, 1.0), dtype=np.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import rankscope as rs
-from rankscope.control.decisions import Effect, LossHistory, effect_of_move, predict_effect
+from rankscope.control.decisions import Decision, LossHistory, effect_of_move, predict_effect
 from tests.control.small_models import batch, net
 
 TARGETS = [
@@ -48,11 +48,18 @@ def test_too_few_or_unknown_losses_say_nothing(losses: list[float]) -> None:
     assert effect_of_move(losses) is None
 
 
+def moved(before: tuple[int, ...], after: tuple[int, ...], realised: float, error: float) -> Decision:
+    """A move, as far as its effect matters."""
+    unknown = {name: None for name in Decision.__slots__ if not name.startswith("realised")}
+    known = {"action": "moved", "ranks_before": before, "ranks_after": after}
+    return Decision(**(unknown | known), realised=realised, realised_error=error)
+
+
 def test_the_model_learns_what_moves_do() -> None:
     features = rs.rank_features(TARGETS, rs.ParameterBudget.uniform(TARGETS, 2))
     uniform, early, late = (2, 2, 2, 2), (3, 3, 1, 1), (1, 1, 3, 3)
     assert np.isnan(predict_effect(features, [], uniform, early)).all()
-    moves = [(uniform, early, Effect(-0.4, 0.1))] * 8
+    moves = [moved(uniform, early, -0.4, 0.1)] * 8
     again, opposite = (predict_effect(features, moves, uniform, after) for after in (early, late))
     assert again.mean == pytest.approx(-0.4, abs=0.06)
     assert again.mean + again.error < 0 < opposite.mean - opposite.error
@@ -62,7 +69,7 @@ def test_one_observation_is_the_textbook_posterior() -> None:
     """Prior variance of the effect and error variance are equal, so the posterior mean is half of what was seen."""
     features = rs.rank_features(TARGETS, rs.ParameterBudget.uniform(TARGETS, 2))
     before, after = (2, 2, 2, 2), (3, 2, 2, 1)
-    found = predict_effect(features, [(before, after, Effect(0.3, 0.2))], before, after)
+    found = predict_effect(features, [moved(before, after, 0.3, 0.2)], before, after)
     assert found.mean == pytest.approx(0.15, rel=1e-6)
     assert found.error == pytest.approx(0.2 / math.sqrt(2), rel=1e-6)
 

@@ -80,7 +80,6 @@ def trainer(
 
 def controller_of(run: Trainer) -> rs.RankController:
     callback = next(c for c in run.callback_handler.callbacks if isinstance(c, rs.RankControllerCallback))
-    assert callback.controller is not None
     return callback.controller
 
 

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
@@ -22,20 +22,11 @@ from rankscope.plugins import user_errors
 
 __all__ = ["app", "main", "reports_errors"]
 
-Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study file, in YAML.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: out/NAME]")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any key, as in search.fidelity=0.5; several times."),
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Overrides the study's `seed`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-UniformRank = Annotated[int | None, typer.Option(help="Overrides `budget`: what uniform LoRA of this rank uses.")]
-Parameters = Annotated[int | None, typer.Option(help="Overrides `budget`: adapter parameters.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in its own process.")]
-
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+BUDGET = {"uniform_rank": "budget.uniform_rank", "parameters": "budget.parameters"}
+UNIFORM_RANK = typer.Option(None, help="Overrides `budget`: what uniform LoRA of this rank uses.")
+PARAMETERS = typer.Option(None, help="Overrides `budget`: adapter parameters.")
 
 app = typer.Typer(
     name="rankscope",
@@ -94,7 +85,14 @@ def _stdout_is_closed() -> bool:
 
 
 def _shared(
-    study: Study, out: Out = None, set_: Set = None, seed: Seed = None, json: Json = False, debug: Debug = False
+    study: Path = typer.Argument(metavar="STUDY", help="The study file, in YAML."),
+    out: Path | None = typer.Option(None, metavar="DIR", help="Output folder.  [default: out/NAME]"),
+    sets: list[str] = typer.Option(
+        [], "--set", metavar="KEY=VALUE", help="Override any key, as in search.fidelity=0.5."
+    ),
+    seed: int | None = typer.Option(None, help="Overrides the study's `seed`."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """The arguments and options of every command on a study."""
 
@@ -107,20 +105,16 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
 
     def register(described: Callable[..., None]) -> None:
         def command(
-            study: Path, out: Path | None, set_: list[str], seed: int | None, json: bool, debug: bool, **own: Any
+            study: Path, out: Path | None, sets: list[str], seed: int | None, json: bool, debug: bool, **own: Any
         ) -> None:
             from rankscope.settings import read_study
 
             given = {**{key: own.pop(flag) for flag, key in keys.items()}, "seed": seed}
-            flags = {
-                key: value for key, value in given.items() if value is not None and value is not False and value != []
-            }
-            flags |= _parsed(set_ or [])
+            flags = {key: value for key, value in given.items() if value or (value == 0 and value is not False)}
+            flags |= _parsed(sets)
             settings = read_study(study, flags)  # a mistyped key is told before torch loads
             work = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
-            from rankscope.cli.session import Session
-
-            session = Session(study, flags, settings, out or Path("out") / settings.name)
+            session = work.Session(study, flags, settings, out or Path("out") / settings.name)
             getattr(work, f"run_{name}")(session, as_json=json, **own)
 
         first, second, *last = inspect.signature(_shared, eval_str=True).parameters.values()
@@ -155,87 +149,66 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
     """Which LoRA rank where, for your parameter budget."""
 
 
 @_study_command("profile", "studies/digits.yaml --out out/digits", keep_partial="profile.keep_partial")
 def _profile(
-    keep_partial: Annotated[
-        bool, typer.Option("--keep-partial", help="On Ctrl-C, keep the profile of the batches so far.")
-    ] = False,
+    keep_partial: bool = typer.Option(
+        False, "--keep-partial", help="On Ctrl-C, keep the profile of the batches so far."
+    ),
 ) -> None:
     """Collect gradient, input and weight features of every target module into profile.parquet, and draw them."""
 
 
 @_study_command(
-    "allocate", "studies/digits.yaml --strategy one-shot --uniform-rank 2",
-    strategy="allocation.strategy", uniform_rank="budget.uniform_rank", parameters="budget.parameters",
-)  # fmt: skip
+    "allocate", "studies/digits.yaml --strategy one-shot --uniform-rank 2", strategy="allocation.strategy", **BUDGET
+)
 def _allocate(
-    strategy: Annotated[str | None, typer.Option(help="Overrides `allocation.strategy`.")] = None,
-    uniform_rank: UniformRank = None,
-    parameters: Parameters = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what a search recommended.")] = False,
+    strategy: str | None = typer.Option(None, help="Overrides `allocation.strategy`."),
+    uniform_rank: int | None = UNIFORM_RANK,
+    parameters: int | None = PARAMETERS,
+    force: bool = typer.Option(False, "--force", help="Replace what a search recommended."),
 ) -> None:
     """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
 
 
-@_study_command(
-    "search", "studies/digits.yaml --trials 60",
-    trials="search.n_trials", uniform_rank="budget.uniform_rank", parameters="budget.parameters",
-)  # fmt: skip
+@_study_command("search", "studies/digits.yaml --trials 60", trials="search.n_trials", **BUDGET)
 def _search(
-    trials: Annotated[int | None, typer.Option(help="Overrides `search.n_trials`: trainings in all.")] = None,
-    uniform_rank: UniformRank = None,
-    parameters: Parameters = None,
+    trials: int | None = typer.Option(None, help="Overrides `search.n_trials`: trainings in all."),
+    uniform_rank: int | None = UNIFORM_RANK,
+    parameters: int | None = PARAMETERS,
 ) -> None:
     """Search with short fine-tuning trials; resumes an earlier run."""
 
 
 @_study_command("train", "studies/digits.yaml --baseline --seeds 8 --jobs 2", controller="controller.mode")
 def _train(
-    allocation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The allocation.  [default: DIR/allocation.json]")
-    ] = None,
-    controller: Annotated[
-        str | None,
-        typer.Option(help="Overrides `controller.mode`: off, on, or auto (on where the allocation uses no gradient)."),
-    ] = None,
-    baseline: Annotated[
-        bool,
-        typer.Option(
-            "--baseline", help="Also train uniform LoRA, and the allocation without controller, on the same seeds."
-        ),
-    ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each allocation.")] = 1,
-    jobs: Jobs = 1,
+    allocation: Path | None = typer.Option(
+        None, metavar="FILE", help="The allocation.  [default: DIR/allocation.json]"
+    ),
+    controller: str | None = typer.Option(None, help="Overrides `controller.mode`: off, on or auto."),
+    baseline: bool = typer.Option(
+        False, "--baseline", help="Also train uniform LoRA, and the allocation without controller, on the same seeds."
+    ),
+    seeds: int = typer.Option(1, min=1, help="Runs of each allocation."),
+    jobs: int = typer.Option(1, min=1, help="Runs at a time, each in its own process."),
 ) -> None:
     """Fine-tune an allocation, tune its learning rate, and save the adapter for plain PEFT."""
 
 
 @_study_command(
     "compare", "studies/digits.yaml --methods uniform --methods one-shot --jobs 2",
-    methods="compare.methods", seeds="compare.n_seeds", uniform_rank="budget.uniform_rank", parameters="budget.parameters",
+    methods="compare.methods", seeds="compare.n_seeds", jobs="compare.n_jobs", **BUDGET,
 )  # fmt: skip
 def _compare(
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Overrides `compare.methods`; several times. Strategies, uniform-rslora, qv-only, searched, controller, "
-            "controller-STRATEGY, adalora, eva, full, head, or path/to/file.py:function.",
-        ),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Overrides `compare.n_seeds`: reported runs of each method.")
-    ] = None,
-    jobs: Jobs = 1,
-    uniform_rank: UniformRank = None,
-    parameters: Parameters = None,
+    methods: list[str] = typer.Option([], metavar="NAME", help="Overrides `compare.methods`; several times."),
+    seeds: int | None = typer.Option(None, help="Overrides `compare.n_seeds`: reported runs of each method."),
+    jobs: int | None = typer.Option(None, help="Overrides `compare.n_jobs`: runs at a time."),
+    uniform_rank: int | None = UNIFORM_RANK,
+    parameters: int | None = PARAMETERS,
 ) -> None:
     """Compare methods at equal parameters, each at its best learning rate; resumes an earlier run."""
 
@@ -243,16 +216,13 @@ def _compare(
 @app.command("report", epilog="Example: rankscope report out/digits")
 @reports_errors
 def _report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders with a comparison.parquet.")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Output folder.  [default: DIR]")] = None,
-    into: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Also put a Markdown table between the marker lines of a README or model card."
-        ),
-    ] = None,
-    json: Json = False,
-    debug: Debug = False,
+    folders: list[Path] = typer.Argument(metavar="DIR...", help="Folders with a comparison.parquet."),
+    out: Path | None = typer.Option(None, metavar="DIR", help="Output folder.  [default: DIR]"),
+    into: Path | None = typer.Option(
+        None, metavar="FILE", help="Also put a Markdown table between the marker lines of a README or model card."
+    ),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Draw comparisons as report.html and PNGs: one task, or several together."""
     from rankscope.cli.commands import run_report
@@ -262,8 +232,8 @@ def _report(
 
 @_study_command("dashboard", "studies/digits.yaml --open")
 def _dashboard(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine's loopback; 0: any free one.")] = 8080,
-    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+    port: int = typer.Option(8080, min=0, max=65535, help="Of this machine's loopback; 0: any free one."),
+    open_browser: bool = typer.Option(False, "--open/--no-open", help="Open it in the browser."),
 ) -> None:
     """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
 
@@ -271,17 +241,16 @@ def _dashboard(
 @app.command("init", epilog="Example: rankscope init my-study --template supersense")
 @reports_errors
 def _init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the study; the file is NAME.yaml.")],
-    template: Annotated[str, typer.Option(help="digits (no download), or supersense (a text task).")] = "digits",
-    debug: Debug = False,
+    name: str = typer.Argument(metavar="NAME", help="Of the study; the file is NAME.yaml."),
+    template: str = typer.Option("digits", help="digits (no download), or supersense (a text task)."),
 ) -> None:
     """Write an example study file, which runs as it is."""
     from rankscope.files import packaged
     from rankscope.settings import read_study
 
-    source, path = packaged(f"studies/{template}.yaml"), Path(f"{name}.yaml")
     if template not in ("digits", "supersense"):
         raise SettingsError(f"`template` must be digits or supersense, but got {template!r}.")
+    source, path = packaged(f"studies/{template}.yaml"), Path(f"{name}.yaml")
     read_study(source, {"name": name})  # which checks the name
     if path.exists():
         raise FileError(f"`{path}` must not exist yet, but does; choose another name.")
@@ -291,11 +260,10 @@ def _init(
 
 
 @app.command("schema", epilog="Example: rankscope schema > study.schema.json")
-@reports_errors
-def _schema(debug: Debug = False) -> None:
+def _schema() -> None:
     """Print the JSON schema of study files, with which editors complete and check them."""
-    import json
+    from json import dumps
 
     from rankscope.settings import StudySettings
 
-    typer.echo(json.dumps(StudySettings.model_json_schema(), indent=2))
+    typer.echo(dumps(StudySettings.model_json_schema(), indent=2))

@@ -433,7 +433,7 @@ def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
 # --- compare and report -----------------------------------------------------------------------------------------
 
 
-def run_compare(session: Session, *, jobs: int, as_json: bool) -> None:
+def run_compare(session: Session, *, as_json: bool) -> None:
     """`rankscope compare`."""
     settings, study = session.study.compare, session.study
     first = FIRST_REPORTED_SEED + study.seed
@@ -462,7 +462,6 @@ def run_compare(session: Session, *, jobs: int, as_json: bool) -> None:
             settings=settings,
             kept_in=session.out / "runs",
             on_run=lambda done, total: update(completed=done, total=total),
-            n_jobs=max(jobs, settings.n_jobs),
         ).renamed(study.name)
     files = [found.to_parquet(session.out / COMPARISON)]
     table = comparison.summarise(found.runs)

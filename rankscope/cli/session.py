@@ -27,7 +27,7 @@ from rankscope.distributed import require_one_process
 from rankscope.errors import FileError
 from rankscope.files import FORMAT, digest, require_same
 from rankscope.profiling import Profile, read_profile
-from rankscope.settings import BudgetSettings, StudySettings, TrainingSettings, read_study
+from rankscope.settings import BudgetSettings, StudySettings, read_study
 from rankscope.strategies import NEEDS_PROFILE, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
@@ -102,11 +102,6 @@ class Session:
         if settings.uniform_rank is not None:
             return ParameterBudget.uniform(self.targets, settings.uniform_rank)
         return ParameterBudget(settings.parameters or 0)
-
-    @property
-    def training(self) -> TrainingSettings:
-        """The schedule at the first learning rate."""
-        return self.study.training.at(self.study.training.learning_rates[0])
 
     @property
     def study_name(self) -> str:

@@ -86,11 +86,7 @@ def _warn_renamed(old: str, new: str) -> None:
 
 
 class Settings(BaseModel):
-    """The common base: frozen and strict. Numbers must be finite, and neither texts nor truth values.
-
-    Raises:
-        SettingsError: A name is unknown, or a value has the wrong type or is out of range.
-    """
+    """The common base: frozen and strict. A wrong name, type or value is a SettingsError that names the nearest known key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -106,10 +102,7 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, settings: Self | None = None, /, **overrides: Any) -> Self:
-        """Settings with some values replaced; without settings, the defaults.
-
-        Raises:
-            SettingsError: A name is unknown (the nearest known one is named), or a value is out of range.
+        """Settings with some values replaced; without settings, of the defaults.
 
         >>> SearchSettings.of(SearchSettings(n_trials=20), fidelity=0.5).n_trials
         20
@@ -206,11 +199,7 @@ class TrainingSettings(Settings):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The only learning rate.
-
-        Raises:
-            SettingsError: There are several to choose from.
-        """
+        """The learning rate; SettingsError while there are several to choose from."""
         if isinstance(self.learning_rate, tuple):
             raise SettingsError(f"`learning_rate` must be one number here, but got {self.learning_rate}; choose one.")
         return self.learning_rate
@@ -363,8 +352,8 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
 
     Args:
         path: The YAML file.
-        overrides: Values by dotted key, as in `{"search.n_trials": 20}`; they replace those of the file. A key of the
-            budget replaces the whole budget. None values are passed over.
+        overrides: Values by dotted key that replace those of the file, as in `{"search.n_trials": 20}`, unless None. A key of
+            the budget replaces the whole budget, another strategy also the strategy's options.
 
     Raises:
         SettingsError: The file is missing or not YAML, or a key is unknown or ill-typed; file and nearest key are named.
@@ -383,6 +372,12 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if any(key.startswith("budget.") for key in given):
         values["budget"] = {}
+    allocation = values.get("allocation")
+    if isinstance(allocation, dict) and given.get("allocation.strategy") not in (
+        None,
+        allocation.get("strategy", "one-shot"),
+    ):
+        allocation.pop("options", None)
     for dotted, value in given.items():
         _set(values, dotted, value, where=f"`{path}`")
     try:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import rankscope as rs
@@ -172,3 +173,39 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
     for path in ("a\0b", "x" * 5000, "\ud800", tmp_path):
         with pytest.raises(SettingsError, match=r"must hold a study, but cannot be read \(.*\); check the path\.$"):
             read_study(path)
+
+
+def test_old_names_work_and_warn(tmp_path: Path) -> None:
+    old = "search: {trials: 7}\nprofile: {batches: 3}\ncontroller: {margin: 0.1}\ncompare: {tuning_seeds: 1}\n"
+    with pytest.warns(FutureWarning) as warned:
+        study = read_study(write(tmp_path, MINIMAL + old), {"search.seeds": 2})
+    assert (study.search.n_trials, study.search.n_seeds, study.profile.n_batches) == (7, 2, 3)
+    assert (study.controller.hysteresis, study.compare.n_tuning_seeds) == (0.1, 1)
+    assert any(str(each.message).startswith("`trials` is now `n_trials`") for each in warned)
+    with pytest.warns(FutureWarning, match="`mode` is now `rank_change`"):
+        assert rs.ControllerSettings(mode="mask").rank_change == "mask"
+
+
+def test_another_strategy_drops_the_options_of_the_file_s(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "allocation: {options: {concentration: 0.5}}\n")
+    assert read_study(path, {"allocation.strategy": "one-shot"}).allocation.options == {"concentration": 0.5}
+    assert read_study(path, {"allocation.strategy": "random"}).allocation.options == {}
+
+
+def test_overrides_of_settings_in_python() -> None:
+    settings = rs.SearchSettings(n_trials=20)
+    assert rs.SearchSettings.of(settings, fidelity=0.5) == rs.SearchSettings(n_trials=20, fidelity=0.5)
+    for make in (rs.SearchSettings, rs.SearchSettings.of):
+        with pytest.raises(SettingsError, match=r"^unknown key `n_trails`; did you mean `n_trials`\?$"):
+            make(n_trails=3)
+    with pytest.raises(SettingsError, match=r"^`steps`: input should be greater than 0, but got 0\.$"):
+        rs.TrainingSettings(steps=0)
+    with pytest.raises(SettingsError, match=r"^`settings` must be SearchSettings, but got {}\.$"):
+        rs.SearchSettings.of({})
+    rates = rs.TrainingSettings(learning_rate=[0.1, 0.2])
+    assert (rates.learning_rates, rates.at(0.2).peak_learning_rate) == ((0.1, 0.2), 0.2)
+    with pytest.raises(
+        SettingsError, match=r"^`learning_rate` must be one number here, but got \(0\.1, 0\.2\); choose one\.$"
+    ):
+        _ = rates.peak_learning_rate
+    assert rs.TrainingSettings(steps=np.int64(3), learning_rate=np.float32(0.5)).steps == 3

@@ -266,22 +266,14 @@ def _search_summary(result: SearchResult) -> dict[str, Any]:
 
 
 def _trial_summary(trial: Trial) -> dict[str, Any]:
-    keys = ("origin", "learning_rate", "metric", "difference")
-    return {
-        "trial": trial.number,
-        "parameters": trial.allocation.parameters,
-        **{key: getattr(trial, key) for key in keys},
-    }
+    values = {key: getattr(trial, key) for key in ("origin", "learning_rate", "metric", "difference")}
+    return {"trial": trial.number, "parameters": trial.allocation.parameters, **values}
 
 
 def _finalist_summary(finalist: Finalist) -> dict[str, Any]:
     """The trial's, with what fresh seeds say in place of the trial's own difference."""
-    confirmed = {
-        "confirmed": dict(finalist.metrics_by_seed),
-        "difference": finalist.difference,
-        "interval": finalist.interval,
-    }
-    return {**_trial_summary(finalist.trial), **confirmed}
+    values = {key: getattr(finalist, key) for key in ("difference", "interval")}
+    return {**_trial_summary(finalist.trial), "confirmed": dict(finalist.metrics_by_seed), **values}
 
 
 # --- train ------------------------------------------------------------------------------------------------------
@@ -314,26 +306,17 @@ def run_train(
     files = [session.out / "adapter", *_decisions(session, reported[-1][0].decisions)]
     rows: list[dict[str, Any]] = []
     for runs in reported:
-        test = [run.test for run in runs if run.test is not None]
-        against = rows[0]["test"] if baseline and rows else None
-        rows.append(
-            {
-                "strategy": runs[0].method,
-                "parameters": max(run.parameters for run in runs),
-                "learning_rate": runs[0].learning_rate,
-                "seeds": [run.seed for run in runs],
-                "validation": [run.validation for run in runs],
-                "test": test,
-                "difference": comparison.paired_difference(test, against) if against else None,
-            }
-        )
+        row: dict[str, Any] = {"strategy": runs[0].method, "parameters": max(run.parameters for run in runs)}
+        row |= {"learning_rate": runs[0].learning_rate, "seeds": [run.seed for run in runs]}
+        row |= {"validation": [run.validation for run in runs], "test": [run.test for run in runs]}
+        row["difference"] = comparison.paired_difference(row["test"], rows[0]["test"]) if baseline and rows else None
+        rows.append(row)
     if as_json:
         print_json({"study": session.study.name, "metric": session.task.metric, "runs": rows}, files)
         return
-    seeds_said = f"{seeds} seeds" if seeds > 1 else "one seed"
-    said = "; paired test difference to uniform, 95 % interval" if baseline else ""
+    title = f"{session.study.name}: mean {session.task.metric} of {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
     print_table(
-        f"{session.study.name}: mean {session.task.metric} of {seeds_said}{said}",
+        title + ("; paired test difference to uniform, 95 % interval" if baseline else ""),
         {"strategy": "{strategy}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
          "validation": "{validation:.3f}", "test": "{test:.3f}", "to uniform": "{difference}"},
         [
@@ -361,11 +344,7 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
 
 
 def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
-    """Check that neither has room for one rank more than the other.
-
-    Raises:
-        SettingsError: One has.
-    """
+    """Raise a SettingsError if one has room for a rank more than the other."""
     small, large = sorted((allocation, uniform), key=lambda each: each.parameters)
     room = large.parameters - small.parameters
     if any(t.rank_cost <= room for t, rank in zip(small.targets, small.vector, strict=True) if rank < t.full_rank):
@@ -381,12 +360,8 @@ def _is_controlled(session: Session, allocation: RankAllocation) -> bool:
     if mode != "auto":
         return mode == "on"
     placed = allocation.strategy in {*NEEDS_PROFILE, SEARCHED}
-    said = (
-        "off: the ranks of `{}` rest on gradients already"
-        if placed
-        else "on: the ranks of `{}` rest on no gradient yet"
-    )
-    stderr.print("controller " + said.format(allocation.strategy), soft_wrap=True)
+    mode, why = ("off", "rest on gradients already") if placed else ("on", "rest on no gradient yet")
+    stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
     return not placed
 
 
@@ -394,12 +369,9 @@ def _belief(session: Session) -> PerformanceModel | None:
     """What this study's search believes; None without a search, and where it is not to be trusted."""
     if not session.has_search:
         return None
-    bounds = session.study.allocation
     study = searching.load_study(name=session.study_name, storage=searching.find_storage(session.storage))
-    kept, facts = (
-        study.user_attrs[searching.STUDY_KEY],
-        {key: each for key, each in session.facts.items() if key != "targets"},
-    )
+    facts = {key: each for key, each in session.facts.items() if key != "targets"}
+    kept = study.user_attrs[searching.STUDY_KEY]
     require_same(
         {key: kept.get(key) for key in facts},
         facts,
@@ -408,13 +380,8 @@ def _belief(session: Session) -> PerformanceModel | None:
         holds="its trials are",
         error=SettingsError,
     )
-    space = searching.make_space(
-        session.profile,
-        session.targets,
-        session.budget,
-        session.study.search,
-        RankLimits(bounds.min_rank, bounds.max_rank),
-    )
+    limits = RankLimits(session.study.allocation.min_rank, session.study.allocation.max_rank)
+    space = searching.make_space(session.profile, session.targets, session.budget, session.study.search, limits)
     return searching.belief_of(study, space)
 
 
@@ -465,10 +432,9 @@ def run_compare(session: Session, *, as_json: bool) -> None:
         ).renamed(study.name)
     files = [found.to_parquet(session.out / COMPARISON)]
     table = comparison.summarise(found.runs)
-    command = f"rankscope compare {session.path}"
-    files += comparison.write_report(
-        session.out, found.runs, table, targets=session.targets, decisions=found.decisions, command=command
-    )
+    command, decisions = f"rankscope compare {session.path}", found.decisions
+    options = (session.out, found.runs, table)
+    files += comparison.write_report(*options, targets=session.targets, decisions=decisions, command=command)
     remove_others(session.out, ("forest.png", "trajectories-*.png", "flow-*.png"), kept=files)  # of earlier comparisons
     _print_comparison(table, files, as_json=as_json)
 
@@ -479,16 +445,12 @@ def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_j
         raise FileError("`--out` must say where the report of several folders goes, but is not given; add it.")
     runs = _told_apart({folder: comparison.read_comparison(folder / COMPARISON) for folder in folders})
     table = comparison.summarise(runs)
-    card = (
-        None
-        if into is None
-        else comparison.insert_table(_read_card(into), comparison.to_markdown(table), where=str(into))
-    )
+    card = comparison.insert_table(_read_card(into), comparison.to_markdown(table), where=str(into)) if into else ""
     targets = _targets_of(folders[0], runs) if len(folders) == 1 else ()
     command = "rankscope report " + " ".join(map(str, folders))
     kept = folders[0] if len(folders) == 1 else None
     files = comparison.write_report(out or folders[0], runs, table, targets=targets, pictures_in=kept, command=command)
-    if into is not None and card is not None:
+    if into is not None:
         with replacing(into) as temporary:
             temporary.write_text(card, encoding="utf-8", newline="")
         files.append(into)
@@ -561,11 +523,8 @@ def _print_methods(group: pd.DataFrame) -> None:
     n_seeds = int(first["seeds"])
     noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
     title = f"{_study_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
-    columns = {
-        "method": "{method}", "parameters": "{parameters}", "rate": "{rate}", "test, 95 % interval": "{points}",
-        "differs": "{differs}",
-    }  # fmt: skip
-    print_table(title, columns, _texts(group))
+    columns = {"method": "{method}", "parameters": "{parameters}", "rate": "{rate}"}
+    print_table(title, {**columns, "test, 95 % interval": "{points}", "differs": "{differs}"}, _texts(group))
 
 
 def _study_name(row: pd.Series) -> str:

@@ -124,17 +124,7 @@ class Session:
         return {"study": self.study.name, "made_by": made_by, "made_from": self._terms(command, self.flags)}
 
     def require_present(self, kept: Mapping[str, Any], path: Path, *, command: str, remedy: str) -> None:
-        """Check that an output was made from the study as it is now, and with the flags that made it.
-
-        Args:
-            kept: The output's `provenance`; `command` makes it if that does not say.
-            path: Its file.
-            command: The default.
-            remedy: What to do about a difference.
-
-        Raises:
-            FileError: Something differs.
-        """
+        """Raise a FileError if the output at `path`, made as `kept` says, would be another from the study as it is now."""
         made_by = kept.get("made_by") or {}
         terms = self._terms(made_by.get("command", command), made_by.get("flags", {}))
         require_same(kept.get("made_from", {}), terms, what=f"`{path}`", remedy=remedy)

@@ -344,8 +344,8 @@ def digest(value: Any) -> str:
     """A short hash of a value's content, the same in any process.
 
     Plain values, containers, paths, arrays, tensors, modules (class and weights) and tables are hashed as they are; dataclasses
-    by the fields that are not at their defaults, so that a new field changes nothing; functions by their source; other objects
-    by class, source and state.
+    and settings by the fields that are not at their defaults, so that a new field changes nothing; functions by their source;
+    other objects by class, source and state.
 
     >>> digest({"a": [1, 2.0]}) == digest({"a": (1, 2.0)}), digest("1") == digest(1)
     (True, False)
@@ -424,6 +424,8 @@ def _parts(value: Any) -> list[Any]:
     if is_dataclass(value) and not isinstance(value, type):
         own = ((field, getattr(value, field.name)) for field in fields(value))
         return [part for field, each in own if not _is_default(field, each) for part in (field.name, each)]
+    if hasattr(value, "model_dump") and not isinstance(value, type):  # pydantic's
+        return [value.model_dump(exclude_defaults=True)]
     if isinstance(value, type):
         return [value.__qualname__, digest_source(*vars(value).values())]
     if inspect.isroutine(value):

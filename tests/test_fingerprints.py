@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import rankscope as rs
 from rankscope.errors import FileError
 from rankscope.files import digest, digest_source, require_same
+from rankscope.settings import ControllerSettings
 from rankscope.tasks import TextClassification, fingerprint_task
 from tests.tasks.models import save_bert, sentences
 
@@ -54,6 +55,12 @@ def test_different_content_has_different_hashes() -> None:
 )  # fmt: skip
 def test_equal_content_has_equal_hashes(one: Any, same: Any) -> None:
     assert digest(one) == digest(same)
+
+
+def test_settings_are_told_by_what_is_not_at_its_default() -> None:
+    default = ControllerSettings()
+    assert digest(default) == digest(ControllerSettings(every=default.every))
+    assert digest(default) != digest(ControllerSettings(every=50))
 
 
 def test_every_weight_counts() -> None:

@@ -85,7 +85,6 @@ class TextClassification(TextTask):
             otherwise rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
         pooling: `"model"`: transformers' classification class, which plain PEFT loads again; `"mean"`: an encoder under
             `MeanPooledClassifier`. Default: `"mean"` only if transformers has no such class for the model.
-        batch_size: Texts in a training batch.
         max_length: Tokens; longer texts are cut.
     """
 
@@ -203,14 +202,10 @@ class MeanPooledClassifier(nn.Module):
 
 
 class CausalLM(TextTask):
-    """Texts continued by a causal language model. Its own head is kept and stays frozen.
+    """Texts continued by a causal language model, whose own head is kept and stays frozen.
 
-    Args:
-        model: A local model folder or hub id.
-        data: As for `TextClassification`. Texts of fewer than two tokens predict nothing and are left out.
-        batch_size: Texts in a training batch.
-        max_length: Tokens; longer texts are cut.
-        gguf_file: Name of a GGUF file in the model folder, if the weights come as one.
+    Arguments are as for `TextClassification`. `gguf_file` names a GGUF file in the model folder, if the weights come as one.
+    Texts of fewer than two tokens predict nothing and are left out.
     """
 
     metric = "token_accuracy"

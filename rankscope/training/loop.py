@@ -31,21 +31,13 @@ _LOADERS = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """The result of one run.
+    """The result of one run."""
 
-    Attributes:
-        history: Validation metrics by step, those at the end last.
-        parameters: Adapter parameters at the end of the run; without adapters, trainable parameters outside the head.
-        wall_seconds: Duration, evaluation included.
-        allocation: Ranks at the end of the run; None without adapters.
-        decisions: The controller's, one row each; None without one.
-    """
-
-    history: Mapping[int, Mapping[str, float]]
-    parameters: int
-    wall_seconds: float
-    allocation: RankAllocation | None
-    decisions: pd.DataFrame | None
+    history: Mapping[int, Mapping[str, float]]  # validation metrics by step, those at the end last
+    parameters: int  # of adapters at the end of the run; without adapters, what is trained outside the head
+    wall_seconds: float  # evaluation included
+    allocation: RankAllocation | None  # ranks at the end of the run; None without adapters
+    decisions: pd.DataFrame | None  # the controller's, one row each; None without one
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -176,7 +168,7 @@ def _stream(task: Task, seed: int) -> Iterator[Batch]:
 
 @contextmanager
 def _trained_in_float32(model: nn.Module) -> Iterator[None]:
-    """Hold trainable weights in float32, since half precision rounds small updates away. Their types come back afterwards."""
+    """Hold trainable weights in float32 meanwhile, since half precision rounds small updates away."""
     half = {p: p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
     for parameter in half:
         parameter.data = parameter.data.float()

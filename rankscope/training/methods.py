@@ -80,14 +80,10 @@ def _peft_options(task: Task, settings: TrainingSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Lora(Method):
-    """LoRA of an allocation's ranks.
+    """LoRA of an allocation's ranks, which a controller may move within the allocation's budget.
 
-    Attributes:
-        allocation: The ranks. A controller starts from them and keeps to the allocation's budget.
-        controller: Moves ranks during the run; None: they stay.
-        rank_stabilised: Scale by `alpha / sqrt(r)` (rsLoRA, Kalajdzievski, arXiv 2312.03732), with the alpha that gives
-            `settings.scaling` at the mean rank in LoRA.
-        performance_model: A study's, which refuses the controller's moves that it expects to do harm.
+    If `rank_stabilised`, updates are scaled by `alpha / sqrt(r)` (rsLoRA, Kalajdzievski, arXiv 2312.03732), with the alpha
+    that gives `settings.scaling` at the mean rank in LoRA.
 
     >>> Lora(RankAllocation((), (), strategy="uniform"), ControllerSettings()).name
     'controller from uniform'
@@ -96,7 +92,7 @@ class Lora(Method):
     allocation: RankAllocation
     controller: ControllerSettings | None = None
     rank_stabilised: bool = False
-    performance_model: PerformanceModel | None = None
+    performance_model: PerformanceModel | None = None  # refuses the controller's moves that it expects to do harm
 
     @property
     def name(self) -> str:
@@ -137,12 +133,7 @@ class Lora(Method):
 class AdaLora(Method):
     """PEFT's AdaLoRA. It starts at one and a half times the rank, as its authors do, and masks down to a mean of `rank`.
 
-    Attributes:
-        targets: Target modules.
-        rank: Mean rank at the end: AdaLoRA's budget counts ranks, not parameters.
-        alpha: The update is scaled by `alpha` over the initial rank. PEFT's default is 8; it is best tuned.
-        share: Fraction of that budget to use.
-        settled: Fraction of the steps after which ranks stay fixed.
+    AdaLoRA's budget counts ranks, not parameters.
 
     >>> AdaLora((), rank=2, alpha=32.0).initial_rank
     3
@@ -150,9 +141,9 @@ class AdaLora(Method):
 
     targets: tuple[TargetModule, ...]
     rank: int
-    alpha: float
-    share: float = 1.0
-    settled: float = 0.7
+    alpha: float  # the update is scaled by alpha over the initial rank; PEFT's default is 8, best tuned
+    share: float = 1.0  # fraction of the budget to use
+    settled: float = 0.7  # fraction of the steps after which ranks stay fixed
 
     name = "AdaLoRA"
 
@@ -197,17 +188,11 @@ class AdaLora(Method):
 
 @dataclass(frozen=True, slots=True)
 class Eva(Method):
-    """PEFT's EVA: ranks and initial rows of A follow the principal directions of the modules' inputs.
-
-    Attributes:
-        targets: Target modules.
-        rank: Mean rank: EVA's budget counts ranks, not parameters.
-        rho: The largest rank is `rho * rank`; 1: all ranks are equal.
-    """
+    """PEFT's EVA: ranks of mean `rank` and initial rows of A follow the principal directions of the modules' inputs."""
 
     targets: tuple[TargetModule, ...]
     rank: int
-    rho: float = 2.0
+    rho: float = 2.0  # the largest rank is rho * rank; 1: all ranks are equal
 
     name = "EVA"
 

@@ -29,7 +29,7 @@ _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for t
 _LOADERS = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TrainingResult:
     """The result of one run."""
 
@@ -58,8 +58,7 @@ def train(
 ) -> tuple[nn.Module, TrainingResult]:
     """Fine-tune the task's model, and return it with the result.
 
-    The model runs on the best device, unless the task has placed it. GPUs that support bfloat16 use it for matrix products.
-    What is trained is float32, also if the model's weights are not.
+    The model runs where the task has placed it, else on the best device, in mixed precision where that supports bfloat16.
 
     Args:
         task: The task.
@@ -73,16 +72,13 @@ def train(
 
     Raises:
         TrainingError: The loss or the metric is not finite.
-        SettingsError: A setting is unknown or out of range, or the allocation is not for this model.
-        RankscopeError: torchrun, or another launcher, runs several copies of this process.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
     >>> targets = rs.find_targets(task.build_model())
     >>> uniform = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 1))
-    >>> model, result = rs.train(task, uniform, steps=2, learning_rate=0.01)
-    >>> result.parameters, sorted(result.metrics)
-    (6912, ['accuracy', 'loss'])
+    >>> rs.train(task, uniform, steps=2, learning_rate=0.01)[1].parameters
+    6912
     """
     require_one_process("a training")
     settings = TrainingSettings.of(settings, **overrides)
@@ -96,28 +92,26 @@ def train(
         with _trained_in_float32(model):
             optimizer = torch.optim.AdamW(_groups(task, model, settings), weight_decay=settings.weight_decay)
             running = method.follow(model, optimizer, settings, seed)
-            history: dict[int, Mapping[str, float]] = {}
+            history = {}
             for step in _steps(task, model, optimizer, running, settings, seed):
                 if on_step:
                     on_step(step)
                 if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                    history[step] = evaluate(task, model, "validation")
-                    if not math.isfinite(value := history[step][task.metric]):
-                        must = f"`{task.metric}` must be finite"
-                        raise TrainingError(f"{must}, but is {value} at step {step}; lower `learning_rate`.")
+                    history[step] = _finite_metrics(task, model, step)
                     if on_evaluation:
                         on_evaluation(step, history[step])
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter
-    head, allocation = _head(task, model), running.allocation
-    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p not in head)
-    return model, TrainingResult(
-        history=history,
-        parameters=allocation.parameters if allocation else n_trained,
-        wall_seconds=time.perf_counter() - started,
-        allocation=allocation,
-        decisions=running.decisions,
-    )
+    allocation, seconds = running.allocation, time.perf_counter() - started
+    parameters = allocation.parameters if allocation else sum(p.numel() for p in _body_and_head(task, model)[0])
+    return model, TrainingResult(history, parameters, seconds, allocation, running.decisions)
+
+
+def _finite_metrics(task: Task, model: nn.Module, step: int) -> Mapping[str, float]:
+    metrics = evaluate(task, model, "validation")
+    if not math.isfinite(value := metrics[task.metric]):
+        raise TrainingError(f"`{task.metric}` must be finite, but is {value} at step {step}; lower `learning_rate`.")
+    return metrics
 
 
 def _steps(
@@ -179,18 +173,19 @@ def _trained_in_float32(model: nn.Module) -> Iterator[None]:
             parameter.grad, parameter.data = None, parameter.data.to(dtype)
 
 
-def _head(task: Task, model: nn.Module) -> set[nn.Parameter]:
-    names = set(getattr(task, "head_modules", ()))
-    return {parameter for name, parameter in model.named_parameters() if names & set(name.split("."))}
+def _body_and_head(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters outside and inside the head."""
+    names, trained = set(getattr(task, "head_modules", ())), [p for p in model.named_parameters() if p[1].requires_grad]
+    head = [parameter for name, parameter in trained if names & set(name.split("."))]
+    return [parameter for name, parameter in trained if not names & set(name.split("."))], head
 
 
 def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: one, or two if the head has its own learning rate."""
-    trained, rate = [p for p in model.parameters() if p.requires_grad], settings.peak_learning_rate
+    rate = settings.peak_learning_rate
     if settings.head_learning_rate is None:
-        return [{"params": trained, "lr": rate}]
-    names = _head(task, model)
-    body, head = [p for p in trained if p not in names], [p for p in trained if p in names]
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}]
+    body, head = _body_and_head(task, model)
     if not head:
         raise TrainingError(f"`head_learning_rate` needs a task with a head, but `{task.name}` has none; leave it out.")
     groups = [{"params": body, "lr": rate}, {"params": head, "lr": settings.head_learning_rate}]

@@ -32,13 +32,8 @@ class LocalHook(partial[Any]):
 class GradientHooks:
     """Hooks on modules, and the sums that they feed: `accumulators` of gradients, and `inputs`, shared by q, k and v.
 
-    Args:
-        modules: The target modules and where they are in the model.
-        matrices: Random matrices of the sketches.
-        inputs: Whether to sketch the modules' inputs too.
-        factor: Multiplies gradients before they are kept; see `in_range`.
-        copied: Modules whose inputs are copied because they change in place later on. A module found to need it is added; its
-            present gradient is lost. None: raise an error instead.
+    Gradients are multiplied by `factor` before they are kept (see `in_range`). Inputs of modules in `copied` are copied, since
+    they change in place later on. A module found to need it is added, its present gradient lost; None: it raises.
     """
 
     def __init__(
@@ -77,19 +72,9 @@ class GradientHooks:
         """Stop recording."""
         for name, increment in self._pending.items():
             self.accumulators[name].add(increment, self._weight)
-        self.drop_batch()
-
-    def drop_batch(self) -> None:
-        """Stop recording a batch of which nothing was added."""
         self._last, self._mask, self._active = None, None, False
         self._calls.clear()
         self._pending.clear()
-
-    def clear(self) -> None:
-        """Forget all that was seen."""
-        self.inputs.clear()
-        for accumulator in self.accumulators.values():
-            accumulator.clear()
 
     def peak(self) -> float:
         """The largest absolute entry of all that is kept."""

@@ -30,6 +30,7 @@ from rankscope.profiling.table import SCHEMA_VERSION, Measured, Profile, tabulat
 from rankscope.settings import ProfileSettings
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
 
+Modules = dict[TargetModule, nn.Module]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,10 @@ def profile(
     """
     settings, model = ProfileSettings.of(settings, **overrides), unwrapped(model)
     modules, skipped = _find_modules(model, targets)
-    wanted, size = _sketch_sizes(model, tuple(modules), budget, settings.sketch_size)
+    if budget is not None and not isinstance(budget, ParameterBudget):
+        raise ModelError(f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`.")
+    limit, size = budget.limit if budget else None, settings.sketch_size
+    wanted, size = (size, size) if size else choose_sketch_size(tuple(modules), limit, bytes_of_weights(model))
     hooks = GradientHooks(modules, RandomMatrices(k=size, seed=seed))
     run = _Run(model, loss_fn or _model_loss, modules, hooks, settings)
     stream = run.behind_heads(islice(batches, settings.n_batches), head, head_batches)
@@ -91,7 +95,7 @@ def profile(
 
 
 class SeenBatch(NamedTuple):
-    """What is noted of a batch that counts."""
+    """What is noted of a batch."""
 
     size: int
     loss: float
@@ -105,7 +109,7 @@ class _Run:
 
     model: nn.Module
     loss_fn: LossFunction
-    modules: Mapping[TargetModule, nn.Module]
+    modules: Modules
     hooks: GradientHooks
     settings: ProfileSettings
     seen: list[SeenBatch] = field(default_factory=list)
@@ -120,17 +124,15 @@ class _Run:
         """The sum of the batches' weights."""
         return sum(batch.size / self.unit for batch in self.seen)
 
-    def behind_heads(
-        self, batches: Iterable[Any], head: Sequence[str], head_batches: Iterable[Any] | None
-    ) -> Generator[Any]:
+    def behind_heads(self, batches: Iterable[Any], head: Sequence[str], others: Iterable[Any] | None) -> Generator[Any]:
         """Yield the batches, each behind a head that was trained on others."""
         warm = bool(head and self.settings.head_steps)
-        rounds: list[tuple[Iterable[Any], Iterable[Any]]] = [(batches, () if head_batches is None else head_batches)]
-        if warm and head_batches is None:
+        rounds: list[tuple[Iterable[Any], Iterable[Any]]] = [(batches, () if others is None else others)]
+        if warm and others is None:
             held = list(batches)
             rounds = [(held[0::2], held[1::2]), (held[1::2], held[0::2])] if len(held) > 1 else []
-        for mine, others in rounds:
-            with head_warmed(self.model, head, others, self.loss, self.settings.head_steps) if warm else nullcontext():
+        for mine, rest in rounds:
+            with head_warmed(self.model, head, rest, self.loss, self.settings.head_steps) if warm else nullcontext():
                 yield from mine
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -144,9 +146,8 @@ class _Run:
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ModelError(f"`loss_fn` must return a scalar tensor, but returned {found}")
         if not loss.requires_grad and bool(loss.isfinite()):
-            raise ModelError(
-                "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."
-            )
+            remedy = "check `targets` and `loss_fn`"
+            raise ModelError(f"the loss must depend on a target module, but depends on none; {remedy}.")
         return loss
 
     def see(self, batch: Any) -> None:
@@ -165,11 +166,13 @@ class _Run:
             return
         if not self.seen and (scale := in_range(self.hooks.peak())) != 1.0:
             self.scale = scale
-            self.hooks.clear()
+            self.hooks.inputs.clear()
+            for sums in self.hooks.accumulators.values():
+                sums.clear()
             self._backward(batch, size / self.unit, mask)
         tokens = 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
-        sums = "".join(repr((tuple(t.shape), float(t.cpu().double().sum()))) for _, t in tensors)  # MPS has no doubles
-        self.seen.append(SeenBatch(size, loss, tokens, hashlib.sha256(sums.encode()).hexdigest()))
+        text = "".join(repr((tuple(t.shape), float(t.cpu().double().sum()))) for _, t in tensors)  # MPS has no doubles
+        self.seen.append(SeenBatch(size, loss, tokens, hashlib.sha256(text.encode()).hexdigest()))
 
     def _backward(self, batch: Any, weight: float, mask: Tensor | None) -> float | None:
         """The loss, None if it is not finite; the hooks see its backward pass."""
@@ -177,7 +180,7 @@ class _Run:
         loss = self.loss(self.model, batch)
         value = float(loss.detach())
         if not math.isfinite(value):
-            self.hooks.drop_batch()
+            self.hooks.end_batch()
             return None
         (loss * (weight * self.scale)).backward()
         self.hooks.end_batch()
@@ -239,10 +242,8 @@ class _Run:
                 "look at these batches, or use float32 or bfloat16."
             )
         if n < 2:
-            need = "so that signal can be told from noise"
-            raise ModelError(
-                f"`batches` must hold at least 2 batches, {need}, but held {n}; pass more, or smaller ones."
-            )
+            held = f"so that signal can be told from noise, but held {n}; pass more, or smaller ones"
+            raise ModelError(f"`batches` must hold at least 2 batches, {held}.")
         silent = [name for name, sums in self.hooks.accumulators.items() if not sums.batches]
         if len(silent) == len(self.modules):
             others = f"`{silent[0]}` and every other target"
@@ -348,23 +349,20 @@ def _interrupt(enabled: bool) -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, to be looked at after each batch; the second interrupts at once."""
     event, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
-    def request(_number: int, _frame: Any) -> None:
+    def request(*_: Any) -> None:
         event.set()
         signal.signal(signal.SIGINT, before)
 
-    enabled = enabled and threading.current_thread() is threading.main_thread()
+    if enabled and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, request)
     try:
-        if enabled:
-            signal.signal(signal.SIGINT, request)
         yield event
     finally:
-        if enabled:
+        if signal.getsignal(signal.SIGINT) is request:
             signal.signal(signal.SIGINT, before)
 
 
-def _find_modules(
-    model: nn.Module, targets: Sequence[TargetModule] | None
-) -> tuple[dict[TargetModule, nn.Module], dict[str, str]]:
+def _find_modules(model: nn.Module, targets: Sequence[TargetModule] | None) -> tuple[Modules, dict[str, str]]:
     """The modules that can be profiled, and why other targets, and the model's fused experts, cannot."""
     if fixed := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
         raise ModelError(
@@ -388,16 +386,6 @@ def _find_modules(
     if missing := [target.name for target in wanted if target.name not in present]:
         raise ModelError(f"`targets` must be modules of this model, but it has no `{missing[0]}`; find them again.")
     return {target: present[target.name] for target in wanted}, skipped
-
-
-def _sketch_sizes(
-    model: nn.Module, targets: Sequence[TargetModule], budget: ParameterBudget | None, given: int | None
-) -> tuple[int, int]:
-    """What the budget calls for, and what memory allows."""
-    if budget is not None and not isinstance(budget, ParameterBudget):
-        raise ModelError(f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`.")
-    limit = budget.limit if budget else None
-    return (given, given) if given else choose_sketch_size(targets, limit, bytes_of_weights(model))
 
 
 def _fingerprint_weights(model: nn.Module) -> str:

@@ -52,17 +52,15 @@ class RandomMatrices:
     def __init__(self, *, k: int, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise SettingsError(f"`seed` must be a whole number from 0 to {2**32 - 1}, but got {seed!r}.")
-        self.k, self.l, self._seed = k, 4 * k, int(seed)
-        self.omega, self.signs = cache(self._omega), cache(self._signs)
+        self.k, self.l = k, 4 * k
 
-    def _omega(self, size: int, device: torch.device) -> Tensor:
-        return torch.randn(size, self.k, generator=self._generator(size, 0)).to(device)
+        def generator(size: int, which: int) -> torch.Generator:
+            return torch.Generator().manual_seed(2 * (int(seed) * 1_000_003 + size) + which)
 
-    def _signs(self, size: int, device: torch.device) -> Tensor:
-        return (torch.randint(2, (size,), generator=self._generator(size, 1)) * 2.0 - 1.0).to(device)
-
-    def _generator(self, size: int, which: int) -> torch.Generator:
-        return torch.Generator().manual_seed(2 * (self._seed * 1_000_003 + size) + which)
+        self.omega = cache(lambda size, device: torch.randn(size, k, generator=generator(size, 0)).to(device))
+        self.signs = cache(
+            lambda size, device: torch.randint(2, (size,), generator=generator(size, 1)).to(device) * 2.0 - 1
+        )
 
 
 class GradientAccumulator:
@@ -142,7 +140,7 @@ class GradientAccumulator:
         """Rows Psi^T, (n, l): coordinate i is added to bucket i mod l under its sign, a block of rows at a time."""
         long, l = self.signs.numel(), len(self.kept[1])
         signs, pieces = self.signs.to(rows.dtype), []
-        for part in row_blocks(rows, 256):
+        for part in row_blocks(rows):
             padded = part.new_zeros(len(part), -(-long // l) * l)
             torch.mul(part, signs, out=padded[:, :long])
             pieces.append(padded.view(len(part), -1, l).sum(dim=1))
@@ -195,14 +193,10 @@ class InputSketch:
         """Add rows, (n, in), of any floating type; those with 0 in the mask, (n,), are padding and do not count."""
         masks = repeat(None) if mask is None else mask.eq(0)[:, None].split(INPUT_ROWS)
         for part, padding in zip(inputs.split(INPUT_ROWS), masks, strict=False):
-            rows, n = part.float(), torch.full_like(self.count, len(part))
-            if padding is not None:
-                n -= padding.sum()
-                rows = rows.masked_fill(padding, 0.0)
+            n = torch.full_like(self.count, len(part)) - (0 if padding is None else padding.sum())
+            rows = part.float() if padding is None else part.float().masked_fill(padding, 0.0)
             mean = rows.sum(dim=0) / n.clamp_min(1)
-            rows = rows - mean
-            if padding is not None:
-                rows = rows.masked_fill(padding, 0.0)
+            rows = rows - mean if padding is None else (rows - mean).masked_fill(padding, 0.0)
             apart, total = mean - self.mean, self.count + n
             between = self.count * (n / total.clamp_min(1))
             self.squares += rows.square().sum() + between * apart.square().sum()
@@ -263,8 +257,8 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return basis @ left, values, right
 
 
-def row_blocks(matrix: Tensor, on_cpu: int) -> tuple[Tensor, ...]:
-    """The matrix in blocks of rows, so that copies of a block are small: `on_cpu` rows, or 64 MB on other devices."""
-    size = on_cpu if matrix.device.type == "cpu" else max(on_cpu, 2**24 // max(matrix.shape[1], 1))
+def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The matrix in blocks of rows, so that copies of a block are small: 256 rows on the CPU, 64 MB on other devices."""
+    size = 256 if matrix.device.type == "cpu" else max(256, 2**24 // max(matrix.shape[1], 1))
     blocks: tuple[Tensor, ...] = matrix.split(size)
     return blocks

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from rankscope.profiling.sketch import row_blocks
 
-BLOCK_ROWS = 256  # of a weight at a time, to save memory
 POOLED_BATCHES = 8  # the pooled share of signal counts as much as this many batches
 Floats = NDArray[np.float64]
 
 
-class SignalAndNoise(NamedTuple):
+class EnergySplit(NamedTuple):
     """Where a mean gradient's energy comes from."""
 
     signal: float  # ||E g||_F^2, unbiased
@@ -26,9 +25,7 @@ class SignalAndNoise(NamedTuple):
     fisher_trace: float  # E ||g||_F^2
 
 
-def split_energy(
-    energy: float, squares: float, sizes: Sequence[float], measured: float | None = None
-) -> SignalAndNoise:
+def split_energy(energy: float, squares: float, sizes: Sequence[float], measured: float | None = None) -> EnergySplit:
     """Split ||G||_F^2, the energy of a mean gradient, by the scatter between batches (one-way analysis of variance).
 
     A batch of n_b examples has a mean gradient G_b with E ||G_b||^2 = ||E g||^2 + tr Cov(g) / n_b. So for independent examples
@@ -36,12 +33,12 @@ def split_energy(
     `measured` is ||G||_F^2 by the estimator that `squares` uses, if `energy` uses another: its error then cancels.
 
     >>> split_energy(energy=1.0, squares=8.0, sizes=[4, 4])  # both batches have the same gradient: no noise
-    SignalAndNoise(signal=1.0, noise=0.0, fisher_trace=1.0)
+    EnergySplit(signal=1.0, noise=0.0, fisher_trace=1.0)
     """
     total = float(sum(sizes))
     variance = (squares - total * (energy if measured is None else measured)) / (len(sizes) - 1)
     signal = energy - variance / total
-    return SignalAndNoise(signal, variance / total, signal + variance)
+    return EnergySplit(signal, variance / total, signal + variance)
 
 
 def signal_shares(signal: Floats, energy: Floats, n_batches: int, *, pooled: float | None = None) -> Floats:
@@ -95,7 +92,7 @@ def effective_rank(values: Tensor) -> float:
 def stable_rank(weight: Tensor) -> float:
     """||W||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007), with sigma_1 by 30 power iterations from a fixed start."""
     direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    blocks = row_blocks(weight, BLOCK_ROWS)
+    blocks = row_blocks(weight)
     for _ in range(30):
         direction = direction / direction.norm().clamp_min(torch.finfo(torch.float32).tiny)
         image = [part.float() @ direction for part in blocks]
@@ -107,11 +104,11 @@ def stable_rank(weight: Tensor) -> float:
 
 def frobenius_norm(weight: Tensor) -> float:
     """||W||_F in single precision, without a copy of the weight."""
-    return float(torch.stack([part.float().norm() for part in row_blocks(weight, BLOCK_ROWS)]).norm())
+    return float(torch.stack([part.float().norm() for part in row_blocks(weight)]).norm())
 
 
 def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
     """Sum |w_ij g_ij| with g = basis @ core: how the loss changes as single weights go (Molchanov et al. 2017; AdaLoRA)."""
-    blocks = row_blocks(weight, BLOCK_ROWS)
+    blocks = row_blocks(weight)
     parts = zip(blocks, basis.split(len(blocks[0])), strict=True)
     return float(torch.stack([(part.float() * (rows @ core)).abs().sum() for part, rows in parts]).sum())

@@ -21,7 +21,7 @@ from rankscope.errors import FileError, ModelError, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
 from rankscope.profiling import statistics
 from rankscope.profiling.sketch import Decomposition, InputSketch
-from rankscope.profiling.statistics import Floats, SignalAndNoise, energy_tail
+from rankscope.profiling.statistics import EnergySplit, Floats, energy_tail
 from rankscope.targets import TargetModule, fingerprint_targets
 
 SCHEMA_VERSION = 4
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
     exact: bool  # whether the gradient was kept whole
     gradient: Decomposition  # of the sum over batches, which is `total` times G
     total: float
-    split: SignalAndNoise
+    split: EnergySplit
     inputs: InputSketch | None
     weight: Tensor | None  # (out, in); None if it cannot be read
     keep: int  # directions
@@ -102,17 +102,12 @@ def tabulate(modules: Iterable[Measured], n_batches: int, scale: float) -> pd.Da
     table["singular_values"] = [(np.array(values) * unit).tolist() for values in table["singular_values"]]
     pairs = zip(table["singular_values"], table["signal_share"], strict=True)
     table["signal_values"] = [[value * math.sqrt(share) for value in values] for values, share in pairs]
-    powers = {
-        "gradient_norm": 1,
-        "singular_error": 1,
-        "sensitivity": 1,
-        "signal_energy": 2,
-        "noise_energy": 2,
-        "fisher_trace": 2,
-    }
+    linear, squared = (
+        ["gradient_norm", "singular_error", "sensitivity"],
+        ["signal_energy", "noise_energy", "fisher_trace"],
+    )
     with np.errstate(over="ignore"):
-        for column, power in powers.items():
-            table[column] = table[column].astype(np.float64) * unit**power
+        table[linear], table[squared] = table[linear].astype(np.float64) * unit, table[squared] * unit**2
     if not np.isfinite(table["fisher_trace"]).all():
         size = f"{table['gradient_norm'].max():.0e}"
         raise ModelError(f"squared gradients must be below 1e308, but gradients are about {size}; scale the loss down.")
@@ -178,11 +173,8 @@ class Profile:
         """The share of signal in each module's gradient energy by name; 1, with a warning, if no module has any."""
         if self.has_signal:
             return self.column("signal_share")
-        logger.warning(
-            "the %s batches of the profile agree on nothing: the estimated signal is 0 in every module, and the raw gradient "
-            "stands in for it; profile more batches",
-            self.metadata.get("batches", ""),
-        )
+        found = "the estimated signal is 0 in every module, and the raw gradient stands in for it; profile more batches"
+        logger.warning("the %s batches of the profile agree on nothing: %s", self.metadata.get("batches", ""), found)
         return dict.fromkeys(self.table["module"], 1.0)
 
     def directions(self, module: str) -> tuple[np.ndarray, np.ndarray]:

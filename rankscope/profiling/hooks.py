@@ -118,10 +118,8 @@ class GradientHooks:
             elif self._copied is not None:
                 self._copied.add(name)
             else:
-                raise ModelError(
-                    f"the input of `{name}` must stay as it was until the backward pass, but was changed in place; change "
-                    "it out of place."
-                )
+                must = f"the input of `{name}` must stay as it was until the backward pass"
+                raise ModelError(f"{must}, but was changed in place; change it out of place.")
 
         first.register_hook(receive)
         if not replaced:
@@ -149,9 +147,8 @@ class GradientHooks:
             return
         if sketch is None:
             sketch = self.inputs[name] = self._new_inputs(rows.shape[1], rows.device)
-        mask = (
-            self._mask if inputs.ndim == 3 and self._mask is not None and inputs.shape[:2] == self._mask.shape else None
-        )
+        masked = self._mask is not None and inputs.ndim == 3 and inputs.shape[:2] == self._mask.shape
+        mask = self._mask if masked else None
         sketch.add(rows, None if mask is None else mask.flatten().to(rows.device))
         self._last = (inputs, sketch)
 

@@ -51,8 +51,8 @@ def profile(
 ) -> Profile:
     """Profile the gradient of the loss, and the inputs, at every target module.
 
-    The model (quantised, offloaded, compiled, wrapped by PEFT or DistributedDataParallel) runs frozen and in evaluation mode, and
-    is left as it was. Under torch.distributed each process passes its own batches, and all get the profile of all of them.
+    The model runs frozen and in evaluation mode, and is left as it was. It may be quantised, offloaded, compiled or wrapped.
+    Under torch.distributed each process passes its own batches, and all get the profile of all of them.
 
     Args:
         model: Any torch module.
@@ -61,8 +61,7 @@ def profile(
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         budget: The budget that allocations will have: the sketches grow with it.
         head: Names of freshly initialised modules, as a new classifier: trained first, alone, and restored at the end.
-        head_batches: Train the head on these. Default: each half of `batches` is profiled behind a head that was trained on the
-            other half, since a head that has fitted a batch leaves only noise in its gradient.
+        head_batches: Train the head on these. Default: on the other half of `batches`, since a fitted batch leaves only noise.
         seed: Seed of the sketches.
         on_batch: Called after each batch with its index and loss.
         settings: How to profile.
@@ -89,9 +88,8 @@ def profile(
                 on_batch(index, run.seen[-1].loss)
             if interrupt.is_set() or run.converged():
                 break
-    facts = {"seed": seed, "sketch_size": size, "sketch_wanted": wanted, "skipped": skipped}
-    head_steps = settings.head_steps if head else 0
-    return run.finish(**facts, head_steps=head_steps, interrupted=interrupt.is_set())
+    facts = {"seed": seed, "head_steps": settings.head_steps if head else 0, "interrupted": interrupt.is_set()}
+    return run.finish(**facts, sketch_size=size, sketch_wanted=wanted, skipped=skipped)
 
 
 class SeenBatch(NamedTuple):
@@ -118,11 +116,6 @@ class _Run:
     scale: float = 1.0  # the factor on every loss; see `in_range`
     next_look: int = 4  # in batches; see `converged`
     last_look: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        """The sum of the batches' weights."""
-        return sum(batch.size / self.unit for batch in self.seen)
 
     def behind_heads(self, batches: Iterable[Any], head: Sequence[str], others: Iterable[Any] | None) -> Generator[Any]:
         """Yield the batches, each behind a head that was trained on others."""
@@ -194,7 +187,7 @@ class _Run:
             raise ModelError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
         if len(self.seen) < self.next_look:
             return False
-        self.next_look, unit = int(len(self.seen) * 1.5) + 1, 1.0 / self.total
+        self.next_look, unit = int(len(self.seen) * 1.5) + 1, 1.0 / sum(batch.size / self.unit for batch in self.seen)
         now = {name: sums.decompose().values[:8] * unit for name, sums in self.hooks.accumulators.items()}
         last, self.last_look = self.last_look, now
         moved = [(now[name] - last[name]).norm() / now[name].norm() for name in last if now[name].any()]
@@ -204,15 +197,14 @@ class _Run:
         """The profile of all processes' batches; `facts` are further metadata."""
         if n_processes() > 1:
             self._sum_over_processes()
-        silent = self._check()
         sizes, digests = [batch.size for batch in self.seen], sorted(batch.digest for batch in self.seen)
         metadata = {
+            "without_gradient": self._check(),  # first, since it may raise
             "schema": SCHEMA_VERSION,
             "model": fingerprint_targets(tuple(self.modules)),
             "weights": _fingerprint_weights(self.model),
             "data": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],  # whichever process saw them
             "targets": len(self.modules),
-            "without_gradient": silent,
             "batches": len(self.seen),
             "skipped_batches": self.skipped,
             "tokens": sum(batch.tokens for batch in self.seen),
@@ -237,10 +229,9 @@ class _Run:
         """Modules without a gradient. Gradients are looked at in the end: on the way, each look would make a GPU wait."""
         n, total, most = len(self.seen), self.skipped + len(self.seen), self.settings.max_skipped
         if self.skipped > most * total:
-            raise ModelError(
-                f"the loss must be finite, but is not in {self.skipped} of {total} batches (at most {most:.0%} are skipped); "
-                "look at these batches, or use float32 or bfloat16."
-            )
+            found = f"is not in {self.skipped} of {total} batches (at most {most:.0%} are skipped)"
+            remedy = "look at these batches, or use float32 or bfloat16"
+            raise ModelError(f"the loss must be finite, but {found}; {remedy}.")
         if n < 2:
             held = f"so that signal can be told from noise, but held {n}; pass more, or smaller ones"
             raise ModelError(f"`batches` must hold at least 2 batches, {held}.")
@@ -249,19 +240,19 @@ class _Run:
             others = f"`{silent[0]}` and every other target"
             raise ModelError(f"{others} must get a gradient from the loss, but none does; check `targets`.")
         if silent:
-            count = f"{len(silent)} of {len(self.modules)}"
-            logger.warning("%s modules got no gradient and count as zero, as `%s`", count, silent[0])
+            found = f"{len(silent)} of {len(self.modules)} modules"
+            logger.warning("%s got no gradient and count as zero, as `%s`", found, silent[0])
         for name, sums in self.hooks.accumulators.items():
             if not all(tensor.isfinite().all() for tensor in sums.tensors()):
                 remedy = "check the loss, or use float32 or bfloat16"
                 raise ModelError(f"the gradient at `{name}` must be finite, but is not; {remedy}.")
             if name in self.hooks.inputs and not self.hooks.inputs[name].squares.isfinite():
-                remedy = "check the data and the weights"
-                raise ModelError(f"the inputs of `{name}` must be finite and below 1e18, but are not; {remedy}.")
+                raise ModelError(f"the inputs of `{name}` must be finite and below 1e18, but are not; check the data.")
         return silent
 
     def _measure(self, target: TargetModule) -> Measured:
-        sums, total, sizes = self.hooks.accumulators[target.name], self.total, [batch.size for batch in self.seen]
+        sums, sizes = self.hooks.accumulators[target.name], [batch.size for batch in self.seen]
+        total = sum(size / self.unit for size in sizes)
         gradient, squares = sums.decompose(), float(sums.squares) * self.unit
         energy, measured = max(gradient.energy, 0.0) / total**2, float(sums.measure(sums.kept)) / total**2
         split = split_energy(energy, squares, sizes, measured)
@@ -273,12 +264,9 @@ def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
     """The tensors of a batch of nested mappings and sequences, in order, each with the key above it."""
     if isinstance(batch, Tensor):
         yield name, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
+    elif isinstance(batch, Mapping | list | tuple):
+        for key, value in batch.items() if isinstance(batch, Mapping) else zip(repeat(name), batch):
             yield from _leaves(value, key)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _leaves(value, name)
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:
@@ -287,8 +275,7 @@ def _model_loss(model: nn.Module, batch: Any) -> Any:
         raise ModelError(f"batches must be mappings of the model's inputs, but {found}; pass `loss_fn`.")
     outputs = model(**batch)
     if not hasattr(outputs, "loss"):
-        found = f"returned a {type(outputs).__name__}"
-        raise ModelError(f"the model must return an output with `loss`, but {found}; pass `loss_fn`.")
+        raise ModelError(f"the model must return a `loss`, but returned a {type(outputs).__name__}; pass `loss_fn`.")
     return outputs.loss
 
 
@@ -365,13 +352,10 @@ def _interrupt(enabled: bool) -> Iterator[threading.Event]:
 def _find_modules(model: nn.Module, targets: Sequence[TargetModule] | None) -> tuple[Modules, dict[str, str]]:
     """The modules that can be profiled, and why other targets, and the model's fused experts, cannot."""
     if fixed := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
-        raise ModelError(
-            f"the model's weights must take part in a backward pass, but `{fixed[0]}` was made in torch.inference_mode; load "
-            "the model outside it."
-        )
+        found = f"`{fixed[0]}` was made in torch.inference_mode; load the model outside it"
+        raise ModelError(f"the model's weights must take part in a backward pass, but {found}.")
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads these
-    if meta and not offloaded:
+    if meta and not any(hasattr(module, "_hf_hook") for module in model.modules()):  # else accelerate loads them
         raise ModelError(f"the model's weights must be loaded, but `{meta[0]}` is on the meta device; load them first.")
     targets = find_targets(model) if targets is None else targets
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}

@@ -1,9 +1,9 @@
 """Streaming sketches of weight gradients and of module inputs.
 
-Of a linear module's gradient G = sum_n delta_n x_n^T (out x in), random projections Y = G Omega and Z = Psi G are kept, which add
-up over batches and processes. With Q = orth(Y), the leading singular triples are those of Q X, X = (Psi Q)^+ Z (Tropp, Yurtsever,
-Udell, Cevher, "Practical sketching algorithms for low-rank matrix approximation", 2017, Alg. 4). Omega is Gaussian. Psi is a
-count sketch (Clarkson and Woodruff 2013): it sums coordinates into l buckets under random signs, in one pass over the deltas.
+Of a linear module's gradient G = sum_n delta_n x_n^T (out x in), random projections Y = G Omega and Z = Psi G are kept. With
+Q = orth(Y), the leading singular triples are those of Q X, X = (Psi Q)^+ Z (Tropp, Yurtsever, Udell, Cevher 2017, "Practical
+sketching algorithms for low-rank matrix approximation", Alg. 4). Omega is Gaussian; Psi is a count sketch (Clarkson and Woodruff
+2013), which sums coordinates into l buckets under random signs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ SKETCH_SIZE = 56  # columns k of any profile, if memory allows
 LEAST_SIZE = 8  # whatever memory allows
 SKETCH_SHARE = 0.25  # of the bytes of the model's weights
 SKETCH_BYTES = 2**30  # allowed in any case
-INPUT_ROWS = 2048  # converted to float32 at a time
 Increment = tuple[Tensor, ...]
 logger = logging.getLogger(__name__)
 
@@ -43,16 +42,12 @@ class Decomposition(NamedTuple):
 
 
 class RandomMatrices:
-    """Omega, (size, k), and the signs of Psi, (size,), of each size; equal for equal seeds on any device.
-
-    The narrow sketch has k columns: so many singular triples can be found. The wide one has l = 4 k rows: with 3 k, single
-    modules are off by half as much again.
-    """
+    """Omega, (size, k), and the signs of Psi, (size,), of each size; equal for equal seeds on any device."""
 
     def __init__(self, *, k: int, seed: int) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
             raise SettingsError(f"`seed` must be a whole number from 0 to {2**32 - 1}, but got {seed!r}.")
-        self.k, self.l = k, 4 * k
+        self.k, self.l = k, 4 * k  # with l = 3 k, singular values of single modules are off by half as much again
 
         def generator(size: int, which: int) -> torch.Generator:
             return torch.Generator().manual_seed(2 * (int(seed) * 1_000_003 + size) + which)
@@ -66,9 +61,8 @@ class RandomMatrices:
 class GradientAccumulator:
     """The sum of one module's weighted batch gradients: a sketch, or G itself if a sketch would save less than half of it.
 
-    The narrow sketch Y, (max(in, out), k), lies on the longer side and the wide one Z, (l, min(in, out)), on the shorter; if
-    in > out they are sketches of G^T. `kept` holds Y and Z, or G, on the device and in the type of `like`; `squares` is the
-    sum over batches of weight times ||mean gradient||_F^2.
+    `kept` holds Y, (max(in, out), k), and Z, (l, min(in, out)), of G or, if in > out, of G^T; or G itself. `squares` sums weight
+    times ||mean gradient||_F^2 over batches. Both have the device and the type of `like`.
     """
 
     def __init__(self, in_features: int, out_features: int, matrices: RandomMatrices, like: Tensor) -> None:
@@ -104,10 +98,10 @@ class GradientAccumulator:
         return (*self.kept, self.squares)
 
     def clear(self) -> None:
-        """Set every sum to zero."""
+        """Forget all batches."""
+        self.batches = 0
         for tensor in self.tensors():
             tensor.zero_()
-        self.batches = 0
 
     def decompose(self) -> Decomposition:
         """Leading singular triples and energy of the sum.
@@ -157,13 +151,10 @@ def choose_sketch_size(targets: Sequence[TargetModule], limit: int | None, weigh
 def largest_sketch_size(targets: Sequence[TargetModule], wanted: int, weight_bytes: int, *, copies: int = 1) -> int:
     """The largest size from 8 to `wanted` at which all copies of all sketches fit a quarter of the weights' memory, or 1 GiB."""
     short, long = np.sort([(t.in_features, t.out_features) for t in targets], axis=1).T.astype(np.float64)
-    bound = max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES) / copies
-
-    def fits(k: int) -> bool:
-        sketch = k * long + 4 * k * short
-        return bool(4 * np.where(2 * sketch > short * long, short * long, sketch).sum() <= bound)
-
-    size = max(filter(fits, range(LEAST_SIZE, wanted + 1)), default=LEAST_SIZE)
+    sketches = np.arange(LEAST_SIZE, wanted + 1)[:, None] * (long + 4 * short)
+    memory = 4 * np.where(2 * sketches > short * long, short * long, sketches).sum(axis=1)  # of each size, in bytes
+    fitting = int((memory <= max(SKETCH_SHARE * weight_bytes, SKETCH_BYTES) / copies).sum())
+    size = LEAST_SIZE + max(fitting - 1, 0)
     if size < wanted:
         why = "so as to take no more than a quarter of the memory of the model's weights; singular values beyond are estimated"
         logger.warning("the gradient sketches have %d columns instead of %d, %s", size, wanted, why)
@@ -176,10 +167,9 @@ def bytes_of_weights(model: nn.Module) -> int:
 
 
 class InputSketch:
-    """The covariance C of a module's inputs, from float32 sums about the running mean m of the rows x.
+    """The covariance C of a module's inputs, from sums about the running mean (Chan, Golub and LeVeque 1983).
 
-    With raw sums, the variance of a channel with a large mean would be mere rounding in bfloat16. Parts are merged as in Chan,
-    Golub and LeVeque 1983.
+    With raw sums, the variance of a channel with a large mean would be mere rounding.
     """
 
     def __init__(self, omega: Tensor) -> None:
@@ -191,8 +181,8 @@ class InputSketch:
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add rows, (n, in), of any floating type; those with 0 in the mask, (n,), are padding and do not count."""
-        masks = repeat(None) if mask is None else mask.eq(0)[:, None].split(INPUT_ROWS)
-        for part, padding in zip(inputs.split(INPUT_ROWS), masks, strict=False):
+        masks = repeat(None) if mask is None else mask.eq(0)[:, None].split(2048)
+        for part, padding in zip(inputs.split(2048), masks, strict=False):  # since rows become float32
             n = torch.full_like(self.count, len(part)) - (0 if padding is None else padding.sum())
             rows = part.float() if padding is None else part.float().masked_fill(padding, 0.0)
             mean = rows.sum(dim=0) / n.clamp_min(1)
@@ -207,8 +197,7 @@ class InputSketch:
     def over_processes(self) -> InputSketch:
         """A sketch of the rows of all processes; every process must call it."""
         total = InputSketch(self.omega)
-        total.count += self.count
-        total.mean += self.mean * self.count
+        total.count, total.mean = self.count.clone(), self.mean * self.count
         sum_over_processes([total.count, total.mean])
         total.mean /= total.count.clamp_min(1)
         apart = self.mean - total.mean

@@ -31,9 +31,6 @@ def split_energy(energy: float, squares: float, sizes: Sequence[float], measured
     A batch of n_b examples has a mean gradient G_b with E ||G_b||^2 = ||E g||^2 + tr Cov(g) / n_b. So for independent examples
     E [squares - N ||G||^2] = (B - 1) tr Cov(g), squares = sum_b n_b ||G_b||^2 (McCandlish et al., arXiv 1812.06162, App. A.1).
     `measured` is ||G||_F^2 by the estimator that `squares` uses, if `energy` uses another: its error then cancels.
-
-    >>> split_energy(energy=1.0, squares=8.0, sizes=[4, 4])  # both batches have the same gradient: no noise
-    EnergySplit(signal=1.0, noise=0.0, fisher_trace=1.0)
     """
     total = float(sum(sizes))
     variance = (squares - total * (energy if measured is None else measured)) / (len(sizes) - 1)
@@ -53,13 +50,8 @@ def signal_shares(signal: Floats, energy: Floats, n_batches: int, *, pooled: flo
 def energy_tail(energies: Floats, total: float, size: int, length: int | None = None) -> Floats:
     """Estimate a spectrum of `size` energies beyond the leading k, up to `length`, as a decreasing power law.
 
-    The energy of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2]. The exponent a >= 0 makes them
-    sum to what the leading ones leave of the total. If even a flat tail at e_k holds less (a sketch underrates its last
-    values), the tail is flat; if only rounding is left, it is zero.
-
-    >>> energies = 1.0 / np.arange(1, 101) ** 1.5
-    >>> energy_tail(energies[:40], energies.sum(), 100)[[0, 9, 59]].round(5), energies[[40, 49, 99]].round(5)
-    (array([0.00381, 0.00283, 0.001  ]), array([0.00381, 0.00283, 0.001  ]))
+    That of index j > k is e_k times the integral of (x / k)^-a over [j - 1/2, j + 1/2], with a >= 0 such that they sum to what
+    the leading ones leave of the total; a = 0 if even that is less, since a sketch underrates its last values.
     """
     k, last = len(energies), float(energies[-1]) if len(energies) else 0.0
     tail = np.zeros(max(min(size, length if length is not None else size) - k, 0))

@@ -102,15 +102,12 @@ def tabulate(modules: Iterable[Measured], n_batches: int, scale: float) -> pd.Da
     table["singular_values"] = [(np.array(values) * unit).tolist() for values in table["singular_values"]]
     pairs = zip(table["singular_values"], table["signal_share"], strict=True)
     table["signal_values"] = [[value * math.sqrt(share) for value in values] for values, share in pairs]
-    linear, squared = (
-        ["gradient_norm", "singular_error", "sensitivity"],
-        ["signal_energy", "noise_energy", "fisher_trace"],
-    )
+    linear = ["gradient_norm", "singular_error", "sensitivity"]
+    squared = ["signal_energy", "noise_energy", "fisher_trace"]
     with np.errstate(over="ignore"):
         table[linear], table[squared] = table[linear].astype(np.float64) * unit, table[squared] * unit**2
     if not np.isfinite(table["fisher_trace"]).all():
-        size = f"{table['gradient_norm'].max():.0e}"
-        raise ModelError(f"squared gradients must be below 1e308, but gradients are about {size}; scale the loss down.")
+        raise ModelError("squared gradients must be below 1e308, but are not; scale the loss down.")
     return table
 
 
@@ -135,14 +132,13 @@ class Profile:
 
     def lists(self, name: str) -> dict[str, Floats]:
         """One list column by module name."""
-        lists = (np.asarray(values, dtype=np.float64) for values in self.table[name])
-        return dict(zip(self.table["module"], lists, strict=True))
+        return {m: np.asarray(v, dtype=np.float64) for m, v in zip(self.table["module"], self.table[name], strict=True)}
 
     def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, Floats]:
-        """Singular values of each module's gradient by name, descending, up to full rank or `length`.
+        """Singular values of each module's gradient, descending, up to full rank or `length`.
 
-        The leading ones were measured; those beyond are estimated by `energy_tail`. With `signal` they are those of the part
-        that the batches agree on (all of it, with a warning, if they agree on nothing); without it noise inflates them.
+        Those beyond the measured ones are estimated by `energy_tail`. `signal`: of the part that the batches agree on (or, with
+        a warning, of the whole if they agree on nothing); False: noise inflates them.
         """
         shares = self.signal_shares() if signal else dict.fromkeys(self.table["module"], 1.0)
         measured = self.lists("signal_values" if signal and self.has_signal else "singular_values")
@@ -191,10 +187,9 @@ class Profile:
         known = {(t.name, t.in_features, t.out_features) for t in self.targets}
         missing = [t.name for t in targets if (t.name, t.in_features, t.out_features) not in known]
         if missing:
-            raise ModelError(
-                f"`profile` must cover every target module, but {len(missing)} of {len(targets)} are missing, "
-                f"as `{missing[0]}`; take it again on this model and these targets."
-            )
+            found = f"{len(missing)} of {len(targets)} are missing, as `{missing[0]}`"
+            remedy = "take it again on this model and these targets"
+            raise ModelError(f"`profile` must cover every target module, but {found}; {remedy}.")
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write the profile, atomically; returns the path."""
@@ -214,10 +209,9 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     metadata = parse_json(stored, where=f"`{path}`", what="a profile's metadata")
     found = metadata.get("schema") if isinstance(metadata, dict) else metadata
     if found != SCHEMA_VERSION:
-        raise FileError(
-            f"`{path}` must have profile schema {SCHEMA_VERSION}, but has {shown(found)}: it is of another version of "
-            "rankscope; take the profile again, or read its columns with pandas."
-        )
+        other = f"has {shown(found)}: it is of another version of rankscope"
+        remedy = "take the profile again, or read its columns with pandas"
+        raise FileError(f"`{path}` must have profile schema {SCHEMA_VERSION}, but {other}; {remedy}.")
     frame = with_checked_columns(table, SCHEMA, path, what="a profile").select(SCHEMA.names).to_pandas()
     if problem := _problem(metadata, frame):
         raise FileError(f"`{path}` must hold a profile, but {problem}; take the profile again.")
@@ -258,10 +252,7 @@ def _problem(metadata: Mapping[str, Any], frame: pd.DataFrame) -> str | None:
 
 
 def rank_modules(profile: Profile) -> pd.DataFrame:
-    """Modules by gradient energy per parameter of one rank, densest first.
-
-    `share` is the module's share of all energy, and `first` the share of the module's energy that rank 1 captures.
-    """
+    """Modules by gradient energy per parameter, densest first; `first` is the share of its energy that rank 1 captures."""
     energy = profile.table["gradient_norm"] ** 2
     pairs = zip(profile.table["singular_values"], energy, strict=True)
     table = profile.table.assign(

@@ -208,7 +208,7 @@ class RankController:
 
     def close(self) -> None:
         """Remove all hooks; ranks stay from now on. Warns if no decision had a gradient to rest on."""
-        if not self._closed and self._decisions and self._all_skipped:
+        if not self._closed and self._decisions and all(each.action == "skipped" for each in self._decisions):
             broken = self._decisions[-1].broken
             logger.warning(
                 "no rank was moved, for none of the %d decisions had gradients to rest on: %s",
@@ -297,10 +297,6 @@ class RankController:
         compiled = self._ranks.compiled or self._ranks.masked  # the Trainer compiles later, and masks then
         return GradientWindow(model, targets, sketch_size=sketch_size, seed=seed, compiled=compiled)
 
-    @property
-    def _all_skipped(self) -> bool:
-        return all(each.action == "skipped" for each in self._decisions)
-
     def _generator(self) -> torch.Generator:
         """For rows of A that are drawn at this step."""
         return torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
@@ -324,8 +320,8 @@ class RankController:
             proposal = self._propose(signals, coarse)
         self._window.clear()
         losses = self._losses.values()
-        if self._losses.watching and signals and self._all_skipped and np.isnan(losses).all():
-            logger.warning(_NO_LOSS)  # once, at the first decision
+        if self._losses.watching and signals and not self._decisions and np.isnan(losses).all():
+            logger.warning(_NO_LOSS)
         if proposal.action == "moved" and signals is not None:
             after = proposal.allocation
             self._moved_at.update(dict.fromkeys(after.difference(before), self._step))

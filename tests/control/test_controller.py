@@ -69,6 +69,17 @@ def test_a_controller_that_moves_nothing_changes_nothing() -> None:
     assert all(torch.equal(value, weights(other)[name]) for name, value in weights(model).items())
 
 
+def test_a_with_block_leaves_no_hook_however_it_ends() -> None:
+    model = net()
+    optimizer = adamw(model)
+    with pytest.raises(KeyError), control(model, optimizer) as controller:
+        run(model, optimizer, controller, range(6))
+        assert hooks(model) > 0
+        raise KeyError("in a sampled step")
+    assert hooks(model) == len(optimizer._optimizer_step_post_hooks) == 0
+    assert controller.frozen
+
+
 def test_new_ranks_start_along_the_gradient() -> None:
     model = net(r=1)
     optimizer = adamw(model)

@@ -155,15 +155,7 @@ class RankMasks:
                 "at least one module must have a rank above 0 to be saved; PEFT has no adapter without modules."
             )
         model, tuner = self.live.model, self.live.model.base_model
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        found = model.state_dict() if state_dict is None else state_dict
-        state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in found.items()}
-        for name, active in self.active.items():
-            for dim, (container, attribute) in enumerate(FACTORS):
-                key = f"{PEFT_PREFIX}{name}.{container}.{self.adapter}.{attribute}"
-                full = state.pop(key)
-                if active:
-                    state[key] = Selection(kept=active).carry(full, dim)
+        state = self.true_state_dict(model.state_dict() if state_dict is None else state_dict)
         config, compiled = model.peft_config[self.adapter], tuner.model
         model.peft_config[self.adapter] = self.live.config(self.ranks)
         tuner.model = unwrapped(compiled)  # PEFT saves the names of a model that is not compiled
@@ -172,6 +164,18 @@ class RankMasks:
             type(model).save_pretrained(model, str(folder), state_dict=state, **options)
         finally:
             model.peft_config[self.adapter], tuner.model = config, compiled
+
+    def true_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state with active components only; trained tensors that FSDP2 shards are gathered."""
+        trained = {name for name, parameter in self.live.model.named_parameters() if parameter.requires_grad}
+        state = {plain_name(name): whole(tensor) if name in trained else tensor for name, tensor in state.items()}
+        for name, active in self.active.items():
+            for dim, (container, attribute) in enumerate(FACTORS):
+                key = f"{PEFT_PREFIX}{name}.{container}.{self.adapter}.{attribute}"
+                full = state.pop(key)
+                if active:
+                    state[key] = Selection(kept=active).carry(full, dim)
+        return state
 
     def _check(self, resizes: Sequence[Resize], ranks: Mapping[str, int]) -> None:
         rooms = {}

@@ -101,5 +101,5 @@ def ends_the_same(run: Trainer, other: Trainer) -> None:
     masks, others = masks_on(run.model), masks_on(other.model)
     if masks is not None and others is not None:
         assert masks.active == others.active
-        ours, theirs = (m._true_state_dict(w) for m, w in ((masks, ours), (others, theirs)))
+        ours, theirs = (m.true_state_dict(w) for m, w in ((masks, ours), (others, theirs)))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

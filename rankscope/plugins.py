@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rankscope.errors import RankscopeError, one_line
+from rankscope.errors import RankscopeError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -64,8 +63,7 @@ def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeErr
         module = stack.enter_context(_imported(path)) if is_file else importlib.import_module(place)
         function = getattr(module, name, None)
         if function is None:
-            close = difflib.get_close_matches(name, vars(module), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "check the name."
+            hint = did_you_mean(name, vars(module), "check the name.")
             raise error(f"`{path if is_file else place}` must define {name!r}, but does not; {hint}")
         if not callable(function):
             raise error(

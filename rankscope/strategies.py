@@ -6,7 +6,6 @@ share of the parameters, or the gain of its first, second, … rank. `allocate` 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import math
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
-from rankscope.errors import ModelError, SettingsError, shown
+from rankscope.errors import ModelError, SettingsError, did_you_mean, shown
 from rankscope.plugins import entry_points, load_entry_point
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
@@ -108,9 +107,9 @@ def _find(strategy: Any) -> tuple[str, Strategy]:
     if isinstance(strategy, str) and strategy in installed:
         return strategy, load_entry_point(installed[strategy], error=SettingsError)
     known = [*STRATEGIES, *installed]
-    close = difflib.get_close_matches(str(strategy), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise SettingsError(f"`strategy` must be one of {', '.join(known)}, but got {shown(strategy)}{hint}")
+    hint = did_you_mean(strategy, known, "")
+    must = f"`strategy` must be one of {', '.join(known)}"
+    raise SettingsError(f"{must}, but got {shown(strategy)}{f'; {hint}' if hint else '.'}")
 
 
 # --- the strategies -----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
-from rankscope.errors import FileError, SettingsError, TaskError
+from rankscope.errors import FileError, SettingsError, TaskError, did_you_mean
 from rankscope.files import FORMAT, digest, read_json, read_parquet, replacing, require_same, write_json
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
@@ -395,8 +394,7 @@ def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0
         elif method in installed:
             found.append(Contender(name=method, source=load_entry_point(installed[method], error=SettingsError)))
         else:
-            close = difflib.get_close_matches(method, known_methods(), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known_methods())}."
+            hint = did_you_mean(method, known_methods(), f"known are {', '.join(known_methods())}.")
             raise SettingsError(f"`methods` must be known or `path/to/file.py:function`, but {method!r} is not; {hint}")
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import cast, get_args
 import numpy as np
 import pandas as pd
 
-from rankscope.errors import FileError, TaskError, one_line, shown
+from rankscope.errors import FileError, TaskError, did_you_mean, one_line, shown
 from rankscope.files import packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
@@ -51,8 +50,7 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, fil
         raise TaskError(f"{what} must have one column {twice[0]!r}, but has several; rename them.")
     for column in columns:
         if column not in table.columns:
-            close = difflib.get_close_matches(column, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}."
+            hint = did_you_mean(column, names, f"it has {', '.join(names)}.")
             raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
         if nested := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
             must = f"{what} must hold texts or numbers in column {column!r}"
@@ -95,8 +93,7 @@ def _read(source: str | Path) -> pd.DataFrame:
         return _read_hub(str(source))
     if not os.path.exists(path):
         siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-        close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.7)
-        hint = f"did you mean `{close[0]}`?" if close else "check the path."
+        hint = did_you_mean(path.name, siblings, "check the path.", cutoff=0.7, quoted="`{}`".format)
         raise TaskError(f"`{path}` must hold {_WHAT}, but there is no such file; {hint}")
     if suffix == ".parquet":
         return cast(pd.DataFrame, read_parquet(path, what=_WHAT).to_pandas())

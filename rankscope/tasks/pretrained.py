@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import ssl
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from rankscope.distributed import batch_device, seeded
-from rankscope.errors import TaskError, one_line
+from rankscope.errors import TaskError, did_you_mean, one_line
 from rankscope.files import replacing
 from rankscope.tasks.protocol import Batch, Split
 
@@ -177,8 +176,8 @@ def check_source(source: str | Path, *, base: Path = Path()) -> None:
     except HFValidationError as error:
         raise TaskError(f"`{source}` must be a model folder or hub id, but is neither: {one_line(error)}") from None
     parent = (base / path).parent
-    near = difflib.get_close_matches(path.name, [p.name for p in parent.glob("*") if p.is_dir()], n=1)
-    hint = f"did you mean `{path.with_name(near[0])}`?" if near else "check the path."
+    near = (each.name for each in parent.glob("*") if each.is_dir())
+    hint = did_you_mean(path.name, near, "check the path.", quoted=lambda name: f"`{path.with_name(name)}`")
     where = f" in {parent.resolve()}, and the hub cannot be asked for it" if is_id else ""
     raise TaskError(f"`{source}` must be a model folder or hub id, but there is no such folder{where}; {hint}")
 

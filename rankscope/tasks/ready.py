@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rankscope.errors import TaskError, shown
+from rankscope.errors import TaskError, did_you_mean, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.pretrained import PretrainedTask, check_source, dequantised, load_model, looks_like_path
@@ -61,8 +60,7 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
     offered = entry_points("tasks")
     if not isinstance(name, str) or name not in offered:
         known = [*_READY, *offered]
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else 'a task of your own is "path/to/file.py:factory".'
+        hint = did_you_mean(name, known, 'a task of your own is "path/to/file.py:factory".', cutoff=0.4)
         raise TaskError(f"`task` must be one of {', '.join(known)}, but got {shown(name)}; {hint}")
     return _build(load_entry_point(offered[name], error=TaskError), options, what=f"task {name!r}")
 
@@ -86,8 +84,8 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
     """Call the factory with options whose names and types fit its signature."""
     parameters = inspect.signature(factory).parameters
     if unknown := [key for key in options if key not in parameters]:
-        close = difflib.get_close_matches(unknown[0], parameters, n=1, cutoff=0.4)
-        hint = f"did you mean `{close[0]}`?" if close else f"it takes {', '.join(parameters) or 'none'}."
+        known = f"it takes {', '.join(parameters) or 'none'}."
+        hint = did_you_mean(unknown[0], parameters, known, cutoff=0.4, quoted="`{}`".format)
         raise TaskError(f"{what} takes no option `{unknown[0]}`; {hint}")
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
         raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")

@@ -106,7 +106,7 @@ def first_decision(task: Any, base: Any, start: str, policy: rs.ControllerSettin
     return {
         "modules": len(targets),
         "action": decision["action"],
-        "exact_action": "moved" if proposal.transfers else "kept",
+        "exact_action": proposal.action,
         "moved": int(sum(max(a - b, 0) for a, b in zip(decision["ranks_after"], before, strict=True))),
         "exact_moved": int(sum(max(a - b, 0) for a, b in zip(after, before, strict=True))),
         "signal_share": measured.signal_share,

@@ -39,7 +39,7 @@ save = torch.save
 
 def half(value, path, *args, **kwargs):
     save(value, path, *args, **kwargs)
-    if f"checkpoint-{step}" in str(path) and moment in os.path.basename(path):
+    if f"checkpoint-{step}" in str(path) and moment in str(path):
         with open(path, "r+b") as file:
             file.truncate(os.path.getsize(path) // 2)
         die()

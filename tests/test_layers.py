@@ -1,6 +1,7 @@
-"""The layers of the code: who may import whom (a module imports lower layers, or an earlier row of its own)."""
+"""The architecture: who may import whom (lower layers, or an earlier row of its own), and how large files and functions may be."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,30 @@ def test_imports_stop_at_the_face_of_another_package(path: Path) -> None:
             assert name.split(".")[1] == part(path), (
                 f"{part(path)} must import from {name.rpartition('.')[0]}, not {name}"
             )
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    def name(path: Path) -> str:
+        return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+    files = {name(path): path for path in sources()}
+    graph = {}
+    for module, path in files.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        found = {(f"{node.module}.{alias.name}", node.module) for node in top for alias in node.names}
+        graph[module] = {part if part in files else whole for part, whole in found} & files.keys()
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_functions_fit_a_screen(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            named = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            named = [arg for arg in named if arg not in ("self", "cls")]
+            assert lines <= 60, f"{node.name} has {lines} lines; split it"
+            assert len(named) <= 10, f"{node.name} has {len(named)} parameters; group them in settings"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -29,27 +29,20 @@ def entry_points(kind: str) -> dict[str, EntryPoint]:
 
 
 def load_entry_point(point: EntryPoint, *, error: type[RankscopeError]) -> Any:
-    """What an entry point names.
-
-    Raises:
-        RankscopeError: Of the type `error`: it cannot be imported.
-    """
+    """What an entry point names; raises `error` if it cannot be imported."""
     with user_errors(f"the entry point `{point.name}` ({point.value}) must load, but", error, everywhere=True):
         return point.load()
 
 
 @contextmanager
 def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeError]) -> Iterator[Any]:
-    """Yield the function that `spec` names; errors that the function or its module raise become one line.
+    """Yield the function that `spec` names; errors in its module, and inside the `with` block, become one line.
 
     Args:
         spec: `path/to/file.py:function` or `package.module:function`.
         base: What relative paths start from.
         gives: What the function should give, for messages, as in "a task".
-        error: What is raised.
-
-    Raises:
-        RankscopeError: Of the type `error`: no such file, module or function, or the code raised something.
+        error: What is raised: no such file, module or function, or the code raised something.
     """
     place, _, name = spec.rpartition(":")
     path = base / place
@@ -94,10 +87,7 @@ def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = Fa
     Args:
         what: How the line begins.
         error: What is raised.
-        everywhere: Also errors that passed through no line of a user's file, as where its function wants arguments.
-
-    Raises:
-        RankscopeError: Of the type `error`. Errors that passed through no line of a user's file are left as they are.
+        everywhere: Also for errors that passed through no line of a user's file; else they are left as they are.
     """
     try:
         yield

@@ -6,6 +6,7 @@ notes of trials are attributes of the study, where the dashboard reads them, too
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import uuid
@@ -21,12 +22,13 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import BaseStorage
 
 from rankscope.cli.session import Session, print_json, print_line
 from rankscope.errors import SettingsError
 from rankscope.plotting import plot_ranks
 from rankscope.profiling import read_profile
-from rankscope.searching import RANKS_KEY, STUDY_KEY, TRIAL_KEY, Trial, completed, find_storage, load_study, read_trial
+from rankscope.searching import STUDY_KEY, Trial, find_storage, load_study, read_trials
 from rankscope.targets import TargetModule, fingerprint_targets
 
 logger = logging.getLogger(__name__)
@@ -71,11 +73,7 @@ class RankPictures(FileSystemArtifactStore):
     """The pictures of a study's trials, as an artifact store for `optuna_dashboard`; uploads of users go into a folder."""
 
     def __init__(
-        self,
-        study: optuna.Study,
-        storage: optuna.storages.BaseStorage,
-        targets: tuple[TargetModule, ...],
-        uploads: Path,
+        self, study: optuna.Study, storage: BaseStorage, targets: tuple[TargetModule, ...], uploads: Path
     ) -> None:
         super().__init__(uploads)
         self._study, self._storage, self._targets, self._uploads = study, storage, targets, uploads
@@ -88,14 +86,12 @@ class RankPictures(FileSystemArtifactStore):
         with self._listing:
             study_id = self._storage.get_study_id_from_name(self._study.study_name)
             listed = self._storage.get_study_system_attrs(study_id)
-            for frozen in completed(self._study):
+            for trial in read_trials(self._study, self._targets, skip_foreign=True):
                 # The same in every process, so that two dashboards on one study list a picture once.
-                artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{frozen.number}"))
-                ours = TRIAL_KEY in frozen.user_attrs and len(frozen.user_attrs[RANKS_KEY]) == len(self._targets)
-                if ours and artifact not in self._trials:
-                    trial = self._trials[artifact] = read_trial(frozen, self._targets)
-                    attributes = self._attributes(artifact, trial, study_id, listed)
-                    for key, value in attributes.items():
+                artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{trial.number}"))
+                if artifact not in self._trials:
+                    self._trials[artifact] = trial
+                    for key, value in self._attributes(artifact, trial, study_id, listed).items():
                         self._storage.set_study_system_attr(study_id, key, value)
 
     def _attributes(self, artifact: str, trial: Trial, study_id: int, listed: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,15 +146,9 @@ def study_note(about: Mapping[str, Any], n_targets: int) -> str:
 
 
 def make_app(
-    study: optuna.Study, storage: optuna.storages.BaseStorage, targets: tuple[TargetModule, ...], *, uploads: Path
+    study: optuna.Study, storage: BaseStorage, targets: tuple[TargetModule, ...], *, uploads: Path
 ) -> WSGIApplication:
     """Optuna's dashboard as a WSGI application, with rankscope's note and pictures, also of trials that complete later.
-
-    Args:
-        study: A search's.
-        storage: Where it lies, any of Optuna's.
-        targets: The target modules that were searched, in the model's order.
-        uploads: Folder of what users upload; created when they do.
 
     Raises:
         SettingsError: optuna-dashboard is not installed, or the search is about other target modules.
@@ -196,11 +186,7 @@ class _Handler(WSGIRequestHandler):
 
 
 def open_server(app: WSGIApplication, port: int) -> WSGIServer:
-    """A server on this machine's loopback address; of port 0, `server_port` says which it is.
-
-    Raises:
-        SettingsError: The port is in use, or not allowed.
-    """
+    """A server on this machine's loopback address (port 0: any that is free); SettingsError where it cannot listen there."""
     try:
         return make_server(HOST, port, app, server_class=_Server, handler_class=_Handler)
     except OSError as error:
@@ -213,13 +199,12 @@ def open_server(app: WSGIApplication, port: int) -> WSGIServer:
 def require_dashboard() -> Any:
     """The package optuna_dashboard; SettingsError where it is not installed."""
     try:
-        import optuna_dashboard
+        return importlib.import_module("optuna_dashboard")
     except ImportError:
         raise SettingsError(
             "the dashboard needs the package optuna-dashboard, but it is not installed; "
             "run pip install 'rankscope[dashboard]'."
         ) from None
-    return optuna_dashboard
 
 
 def run_dashboard(session: Session, *, port: int, open_browser: bool, as_json: bool) -> None:

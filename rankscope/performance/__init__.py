@@ -5,11 +5,5 @@ from rankscope.performance.model import HierarchicalRegressor, PerformanceModel
 from rankscope.performance.validation import Validation, believable, validate
 
 __all__ = [
-    "HierarchicalRegressor",
-    "PerformanceModel",
-    "RankFeatures",
-    "Validation",
-    "believable",
-    "rank_features",
-    "validate",
-]
+    "HierarchicalRegressor", "PerformanceModel", "RankFeatures", "Validation", "believable", "rank_features", "validate",
+]  # fmt: skip

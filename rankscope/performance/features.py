@@ -54,16 +54,10 @@ class RankFeatures:
         return self._sums(self.checked(ranks)) - self._sums(self.reference[None, :])
 
     def checked(self, ranks: ArrayLike) -> Ints:
-        """The ranks as (n, n_modules) integers.
-
-        Raises:
-            SettingsError: Not one column a module, or ranks that are not whole numbers from 0 on.
-        """
-        table = np.atleast_2d(as_numbers(ranks, "ranks"))
-        if table.ndim != 2 or table.shape[1] != len(self.targets):
-            raise SettingsError(
-                f"`ranks` must have a column for each of {len(self.targets)} modules, but has shape {table.shape}."
-            )
+        """The ranks as (n, n_modules) integers; SettingsError where they are not such whole numbers from 0 on."""
+        table, n = np.atleast_2d(as_numbers(ranks, "ranks")), len(self.targets)
+        if table.ndim != 2 or table.shape[1] != n:
+            raise SettingsError(f"`ranks` must have a column for each of {n} modules, but has shape {table.shape}.")
         if len(odd := table[~((table >= 0) & (table == np.floor(table)) & np.isfinite(table))]):
             raise SettingsError(
                 f"`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {odd[0]:g}; correct them."
@@ -82,12 +76,9 @@ class RankFeatures:
     def without(self, *levels: str) -> RankFeatures:
         """The features of all other levels."""
         kept = np.array([level not in levels for level in self.levels])
-        return replace(
-            self,
-            weights={name: self.weights[name][mask] for name, mask in self._by_curve(kept)},
-            names=tuple(np.array(self.names)[kept].tolist()),
-            levels=tuple(np.array(self.levels)[kept].tolist()),
-        )
+        weights = {name: self.weights[name][mask] for name, mask in self._by_curve(kept)}
+        names, others = (tuple(np.array(each)[kept].tolist()) for each in (self.names, self.levels))
+        return replace(self, weights=weights, names=names, levels=others)
 
     @property
     def of_profile(self) -> RankFeatures | None:
@@ -121,12 +112,8 @@ def rank_features(
     Args:
         targets: The target modules.
         budget: Its uniform allocation is the reference.
-        gains: The gradient energy sigma^2 of each rank, by module name, for the terms `profile/energy` and `profile/norm`.
-        groups: The block group of each module by name; None: no such level.
-
-    Raises:
-        SettingsError: No targets, or a module without group, or without gains that are finite and not negative.
-        SettingsError: The budget covers no rank.
+        gains: The gradient energy sigma^2 of each rank, by module name, for the profile's terms.
+        groups: The block group of each module by name.
     """
     targets = tuple(targets)
     if not targets:

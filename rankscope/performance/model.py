@@ -39,10 +39,6 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     Args:
         features: Of the target modules and the budget.
-
-    Attributes:
-        regressor_: The fitted regression.
-        conditions_: The conditions seen, in order.
     """
 
     regressor_: HierarchicalRegressor
@@ -94,7 +90,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def difference(self, ranks: ArrayLike, reference: ArrayLike) -> tuple[Floats, Floats]:
         """Posterior mean and standard deviation of how much better the ranks are than the reference's, (n,) and (n,).
 
-        The unit is the transformed metric's standard deviation over the observations.
+        In standard deviations of the transformed metric over the observations.
         """
         rows = self._rows(ranks) - self._rows(reference)
         found: tuple[Floats, Floats] = self._fitted.predict(rows, return_std=True)
@@ -107,13 +103,8 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def posterior_given_retests(self, ranks: ArrayLike, y: ArrayLike, repeats: float) -> Floats:
         """Posterior mean of the allocations' metric after an independent re-measurement, (n,).
 
-        Only differences among the new measurements count: fresh seeds, other learning rates or longer training shift all of
-        them alike. The posterior is that of the linear model (Bishop 2006, eq. 3.50), conditioned on them.
-
-        Args:
-            ranks: One allocation a row, (n, n_modules).
-            y: Their mean metrics, (n,).
-            repeats: Measurements behind each mean.
+        Only differences among the new means y over so many measurements count: fresh seeds, other learning rates or longer
+        training shift all of them alike. It is the linear model's posterior conditioned on them (Bishop 2006, eq. 3.50).
         """
         mean, covariance = self._fitted.predict(self._rows(ranks), return_cov=True)
         noise = self._noise(repeats) * np.eye(len(mean))
@@ -240,11 +231,7 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         levels: The level of each column; None: all columns are of one.
         means: Prior mean of each coefficient; None: 0.
         shares: Prior share of each level in what is not noise, relative to others; levels not named: 1.
-        variances: Of each level and of the `"noise"`, instead of estimates.
-
-    Attributes:
-        coef_: Posterior mean of the coefficients, (n_features,).
-        variances_: Prior variance of each level, and under `"noise"` of an observation of weight 1.
+        variances: Of each level and of the `"noise"`, instead of the estimates in `variances_`.
 
     >>> X = np.eye(3).repeat(20, axis=0)
     >>> y = X @ [1.0, 2.0, 3.0] + np.random.default_rng(0).normal(0.0, 0.1, 60)
@@ -258,16 +245,7 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
     variances: Mapping[str, float] | None = None
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: Weights = None) -> Self:
-        """Estimate the variances and the posterior.
-
-        Args:
-            X: (n, n_features).
-            y: (n,).
-            sample_weight: Repeats behind each observation, (n,) or one for all.
-
-        Raises:
-            SettingsError: Weights that are negative, not finite, all zero, or not one an observation.
-        """
+        """Estimate the variances and the posterior; `sample_weight` are the repeats behind each observation, (n,) or one."""
         table, observed = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         weights = _checked_weights(sample_weight, len(table))
         table, observed, roots = table[weights > 0], observed[weights > 0], np.sqrt(weights[weights > 0])
@@ -334,8 +312,8 @@ def _checked_weights(weights: Weights, n: int) -> Floats:
 def _estimate(products: list[Floats], shares: Floats, target: Floats, left: float, n: int) -> tuple[Floats, float]:
     """The variances of the levels and of the noise of n observations, at the mode of marginal likelihood times prior.
 
-    `products` are X_l X_l^T of each level, (m, m), and `shares` the levels' prior shares in what is not noise. `left` is the
-    squared length of the target outside these m rows: noise of n - m degrees of freedom.
+    `products` are X_l X_l^T of each level, (m, m); `left` is the squared length of the target outside these m rows: noise of
+    n - m degrees of freedom.
     """
     m = len(target)
     total = max((float(target @ target) + left) / n, 1e-12)

@@ -25,7 +25,7 @@ class Validation:
     """Scores of predictions for left-out allocations. A constant prediction would score 0.
 
     Attributes:
-        allocations: Number of different allocations.
+        allocations: Different ones.
         explained: Share of the normalised metric's variance that the model explains; below 0: worse than the mean.
         explained_by_profile: The same of a regression on the profile's terms alone; None without a profile.
         kendall: Kendall's tau of model and metric.

@@ -23,7 +23,7 @@ from rankscope.profiling import Profile
 from rankscope.searching import confirmation, storage
 from rankscope.searching.sampler import PerformanceModelSampler, make_pruner, make_sampler, suggest_allocation
 from rankscope.searching.space import HierarchicalSpace, make_space
-from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, STEPS_KEY, UNIFORM
+from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, SAMPLER, STEPS_KEY, UNIFORM
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task
@@ -62,7 +62,7 @@ class SearchResult:
     @property
     def trials(self) -> list[storage.Trial]:
         """The completed trials, in order."""
-        return [storage.read_trial(trial, self.targets) for trial in storage.completed(self.study)]
+        return storage.read_trials(self.study, self.targets)
 
     @property
     def agreements(self) -> list[confirmation.Agreement]:
@@ -234,7 +234,7 @@ class _Search:
         ):  # uniform first and alone: other trials are paired with it
             self._queue_start(origin, self.space.point(tau=tau))
             self._run(min(self._waiting(), self._left()))
-        if not storage.completed(self.study) and not self.study.get_trials(deepcopy=False, states=UNDER_WAY):
+        if not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, *UNDER_WAY)):
             raise TrainingError(
                 f"study `{self.study.study_name}` must have a trial that completes, but every one failed; "
                 "lower `learning_rate`."
@@ -255,7 +255,7 @@ class _Search:
             logger.warning(
                 "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
             )
-        trials = [storage.read_trial(trial, self.space.targets) for trial in storage.completed(study)]
+        trials = storage.read_trials(study, self.space.targets)
         if not any(trial.origin == UNIFORM for trial in trials):
             logger.warning("uniform completed no trial: differences to it are not known")
         finalists, unconfirmed = confirmation.confirm(
@@ -287,9 +287,8 @@ class _Search:
         sampler = self.study.sampler
         if isinstance(sampler, PerformanceModelSampler) and sampler.model(self.study) is not None:
             allocation, tilts, rate = sampler.best(self.study)
-            ranks = list(allocation.vector)
-            if ranks not in [trial.user_attrs.get(RANKS_KEY) for trial in storage.completed(self.study)]:
-                self._queue(tilts, rate, origin=POSTERIOR_MEAN, ranks=ranks)
+            if allocation not in [trial.allocation for trial in storage.read_trials(self.study, self.space.targets)]:
+                self._queue(tilts, rate, origin=POSTERIOR_MEAN, ranks=list(allocation.vector))
 
     def _queue_proposal(self) -> None:
         """Queues what the performance model proposes; where another sampler chooses the tilts, a trial without any."""
@@ -328,12 +327,11 @@ class _Search:
         allocation = suggest_allocation(running, self.space)
         rates, origin = self.training.learning_rates, running.user_attrs.get("origin", SAMPLER)
         rate = rates[0] if len(rates) == 1 else float(running.suggest_categorical(LEARNING_RATE, list(rates)))
-        done = {frozen.number: frozen for frozen in storage.completed(self.study)}
-        earlier = [storage.read_trial(frozen, self.space.targets) for frozen in done.values()]
+        earlier = storage.read_trials(self.study, self.space.targets)
         same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
             metrics, loss, seconds, history = same.metrics_by_seed, same.loss, 0.0, same.history
-            for step, value in done[same.number].intermediate_values.items():
+            for step, value in self.study.trials[same.number].intermediate_values.items():
                 running.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
             results = self._train(running, allocation, rate, may_prune=origin == SAMPLER)

@@ -174,9 +174,7 @@ class PerformanceModelSampler(BaseSampler):
     def model(self, study: optuna.Study) -> PerformanceModel | None:
         """The performance model on the study's trials; None with fewer than it starts with, or where all are equal."""
         with self._lock:
-            self._learned_from = (
-                None  # from scratch: one that learned trial by trial depends on when it was interrupted
-            )
+            self._learned_from = None  # what was learned trial by trial depends on when it was interrupted
             self._learn(study)
             return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
 
@@ -192,15 +190,14 @@ class PerformanceModelSampler(BaseSampler):
     def _tilts_of(self, allocation: RankAllocation) -> dict[str, float]:
         """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
         least = min(target.rank_cost for target in self.space.targets)
-        spent: dict[RankAllocation, Counter[str]] = {}
-        for each in (allocation, self._one_shot):
-            spent[each] = Counter()
-            for target, rank in zip(self.space.targets, each.vector, strict=True):
-                spent[each][f"group/{self.space.groups[target.name]}"] += rank * target.rank_cost
-                spent[each][f"role/{target.role}"] += rank * target.rank_cost
+        mine, theirs = Counter[str](), Counter[str]()
+        for target, rank, one_shot in zip(self.space.targets, allocation.vector, self._one_shot.vector, strict=True):
+            for name in (f"group/{self.space.groups[target.name]}", f"role/{target.role}"):
+                mine[name] += rank * target.rank_cost
+                theirs[name] += one_shot * target.rank_cost
         tilts = self.space.point(tau=1.0)
         for name, low, high in self.space.tilts[1:]:
-            offset = math.log((spent[allocation][name] + least) / (spent[self._one_shot][name] + least))
+            offset = math.log((mine[name] + least) / (theirs[name] + least))
             tilts[name] = float(np.clip(offset, low, high))
         return tilts
 
@@ -210,7 +207,7 @@ class PerformanceModelSampler(BaseSampler):
         return self.space.solve(gains).renamed("performance-model")
 
     def _learn(self, study: optuna.Study) -> None:
-        """Shows the model what has completed or was pruned since it last looked; another study is learned from scratch."""
+        """Show the model what has completed or was pruned since it last looked; another study is learned from scratch."""
         self._raise_error_if_multi_objective(study)
         source = study._storage, study._study_id
         if self._learned_from != source:
@@ -227,7 +224,7 @@ class PerformanceModelSampler(BaseSampler):
         self, study: optuna.Study, trials: Sequence[FrozenTrial], complete: Sequence[FrozenTrial]
     ) -> tuple[list[int], dict[str, Any]]:
         """The numbers of trials that tell something, and these as `PerformanceModel.update` takes them."""
-        by_seed = judges_seeds(study.pruner)
+        by_seed = isinstance(study.pruner, WilcoxonPruner)  # intermediate values are those of seeds
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
         seen = [(t, found) for t in trials if self._fits(t) and (found := observe(t, complete, by_seed=by_seed))]
         return [trial.number for trial, _ in seen], {
@@ -332,17 +329,12 @@ def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePru
     known = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
     made = pruner if isinstance(pruner, BasePruner) else _named("pruner", pruner, known)
     nothing = training.evaluate_every is None or training.evaluate_every >= training.steps
-    if nothing and not isinstance(made, NopPruner) and not judges_seeds(made):
+    if nothing and not isinstance(made, NopPruner | WilcoxonPruner):
         raise SettingsError(
             f"`evaluate_every` must be below the {training.steps} steps of a trial, for a pruner to judge by, "
             f"but is {training.evaluate_every}; lower it, or prune nothing."
         )
     return made
-
-
-def judges_seeds(pruner: BasePruner) -> bool:
-    """Whether a pruner compares a trial's seeds with those of the best trial, and not evaluations on the way."""
-    return isinstance(pruner, WilcoxonPruner)
 
 
 def _named(what: str, value: str, known: Mapping[str, Callable[[], T]]) -> T:

@@ -50,7 +50,6 @@ class HierarchicalSpace:
         budget: The limit in parameters.
         groups: The block group of each module by name, as in `model/0`.
         limits: The least and the greatest ranks.
-        candidates: The only allocations that may be used, as those of a table; None: all within budget and limits.
     """
 
     targets: tuple[TargetModule, ...]
@@ -58,13 +57,10 @@ class HierarchicalSpace:
     budget: ParameterBudget
     groups: Mapping[str, str]
     limits: RankLimits = NO_LIMITS
-    candidates: tuple[RankAllocation, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
             raise SettingsError("`targets` must hold at least one target module, but is empty; find others.")
-        if self.candidates is not None and not self.candidates:
-            raise SettingsError("`candidates` must hold an allocation, but is empty; give None to admit all.")
         for name in [target.name for target in self.targets]:
             if name not in self.groups:
                 raise SettingsError(f"`groups` must name a group for every target module, but lacks `{name}`.")
@@ -113,14 +109,8 @@ class HierarchicalSpace:
         return self.solve(tilted).renamed("tilted")
 
     def solve(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
-        """The allocation with the highest total of such gains: by water-filling, or the best of the candidates."""
-        if self.candidates is None:
-            return allocate_marginal(self.targets, gains, self.budget, self.limits)
-        totals = np.zeros(len(self.candidates))
-        for target, ranks in zip(self.targets, np.array([c.vector for c in self.candidates]).T, strict=True):
-            sums = np.concatenate([[0.0], np.cumsum(gains[target.name])])
-            totals += sums[np.minimum(ranks, len(sums) - 1)]
-        return self.candidates[int(np.argmax(totals))]
+        """The allocation with the highest total of such gains, by water-filling."""
+        return allocate_marginal(self.targets, gains, self.budget, self.limits)
 
 
 def make_space(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError
@@ -36,13 +37,12 @@ class Trial:
         origin: Where the allocation comes from: `"uniform"`, `"one-shot"`, `"sampler"`, or `"posterior-mean"`.
         allocation: The realised ranks.
         learning_rate: Peak learning rate.
-        metric: Validation metric, mean over seeds; higher is better.
-        loss: Validation loss, mean over seeds.
+        metric: Validation metric, mean over seeds; higher is better. `loss` likewise.
         metrics_by_seed: Validation metric of each seed.
         difference: Mean paired difference of the metric to uniform at uniform's best learning rate; None for uniform.
         wall_seconds: Training time; 0 where the result of an equal trial was reused.
-        reused: Number of the trial whose result was reused; None for one that was trained.
-        history: Validation metric of the first seed by step, at each evaluation, the last included.
+        reused: Number of the trial whose result was reused.
+        history: Validation metric of the first seed by step, the last included.
     """
 
     number: int
@@ -96,27 +96,22 @@ def store_trial(running: optuna.Trial, trial: Trial) -> None:
     running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("trial", "ranks", "fingerprint")})
 
 
-def read_trial(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
-    """The record of a completed Optuna trial; SettingsError where rankscope did not make it."""
-    stored: dict[str, Any] | None = trial.user_attrs.get(TRIAL_KEY)
-    if stored is None:
-        raise SettingsError(
-            f"the study must hold trials of rankscope only, but trial {trial.number} is foreign; use another study name."
-        )
-    return Trial.from_row({**stored, "trial": trial.number, "ranks": trial.user_attrs[RANKS_KEY]}, targets)
-
-
-def completed(study: optuna.Study) -> list[FrozenTrial]:
-    """The study's completed trials, in order."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_foreign: bool = False) -> list[Trial]:
+    """The completed trials, in order; SettingsError for one that rankscope did not make, unless those are skipped."""
+    trials = []
+    for frozen in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        if (stored := frozen.user_attrs.get(TRIAL_KEY)) is not None:
+            row = {**stored, "trial": frozen.number, "ranks": frozen.user_attrs[RANKS_KEY]}
+            trials.append(Trial.from_row(row, targets))
+        elif not skip_foreign:
+            raise SettingsError(
+                f"the study must hold trials of rankscope only, but trial {frozen.number} is foreign; use another study name."
+            )
+    return trials
 
 
 def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, about: Mapping[str, Any]) -> optuna.Study:
-    """Create the study, or open it again if it is about the same thing: what makes trials comparable, as plain values.
-
-    Raises:
-        SettingsError: The storage holds a study of this name about something else, or cannot be opened.
-    """
+    """Create the study, or open it again if what it is about is the same; else, or with a broken storage, SettingsError."""
     if file := _sqlite_file(storage):
         file.parent.mkdir(parents=True, exist_ok=True)
     with _openable(storage):
@@ -127,8 +122,8 @@ def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, abo
             raise SettingsError(f"study `{name}` must be rankscope's, but holds foreign trials; {remedy}")
         study.set_user_attr(STUDY_KEY, dict(about))
     else:
-        what, holds = f"study `{name}`", "its trials are"
-        require_same(stored, about, what=what, remedy=remedy, holds=holds, error=SettingsError)
+        what = f"study `{name}`"
+        require_same(stored, about, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
     return study
 
 
@@ -163,10 +158,9 @@ def worker() -> dict[str, Any]:
 
 
 def fail_orphans(study: optuna.Study) -> None:
-    """Fail running trials whose process on this machine is gone: a killed process cannot say that its trial is over.
-
-    Optuna's heartbeats, where the storage has them, do the same for other machines after a grace period.
-    """
+    """Fail running trials whose process is gone: by its id on this machine, by Optuna's heartbeats where the storage has them."""
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         runs_on = trial.user_attrs.get(WORKER_KEY, {})
         if runs_on.get("host") == socket.gethostname() and not _alive(runs_on["pid"]):
@@ -197,10 +191,9 @@ def _openable(storage: object) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-        try:
+        shown = storage
+        with suppress(ArgumentError):
             shown = make_url(storage).render_as_string(hide_password=True) if isinstance(storage, str) else storage
-        except ArgumentError:
-            shown = storage
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingsError(
             f"`storage` must be a database that Optuna can open, but {shown!r} is not: {reason}"

@@ -2,6 +2,7 @@
 
 import gc
 import re
+import time
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rankscope.errors import SettingsError, TrainingError
 from rankscope.plotting import plot_belief, plot_predictions
 from rankscope.searching import search
 from rankscope.searching.confirmation import choose_finalists, recommend
-from rankscope.searching.storage import Trial, completed
+from rankscope.searching.storage import Trial
 from rankscope.tasks import Task
 
 SHORT = rs.TrainingSettings(steps=4, learning_rate=0.01)
@@ -200,7 +201,7 @@ def test_bad_trials_are_pruned(digits: Task, digits_profile: rs.Profile, digits_
     found = run(digits, digits_profile, digits_budget, None, n_trials=4, training=training, pruner=pruner)
     assert [t.origin for t in found.trials] == ["uniform", "one-shot"]
     assert [t.state.name for t in found.study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
-    assert len(completed(found.study)) == 2
+    assert len(found.trials) == 2
 
 
 def test_a_finalist_that_diverges_on_a_fresh_seed_is_dropped(
@@ -309,6 +310,22 @@ def test_other_samplers_have_no_model(
     result = run(digits, digits_profile, digits_budget, None, sampler=sampler, n_trials=3)
     assert result.model is None
     assert result.validation is None
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_trial_of_a_machine_that_is_gone_is_run_again_where_the_storage_has_heartbeats(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    storage = optuna.storages.RDBStorage(url, heartbeat_interval=1, grace_period=1)
+    first = run(digits, digits_profile, digits_budget, storage, n_trials=1)
+    lost = first.study.ask()  # one-shot, which waited
+    lost.set_user_attr("worker", {"host": "elsewhere", "pid": 1})
+    storage.record_heartbeat(lost._trial_id)
+    time.sleep(2.5)
+    again = run(digits, digits_profile, digits_budget, storage, n_trials=2)
+    assert again.study.trials[lost.number].state.name == "FAIL"
+    assert [trial.origin for trial in again.trials] == ["uniform", "one-shot"]
 
 
 def test_no_model_outlives_its_trial(

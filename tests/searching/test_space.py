@@ -136,7 +136,6 @@ GOOD = {t.name: 1.0 / np.arange(1, 9) for t in VIT}
     ("change", "message"),
     [
         ({"targets": ()}, "`targets` must hold at least one target module, but is empty; find others."),
-        ({"candidates": ()}, "`candidates` must hold an allocation, but is empty; give None to admit all."),
         ({"groups": {}}, f"`groups` must name a group for every target module, but lacks `{VIT[0].name}`."),
         ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`; profile it too."),
         *(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -38,6 +39,21 @@ class Landscape(Protocol):
     def regret(self, ranks: Ints) -> float:
         """How far the allocation is from the best, over how far uniform is: 0 for the best, 1 for uniform."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TabulatedSpace(HierarchicalSpace):
+    """A space in which only some allocations, those of a table, may be used: points and gains are projected onto them."""
+
+    candidates: tuple[RankAllocation, ...]
+
+    def solve(self, gains: Mapping[str, Floats]) -> RankAllocation:
+        """The candidate with the highest total gain."""
+        totals = np.zeros(len(self.candidates))
+        for target, ranks in zip(self.targets, np.array([c.vector for c in self.candidates]).T, strict=True):
+            sums = np.concatenate([[0.0], np.cumsum(gains[target.name])])
+            totals += sums[np.minimum(ranks, len(sums) - 1)]
+        return self.candidates[int(np.argmax(totals))]
 
 
 class RankBench:
@@ -78,7 +94,7 @@ class RankBench:
         profile = read_profile(folder / f"{task}.profile.parquet")
         self._row = {tuple(row): i for i, row in enumerate(self.ranks.tolist())}
         self._uniform = self._row[(rank,) * self.ranks.shape[1]]
-        self.space = HierarchicalSpace(
+        self.space = TabulatedSpace(
             targets=profile.targets,
             gains={name: values**2 for name, values in profile.spectra().items()},
             budget=ParameterBudget.uniform(profile.targets, rank),

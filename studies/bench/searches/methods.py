@@ -12,7 +12,7 @@ from rankscope.budget import allocate_proportional
 from rankscope.searching import PerformanceModelSampler, suggest_allocation
 from rankscope.searching.space import HierarchicalSpace
 from rankscope.searching.storage import RANKS_KEY
-from searches.landscapes import Ints, Landscape
+from searches.landscapes import Ints, Landscape, TabulatedSpace
 
 OURS = "performance-model"
 POPULATION, TOURNAMENT = 20, 5
@@ -79,7 +79,7 @@ def repaired(wanted: Ints, space: HierarchicalSpace) -> Ints:
     """The allocation of the space in proportion to the ranks wanted; of candidates the nearest, in log1p of the ranks."""
     scores = {t.name: float(rank) for t, rank in zip(space.targets, wanted, strict=True)}
     fitting = np.array(allocate_proportional(space.targets, scores, space.budget).vector)
-    if space.candidates is None:
+    if not isinstance(space, TabulatedSpace):
         return fitting
     costs = np.array([t.rank_cost for t in space.targets])
     table = np.array([candidate.vector for candidate in space.candidates])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import NullLocator
 from scipy.stats import norm as normal
 
 from rankscope.allocation import RankAllocation
@@ -53,9 +52,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _label(
-    axis: Axes, *, title: str = "", x: str = "", y: str = "", spines: Sequence[str] = ("left", "bottom")
-) -> None:
+def _label(axis: Axes, title: str = "", x: str = "", y: str = "", spines: Sequence[str] = ("left", "bottom")) -> None:
     """Texts and looks that all plots share."""
     axis.set_title(title, loc="left", fontsize=9)
     axis.set_xlabel(x, fontsize=8)
@@ -64,36 +61,25 @@ def _label(
     axis.spines[[side for side in axis.spines if side not in spines]].set_visible(False)
 
 
-class ModuleGrid(NamedTuple):
-    """One tower's values, (roles, blocks): summed where modules share a cell, NaN where there is none."""
+def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -> dict[str, pd.DataFrame]:
+    """One value per module as a table of role x block for each tower, in the order in which the towers appear.
 
-    tower: str
-    roles: list[str]
-    blocks: list[str]
-    values: NDArray[np.float64]
-
-
-def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -> list[ModuleGrid]:
-    """Arrange one value per module as a grid per tower, in the order in which the towers appear."""
-    grids = []
-    for tower in dict.fromkeys(target.tower for target in targets):
-        members = [target for target in targets if target.tower == tower]
-        roles = sorted({t.role for t in members}, key=lambda role: (ROLES.index(role) if role in ROLES else 99, role))
-        blocks = sorted({t.block for t in members}, key=lambda block: math.inf if block is None else block)
-        grid = np.full((len(roles), len(blocks)), np.nan)
-        for t in members:
-            cell = roles.index(t.role), blocks.index(t.block)
-            grid[cell] = np.nansum([grid[cell], values[t.name]])
-        grids.append(ModuleGrid(tower, roles, ["-" if block is None else str(block) for block in blocks], grid))
+    Values are summed where modules share a cell, and NaN where there is none. Modules outside blocks are in the last column, `-`.
+    """
+    rows = [(t.tower, t.role, math.inf if t.block is None else t.block, values[t.name]) for t in targets]
+    grids = {}
+    for tower, mine in pd.DataFrame(rows, columns=["tower", "role", "block", "value"]).groupby("tower", sort=False):
+        grid = mine.pivot_table("value", "role", "block", aggfunc="sum", sort=True)
+        roles = sorted(grid.index, key=lambda role: (ROLES.index(role) if role in ROLES else 99, role))
+        names = ["-" if math.isinf(block) else str(int(block)) for block in grid.columns]
+        grids[str(tower)] = grid.loc[roles].set_axis(names, axis="columns")
     return grids
 
 
 def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None) -> Figure:
-    """Ranks as heatmaps of block x role on one colour scale. Models with several towers get one row per allocation.
+    """Ranks over the same modules as heatmaps of block x role on one colour scale; by default with strategy and parameters.
 
-    Args:
-        *allocations: One or more over the same target modules.
-        titles: One for each; default: strategy and parameter count.
+    Models with several towers get one row per allocation.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
     return _rank_heatmaps(allocations, titles, "rank")
@@ -147,7 +133,7 @@ def _rank_heatmaps(
 
 
 def _heatmaps(
-    rows: Sequence[Sequence[ModuleGrid]],
+    rows: Sequence[Mapping[str, pd.DataFrame]],
     headings: Sequence[str],
     norm: Normalize,
     label: str,
@@ -156,29 +142,29 @@ def _heatmaps(
     framed: bool = False,
 ) -> Figure:
     """One panel per heading and tower; `text` writes a value into its cell, `framed` marks gains over the panel before."""
-    n_towers, n_blocks = len(rows[0]), len(rows[0][0].blocks)
-    n_rows = math.ceil(len(rows) / max(1, BLOCKS_ACROSS // n_blocks)) if n_towers == 1 else len(rows)
+    roles, blocks = zip(*(grid.shape for grid in rows[0].values()), strict=True)
+    n_towers, n_roles = len(roles), max(2, *roles)
+    n_rows = math.ceil(len(rows) / max(1, BLOCKS_ACROSS // blocks[0])) if n_towers == 1 else len(rows)
     n_across = math.ceil(len(rows) / n_rows)
-    widths = [max(len(grid.blocks), 2) for grid in rows[0]] * n_across
-    n_roles = max(2, *(len(grid.roles) for grid in rows[0]))
+    widths = [max(n_blocks, 2) for n_blocks in blocks] * n_across
     figure = _figure(2.2 + 0.46 * sum(widths) + 0.7 * (len(widths) - 1), n_rows * (0.75 + 0.4 * n_roles))
     axes = figure.subplots(n_rows, len(widths), squeeze=False, width_ratios=widths).reshape(-1, n_towers)
     for axis in axes[len(rows) :].flat:
         axis.remove()
     for place, (grids, heading) in enumerate(zip(rows, headings, strict=True)):
-        for tower, (axis, grid) in enumerate(zip(axes[place], grids, strict=True)):
-            image = axis.imshow(grid.values, norm=norm, cmap="viridis", aspect="auto")
-            named = [heading] * (tower == 0) + [grid.tower] * (n_towers > 1 and place == 0)
-            bottom = place + n_across >= len(rows)
-            _label(axis, title="\n".join(named), x="block" if bottom else "", spines=())
-            axis.set_xticks(range(len(grid.blocks)), grid.blocks)
-            axis.set_yticks(range(len(grid.roles)), grid.roles)
+        bottom = place + n_across >= len(rows)
+        for axis, (tower, grid) in zip(axes[place], grids.items(), strict=True):
+            image = axis.imshow(grid, norm=norm, cmap="viridis", aspect="auto")
+            named = [heading] * (axis is axes[place, 0]) + [tower] * (n_towers > 1 and place == 0)
+            _label(axis, "\n".join(named), x="block" if bottom else "", spines=())
+            axis.set_xticks(range(len(grid.columns)), grid.columns)
+            axis.set_yticks(range(len(grid.index)), grid.index)
             axis.tick_params(length=0, labelbottom=bottom, labelleft=n_towers > 1 or place % n_across == 0)
-            before = rows[place - 1][tower].values if framed and place else grid.values
-            for row, column in np.argwhere(grid.values > before):
+            before = rows[place - 1][tower] if framed and place else grid
+            for row, column in np.argwhere((grid > before).to_numpy()):
                 corner = (column - 0.45, row - 0.45)
                 axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor="#ff3b30", linewidth=1.4))
-            for (row, column), value in np.ndenumerate(grid.values):
+            for (row, column), value in np.ndenumerate(grid):
                 if text is not None and not np.isnan(value):
                     colour = "white" if norm(value) < 0.6 else "black"
                     axis.text(column, row, text(value), ha="center", va="center", fontsize=8, color=colour)
@@ -210,9 +196,7 @@ def waypoints(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> list[
 
 def spread(found: Sequence[tuple[int, RankAllocation]], at_most: int) -> list[tuple[int, RankAllocation]]:
     """The first, the last, and evenly chosen ones between them."""
-    if len(found) <= at_most:
-        return list(found)
-    return [found[round(index)] for index in np.linspace(0, len(found) - 1, at_most)]
+    return [found[round(place)] for place in np.linspace(0, len(found) - 1, min(len(found), at_most))]
 
 
 def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.DataFrame:
@@ -223,8 +207,7 @@ def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.
     used = {}
     for step, allocation in waypoints(decisions, targets):
         grids = module_grids(targets, {t.name: float(t.rank_cost * allocation.ranks[t.name]) for t in targets})
-        rows = [(grid.tower, role, row) for grid in grids for role, row in zip(grid.roles, grid.values, strict=True)]
-        used[step] = {(tower, role): np.nansum(row) for tower, role, row in rows}
+        used[step] = pd.concat({tower: grid.sum(axis="columns") for tower, grid in grids.items()})
     parameters = pd.DataFrame(used)
     return parameters / parameters.sum()
 
@@ -273,28 +256,28 @@ def plot_spectra(profile: Profile) -> Figure:
     """Left: singular values of every module over its first, coloured by role. Right: energy captured against parameters."""
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
-    roles = list(dict.fromkeys(profile.table["role"]))
+    roles = list(dict.fromkeys(target.role for target in profile.targets))
     colours = dict(zip(roles, colormaps["tab10"](np.linspace(0, 1, max(len(roles), 2), endpoint=False)), strict=False))
     spectra = profile.spectra(signal=False)
-    for module, role in zip(profile.table["module"], profile.table["role"], strict=True):
-        values = spectra[module]
+    for target in profile.targets:
+        values = spectra[target.name]
         if len(values) and values[0] > 0:
             kept = values[values > 1e-4 * values[0]] / values[0]
-            label = role if role not in left.get_legend_handles_labels()[1] else None
-            left.plot(np.arange(1, len(kept) + 1), kept, color=colours[role], alpha=0.6, lw=1, label=label)
+            label = target.role if target.role not in left.get_legend_handles_labels()[1] else None
+            left.plot(range(1, len(kept) + 1), kept, color=colours[target.role], alpha=0.6, lw=1, label=label)
     left.set_yscale("log")
     left.legend(fontsize=7, frameon=False)
-    _label(left, title="gradient spectra, one line a module", x="index", y="singular value / first")
+    _label(left, "gradient spectra, one line a module", "index", "singular value / first")
     parameters, captured = cumulative_energy(profile)
     right.plot(parameters, captured, color="tab:blue")
-    uniform = float(profile.table["rank_cost"].sum())
+    uniform = sum(target.rank_cost for target in profile.targets)
     for rank in (1, 2, 4, 8):
         dot = (rank * uniform, float(np.interp(rank * uniform, parameters, captured)))
         right.plot(*dot, "o", color="tab:orange", ms=4)
         right.annotate(f"rank {rank}: {dot[1]:.0%}", dot, xytext=(6, -11), textcoords="offset points", fontsize=7)
-    right.set(xlim=(0, min(10 * uniform, float(parameters[-1]))), ylim=(0, 1.02))
+    right.set(xlim=(0, min(10 * uniform, parameters[-1])), ylim=(0, 1.02))
     x = "adapter parameters (dots: what uniform LoRA of that rank has)"
-    _label(right, title="energy captured, best ranks first", x=x, y="share of gradient energy")
+    _label(right, "energy captured, best ranks first", x, "share of gradient energy")
     return figure
 
 
@@ -304,20 +287,19 @@ def plot_predictions(model: PerformanceModel, result: SearchResult) -> Figure:
     ranks = np.array([trial.allocation.vector for trial in trials])
     predicted, (low, high) = model.predict(ranks), model.interval(ranks, 0.8)
     measured = np.array([trial.metric for trial in trials])
+    around = np.abs([predicted - low, high - predicted])
     figure = _figure(4.6, 4.2)
     axis = figure.subplots()
     for origin, colour in ORIGIN_COLOURS.items():
         mine = np.array([trial.origin == origin for trial in trials])
         if mine.any():
-            around = np.abs(np.array([predicted - low, high - predicted])[:, mine])
             x, y = predicted[mine], measured[mine]
-            axis.errorbar(x, y, xerr=around, fmt="o", ms=4, lw=0.7, color=colour, label=origin)
+            axis.errorbar(x, y, xerr=around[:, mine], fmt="o", ms=4, lw=0.7, color=colour, label=origin)
     ends = [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
     axis.plot(ends, ends, color="black", lw=0.6, zorder=0)
     axis.legend(fontsize=7, frameon=False)
-    metric = result.metric_name
-    title = "performance model on its own trials"
-    _label(axis, title=title, x=f"predicted {metric}, averaged over learning rates", y=f"measured {metric}")
+    x, y = f"predicted {result.metric_name}, averaged over learning rates", f"measured {result.metric_name}"
+    _label(axis, "performance model on its own trials", x, y)
     return figure
 
 
@@ -347,29 +329,27 @@ def plot_forest(table: pd.DataFrame) -> Figure:
     """Mean difference to uniform on the test split with its 95 % interval, one row per method, one panel per study.
 
     A hollow marker has no interval: fewer than 3 seeds, or differences that are all equal. The band is what two groups of
-    seeds of uniform itself differ by, 95 % of the time. `table` is what `rankscope.comparison.summarise` gives; rows at the
-    study's own budget are drawn.
+    seeds of uniform itself differ by, 95 % of the time. Rows of `table` (see `summarise`) at the study's own budget are drawn.
     """
     table = table[(table["factor"] == 1.0) & (table["method"] != REFERENCE)]
     figure, panels = _study_panels(table, height=0.28 * table.groupby("study").size().max() + 1.0)
     for axis, (study, group) in zip(panels, table.groupby("study", sort=False), strict=True):
         group = group.sort_values("difference")
-        noise, n_seeds = 100 * float(group["noise"].iloc[0]), int(group["seeds"].iloc[0])
+        noise, n_seeds = 100 * group["noise"].iloc[0], int(group["seeds"].iloc[0])
         if not math.isnan(noise):
             axis.axvspan(-noise, noise, color="#eeeeee", lw=0, zorder=0)
         axis.axvline(0.0, color="black", lw=0.8, zorder=1)
         labels = []
-        for place, (_, row) in enumerate(group.iterrows()):
+        for place, row in enumerate(group.to_dict("records")):
             colour = VERDICT_COLOURS.get(row["verdict"], "#6b6b6b")
-            low, mean, high = (100 * float(row[name]) for name in ("low", "difference", "high"))
+            low, mean, high = (100 * row[name] for name in ("low", "difference", "high"))
             axis.plot([low, high], [place, place], color=colour, lw=1.6, solid_capstyle="butt")
             axis.plot(mean, place, "o", color=colour, mfc="white" if math.isnan(low) else colour, ms=5)
             same = " (same runs)" if row["verdict"].startswith("same") else ""
             labels.append(f"{row['method']}{' (over budget)' if row['over_budget'] else same}")
         axis.set_yticks(range(len(group)), labels)
         axis.set_ylim(-0.6, len(group) - 0.4)
-        x = f"points over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}"
-        _label(axis, title=str(study), x=x, spines=("bottom",))
+        _label(axis, str(study), f"points over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}", spines=("bottom",))
         axis.tick_params(axis="y", length=0)
     return figure
 
@@ -377,28 +357,26 @@ def plot_forest(table: pd.DataFrame) -> Figure:
 def plot_budgets(table: pd.DataFrame) -> Figure:
     """The test metric against adapter parameters, one panel per study: uniform's curve, and the other methods' points.
 
-    Methods without adapters lie at the parameters that they train, and are left out where those are none. `table` is what
-    `rankscope.comparison.summarise` gives.
+    Methods without adapters lie at the parameters that they train, and are left out where those are none. For `table`, see
+    `rankscope.comparison.summarise`.
     """
-    table = table[table["parameters"] > 0].sort_values("parameters", kind="stable")
-    methods = [name for name in dict.fromkeys(table.sort_index()["method"]) if name != REFERENCE]
-    figure, panels = _study_panels(table.sort_index(), height=3.6)
-    for axis, study in zip(panels, dict.fromkeys(table.sort_index()["study"]), strict=True):
-        group = table[table["study"] == study]
+    table = table[table["parameters"] > 0]
+    methods = [name for name in dict.fromkeys(table["method"]) if name != REFERENCE]
+    figure, panels = _study_panels(table, height=3.6)
+    for axis, (study, group) in zip(panels, table.groupby("study", sort=False), strict=True):
+        group = group.sort_values("parameters", kind="stable")
         uniform = group[group["method"] == REFERENCE]
         x, y, deviation = (uniform[name].to_numpy() for name in ("parameters", "test", "deviation"))
         axis.plot(x, y, "o-", color="black", ms=4, lw=1.2, label=REFERENCE)
         axis.fill_between(x, y - deviation, y + deviation, color="black", alpha=0.08, lw=0)
         for place, method in enumerate(methods):
-            mine = group[group["method"] == method]
-            colour = f"C{place % 10}"
-            filled = colour if place < 10 else "white"  # colours come again, hollow
-            style = f"{MARKERS[place % len(MARKERS)]}-"
-            axis.plot(mine["parameters"], mine["test"], style, color=colour, mfc=filled, ms=5, lw=1.0, label=method)
+            mine, colour = group[group["method"] == method], f"C{place % 10}"
+            marker, filled = f"{MARKERS[place % len(MARKERS)]}-", colour if place < 10 else "white"  # again, hollow
+            axis.plot(mine["parameters"], mine["test"], marker, color=colour, mfc=filled, ms=5, lw=1.0, label=method)
         axis.set_xscale("log")
         axis.set_xticks(sorted({*x, group["parameters"].min(), group["parameters"].max()}))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params(axis="x", rotation=25)
         _label(axis, title=str(study), x="trainable parameters outside the head", y="test metric")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -409,7 +387,7 @@ def plot_budgets(table: pd.DataFrame) -> Figure:
 def _study_panels(table: pd.DataFrame, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with one panel of this height in inches for each study."""
     n = table["study"].nunique()
-    abreast = min(n, PANELS_ABREAST)
-    n_rows = math.ceil(n / abreast)
-    figure = _figure(4.6 * abreast, height * n_rows)
-    return figure, [figure.add_subplot(n_rows, abreast, place + 1) for place in range(n)]
+    n_abreast = min(n, PANELS_ABREAST)
+    n_rows = math.ceil(n / n_abreast)
+    figure = _figure(4.6 * n_abreast, height * n_rows)
+    return figure, [figure.add_subplot(n_rows, n_abreast, place + 1) for place in range(n)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,28 +25,31 @@ CURVE_CELLS = 4_000_000  # of a table of gains, which is 32 MB: in larger models
 MIN_REACH = 512  # this one and that many cells count as the highest there
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class RankFeatures:
     """The features of allocations of one budget, each as the difference to uniform's.
 
     Attributes:
         targets: The target modules, in the order of the ranks.
-        curves: Cumulative gains by name, (n_modules, max_rank + 1).
-        weights: For each curve, (n_features of it, n_modules).
-        names: Of all features, curve by curve, as in `role/q_proj`.
-        levels: Of all features: `profile`, `model`, `tower`, `group`, `block`, `role` or `module`.
         reference: Uniform's ranks, (n_modules,).
+        curves: Cumulative gains by name, (n_modules, max_rank + 1).
+        names: Of the features, as level/key: `role/q_proj`, or `profile/norm` for a curve of the profile.
+        weights: Of each module in each feature, (n_features, n_modules).
     """
 
     targets: tuple[TargetModule, ...]
-    curves: Mapping[str, Floats]
-    weights: Mapping[str, Floats]
-    names: tuple[str, ...]
-    levels: tuple[str, ...]
     reference: Ints
+    curves: Mapping[str, Floats]
+    names: tuple[str, ...]
+    weights: Floats
 
     def __repr__(self) -> str:
         return f"<RankFeatures of {len(self.targets)} modules: {len(self.names)}>"
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Of the features: `profile`, `model`, `tower`, `group`, `block`, `role` or `module`."""
+        return tuple(name.partition("/")[0] for name in self.names)
 
     def transform(self, ranks: ArrayLike) -> Floats:
         """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform; raises as `checked` does."""
@@ -62,39 +64,35 @@ class RankFeatures:
             raise SettingsError(
                 f"`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {odd[0]:g}; correct them."
             )
-        whole: Ints = table.astype(np.int64)
-        return whole
+        return table.astype(np.int64)
 
     def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:
         """What a linear model says each rank of each module adds, by module name, made non-negative and non-increasing."""
-        total = np.zeros_like(next(iter(self.curves.values()))[:, 1:])
-        for name, part in self._by_curve(np.asarray(coefficients, dtype=np.float64)):
-            total += (part @ self.weights[name])[:, None] * np.diff(self.curves[name], axis=1)
+        beta, parts = np.asarray(coefficients, dtype=np.float64), self._by_curve()
+        total = sum((beta[mine] @ self.weights[mine])[:, None] * np.diff(curve, axis=1) for curve, mine in parts)
         total = np.minimum.accumulate(np.maximum(total, 0.0), axis=1)
         return {target.name: total[i, : target.full_rank] for i, target in enumerate(self.targets)}
 
     def without(self, *levels: str) -> RankFeatures:
         """The features of all other levels."""
-        kept = np.array([level not in levels for level in self.levels])
-        weights = {name: self.weights[name][mask] for name, mask in self._by_curve(kept)}
-        names, others = (tuple(np.array(each)[kept].tolist()) for each in (self.names, self.levels))
-        return replace(self, weights=weights, names=names, levels=others)
+        kept = [place for place, level in enumerate(self.levels) if level not in levels]
+        return replace(self, names=tuple(self.names[place] for place in kept), weights=self.weights[kept])
 
     @property
     def of_profile(self) -> RankFeatures | None:
         """The profile's terms, and the one of all modules alike; None without a profile."""
-        found = self.without("tower", "group", "block", "role", "module")
-        return found if "profile" in found.levels else None
+        return self.without("tower", "group", "block", "role", "module") if "profile" in self.levels else None
 
-    def _by_curve(self, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Values of all features, split by curve."""
-        ends = np.cumsum([len(rows) for rows in self.weights.values()])
-        return zip(self.weights, np.split(values, ends[:-1]), strict=True)
+    def _by_curve(self) -> Iterator[tuple[Floats, NDArray[np.bool_]]]:
+        """Each curve, and which features are sums of it: the profile's are of the curves of their names, others of `log`."""
+        own = np.array([name.removeprefix("profile/") if name.startswith("profile/") else "log" for name in self.names])
+        return ((curve, own == name) for name, curve in self.curves.items())
 
     def _sums(self, ranks: Ints) -> Floats:
-        modules = np.arange(ranks.shape[1])
-        heights = {name: c[modules, np.minimum(ranks, c.shape[1] - 1)] for name, c in self.curves.items()}
-        return np.hstack([heights[name] @ weights.T for name, weights in self.weights.items()])
+        modules, sums = np.arange(ranks.shape[1]), np.empty((len(ranks), len(self.names)))
+        for curve, mine in self._by_curve():
+            sums[:, mine] = curve[modules, np.minimum(ranks, curve.shape[1] - 1)] @ self.weights[mine].T
+        return sums
 
 
 def rank_features(
@@ -132,29 +130,30 @@ def rank_features(
         "role": [t.role for t in targets],
         "module": [t.name for t in targets],
     }
-    levels = {level: keys for level, keys in members.items() if level == "model" or len(set(keys)) > 1}
-    features = [(level, key) for level, keys in levels.items() for key in dict.fromkeys(keys)]
+    kept = [level for level, keys in members.items() if level == "model" or len(set(keys)) > 1]
+    features = [(level, key) for level in kept for key in dict.fromkeys(members[level])]
     rows = np.array([[each == key for each in members[level]] for level, key in features], dtype=np.float64)
     curves = {"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0)}
-    weights = {"log": rows * (costs / costs.mean())}
-    for name, power in (("energy", 1.0), ("norm", 0.5)) if gains is not None else ():
-        curves[name] = _captured({t.name: (gains or {})[t.name] for t in targets}, highest, power)
-        weights[name] = np.ones((1, len(targets)))
-        features.append(("profile", name))
+    if gains is not None:
+        curves |= {name: _captured(targets, gains, highest, power) for name, power in (("energy", 1.0), ("norm", 0.5))}
+    of_profile = list(curves)[1:]
     uniform = allocate_proportional(targets, dict.fromkeys((t.name for t in targets), 1.0), budget)
-    reference = np.array(uniform.vector, dtype=np.int64)
-    names = tuple(f"{level}/{key}" for level, key in features)
-    of = tuple(level for level, _ in features)
-    return RankFeatures(targets=targets, curves=curves, weights=weights, names=names, levels=of, reference=reference)
+    return RankFeatures(
+        targets=targets,
+        reference=np.array(uniform.vector, dtype=np.int64),
+        curves=curves,
+        names=tuple(f"{level}/{key}" for level, key in [*features, *(("profile", name) for name in of_profile)]),
+        weights=np.vstack([rows * (costs / costs.mean()), np.ones((len(of_profile), len(targets)))]),
+    )
 
 
-def _captured(gains: Mapping[str, ArrayLike], highest: int, power: float) -> Floats:
+def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], highest: int, power: float) -> Floats:
     """Cumulative powers of each module's gains, over the modules' mean total, (n_modules, highest + 1)."""
-    curve = np.zeros((len(gains), highest + 1))
-    for row, (name, spectrum) in zip(curve, gains.items(), strict=True):
-        values = as_numbers(spectrum, "gains")
+    curve = np.zeros((len(targets), highest + 1))
+    for row, target in zip(curve, targets, strict=True):
+        values = as_numbers(gains[target.name], "gains")
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise SettingsError(f"`gains` of `{name}` must be finite and not negative; take the profile again.")
+            raise SettingsError(f"`gains` of `{target.name}` must be finite and not negative; take the profile again.")
         row[1 : len(values) + 1] = values[:highest] ** power
     captured: Floats = np.cumsum(curve, axis=1) / max(curve.sum(axis=1).mean(), np.finfo(np.float64).tiny)
     return captured

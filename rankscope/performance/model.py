@@ -1,4 +1,4 @@
-"""`PerformanceModel`: predicts a task's metric from ranks, by hierarchical Bayesian regression, and values each rank."""
+"""`PerformanceModel` predicts a task's metric from ranks; `validate` says how far it can be believed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
-from scipy.stats import norm, spearmanr
-from sklearn.base import BaseEstimator, RegressorMixin
+from scipy.stats import kendalltau, norm, spearmanr
+from sklearn.base import BaseEstimator, RegressorMixin, clone
+from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import PowerTransformer
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
@@ -25,20 +26,22 @@ PROFILE_SHARE = 10.0  # prior variance of the profile's terms, relative to anoth
 GROWTH = 1.2  # transform and variances are estimated again once there are so many times the observations
 LOG_SPREAD = 1.0  # standard deviation of the prior on each log variance
 NOISE_SHARE = 0.5  # of the targets' variance that the prior expects to be noise
+MIN_ALLOCATIONS = 10  # with fewer, cross-validation says nothing
+FOLDS = 10
 
 Weights = ArrayLike | None
 Labels = Sequence[Any] | None
+Data = tuple[Ints, Floats, Floats, list[Any]]  # ranks, metrics, weights and conditions
+Pair = tuple[Floats, Floats]
 
 
 class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
-    """Regression from ranks to the metric.
+    """Regression from ranks to the metric, by hierarchical Bayesian regression.
 
     The metric is made normal first (Yeo and Johnson 2000): otherwise a few allocations that starve a module would outweigh
     all differences among good ones. The regression is linear in concave gains of the ranks (`RankFeatures`), so water-filling
-    on `utilities()` finds the allocation of the highest value.
-
-    Args:
-        features: Of the target modules and the budget.
+    on `utilities()` finds the allocation of the highest value. `regressor_` is the fitted regression, `conditions_` are the
+    conditions seen, in order.
     """
 
     regressor_: HierarchicalRegressor
@@ -75,9 +78,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """The expected (median) metric, averaged over conditions, (n,)."""
         return self._back(self._fitted.predict(self._rows(ranks)))
 
-    def interval(
-        self, ranks: ArrayLike, confidence: float = 0.8, repeats: float | None = None
-    ) -> tuple[Floats, Floats]:
+    def interval(self, ranks: ArrayLike, confidence: float = 0.8, repeats: float | None = None) -> Pair:
         """Central interval, (n,) and (n,), of the expected metric, or of its mean over so many fresh measurements."""
         if not 0.0 < confidence < 1.0:
             raise SettingsError(f"`confidence` must lie between 0 and 1, but is {confidence:g}.")
@@ -87,13 +88,12 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         half = norm.ppf(0.5 + confidence / 2.0) * deviation
         return self._back(mean - half), self._back(mean + half)
 
-    def difference(self, ranks: ArrayLike, reference: ArrayLike) -> tuple[Floats, Floats]:
+    def difference(self, ranks: ArrayLike, reference: ArrayLike) -> Pair:
         """Posterior mean and standard deviation of how much better the ranks are than the reference's, (n,) and (n,).
 
         In standard deviations of the transformed metric over the observations.
         """
-        rows = self._rows(ranks) - self._rows(reference)
-        found: tuple[Floats, Floats] = self._fitted.predict(rows, return_std=True)
+        found: Pair = self._fitted.predict(self._rows(ranks) - self._rows(reference), return_std=True)
         return found
 
     def score(self, ranks: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
@@ -107,8 +107,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         training shift all of them alike. It is the linear model's posterior conditioned on them (Bishop 2006, eq. 3.50).
         """
         mean, covariance = self._fitted.predict(self._rows(ranks), return_cov=True)
-        noise = self._noise(repeats) * np.eye(len(mean))
-        measured = as_numbers(y, "y")
+        noise, measured = self._noise(repeats) * np.eye(len(mean)), as_numbers(y, "y")
         if measured.shape != mean.shape or not np.isfinite(measured).all():
             raise SettingsError(f"`y` must hold {len(mean)} finite metrics, one for each allocation, but does not.")
         if self._scaler is None:
@@ -123,10 +122,9 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def coefficients(self) -> pd.DataFrame:
         """Each feature's `name`, `level`, and posterior `mean` and `std`, in standard deviations of the metric."""
-        features = self.features
-        rows = np.eye(len(features.names), self.regressor_.n_features_in_)
-        mean, deviation = self._fitted.predict(rows, return_std=True)
-        return pd.DataFrame({"name": features.names, "level": features.levels, "mean": mean, "std": deviation})
+        names, levels = self.features.names, self.features.levels
+        mean, deviation = self._fitted.predict(np.eye(len(names), self.regressor_.n_features_in_), return_std=True)
+        return pd.DataFrame({"name": names, "level": levels, "mean": mean, "std": deviation})
 
     def utilities(self) -> dict[str, Floats]:
         """Posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
@@ -151,9 +149,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         n = len(self.features.names)  # the intercept is between features and conditions
         return self.features.gains(coefficients[:n]), self.conditions_[int(np.argmax(coefficients[n + 1 :]))]
 
-    def _checked(
-        self, ranks: ArrayLike, y: ArrayLike, weight: Weights, conditions: Labels
-    ) -> tuple[Ints, Floats, Floats, list[Any]]:
+    def _checked(self, ranks: ArrayLike, y: ArrayLike, weight: Weights, conditions: Labels) -> Data:
         if y is None:
             raise SettingsError(
                 "PerformanceModel requires y to be passed, but the target y is None; pass the metric of each allocation."
@@ -171,9 +167,8 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def _refit(self) -> Self:
         ranks, y, weight, conditions = self._data
         if len(y) < 2:
-            raise SettingsError(
-                f"`y` must hold at least 2 metrics, but holds {len(y)} sample{'s' * (len(y) != 1)}; run more trials."
-            )
+            n = f"{len(y)} sample{'s' * (len(y) != 1)}"
+            raise SettingsError(f"`y` must hold at least 2 metrics, but holds {n}; run more trials.")
         due = self._estimated_at == 0 or len(y) >= GROWTH * self._estimated_at
         if due:
             self._scaler = PowerTransformer().fit(y[:, None]) if np.ptp(y) > 1e-12 * np.abs(y).max() else None
@@ -218,6 +213,120 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return float(self._fitted.variances_["noise"] / repeats)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Scores of predictions for left-out allocations, of the model and of what needs no model; without a profile, None.
+
+    A constant prediction would score 0. Regret is how far the best of the five predicted best falls short of the best, over
+    how far the mean does.
+    """
+
+    allocations: int  # number of different ones
+    explained: float  # share of the normalised metric's variance; below 0: worse than the mean
+    explained_by_profile: float | None  # the same of a regression on the profile's terms alone
+    kendall: float
+    spearman: float
+    profile: float | None  # Kendall's tau of the captured norm, which needs no trial
+    top_regret: float
+    profile_top_regret: float | None  # of the captured norm
+    ceiling: float | None  # the highest Spearman correlation that the metric's own noise allows; None if unknown
+    coverage: (
+        float | None
+    )  # share of measurements in the 80 % intervals; None under several conditions, which these average
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether squared errors, which scatter less than rank correlations, are below the profile's and the mean's."""
+        return self.explained > max(self.explained_by_profile or 0.0, 0.0)
+
+    def __str__(self) -> str:
+        explained, tau = f"explains {self.explained:.0%} of the variance of left-out allocations", f"{self.kendall:.2f}"
+        if self.explained_by_profile is not None and self.profile is not None:
+            explained += f" (profile alone {self.explained_by_profile:.0%})"
+            tau += f" (profile alone {self.profile:.2f})"
+        parts = [explained, f"Kendall's tau {tau}"]
+        if self.ceiling is not None:
+            parts.append(f"Spearman {self.spearman:.2f} of at most {self.ceiling:.2f}")
+        if self.coverage is not None:
+            parts.append(f"80 % intervals hold {self.coverage:.0%}")
+        return "; ".join(parts)
+
+
+def validate(
+    model: PerformanceModel,
+    ranks: ArrayLike,
+    y: ArrayLike,
+    *,
+    sample_weight: Weights = None,
+    conditions: Labels = None,
+    noise_variance: float | None = None,
+) -> Validation | None:
+    """Cross-validate clones of the model; all observations of an allocation are left out together.
+
+    Observations are as `PerformanceModel.fit` takes them; `noise_variance` is that of one, from repeats, for the ceiling
+    sqrt(1 - noise / variance) (Spearman 1904). None with fewer than 10 different allocations or a constant metric.
+    """
+    table, metric = np.atleast_2d(np.asarray(ranks)), np.asarray(y, dtype=np.float64)
+    weight = np.ones(len(metric)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    labels = list(conditions) if conditions is not None else [None] * len(metric)
+    groups = np.unique(table, axis=0, return_inverse=True)[1].ravel()
+    if groups.max(initial=0) + 1 < MIN_ALLOCATIONS or np.ptp(metric) == 0:
+        return None
+    profile = model.features.of_profile
+    predicted, by_profile, inside = np.zeros((3, len(metric)))
+    for train, test in GroupKFold(FOLDS, shuffle=True, random_state=0).split(table, metric, groups):
+        known = table[train], metric[train], weight[train], [labels[i] for i in train]
+        fitted = clone(model, safe=False).fit(*known)
+        predicted[test] = fitted.predict(table[test])
+        if profile is not None:
+            by_profile[test] = PerformanceModel(profile).fit(*known).predict(table[test])
+        low, high = fitted.interval(table[test], 0.8, repeats=float(weight[test].mean()))
+        inside[test] = (low <= metric[test]) & (metric[test] <= high)
+    codes = np.unique([str(label) for label in labels], return_inverse=True)[1]
+    offsets = np.bincount(codes, weights=metric) / np.bincount(codes)
+    even = metric - offsets[codes] + metric.mean()  # predictions, too, are averages over conditions
+    columns = dict(zip(model.features.names, model.features.transform(table).T, strict=True))
+    captured: Floats | None = columns.get("profile/norm")
+    return Validation(
+        allocations=int(groups.max()) + 1,
+        explained=_explained(predicted, even, weight),
+        explained_by_profile=None if profile is None else _explained(by_profile, even, weight),
+        kendall=float(kendalltau(predicted, even)[0]),
+        spearman=float(spearmanr(predicted, even)[0]),
+        profile=None if captured is None else float(kendalltau(captured, even)[0]),
+        top_regret=_top_regret(predicted, even),
+        profile_top_regret=None if captured is None else _top_regret(captured, even),
+        ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / even.var()))),
+        coverage=float(inside.mean()) if len(set(labels)) == 1 else None,
+    )
+
+
+def believable(model: PerformanceModel, validation: Validation | None) -> PerformanceModel | None:
+    """What left-out allocations speak for: the model, else the profile alone on the same observations, else nothing."""
+    if validation is not None and validation.trustworthy:
+        return model
+    by_profile = validation and validation.explained_by_profile
+    return model.of_profile() if (by_profile or 0.0) > 0.0 else None
+
+
+def _top_regret(predicted: Floats, metric: Floats, k: int = 5) -> float:
+    """Regret of the best of the k predicted best.
+
+    >>> _top_regret(np.array([1, 2, 3, 4]), np.array([0.5, 0.9, 0.7, 0.5]), k=2)
+    0.8
+    """
+    chosen, gap = np.argsort(-predicted, kind="stable")[:k], metric.max() - metric.mean()
+    return round(float((metric.max() - metric[chosen].max()) / gap), 12) if gap > 0 else 0.0
+
+
+def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
+    """1 - variance of the errors over that of the metric made normal, as the model sees it; a common shift is no error."""
+    scaler = PowerTransformer().fit(metric[:, None])
+    truth, guess = (scaler.transform(values[:, None]).ravel() for values in (metric, predicted))
+    spread = [np.average((v - np.average(v, weights=weight)) ** 2, weights=weight) for v in (guess - truth, truth)]
+    return float(1.0 - spread[0] / spread[1])
+
+
 @dataclass(eq=False, repr=False)
 class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Bayesian linear regression without intercept whose coefficients share one prior variance a level.
@@ -258,8 +367,7 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
             rows, target, left = triangle[:-1, :-1], triangle[:-1, -1], float(triangle[-1, -1] ** 2)
         if self.variances is None:
             shares = np.array([(self.shares or {}).get(name, 1.0) for name in names])
-            blocks = [rows[:, index == i] for i in range(len(names))]
-            products = [block @ block.T for block in blocks]
+            products = [block @ block.T for block in (rows[:, index == i] for i in range(len(names)))]
             variances, noise = _estimate(products, shares / shares.sum(), target, left, len(observed))
         else:
             variances, noise = np.array([self.variances[name] for name in names]), float(self.variances["noise"])

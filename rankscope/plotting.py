@@ -69,10 +69,9 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
     rows = [(t.tower, t.role, math.inf if t.block is None else t.block, values[t.name]) for t in targets]
     grids = {}
     for tower, mine in pd.DataFrame(rows, columns=["tower", "role", "block", "value"]).groupby("tower", sort=False):
-        grid = mine.pivot_table("value", "role", "block", aggfunc="sum", sort=True)
+        grid = mine.pivot_table("value", "role", "block", aggfunc="sum")
         roles = sorted(grid.index, key=lambda role: (ROLES.index(role) if role in ROLES else 99, role))
-        names = ["-" if math.isinf(block) else str(int(block)) for block in grid.columns]
-        grids[str(tower)] = grid.loc[roles].set_axis(names, axis="columns")
+        grids[str(tower)] = grid.loc[roles].rename(columns=lambda block: "-" if math.isinf(block) else f"{block:.0f}")
     return grids
 
 
@@ -82,7 +81,7 @@ def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None
     Models with several towers get one row per allocation.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
-    return _rank_heatmaps(allocations, titles, "rank")
+    return _rank_heatmaps(allocations, titles)
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -120,15 +119,14 @@ def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule]) 
     for step, (before, after) in zip(steps[1:], pairwise(ranks), strict=True):
         gained = sum(max(more, 0) for more in after.difference(before).values())
         headings.append(f"step {step:,}: +{gained} rank{'' if gained == 1 else 's'}")
-    return _rank_heatmaps(ranks, headings, "rank (framed: gained)", framed=True)
+    return _rank_heatmaps(ranks, headings, framed=True)
 
 
-def _rank_heatmaps(
-    allocations: Sequence[RankAllocation], headings: Sequence[str], label: str, *, framed: bool = False
-) -> Figure:
+def _rank_heatmaps(allocations: Sequence[RankAllocation], headings: Sequence[str], framed: bool = False) -> Figure:
     """Ranks written into their cells, a dot for 0."""
     rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
-    norm = Normalize(0, max(1, *(max(each.vector) for each in allocations)))
+    norm, label = Normalize(0, max(1, *(max(each.vector) for each in allocations))), "rank (framed: gained)"
+    label = label if framed else "rank"
     return _heatmaps(rows, headings, norm, label, lambda rank: f"{rank:.0f}" if rank else "·", framed=framed)
 
 
@@ -173,11 +171,9 @@ def _heatmaps(
 
 
 def waypoints(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> list[tuple[int, RankAllocation]]:
-    """Step and ranks at the start, and after each decision that moved some.
+    """Step and ranks at the start, and after each of a controller's `decisions` that moved some.
 
-    Args:
-        decisions: A controller's `decisions`, or its `decisions.parquet`.
-        targets: The model's target modules, in any order, also those that the controller does not watch.
+    `targets` are the model's, in any order, also those that the controller does not watch.
 
     Raises:
         ModelError: There is no decision.
@@ -188,10 +184,8 @@ def waypoints(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> list[
     first, moved = decisions.iloc[0], decisions[decisions["action"] == "moved"]
     states = [(0, first["modules"], first["ranks_before"])]
     states += zip(moved["step"], moved["modules"], moved["ranks_after"], strict=True)
-    return [
-        (int(step), RankAllocation.from_ranks(targets, dict(zip(modules, ranks, strict=True))))
-        for step, modules, ranks in states
-    ]
+    named = ((int(step), dict(zip(modules, ranks, strict=True))) for step, modules, ranks in states)
+    return [(step, RankAllocation.from_ranks(targets, ranks)) for step, ranks in named]
 
 
 def spread(found: Sequence[tuple[int, RankAllocation]], at_most: int) -> list[tuple[int, RankAllocation]]:

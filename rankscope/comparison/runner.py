@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -16,9 +15,8 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from joblib import Parallel, delayed
 
 import rankscope
 from rankscope.allocation import RankAllocation
@@ -54,42 +52,32 @@ Function = Callable[..., Variants]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One training to be done.
-
-    `role` is `tuning` (validation only) or `reported` (the test split is read as well), `budget` 0 means no limit, `factor` is
-    that of the study's budget, and `cost_steps` are optimizer steps of the search that the method comes from.
-    """
+    """One training to be done."""
 
     method: Method
     training: TrainingSettings
     seed: int = 0
-    role: str = REPORTED
+    role: str = REPORTED  # reads the test split as well; `tuning`: validation only
     name: str = ""
-    budget: int = 0
-    factor: float = 1.0
-    cost_steps: int = 0
+    budget: int = 0  # 0: no limit
+    factor: float = 1.0  # of the study's budget
+    cost_steps: int = 0  # optimizer steps of the search that the method comes from
     save_to: PathLike | None = None
 
     def terms(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """What the run's results depend on, given the task's fingerprints."""
-        method, with_test = digest(self.method), self.role == REPORTED
-        own = {"method": method, "training": self.training.terms(), "seed": self.seed, "with_test": with_test}
-        return {"format": FORMAT, **task, **own}
+        own = {"method": digest(self.method), "training": self.training.terms(), "seed": self.seed}
+        return {"format": FORMAT, **task, **own, "with_test": self.role == REPORTED}
 
     def labels(self, task: Task) -> dict[str, Any]:
         """The fields of its result that are no outcome."""
-        own = {key: getattr(self, key) for key in ("budget", "factor", "role", "seed", "cost_steps")}
-        name = self.name or self.method.name
-        return {"study": task.name, "task": task.name, "metric": task.metric, "method": name, **own}
+        names = {"study": task.name, "task": task.name, "metric": task.metric, "method": self.name or self.method.name}
+        return names | {key: getattr(self, key) for key in ("budget", "factor", "role", "seed", "cost_steps")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One training and its outcome: a row of `comparison.parquet`, and of the file that keeps the run.
-
-    `parameters` and `ranks` are those at the end; without adapters, `parameters` are all that is trained outside the head.
-    `peak_memory` is in bytes, of all GPUs, else of the process. `decisions`, a controller's, are no column of the row.
-    """
+    """One training and its outcome: a row of `comparison.parquet`, and of the file that keeps the run."""
 
     study: str
     task: str
@@ -104,19 +92,20 @@ class RunResult:
     steps: int
     validation: float
     test: float | None
-    parameters: int
+    parameters: int  # of the adapters at the end; without adapters, all that is trained outside the head
     n_moved: int
     wall_seconds: float
-    peak_memory: int | None
+    peak_memory: int | None  # bytes, of all GPUs, else of the process
     revision: str
-    ranks: dict[str, int] | None
+    ranks: dict[str, int] | None  # at the end
     cost_steps: int
-    decisions: pd.DataFrame | None = field(default=None, compare=False)
+    decisions: pd.DataFrame | None = field(default=None, compare=False)  # of a controller; no column of the row
 
     def to_row(self) -> dict[str, Any]:
         """The plain values, ranks as JSON."""
-        row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "decisions"}
-        return {**row, "ranks": json.dumps(self.ranks)}
+        return {key: value for key, value in vars(self).items() if key != "decisions"} | {
+            "ranks": json.dumps(self.ranks)
+        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], decisions: pd.DataFrame | None = None) -> RunResult:
@@ -127,7 +116,7 @@ class RunResult:
 def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | None = None) -> RunResult:
     """Train once, with one torch thread or as many as OMP_NUM_THREADS says, so that figures do not depend on `n_jobs`.
 
-    `file` is where the run is kept, without suffix, and what it depends on.
+    The run is kept in `file`: a path without suffix, and what the run depends on.
     """
     measured, threads = _peak_memory(reset=True) is not None, torch.get_num_threads()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -200,8 +189,6 @@ def run_all(
     Raises:
         FileError: A kept run is broken, or was made from something else.
     """
-    from joblib import Parallel, delayed
-
     files: list[tuple[Path, Mapping[str, Any]] | None] = [None] * len(specs)
     if kept_in is not None:
         facts = fingerprint_task(task)
@@ -209,10 +196,8 @@ def run_all(
     known = [_read(*file) if file and spec.save_to is None else None for spec, file in zip(specs, files, strict=True)]
     todo = [(spec, file) for spec, file, run in zip(specs, files, known, strict=True) if run is None]
     with one_gpu_each(n_jobs):
-        fresh: Iterator[RunResult] = Parallel(n_jobs=n_jobs, return_as="generator")(
-            delayed(run_one)(task, *each) for each in todo
-        )
-    found = []
+        fresh = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(run_one)(task, *each) for each in todo)
+    found: list[RunResult] = []
     for spec, run in zip(specs, known, strict=True):
         found.append(next(fresh) if run is None else replace(run, **spec.labels(task)))
         on_done(len(found))
@@ -229,9 +214,8 @@ def _read(stem: Path, terms: Mapping[str, Any]) -> RunResult | None:
     require_same(row.pop("made_from", {}), terms, what=f"`{path}`", remedy=remedy)
     if set(row) != {each.name for each in fields(RunResult)} - {"decisions"}:
         raise FileError(f"`{path}` must hold a run, but its keys are others; {remedy}")
-    return RunResult.from_row(
-        row, read_parquet(decisions, what="decisions").to_pandas() if decisions.exists() else None
-    )
+    table = read_parquet(decisions, what="decisions").to_pandas() if decisions.exists() else None
+    return RunResult.from_row(row, table)
 
 
 def make_grid(
@@ -259,16 +243,13 @@ def run_tuned(
 
     Each grid holds the runs to choose from for one method (`make_grid`); a single run is not tuned. Keep `tuning_seeds` apart
     from `seeds`. The adapter of the last method's first seed goes to `save_first_to`. `on_run` is called with the number of runs
-    done and of runs in all.
-
-    Returns:
-        The runs of each method: first those that tuned, then the reported ones in the order of the seeds.
+    done and of runs in all. Returns the runs of each method: those that tuned, then the reported ones in the order of the seeds.
     """
     for spec in chain(*grids):
         spec.method.check(task, spec.training)
     tuned = [spec for grid in grids if len(grid) > 1 for spec in grid]
     trials = [replace(spec, seed=seed, role=TUNING) for spec in tuned for seed in tuning_seeds]
-    n_seeds, total = len(seeds), len(trials) + len(grids) * len(seeds)
+    total = len(trials) + len(grids) * len(seeds)
     report = on_run or (lambda done, total: None)
     run = partial(run_all, task, n_jobs=n_jobs, kept_in=kept_in)
     found = iter(run(trials, on_done=lambda done: report(done, total)))
@@ -276,9 +257,9 @@ def run_tuned(
     chosen = [_best(grid, runs) for grid, runs in zip(grids, tried, strict=True)]
     specs = [replace(spec, seed=seed) for spec in chosen for seed in seeds]
     if save_first_to is not None:
-        specs[-n_seeds] = replace(specs[-n_seeds], save_to=save_first_to)
+        specs[-len(seeds)] = replace(specs[-len(seeds)], save_to=save_first_to)
     reported = iter(run(specs, on_done=lambda done: report(len(trials) + done, total)))
-    return [[*chain(*runs), *islice(reported, n_seeds)] for runs in tried]
+    return [[*chain(*runs), *islice(reported, len(seeds))] for runs in tried]
 
 
 def _best(grid: Sequence[RunSpec], tried: Sequence[Sequence[RunResult]]) -> RunSpec:
@@ -304,18 +285,14 @@ def known_methods() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """A method to be compared, which is made for each budget.
-
-    `controller` holds for methods under a controller, `searched` is the search whose recommendation is compared, and relative
-    paths of files start from `base_dir`.
-    """
+    """A method to be compared, which is made for each budget."""
 
     name: str
     source: str | Function
     seed: int = 0
-    controller: ControllerSettings | None = None
-    searched: SearchResult | None = None
-    base_dir: Path = Path()
+    controller: ControllerSettings = field(default_factory=ControllerSettings)  # of methods under a controller
+    searched: SearchResult | None = None  # whose recommendation is compared
+    base_dir: Path = Path()  # from which relative paths of files start
 
     @property
     def needs_profile(self) -> bool:
@@ -355,25 +332,20 @@ class Contender:
                 return Lora(RankAllocation.from_ranks(targets, ranks, strategy="qv-only", budget=budget.limit))
             case str(name) if name in known_methods():
                 start = name.removeprefix(CONTROLLER).removeprefix("-") or REFERENCE
-                moving = self.controller or ControllerSettings()
-                return Lora(allocated(start), moving if name.startswith(CONTROLLER) else None)
-        return self._from_function(targets=targets, budget=budget, profile=profile)
+                return Lora(allocated(start), self.controller if name.startswith(CONTROLLER) else None)
+            case str(name):
+                gives = "an allocation or a method"
+                with user_function(name, self.base_dir, gives=gives, error=SettingsError) as function:
+                    return self._checked(function(targets=targets, budget=budget, profile=profile), budget)
+        return self._checked(self.source(targets=targets, budget=budget, profile=profile), budget)
 
-    def _from_function(self, **terms: Any) -> Method:
-        """What a user's function gives."""
-        opened: Any = nullcontext(self.source)
-        if isinstance(self.source, str):
-            gives = "an allocation or a method"
-            opened = user_function(self.source, self.base_dir, gives=gives, error=SettingsError)
-        with opened as function:
-            found: Any = function(**terms)
-            if isinstance(found, RankAllocation):
-                return Lora(replace(found, strategy=self.name.rpartition(":")[2], budget=terms["budget"].limit))
-            if isinstance(found, Method):
-                return found
-            raise SettingsError(
-                f"`{self.name}` must give a RankAllocation or a Method, but gave a {type(found).__name__}."
-            )
+    def _checked(self, found: Any, budget: ParameterBudget) -> Method:
+        """What a user's function gave, as a method."""
+        if isinstance(found, RankAllocation):
+            return Lora(replace(found, strategy=self.name.rpartition(":")[2], budget=budget.limit))
+        if isinstance(found, Method):
+            return found
+        raise SettingsError(f"`{self.name}` must give a RankAllocation or a Method, but gave a {type(found).__name__}.")
 
 
 def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0, **options: Any) -> list[Contender]:
@@ -401,28 +373,22 @@ def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All runs of a comparison.
+    """All runs of a comparison: one row per run, in the columns of `RunResult`.
 
-    Attributes:
-        runs: One row per run; the columns are the fields of `RunResult`.
-        decisions: Of the first reported run of each controlled method at the study's budget, by the method's name.
-        made_from: What the runs depend on: fingerprints of task, data and weights, budget, schedule, seeds.
+    `runs.attrs`, also in the file, hold what they depend on: fingerprints of task, data and weights, budget, schedule, seeds.
     """
 
     runs: pd.DataFrame
-    decisions: Mapping[str, pd.DataFrame]
-    made_from: Mapping[str, Any]
+    decisions: Mapping[str, pd.DataFrame]  # by method: of a controller's first reported run at the study's budget
 
     def renamed(self, study: str) -> Comparison:
         """The same comparison under another study's name."""
-        return Comparison(self.runs.assign(study=study), self.decisions, {**self.made_from, "study": study})
+        return replace(self, runs=self.runs.assign(study=study))
 
     def to_parquet(self, path: PathLike) -> Path:
-        """Write the runs, with `made_from` in the file's metadata, atomically; returns the path."""
-        table = pa.Table.from_pandas(self.runs.assign(schema=SCHEMA), preserve_index=False)
-        metadata = {**(table.schema.metadata or {}), b"rankscope": json.dumps(dict(self.made_from)).encode()}
+        """Write the runs atomically; returns the path."""
         with replacing(path) as temporary:
-            pq.write_table(table.replace_schema_metadata(metadata), temporary)
+            self.runs.assign(schema=SCHEMA).to_parquet(temporary, index=False)
         return Path(path)
 
 
@@ -448,15 +414,15 @@ def compare(
     Args:
         task: Where model, data, loss and metric come from.
         methods: As `find_methods` takes them; default: those of the settings.
-        budget: In adapter parameters. Variants that end above it are not chosen.
-        targets: The target modules; default: the profile's, or all that are found.
+        budget: Variants that end above it are not chosen.
+        targets: Default: the profile's, or all that are found.
         profile: Default: taken over an epoch of the training batches, if a method needs one.
         seeds: Of the reported runs, at least 3 for intervals and tests; default: the settings' `n_seeds`, from 0.
-        training: The schedule; every method is tuned over its learning rates (full fine-tuning over a thirtieth of them).
-        settings: How many seeds, and which budgets.
+        training: Every method is tuned over its learning rates (full fine-tuning over a thirtieth of them).
+        settings: How many seeds, and which budgets; `overrides` are values of it.
         kept_in: Folder that keeps every run, so that a comparison resumes.
         on_run: Called with the number of runs done and of runs in all.
-        **overrides: Values of the settings.
+        **overrides: See `settings`.
 
     >>> import rankscope as rs
     >>> task, short = rs.load_task("digits-shift"), TrainingSettings(steps=2, learning_rate=0.01)
@@ -477,11 +443,12 @@ def compare(
     grids = [make_grid(each.make(targets, at, profile), training, **labels) for each, at, labels in plan]
     run = partial(run_tuned, n_jobs=settings.n_jobs, kept_in=kept_in, on_run=on_run)
     runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
+    table = pd.DataFrame([each.to_row() for each in runs])
     terms = {"targets": fingerprint_targets(targets), "budget": budget.limit, "training": training.terms()}
-    made_from = {"format": FORMAT, **fingerprint_task(task), "study": task.name, **terms, "seeds": list(seeds)}
+    made_from: dict[Any, Any] = {"format": FORMAT, **fingerprint_task(task), **terms, "seeds": list(seeds)}
+    table.attrs = made_from
     firsts = [each for each in runs if (each.role, each.factor, each.seed) == (REPORTED, 1.0, seeds[0])]
-    decisions = {each.method: each.decisions for each in firsts if each.decisions is not None}
-    return Comparison(pd.DataFrame([each.to_row() for each in runs]), decisions, made_from)
+    return Comparison(table, {each.method: each.decisions for each in firsts if each.decisions is not None})
 
 
 def _plan(

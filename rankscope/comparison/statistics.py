@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import friedmanchisquare, permutation_test, rankdata, studentized_range
+from sklearn.isotonic import IsotonicRegression
 
 from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
 
@@ -33,21 +35,13 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int 
     >>> paired_p_value([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     0.25
     """
-    from scipy.stats import permutation_test
-
     if len(ours) < FEWEST_PAIRS:
         return math.nan
-    samples = (np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float))
+    samples = np.asarray([ours, theirs], dtype=float)
     if np.allclose(*samples):
         return 1.0
-
-    def mean_difference(x: Any, y: Any, axis: int) -> Any:
-        return np.mean(x - y, axis=axis)
-
-    found = permutation_test(
-        samples, mean_difference, permutation_type="samples", vectorized=True, rng=np.random.default_rng(seed)
-    )
-    return float(found.pvalue)
+    how = {"permutation_type": "samples", "vectorized": True, "rng": np.random.default_rng(seed)}
+    return float(permutation_test(samples, lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -83,8 +77,6 @@ def rank_methods(scores: Mapping[str, Sequence[float]]) -> Ranking:
     >>> rank_methods({"a": [0.9, 0.8], "b": [0.7, 0.8], "c": [0.1, 0.2]}).mean_ranks
     {'a': 1.25, 'b': 1.75, 'c': 3.0}
     """
-    from scipy.stats import friedmanchisquare, rankdata, studentized_range
-
     table = np.array(list(scores.values()), dtype=float)
     k, n = table.shape
     ranks = rankdata(-table, axis=0).mean(axis=1)
@@ -97,13 +89,13 @@ def uniform_budget_multiplier(score: float, factors: Sequence[float], uniform: S
     """The factor of the budget at which uniform LoRA reaches a score.
 
     Uniform's scores at ascending `factors` are made monotone (isotonic regression) and joined by straight lines over log
-    parameters. The result is `factors[0]` where uniform is that good already, and infinity where it never is.
+    parameters. The result is `factors[0]` where uniform is that good already, infinity where it never is, and NaN for one factor.
 
     >>> uniform_budget_multiplier(0.85, [1, 2, 4], [0.8, 0.9, 0.95]).__round__(3)
     1.414
     """
-    from sklearn.isotonic import IsotonicRegression
-
+    if len(factors) < 2:
+        return math.nan
     logs = np.log(np.asarray(factors, dtype=float))
     curve = IsotonicRegression().fit_transform(logs, np.asarray(uniform, dtype=float))
     if score <= curve[0]:

@@ -11,14 +11,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from rankscope.comparison import statistics
 from rankscope.comparison.runner import REFERENCE, REPORTED, SCHEMA
-from rankscope.comparison.statistics import (
-    holm,
-    paired_difference,
-    paired_p_value,
-    seed_noise,
-    uniform_budget_multiplier,
-)
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import parse_json, read_parquet
 from rankscope.searching import FEWEST_PAIRS, Interval
@@ -36,15 +30,8 @@ _TYPES = {
 _COLUMNS = pa.schema(
     [pa.field(name, kind, name in ("test", "peak_memory")) for kind, names in _TYPES.items() for name in names]
 )
-_BESIDE = {
-    "method",
-    "variant",
-    "budget",
-    "cost_steps",
-    "wall_seconds",
-    "peak_memory",
-    "revision",
-}  # no outcome of a run
+# No outcome of a run.
+_BESIDE = {"method", "variant", "budget", "cost_steps", "wall_seconds", "peak_memory", "revision"}
 
 
 def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
@@ -134,7 +121,13 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         )
     groups = [group for _, group in reported.groupby(["study", "factor"], sort=False)]
     table = pd.concat([_compared(group) for group in groups if REFERENCE in set(group["method"])], ignore_index=True)
-    return table.assign(uniform_budget_multiplier=[_multiplier(row, table) for _, row in table.iterrows()])
+    uniform = table[table["method"] == REFERENCE].sort_values("factor").groupby("study")
+    curves = {study: (mine["factor"].tolist(), mine["test"].tolist()) for study, mine in uniform}
+    found = [
+        statistics.uniform_budget_multiplier(row["test"], *curves[row["study"]]) / row["factor"]
+        for _, row in table.iterrows()
+    ]
+    return table.assign(uniform_budget_multiplier=found)
 
 
 def _compared(group: pd.DataFrame) -> pd.DataFrame:
@@ -147,17 +140,21 @@ def _compared(group: pd.DataFrame) -> pd.DataFrame:
     for name, mine in by_method.items():
         row = mine.iloc[0][["study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps"]].to_dict()
         ours, parameters = mine["test"].tolist(), int(mine["parameters"].max())
-        difference = paired_difference(ours, theirs)
+        difference = statistics.paired_difference(ours, theirs)
         row |= {"method": name, "parameters": parameters, "over_budget": bool(0 < row["budget"] < parameters)}
         row |= {"seeds": len(mine), "validation": mine["validation"].mean(), "test": mine["test"].mean()}
         row |= {"deviation": mine["test"].std(), "difference": difference.mean, "low": difference.low}
-        row |= {"high": difference.high, "p": paired_p_value(ours, theirs), "noise": seed_noise(theirs)}
+        row |= {
+            "high": difference.high,
+            "p": statistics.paired_p_value(ours, theirs),
+            "noise": statistics.seed_noise(theirs),
+        }
         row |= {"relative": difference.mean / uniform["test"].mean(), "seconds": mine["wall_seconds"].median()}
         same = mine[outcome].to_dict("list") == uniform[outcome].to_dict("list")
         rows.append(row | {"peak_memory": mine["peak_memory"].max(), "same_runs": same})
     table = pd.DataFrame(rows).assign(p_holm=np.nan)
     tested = (table["method"] != REFERENCE) & table["p"].notna()
-    table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].tolist())
+    table.loc[tested, "p_holm"] = statistics.holm(table.loc[tested, "p"].tolist())
     return table.assign(verdict=[_verdict(row) for _, row in table.iterrows()]).drop(columns="same_runs")
 
 
@@ -172,12 +169,6 @@ def _verdict(row: pd.Series) -> str:
         return "too few seeds"
     better = "better" if row["difference"] > 0 else "worse"
     return NO_DIFFERENCE if row["p_holm"] >= SIGNIFICANCE else better
-
-
-def _multiplier(row: pd.Series, table: pd.DataFrame) -> float:
-    uniform = table[(table["study"] == row["study"]) & (table["method"] == REFERENCE)].sort_values("factor")
-    factors, scores = uniform["factor"].tolist(), uniform["test"].tolist()
-    return uniform_budget_multiplier(row["test"], factors, scores) / row["factor"] if len(factors) > 1 else math.nan
 
 
 def format_row(row: pd.Series) -> dict[str, str]:

@@ -230,9 +230,7 @@ class Validation:
     top_regret: float
     profile_top_regret: float | None  # of the captured norm
     ceiling: float | None  # the highest Spearman correlation that the metric's own noise allows; None if unknown
-    coverage: (
-        float | None
-    )  # share of measurements in the 80 % intervals; None under several conditions, which these average
+    coverage: float | None  # share of measurements in the 80 % intervals; None under several conditions
 
     @property
     def trustworthy(self) -> bool:

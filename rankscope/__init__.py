@@ -6,6 +6,7 @@ The public names below load on first use: `import rankscope` itself imports no t
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# peft imports bitsandbytes, also in workers: it advises to install a kernel on import, and whenever a product casts.
+for _adviser in ("backends.cpu.ops", "autograd._functions"):
+    logging.getLogger(f"bitsandbytes.{_adviser}").setLevel(logging.ERROR)
+
 _NAMES = {
     "allocation": ["RankAllocation"],
     "budget": ["ParameterBudget"],
@@ -63,10 +68,7 @@ _NAMES = {
     "tasks": ["Task", "load_task"],
     "training": ["train"],
 }  # fmt: skip
-_RENAMED = {
-    "ControllerConfig": "ControllerSettings",
-    "TrainingConfig": "TrainingSettings",
-}  # old public names, which work for one release
+_RENAMED = {"ControllerConfig": "ControllerSettings", "TrainingConfig": "TrainingSettings"}  # work for one release
 
 _HOMES = {name: f"rankscope.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = ["RankscopeError", "__version__", *_HOMES]

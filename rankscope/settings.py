@@ -41,12 +41,6 @@ RENAMED = {
     "CompareSettings": {"seeds": "n_seeds", "tuning_seeds": "n_tuning_seeds"},
 }
 
-SamplerName = Literal["performance-model", "tpe", "random"]
-PrunerName = Literal["none", "median", "hyperband"]
-Grouping = Literal["depth", "gradient"]
-ControllerMode = Literal["off", "on", "auto"]
-RankChange = Literal["auto", "resize", "mask"]
-
 Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 AtLeast2 = Annotated[int, Field(ge=2, le=MAX_COUNT)]
@@ -181,9 +175,7 @@ class TrainingSettings(Settings):
         Annotated[Positive, Tag("float")] | Annotated[Rates, Tag("list[float]")],
         Discriminator(lambda value: "list[float]" if isinstance(value, list | tuple) else "float"),
     ] = Field(1e-3, description="Peak learning rate. Of a list, search and comparison choose one by validation.")
-    head_learning_rate: Positive | None = Field(
-        None, description="Peak rate of the task's head. Default: `learning_rate`."
-    )
+    head_learning_rate: Positive | None = Field(None, description="Peak rate of the head. Default: `learning_rate`.")
     warmup_fraction: Share = Field(0.1, description="Share of the steps over which the rate rises from zero.")
     weight_decay: NotNegative = Field(0.0, description="Weight decay of AdamW.")
     max_grad_norm: NotNegative = Field(1.0, description="Gradients are clipped to this norm; 0: no clipping.")
@@ -212,25 +204,26 @@ class TrainingSettings(Settings):
 class SearchSettings(Settings):
     """How allocations are searched."""
 
-    # More of the same, or the same elsewhere.
     _free = frozenset({"n_trials", "confirm_fraction", "storage", "study_name", "pruner"})
 
     n_trials: Count = Field(60, description="Trainings in all, confirmation included.")
     n_seeds: Count = Field(1, description="Training seeds of each trial; each counts as one of `n_trials`.")
-    confirm_fraction: float = Field(
-        0.25, ge=0, lt=1, description="Share of the trainings that confirm finalists. 0: none."
-    )
+    confirm_fraction: float = Field(0.25, ge=0, lt=1, description="Share of trainings that confirm finalists. 0: none.")
     fidelity: float = Field(1.0, gt=0, le=1, description="Share of the training steps that a trial takes.")
-    sampler: Annotated[SamplerName, OrObject] = Field("performance-model", description="What proposes allocations.")
+    sampler: Annotated[Literal["performance-model", "tpe", "random"], OrObject] = Field(
+        "performance-model", description="What proposes allocations."
+    )
     seed: int | None = Field(None, ge=0, lt=2**31, description="Seed of the sampler. Default: the study's, or 0.")
-    grouping: Grouping = Field("depth", description="Groups of blocks: by depth, or by k-means over their gradients.")
+    grouping: Literal["depth", "gradient"] = Field(
+        "depth", description="Groups of blocks: by depth, or k-means of gradients."
+    )
     n_groups: Count = Field(3, description="Block groups in each tower.")
     storage: Annotated[str | None, OrObject] = Field(
         None, description="Optuna's storage URL; relative SQLite paths start from the study file. Default: `search.db` in the "
         "output folder; in Python, memory.",
     )  # fmt: skip
     study_name: str | None = Field(None, description="Name of the Optuna study. Default: the study's, or the task's.")
-    pruner: Annotated[PrunerName, OrObject] = Field(
+    pruner: Annotated[Literal["none", "median", "hyperband"], OrObject] = Field(
         "none", description="What stops bad trials early; needs `training.evaluate_every`."
     )
 
@@ -244,7 +237,7 @@ class ControllerSettings(Settings):
 
     _free = frozenset({"mode", "adapter_name", "seed"})
 
-    mode: Annotated[ControllerMode, BeforeValidator(_as_mode)] = Field(
+    mode: Annotated[Literal["off", "on", "auto"], BeforeValidator(_as_mode)] = Field(
         "off",
         description="Whether ranks move in `rankscope train`. auto: if the allocation to start from uses no gradient.",
     )
@@ -254,7 +247,7 @@ class ControllerSettings(Settings):
     )
     freeze_fraction: float = Field(0.3, gt=0, le=1, description="Share of the run after which ranks stay fixed.")
     samples: Count = Field(8, description="Steps before each decision whose gradients are recorded.")
-    rank_change: RankChange = Field(
+    rank_change: Literal["auto", "resize", "mask"] = Field(
         "auto", description="How ranks change: `resize` factors, or `mask` them at fixed capacity. auto: masks under several "
         "processes, DistributedDataParallel and torch.compile, and where the model already has masks.",
     )  # fmt: skip
@@ -307,6 +300,8 @@ class CompareSettings(Settings):
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
 
 
+_PROBLEMS = {"model_type": "must be a section of keys and values", "too_short": "must hold at least one value"}
+_UNION_MEMBER = re.compile(r"(str|float)$|function-|list\[|dict\[|tuple\(")  # a part of pydantic's locations
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -373,11 +368,10 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     if any(key.startswith("budget.") for key in given):
         values["budget"] = {}
     allocation = values.get("allocation")
-    if isinstance(allocation, dict) and given.get("allocation.strategy") not in (
-        None,
-        allocation.get("strategy", "one-shot"),
-    ):
-        allocation.pop("options", None)
+    if isinstance(allocation, dict):
+        own = allocation.get("strategy", "one-shot")
+        if given.get("allocation.strategy", own) != own:
+            allocation.pop("options", None)
     for dotted, value in given.items():
         _set(values, dotted, value, where=f"`{path}`")
     try:
@@ -410,38 +404,32 @@ def _set(values: dict[Any, Any], dotted: str, value: Any, *, where: str) -> None
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem in one line, by its dotted key; pydantic's own message is a page."""
     first = error.errors()[0]
-    parts = [str(part) for part in first["loc"] if not _is_type(part)]
+    kind, value = first["type"], first["input"]
+    parts = [str(part) for part in first["loc"] if not _UNION_MEMBER.match(str(part))]
     key = ".".join(parts) or model.__name__.removesuffix("Settings").lower()
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return f"unknown key `{key}`; {_hint(parts, model)}"
-    if first["type"] == "missing":
+    if kind == "missing":
         return f"the key `{key}` is missing; add it."
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if first["type"] == "model_type":
-        message = "must be a section of keys and values"
-    if first["type"] == "too_short":
-        message = "must hold at least one value"
-    whole = isinstance(first["input"], dict | BaseModel) or (first["input"], first["type"]) == (None, "value_error")
-    given = "" if whole else f", but got {shown(first['input'])}"
-    return f"`{key}`: {message}{given}."
-
-
-def _is_type(part: object) -> bool:
-    """Whether a part of pydantic's location is no key, but which of a union's types was tried."""
-    return part in ("str", "float") or str(part).startswith(("function-", "list[", "dict[", "tuple["))
+    message = _PROBLEMS.get(kind, first["msg"].removeprefix("Value error, "))
+    whole = isinstance(value, dict | BaseModel) or (value, kind) == (None, "value_error")
+    given = "" if whole else f", but got {shown(value)}"
+    return f"`{key}`: {message[0].lower()}{message[1:]}{given}."
 
 
 def _hint(parts: list[str], model: type[BaseModel]) -> str:
     """What an unknown key may have been meant for: one that is alike here, or the same in another section."""
+    *path, wrong = parts
     section: Any = model
-    for part in parts[:-1]:
+    for part in path:
         section = section.model_fields[part].annotation
     known = list(section.model_fields)
-    here = [".".join([*parts[:-1], name]) for name in difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.55)]
-    elsewhere = [key for key, name in _dotted_keys(model) if name == parts[-1]]
-    alike = bool(here) and difflib.SequenceMatcher(None, here[0].rpartition(".")[2], parts[-1]).ratio() > 0.75
-    meant = here if alike or not elsewhere else elsewhere
+
+    def alike(cutoff: float) -> list[str]:
+        return [".".join([*path, name]) for name in difflib.get_close_matches(wrong, known, n=1, cutoff=cutoff)]
+
+    elsewhere = [key for key, name in _dotted_keys(model) if name == wrong]
+    meant = alike(0.75) or elsewhere or alike(0.55)
     return f"did you mean `{'` or `'.join(dict.fromkeys(meant))}`?" if meant else f"known keys are {', '.join(known)}."
 
 

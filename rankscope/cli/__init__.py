@@ -6,7 +6,6 @@ import functools
 import importlib
 import inspect
 import io
-import logging
 import os
 import select
 import sys
@@ -23,7 +22,6 @@ from rankscope.plugins import user_errors
 
 __all__ = ["app", "main", "reports_errors"]
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on import, and whenever a product casts
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 BUDGET = {"uniform_rank": "budget.uniform_rank", "parameters": "budget.parameters"}

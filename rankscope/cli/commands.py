@@ -42,22 +42,21 @@ FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of se
 def run_profile(session: Session, *, as_json: bool) -> None:
     """`rankscope profile`."""
     taken = session.take_profile()
-    facts = taken.metadata
+    facts, modules = taken.metadata, profiling.rank_modules(taken)
+    groups = profiling.group_energy(taken).to_dict("records")
     files = [
         session.profile_path,
         save_figure(plotting.plot_energy(taken), session.out / "energy.png"),
         save_figure(plotting.plot_spectra(taken), session.out / "spectra.png"),
     ]
-    modules = profiling.rank_modules(taken)
-    groups = profiling.group_energy(taken).to_dict("records")
     if as_json:
         made = {"profile": str(session.profile_path), "modules": len(modules)}
         print_json({**made, **facts, "groups": groups}, files)
         return
     shown = modules if len(modules) <= SHOWN_MODULES else pd.concat([modules.head(6), modules.tail(3)])
-    taken_on = f"{session.study.name}: {len(modules)} modules, {facts['batches']} batches"
+    title = f"{session.study.name}: {len(modules)} modules, {facts['batches']} batches"
     print_table(
-        f"{taken_on}: gradient energy per parameter, most and least",
+        f"{title}: gradient energy per parameter, most and least",
         {"module": "{module}", "rank cost": "{rank_cost:,}", "‖G‖": "{gradient_norm:.3g}", "energy": "{share:.1%}",
          "signal": "{signal_share:.0%}", "in rank 1": "{first:.0%}"},
         shown.to_dict("records"),
@@ -97,17 +96,12 @@ def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
         return
     print_table(
         f"{session.study.name}: budget {session.budget.limit:,} parameters",
-        {
-            "strategy": "{a.strategy}",
-            "parameters": "{a.parameters:,}",
-            "modules adapted": "{adapted}",
-            "max rank": "{most}",
-        },
+        {"strategy": "{a.strategy}", "parameters": "{a.parameters:,}", "modules adapted": "{adapted}", "max rank": "{most}"},
         [
             {"a": a, "adapted": f"{np.count_nonzero(a.vector)} of {len(a.targets)}", "most": max(a.vector)}
             for a in dict.fromkeys([uniform, allocation])
         ],
-    )
+    )  # fmt: skip
     print_files(files)
 
 
@@ -123,10 +117,9 @@ def _is_recommended(path: Path) -> bool:
 def _export(session: Session, allocation: RankAllocation, shown: list[RankAllocation], *, command: str) -> list[Path]:
     """Write allocation.json, with what it was made by and from, adapter_config.json and ranks.png."""
     write_json(session.allocation_path, {**allocation.to_dict(), **session.provenance(command)})
+    training, heads = session.study.training, list(getattr(session.task, "head_modules", ()))
     config = allocation.to_lora_config(
-        scaling=session.study.training.scaling,
-        lora_dropout=session.study.training.lora_dropout,
-        modules_to_save=list(getattr(session.task, "head_modules", ())) or None,
+        scaling=training.scaling, lora_dropout=training.lora_dropout, modules_to_save=heads or None
     )
     return [
         session.allocation_path,
@@ -136,8 +129,8 @@ def _export(session: Session, allocation: RankAllocation, shown: list[RankAlloca
 
 
 def _allocation_summary(allocation: RankAllocation) -> dict[str, Any]:
-    keys = ("strategy", "parameters", "budget")
-    return {**{key: getattr(allocation, key) for key in keys}, "ranks": dict(allocation.ranks)}
+    values = {key: getattr(allocation, key) for key in ("strategy", "parameters", "budget")}
+    return {**values, "ranks": dict(allocation.ranks)}
 
 
 # --- search -----------------------------------------------------------------------------------------------------
@@ -149,16 +142,12 @@ def run_search(session: Session, *, as_json: bool) -> None:
     best = result.best_trial
     allocation = best.allocation.renamed(SEARCHED) if best.proposed else best.allocation
     shown = dict.fromkeys([*(trial.allocation for trial in _starts_of(result)), allocation])
-    files = [
-        *_export(session, allocation, list(shown), command="search"),
-        result.to_parquet(session.out / "trials.parquet"),
-    ]
+    files = _export(session, allocation, list(shown), command="search")
+    files.append(result.to_parquet(session.out / "trials.parquet"))
     if result.model is not None:
-        files += [
-            save_figure(plotting.plot_predictions(result.model, result), session.out / "predictions.png"),
-            save_figure(plotting.plot_belief(result.model), session.out / "belief.png"),
-            save_figure(plotting.plot_levels(result.model), session.out / "levels.png"),
-        ]
+        files.append(save_figure(plotting.plot_predictions(result.model, result), session.out / "predictions.png"))
+        files.append(save_figure(plotting.plot_belief(result.model), session.out / "belief.png"))
+        files.append(save_figure(plotting.plot_levels(result.model), session.out / "levels.png"))
     remove_others(session.out, ("predictions.png", "belief.png", "levels.png"), kept=files)
     if as_json:
         print_json({"study": session.study.name, **_allocation_summary(allocation), **_search_summary(result)}, files)
@@ -170,7 +159,7 @@ def run_search(session: Session, *, as_json: bool) -> None:
 def _search(session: Session) -> SearchResult:
     """The study's search, to its end; trials that are done already are read."""
     settings, bounds = session.study.search, session.study.allocation
-    taken = session.profile
+    taken = session.profile  # before the bar is shown
     with progress("searching") as update:
         return searching.search(
             session.task,
@@ -198,13 +187,14 @@ def _print_search(result: SearchResult, *, modelled: bool) -> None:
         best_and_starts = {trial.number: trial for trial in [*_starts_of(result), result.best_trial]}
         shown = [_trial_summary(trial) for trial in best_and_starts.values()]
         title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
+    best = result.best_trial.number
     for row in shown:
-        row["name"] = f"trial {row['trial']}" if row["origin"] == "sampler" else row["origin"]
-        row["name"] += " *" if row["trial"] == result.best_trial.number else ""
+        name = f"trial {row['trial']}" if row["origin"] == "sampler" else row["origin"]
+        row["name"] = f"{name} *" if row["trial"] == best else name
         row["metric"] = fmean(row["confirmed"].values()) if "confirmed" in row else row["metric"]
-        low, high = row.get("interval") or (math.nan, math.nan)
+        interval = row.get("interval") or (math.nan, math.nan)
         unknown = row["difference"] is None or row["origin"] == "uniform"
-        row["text"] = "-" if unknown else Interval(row["difference"], low, high).text()
+        row["text"] = "-" if unknown else Interval(row["difference"], *interval).text()
     print_table(
         f"{result.study.study_name}: {title}",
         {"strategy": "{name}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
@@ -266,14 +256,14 @@ def _search_summary(result: SearchResult) -> dict[str, Any]:
 
 
 def _trial_summary(trial: Trial) -> dict[str, Any]:
-    values = {key: getattr(trial, key) for key in ("origin", "learning_rate", "metric", "difference")}
-    return {"trial": trial.number, "parameters": trial.allocation.parameters, **values}
+    row = trial.to_row()
+    return {key: row[key] for key in ("trial", "parameters", "origin", "learning_rate", "metric", "difference")}
 
 
 def _finalist_summary(finalist: Finalist) -> dict[str, Any]:
     """The trial's, with what fresh seeds say in place of the trial's own difference."""
-    values = {key: getattr(finalist, key) for key in ("difference", "interval")}
-    return {**_trial_summary(finalist.trial), "confirmed": dict(finalist.metrics_by_seed), **values}
+    confirmed = {"confirmed": dict(finalist.metrics_by_seed), "difference": finalist.difference}
+    return {**_trial_summary(finalist.trial), **confirmed, "interval": finalist.interval}
 
 
 # --- train ------------------------------------------------------------------------------------------------------
@@ -371,15 +361,9 @@ def _belief(session: Session) -> PerformanceModel | None:
         return None
     study = searching.load_study(name=session.study_name, storage=searching.find_storage(session.storage))
     facts = {key: each for key, each in session.facts.items() if key != "targets"}
-    kept = study.user_attrs[searching.STUDY_KEY]
-    require_same(
-        {key: kept.get(key) for key in facts},
-        facts,
-        what=f"study `{study.study_name}`",
-        remedy="search again, or use another output folder.",
-        holds="its trials are",
-        error=SettingsError,
-    )
+    kept = {key: study.user_attrs[searching.STUDY_KEY].get(key) for key in facts}
+    what, remedy = f"study `{study.study_name}`", "search again, or use another output folder."
+    require_same(kept, facts, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
     limits = RankLimits(session.study.allocation.min_rank, session.study.allocation.max_rank)
     space = searching.make_space(session.profile, session.targets, session.budget, session.study.search, limits)
     return searching.belief_of(study, space)
@@ -430,11 +414,11 @@ def run_compare(session: Session, *, as_json: bool) -> None:
             kept_in=session.out / "runs",
             on_run=lambda done, total: update(completed=done, total=total),
         ).renamed(study.name)
+    table, command = comparison.summarise(found.runs), f"rankscope compare {session.path}"
     files = [found.to_parquet(session.out / COMPARISON)]
-    table = comparison.summarise(found.runs)
-    command, decisions = f"rankscope compare {session.path}", found.decisions
-    options = (session.out, found.runs, table)
-    files += comparison.write_report(*options, targets=session.targets, decisions=decisions, command=command)
+    files += comparison.write_report(
+        session.out, found.runs, table, targets=session.targets, decisions=found.decisions, command=command
+    )
     remove_others(session.out, ("forest.png", "trajectories-*.png", "flow-*.png"), kept=files)  # of earlier comparisons
     _print_comparison(table, files, as_json=as_json)
 
@@ -473,10 +457,10 @@ def _read_card(path: Path) -> str:
         with path.open(encoding="utf-8", newline="") as file:
             return file.read()
     except FileNotFoundError:
-        raise FileError(f"`--into` must name a text file, but there is no {path}; check the path.") from None
+        problem = f"there is no {path}; check the path"
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it holds no UTF-8"
-        raise FileError(f"`--into` must name a text file, but {path} cannot be read: {reason}.") from None
+        problem = f"{path} cannot be read: {error.strerror if isinstance(error, OSError) else 'it holds no UTF-8'}"
+    raise FileError(f"`--into` must name a text file, but {problem}.")
 
 
 def _targets_of(folder: Path, runs: pd.DataFrame) -> tuple[TargetModule, ...]:
@@ -504,8 +488,9 @@ def _print_comparison(table: pd.DataFrame, files: list[Path], *, as_json: bool) 
                 _print_methods(group)
         uniform = rows[rows["method"] == REFERENCE]
         if len(uniform) > 1 or len(uniform) == len(rows):
+            texts = [comparison.format_row(row) for _, row in uniform.iterrows()]
             columns = {"parameters": "{parameters}", "rate": "{rate}", "test": "{points}"}
-            print_table(f"{_study_name(rows.iloc[0])}: uniform by parameters", columns, _texts(uniform))
+            print_table(f"{texts[0]['study']}: uniform by parameters", columns, texts)
     limited = comparison.at_budget(table).query("budget > 0 and uniform_budget_multiplier.notna()")
     for study, group in limited.groupby("study", sort=False):
         best = group.sort_values("test").iloc[-1]
@@ -518,19 +503,10 @@ def _print_comparison(table: pd.DataFrame, files: list[Path], *, as_json: bool) 
 
 def _print_methods(group: pd.DataFrame) -> None:
     """One study's at one budget."""
-    first = group.iloc[0]
-    scale = "" if first["factor"] == 1.0 else f", {first['factor']:g} x the budget"
-    n_seeds = int(first["seeds"])
-    noise = f"; seeds alone: up to {100 * first['noise']:.1f}" if n_seeds > 1 else ""
-    title = f"{_study_name(first)}{scale}: {n_seeds} seed{'s' * (n_seeds != 1)}, points over uniform{noise}"
+    texts = [comparison.format_row(row) for _, row in group.iterrows()]
+    first, factor, n_seeds = texts[0], group["factor"].iloc[0], group["seeds"].iloc[0]
+    scale = "" if factor == 1.0 else f", {factor:g} x the budget"
+    noise = f"; seeds alone: up to {first['noise']}" if n_seeds > 1 else ""
+    title = f"{first['study']}{scale}: {first['seeds']}, points over uniform{noise}"
     columns = {"method": "{method}", "parameters": "{parameters}", "rate": "{rate}"}
-    print_table(title, {**columns, "test, 95 % interval": "{points}", "differs": "{differs}"}, _texts(group))
-
-
-def _study_name(row: pd.Series) -> str:
-    """The study's name, and the task's where it is another."""
-    return str(row["study"]) if row["task"] in row["study"] else f"{row['study']}, {row['task']}"
-
-
-def _texts(rows: pd.DataFrame) -> list[dict[str, str]]:
-    return [comparison.format_row(row) for _, row in rows.iterrows()]
+    print_table(title, {**columns, "test, 95 % interval": "{points}", "differs": "{differs}"}, texts)

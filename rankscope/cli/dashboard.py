@@ -36,37 +36,7 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"  # whoever reaches the dashboard may delete the study: this machine only
 WSGIApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
-NOTE = """\
-## Which LoRA rank where
-
-Each trial fine-tunes one **allocation**: one LoRA rank for each of {n_targets} target modules, {budget:,} adapter \
-parameters in all at most. The objective is the validation {metric}, mean over training seeds ({n_seeds} a trial); \
-higher is better.
-
-**The best value observed is not the recommendation.** Noise flatters the best of many trials. `rankscope search` \
-trains a few finalists on fresh seeds and recommends what trials and fresh seeds together value most: see its table, and \
-`allocation.json`.
-
-### A trial's page
-- **The picture** in its note shows its ranks, block by role, one panel a tower. `·` is rank 0. Each picture has its own scale.
-- `ranks` are the realised ranks, in the order of the model's target modules.
-- `rankscope` holds the rest: `origin` (below), `parameters`, `learning_rate`, the `metric` of each seed, the validation \
-`loss`, and `difference`, the paired difference to uniform at its best learning rate. `reused` names the equal trial whose \
-result was taken over.
-
-### Where trials come from (`origin`)
-- `uniform`: the same rank everywhere. `one-shot`: computed from the profile alone. A search must beat these.
-- `sampler`: proposed by the search.
-- `posterior-mean`: what the performance model values most in the end.
-
-### The parameters: tilts
-- `tau` blends: 0 is uniform, 1 is one-shot.
-- `group/TOWER/NUMBER` and `role/ROLE` raise (above 0) or lower the worth of ranks in a group of blocks, or in one \
-projection of all blocks; both are logarithms of a factor.
-- Where the performance model proposes ranks, tilts only sum them up: by how much, in logarithms, a group or role has more \
-parameters than in one-shot's allocation.
-- `learning_rate`, if it is there, is searched beside the tilts.
-"""
+NOTE = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # of a study, for `str.format`
 
 
 class RankPictures(FileSystemArtifactStore):
@@ -91,26 +61,22 @@ class RankPictures(FileSystemArtifactStore):
                 artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{trial.number}"))
                 if artifact not in self._trials:
                     self._trials[artifact] = trial
-                    for key, value in self._attributes(artifact, trial, study_id, listed).items():
-                        self._storage.set_study_system_attr(study_id, key, value)
+                    for key, value in self._attributes(artifact, trial, study_id).items():
+                        if key not in listed:  # a user may have edited the note
+                            self._storage.set_study_system_attr(study_id, key, value)
 
-    def _attributes(self, artifact: str, trial: Trial, study_id: int, listed: Mapping[str, Any]) -> dict[str, Any]:
-        """What lists the trial's picture and note, but for what is `listed`: a user may have edited the note."""
+    def _attributes(self, artifact: str, trial: Trial, study_id: int) -> dict[str, Any]:
+        """What lists the trial's picture and note."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-        key, version = f"dashboard:artifacts:{trial_id}:{artifact}", f"dashboard:{trial_id}:note_ver"
-        name, found = f"ranks of trial {trial.number}.png", dict[str, Any]()
-        if key not in listed:
-            meta = {"artifact_id": artifact, "filename": name, "mimetype": "image/png", "encoding": None}
-            found[key] = json.dumps(meta)
-        if version not in listed:
-            metric = f"validation {self._study.user_attrs[STUDY_KEY]['metric']} {trial.metric:.4g}"
-            summary = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: {metric}"
-            if trial.difference is not None:
-                summary += f", {trial.difference:+.4f} to uniform"
-            # The page shows an artifact as small as a stamp, and what the note holds at full size.
-            note = f"{summary}\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})\n"
-            found |= {f"dashboard:{trial_id}:note_str:0": note, version: 1}
-        return found
+        name, metric = f"ranks of trial {trial.number}.png", self._study.user_attrs[STUDY_KEY]["metric"]
+        picture = {"artifact_id": artifact, "filename": name, "mimetype": "image/png", "encoding": None}
+        note = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: validation {metric} {trial.metric:.4g}"
+        if trial.difference is not None:
+            note += f", {trial.difference:+.4f} to uniform"
+        # The page shows an artifact as small as a stamp, and what the note holds at full size.
+        note += f"\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})\n"
+        texts = {f"dashboard:{trial_id}:note_str:0": note, f"dashboard:{trial_id}:note_ver": 1}
+        return {f"dashboard:artifacts:{trial_id}:{artifact}": json.dumps(picture), **texts}
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """A picture, drawn at its first look; or what a user has uploaded."""

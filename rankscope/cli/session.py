@@ -39,21 +39,11 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 
 @dataclass
 class Session:
-    """One command's view of a study.
+    """One command's view of a study; a RankscopeError under torchrun, or where the output folder cannot be written to."""
 
-    Attributes:
-        path: The study file.
-        flags: What the command line overrides, by dotted key.
-        study: The file's settings, with the flags.
-        out: The output folder.
-
-    Raises:
-        RankscopeError: torchrun started several copies of this process, or the output folder cannot be written to.
-    """
-
-    path: Path
-    flags: Mapping[str, Any]
-    study: StudySettings
+    path: Path  # the study file
+    flags: Mapping[str, Any]  # what the command line overrides, by dotted key
+    study: StudySettings  # the file's settings, with the flags
     out: Path
 
     def __post_init__(self) -> None:
@@ -131,15 +121,11 @@ class Session:
     def _terms(self, command: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         """What an output depends on, if `command` makes it with `flags`."""
         study = read_study(self.path, flags)
-        terms = {**self.facts, "seed": study.seed}
+        allocation, terms = study.allocation, {**self.facts, "seed": study.seed}
         if command == "profile":
             return terms | {"profile": study.profile.terms()}
-        allocation = study.allocation
-        terms |= {
-            "budget": self._budget(study.budget).limit,
-            "min_rank": allocation.min_rank,
-            "max_rank": allocation.max_rank,
-        }
+        terms |= {"budget": self._budget(study.budget).limit}
+        terms |= {"min_rank": allocation.min_rank, "max_rank": allocation.max_rank}
         if command == "search":
             terms |= {"training": study.training.terms(), "search": study.search.terms()}
         else:
@@ -155,11 +141,7 @@ class Session:
 
     @cached_property
     def profile(self) -> Profile:
-        """The profile in the output folder, or a new one if there is none.
-
-        Raises:
-            FileError: The one that is there was made from something else.
-        """
+        """The profile in the output folder, or a new one if there is none; FileError where it was made from something else."""
         found = self._stored_profile
         if found is None:
             stderr.print(f"no profile in {self.out} yet: taking one", soft_wrap=True)
@@ -224,14 +206,9 @@ def progress(description: str) -> Iterator[Any]:
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:
-    """A table on stdout. Columns after the first are aligned right and keep their width; the title is not wrapped.
+    """A table on stdout. `columns` are headers with the format of a row's values, as in `{"parameters": "{parameters:,}"}`.
 
-    On a terminal too narrow for that, the table is wider than the terminal: no figure is cut.
-
-    Args:
-        title: The line above.
-        columns: Headers, with the format of a row's values, as in `{"parameters": "{parameters:,}"}`.
-        rows: The rows' values.
+    Only the first column wraps; on a narrow terminal the table is wider than the terminal: no figure is cut.
     """
     texts = [[text.format(**row) for text in columns.values()] for row in rows]
     widths = [max(cell_len(text) for text in column) for column in zip(columns, *texts, strict=True)]
@@ -239,7 +216,7 @@ def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[A
     needed = sum(widths) + 3 * len(widths) + 1
     table = Table(width=needed if needed > stdout.width else None)
     for index, (name, width) in enumerate(zip(columns, widths, strict=True)):
-        justify: Literal["left", "right"] = "left" if index == 0 else "right"
+        justify: Literal["left", "right"] = "right" if index else "left"
         table.add_column(name, justify=justify, no_wrap=index > 0, overflow="fold", min_width=width)
     for row in texts:
         table.add_row(*row)

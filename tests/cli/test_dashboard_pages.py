@@ -117,10 +117,7 @@ def test_each_trial_has_its_picture_and_the_study_its_note(result, opened, stora
         summary = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: validation accuracy {trial.metric:.4g}"
         if trial.origin != "uniform":
             summary += f", {trial.difference:+.4f} to uniform"
-        assert shown["note"] == {
-            "version": 1,
-            "body": f"{summary}\n\n![ranks of trial {trial.number}.png]({path})\n",
-        }
+        assert shown["note"] == {"version": 1, "body": f"{summary}\n\n![ranks of trial {trial.number}.png]({path})\n"}
 
 
 def test_a_picture_is_the_plot_of_the_trial_s_ranks(digits_profile: rs.Profile) -> None:

@@ -118,3 +118,9 @@ print_table("[t]", columns, [{"m": "controller-one-shot", "p": 6912, "t": "+0.0 
         [sys.executable, "-c", table], capture_output=True, text=True, env={**os.environ, "COLUMNS": "30"}, check=True
     )
     assert all(text in done.stdout for text in ("[t]", "controller-o", "ne-shot", "6,912", "+0.0 [-12.0, +12.0]"))
+
+
+def test_importing_says_nothing() -> None:
+    """As in a worker of `--jobs`, where bitsandbytes advised to install a kernel."""
+    done = subprocess.run([sys.executable, "-c", "import rankscope.lora"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -27,39 +27,30 @@ class RankAllocation:
 
     Two allocations are equal when their modules and ranks are, whatever made them.
 
-    Attributes:
-        targets: The target modules, in the model's order.
-        vector: The rank of each, in the same order.
-        strategy: What computed it, as in `"one-shot"`.
-        budget: The limit it was computed for, in adapter parameters; None where there was none.
-
     >>> targets = (TargetModule(name="fc1", in_features=64, out_features=256),)
     >>> allocation = RankAllocation(targets, (2,), strategy="uniform")
     >>> allocation.parameters, dict(allocation.ranks)
     (640, {'fc1': 2})
     """
 
-    targets: tuple[TargetModule, ...]
-    vector: tuple[int, ...]
-    strategy: str = field(default="", compare=False)
-    budget: int | None = field(default=None, compare=False)
+    targets: tuple[TargetModule, ...]  # in the model's order
+    vector: tuple[int, ...]  # the rank of each target
+    strategy: str = field(default="", compare=False)  # what computed it, as in "one-shot"
+    budget: int | None = field(default=None, compare=False)  # the limit it was computed for, in adapter parameters
 
     def __post_init__(self) -> None:
         targets, ranks = tuple(self.targets), tuple[Any, ...](self.vector)
-        if len(targets) != len(ranks):
-            raise SettingsError(
-                f"`vector` must hold one rank for each of the {len(targets)} targets, but holds {len(ranks)}."
-            )
-        if len({target.name for target in targets}) != len(targets):
+        n = len(targets)
+        if len(ranks) != n:
+            raise SettingsError(f"`vector` must hold one rank for each of the {n} targets, but holds {len(ranks)}.")
+        if len({target.name for target in targets}) != n:
             raise SettingsError("`targets` must not name a module twice.")
         for target, rank in zip(targets, ranks, strict=True):
             if isinstance(rank, bool) or not isinstance(rank, Integral):
                 raise SettingsError(f"the rank of `{target.name}` must be a whole number, but got {rank!r}.")
             if not 0 <= int(rank) <= max(target.full_rank, target.existing_rank or 0):
-                raise SettingsError(
-                    f"the rank of `{target.name}` must lie between 0 and {target.full_rank} "
-                    f"(its smaller side), but got {rank}."
-                )
+                must = f"must lie between 0 and {target.full_rank} (its smaller side)"
+                raise SettingsError(f"the rank of `{target.name}` {must}, but got {rank}.")
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "vector", tuple(int(rank) for rank in ranks))
 
@@ -97,7 +88,7 @@ class RankAllocation:
 
     def renamed(self, strategy: str) -> RankAllocation:
         """The same allocation under another strategy's name."""
-        return RankAllocation(self.targets, self.vector, strategy=strategy, budget=self.budget)
+        return replace(self, strategy=strategy)
 
     # --- JSON --------------------------------------------------------------------------------------------------
 
@@ -125,19 +116,18 @@ class RankAllocation:
             if not isinstance(strategy, str) or not (budget is None or (type(budget) is int and budget >= 0)):
                 raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
             allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
-            stated = {"parameters": value["parameters"], "model": value["model"]}
+            cost, model = allocation.parameters, fingerprint_targets(targets)
+            checks = (
+                ("parameters", value["parameters"], cost, f"equal what its ranks cost ({cost:,})"),
+                ("model", value["model"], model, f"be the fingerprint of its targets ({model})"),
+            )
         except (AttributeError, KeyError, TypeError) as error:
-            raise FileError(
-                f"an allocation must hold ranks and targets, but is incomplete ({error}); write it again."
-            ) from None
-        cost, model = allocation.parameters, fingerprint_targets(targets)
-        for key, actual, must in (
-            ("parameters", cost, f"equal what its ranks cost ({cost:,})"),
-            ("model", model, f"be the fingerprint of its targets ({model})"),
-        ):
-            if (says := stated[key]) != actual:
+            what = f"must hold ranks and targets, but is incomplete ({error})"
+            raise FileError(f"an allocation {what}; write it again.") from None
+        for key, stated, actual, must in checks:
+            if stated != actual:
                 raise FileError(
-                    f"an allocation's `{key}` must {must}, but says {says!r}; it was edited: write it again."
+                    f"an allocation's `{key}` must {must}, but says {stated!r}; it was edited: write it again."
                 )
         return allocation
 
@@ -167,37 +157,34 @@ class RankAllocation:
         """The ranks that a `peft.LoraConfig` gives to these target modules; see `rankscope.lora.from_lora_config`."""
         from rankscope.lora import from_lora_config
 
-        return cls._of_adapters(targets, from_lora_config(config, targets), "lora-config")
+        return _of_adapters(targets, from_lora_config(config, targets), "lora-config")
 
     @classmethod
     def from_peft_model(
         cls, model: PeftModel, targets: Sequence[TargetModule] | None = None, *, adapter_name: str | None = None
     ) -> RankAllocation:
-        """The ranks that a PEFT model really carries; see `rankscope.lora.from_peft_model`.
+        """The ranks of a PEFT model's adapter, by default the active one; see `rankscope.lora.from_peft_model`.
 
-        Args:
-            model: Also as `torch.compile` or DistributedDataParallel wraps it.
-            targets: Modules without an adapter get rank 0. Default: the adapted modules.
-            adapter_name: Default: the active one.
+        Of `targets` (default: the adapted modules), those without an adapter get rank 0.
         """
         from rankscope.lora import from_peft_model
 
         ranks = from_peft_model(model, adapter_name=adapter_name)
-        return cls._of_adapters(find_targets(model, list(ranks)) if targets is None else targets, ranks, "peft-model")
+        return _of_adapters(find_targets(model, list(ranks)) if targets is None else targets, ranks, "peft-model")
 
-    @classmethod
-    def _of_adapters(cls, targets: Sequence[TargetModule], ranks: Mapping[str, Any], strategy: str) -> RankAllocation:
-        """Of adapters that exist, whose ranks may be above the full one."""
-        above = {t.name: r if type(r := ranks.get(t.name)) is int and r > t.full_rank else None for t in targets}
-        known = [replace(target, existing_rank=above[target.name]) for target in targets]
-        return cls.from_ranks(known, ranks, strategy=strategy)
+
+def _of_adapters(targets: Sequence[TargetModule], ranks: Mapping[str, Any], strategy: str) -> RankAllocation:
+    """Of adapters that exist, whose ranks may be above the full one."""
+    above = {t.name: r if type(r := ranks.get(t.name)) is int and r > t.full_rank else None for t in targets}
+    known = [replace(target, existing_rank=above[target.name]) for target in targets]
+    return RankAllocation.from_ranks(known, ranks, strategy=strategy)
 
 
 def _target(value: Any) -> TargetModule:
     target = TargetModule(**value)
-    texts = (target.name, target.tower, target.role)
     sizes = (target.in_features, target.out_features, target.block or 0, target.existing_rank or 0)
-    if {type(text) for text in texts} != {str} or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+    texts = all(type(text) is str for text in (target.name, target.tower, target.role))
+    if not texts or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise TypeError(f"a target of name {target.name!r}")
     if target.kind not in get_args(Kind):
         raise TypeError(f"a target of kind {target.kind!r}")

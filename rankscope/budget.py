@@ -1,4 +1,4 @@
-"""`ParameterBudget`, and the two exact ways of spending it: water-filling on gains, and in proportion to scores."""
+"""`ParameterBudget`, and the two ways of spending it: water-filling (`allocate_marginal`) and `allocate_proportional`."""
 
 from __future__ import annotations
 
@@ -89,14 +89,13 @@ class RankLimits:
         lowest, highest = np.zeros_like(full), full.copy()
         index = {target.name: i for i, target in enumerate(targets)}
         for label, bound, values in (("min_rank", self.min_rank, lowest), ("max_rank", self.max_rank, highest)):
-            same = {} if bound is None or isinstance(bound, Mapping) else dict.fromkeys(index, bound)
-            for name, value in (bound if isinstance(bound, Mapping) else same).items():
+            by_name, of = (bound, " of `{}`") if isinstance(bound, Mapping) else (dict.fromkeys(index, bound), "")
+            for name, value in by_name.items() if bound is not None else ():
                 whole = _whole(value)
                 if name not in index:
                     raise SettingsError(f"`{label}` must name target modules only, but names {name!r}.")
                 if whole is None:
-                    of = "" if same else f" of `{name}`"
-                    raise SettingsError(f"`{label}`{of} must be a whole number, but got {shown(value)}.")
+                    raise SettingsError(f"`{label}`{of.format(name)} must be a whole number, but got {shown(value)}.")
                 if whole < 0:
                     raise SettingsError(f"`{label}` must not be negative, but got {shown(whole)}.")
                 values[index[name]] = min(whole, _LARGEST)
@@ -122,10 +121,10 @@ def allocate_marginal(
     are spread evenly over towers, depth and roles. What is left over pays for no further rank.
 
     Args:
-        targets: The target modules.
+        targets: The target modules, in the model's order.
         gains: By module name, the gain of its first, second, … rank: not negative, not increasing. Ranks beyond the end of the
             list gain nothing, and are placed last, as evenly as they fit.
-        budget: The limit in parameters.
+        budget: The most parameters that the allocation may use.
         limits: Least and greatest ranks.
     """
     costs, lowest, highest, places, limit = _problem(targets, budget, limits)
@@ -146,9 +145,10 @@ def allocate_marginal(
         gain = _gains(targets, curves, horizon, module, rank)
         mantissa, exponent = np.frexp(gain / costs[module])
         density = np.ldexp(np.round(mantissa, 12), exponent)  # ties stay ties after a rounding error in the last bit
-        order = np.lexsort((rank * len(targets) + places[module], -density))
+        best_first = np.lexsort((rank * len(targets) + places[module], -density))
+        order = module[best_first[(rank >= lowest[module])[best_first]]]
         ranks = lowest.copy()
-        _place(module[order[rank[order] >= lowest[module[order]]]], ranks, left, costs)
+        _place(order, ranks, left, costs)
         short = (ranks == horizon) & (horizon < highest)
         if not short.any():
             return RankAllocation(tuple(targets), tuple(ranks.tolist()), budget=budget.limit)
@@ -242,11 +242,9 @@ def _problem(
 
 def _whole(value: Any) -> int | None:
     """A whole number as an int; None for anything else, truth values and strings included."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, Integral):
-        return int(value)
-    return int(value) if isinstance(value, float | np.floating) and float(value).is_integer() else None
+    if isinstance(value, float | np.floating):
+        return int(value) if float(value).is_integer() else None
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
 
 
 def _arrays(
@@ -273,10 +271,9 @@ def _gains(targets: Sequence[TargetModule], curves: list[Floats], horizon: Ints,
     gain[rank < listed[module]] = np.concatenate([curve[:high] for curve, high in zip(curves, horizon, strict=True)])
     if (wrong := ~np.isfinite(gain) | (gain < 0)).any():
         raise SettingsError(_WRONG_GAINS.format(targets[module[np.argmax(wrong)]].name))
-    first = np.array([curve[0] if curve.size else 0.0 for curve in curves])[module]
-    if (wrong := (np.diff(gain) > 1e-12 * first[1:]) & (rank[1:] > 0)).any():
-        name = targets[module[1:][np.argmax(wrong)]].name
-        raise SettingsError(f"`gains` of `{name}` must not increase with the rank.")
+    first = gain[np.arange(gain.size) - rank]
+    if (wrong := (np.diff(gain, prepend=0.0) > 1e-12 * first) & (rank > 0)).any():
+        raise SettingsError(f"`gains` of `{targets[module[np.argmax(wrong)]].name}` must not increase with the rank.")
     return gain
 
 
@@ -290,15 +287,14 @@ def _spread_places(targets: tuple[TargetModule, ...]) -> Ints:
     Among the first k modules each tower has its share of k; within a tower, blocks of one size differ by at most one module,
     and so do roles where every block has one module of each. Names decide only within one tower, block and role.
     """
-    stacks: dict[tuple[str, bool], list[int]] = defaultdict(list)
-    for index, target in enumerate(targets):
-        stacks[target.tower, target.block is None].append(index)
-    shares, stack_of = np.empty(len(targets)), np.empty(len(targets), dtype=np.int64)
-    for number, stack in enumerate(sorted(stacks)):
-        members = stacks[stack]
-        shares[members] = (_places_in_stack([targets[index] for index in members]) + 0.5) / len(members)
-        stack_of[members] = number
-    return np.argsort(np.lexsort((stack_of, shares)))
+    stacks: dict[tuple[str, bool], list[TargetModule]] = defaultdict(list)
+    for target in targets:
+        stacks[target.tower, target.block is None].append(target)
+    keys = {}
+    for stack, members in stacks.items():
+        for target, place in zip(members, _places_in_stack(members).tolist(), strict=True):
+            keys[target.name] = ((place + 0.5) / len(members), stack)
+    return np.argsort(sorted(range(len(targets)), key=lambda index: keys[targets[index].name]))
 
 
 def _places_in_stack(targets: Sequence[TargetModule]) -> Ints:

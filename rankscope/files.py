@@ -65,21 +65,16 @@ def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
         if folder:
             new.mkdir()
         yield new
-        for file in new.rglob("*") if folder else [new]:
-            if file.is_file():
-                _sync(file)
+        for file in filter(Path.is_file, [new, *new.rglob("*")]):
+            _sync(file)
         if folder and path.exists():
             path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        new.rename(path)
         _sync(path.parent)
     finally:
-        if path.exists() or not old.exists():  # else `aside` holds the only copy of what was there
-            shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)  # or fails, and `aside` keeps the only copy of what was there
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -188,9 +183,8 @@ def with_checked_columns(table: pa.Table, schema: pa.Schema, path: AnyPath, *, w
         try:
             cast = column.cast(field.type)
         except pa.ArrowException:
-            raise FileError(
-                f"{must}, with {field.type} in column `{field.name}`, but it holds {column.type}; write it again."
-            ) from None
+            wrong = f"with {field.type} in column `{field.name}`, but it holds {column.type}"
+            raise FileError(f"{must}, {wrong}; write it again.") from None
         items = [chunk.flatten() for chunk in cast.chunks] if pa.types.is_list(field.type) else []
         if (cast.null_count and not field.nullable) or any(part.null_count for part in items):
             raise FileError(f"{must}, with a value in each row of column `{field.name}`; write it again.")
@@ -310,25 +304,18 @@ def require_same(
     holds: str = "is",
     error: type[RankscopeError] = FileError,
 ) -> None:
-    """Checks that a kept result was made from what the wanted one would be made from; `holds` is the message's verb.
+    """Raises `error` where a kept result was made from something else than the wanted one would be.
 
-    Raises:
-        RankscopeError: Of the type `error`. It names the first key that differs, with both values.
-
-    >>> require_same({"task": {"batch_size": 8}}, {"task": {"batch_size": 4}}, what="`a`", remedy="make it again.")
-    Traceback (most recent call last):
-    ...
-    rankscope.errors.FileError: `a` must be about task batch_size 4, but is about 8; make it again.
+    It names the first key that differs, with both values; `holds` is the message's verb.
     """
     if not (isinstance(kept, Mapping) and kept):
         raise error(f"{what} must say what it was made from, but does not: an older rankscope wrote it; {remedy}")
     if found := _first_difference(kept, json.loads(json.dumps(wanted))):
         key, theirs, ours = found
+        about, other = f"{key} {ours!r}", repr(theirs)
         if isinstance(theirs, str) and isinstance(ours, str) and _HASH.fullmatch(theirs):
-            raise error(
-                f"{what} must be about the present {key} ({ours}), but {holds} about another ({theirs}); {remedy}"
-            )
-        raise error(f"{what} must be about {key} {ours!r}, but {holds} about {theirs!r}; {remedy}")
+            about, other = f"the present {key} ({ours})", f"another ({theirs})"
+        raise error(f"{what} must be about {about}, but {holds} about {other}; {remedy}")
 
 
 def _first_difference(kept: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
@@ -346,9 +333,6 @@ def digest(value: Any) -> str:
     Plain values, containers, paths, arrays, tensors, modules (class and weights) and tables are hashed as they are; dataclasses
     and settings by the fields that are not at their defaults, so that a new field changes nothing; functions by their source;
     other objects by class, source and state.
-
-    >>> digest({"a": [1, 2.0]}) == digest({"a": (1, 2.0)}), digest("1") == digest(1)
-    (True, False)
     """
     content = hashlib.sha256()
     _feed(content.update, value, ())
@@ -439,8 +423,7 @@ def _parts(value: Any) -> list[Any]:
 
 def _settings(config: Any) -> Any:
     """A model's configuration, without where it was loaded from."""
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
+    config = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(config, Mapping):
         return config
     hidden = {key for key in config if str(key).startswith("_") or key == "transformers_version"}
@@ -449,6 +432,4 @@ def _settings(config: Any) -> Any:
 
 def _is_default(field: Any, value: Any) -> bool:
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    if type(default) is not type(value):
-        return False
-    return default == value if isinstance(value, str | int | float) else digest(default) == digest(value)
+    return type(default) is type(value) and digest(default) == digest(value)

@@ -73,8 +73,9 @@ _CROSS_ATTENTION = re.compile(
     r"(^|\.)(\w*cross_?att\w*|cross\w*|encoder_attn|EncDecAttention|encoder_decoder_attention|x_attn)\."
 )
 _EXPERT = re.compile(r"(experts?)\.\d+\.")
-# Numbers below these count parts of a block, not blocks.
+# Numbers below the first count parts of a block; below the second, the blocks of a stage.
 _INSIDE_BLOCK = re.compile(r"\w*(mlp|ffn|feed_forward|attn|attention|experts?|head|adapter|conv)\w*")
+_BLOCKS = re.compile(r"h|.*(blocks|layers|stages)")
 
 # Output heads: at the top of the model, or anywhere in it.
 _HEAD = re.compile(
@@ -138,11 +139,7 @@ def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, s
 
 
 def find_heads(names: Collection[str]) -> set[str]:
-    """The modules that are part of an output head.
-
-    >>> sorted(find_heads(["encoder.layers.0.fc1", "projector", "classifier"]))
-    ['classifier', 'projector']
-    """
+    """The modules that are part of an output head."""
     before = _BEFORE_CLASSIFIER if "classifier" in names else set()
     return {name for name in names if name in before or _HEAD.search(name)}
 
@@ -159,13 +156,7 @@ def reads_weight(classes: Iterable[str], child: str) -> bool:
 
 
 def name_towers(names: Collection[str]) -> dict[str, str]:
-    """The tower of each module, judged over all of them: a name has a tower only beside another.
-
-    >>> name_towers(["vision_tower.layers.0.fc1", "model.layers.0.mlp.fc1"])
-    {'vision_tower.layers.0.fc1': 'vision', 'model.layers.0.mlp.fc1': 'language'}
-    >>> name_towers(["vit.layers.0.fc1"])
-    {'vit.layers.0.fc1': 'model'}
-    """
+    """The tower of each module. A name has a tower only beside another: that of `vit.layers.0.fc1` alone is `model`."""
     # A block's parts belong to its tower, whatever they are called (Zamba's `layers.2.mamba_decoder`).
     above = {n: match.group() if (match := _ABOVE_BLOCKS.match(n)) else n for n in names}
     found = {n: _first(_TOWERS, above[n]) for n in names}
@@ -189,10 +180,9 @@ def _first(rows: Iterable[tuple[str, re.Pattern[str]]], name: str) -> str | None
 
 
 def locate(name: str) -> _Place:
-    """Splits a name at the numbers of its stage and block.
+    """Splits a name at its block's number: the first that has parts below it, or the second where stages hold blocks.
 
-    A block's number is the first one that has parts below it; where blocks are counted within stages, as in Swin, the stage's
-    comes before it. Experts, and the parts of one block, are no blocks.
+    Experts, and the parts of one block, are no blocks.
 
     >>> locate("swin.encoder.layers.2.blocks.5.attention.q_proj")
     _Place(stack='swin.encoder.layers', numbers=(2, 5), path=('attention', 'q_proj'))
@@ -218,12 +208,8 @@ def _nests(parts: Sequence[str], outer: int, inner: int) -> bool:
         return True
     if any(_INSIDE_BLOCK.fullmatch(part) for part in (above, *between)):
         return False
-    word = between[-1]
-    return (
-        word == "h"
-        or word.endswith(("blocks", "layers", "stages"))
-        or (word in ("block", "layer") and above not in ("block", "layers"))
-    )
+    plain = between[-1] in ("block", "layer") and above not in ("block", "layers")
+    return plain or _BLOCKS.fullmatch(between[-1]) is not None
 
 
 def _number_blocks(
@@ -268,10 +254,7 @@ def name_role(name: str) -> str:
 def _longer_roles(
     paths: Mapping[str, tuple[str, ...]], blocks: Mapping[str, int | None], roles: Mapping[str, str]
 ) -> dict[str, str]:
-    """Longer roles where two modules of a block would share one, by the parts of their paths that differ.
-
-    The experts of a mixture have one path, and go on sharing their role. All blocks of a tower are treated alike.
-    """
+    """Longer roles, by the parts of their paths that differ, where two modules of a block would share one."""
     in_block: dict[int | None, set[tuple[str, ...]]] = defaultdict(set)
     for name, path in paths.items():
         in_block[blocks[name]].add(path)

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -45,44 +45,43 @@ def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeErr
         error: What is raised: no such file, module or function, or the code raised something.
     """
     place, _, name = spec.rpartition(":")
-    path = base / place
-    is_file = place.endswith(".py")
-    if is_file and not os.path.isfile(path):  # where Path.is_file would raise, this says no
-        raise error(
-            f"`{spec}` must name a Python file, but there is no `{path}`; the path starts from {base.resolve()}."
-        )
-    with ExitStack() as stack:
-        stack.enter_context(user_errors(f"`{spec}` must give {gives}, but", error, everywhere=True))
-        module = stack.enter_context(_imported(path)) if is_file else importlib.import_module(place)
+    file = base / place if place.endswith(".py") else None
+    if file and not os.path.isfile(file):  # where Path.is_file would raise, this says no
+        start = base.resolve()
+        raise error(f"`{spec}` must name a Python file, but there is no `{file}`; the path starts from {start}.")
+    wanted = f"`{spec}` must give {gives}, but"
+    with user_errors(wanted, error, everywhere=True), _imported(file, place) as module:
         function = getattr(module, name, None)
         if function is None:
             hint = did_you_mean(name, vars(module), "check the name.")
-            raise error(f"`{path if is_file else place}` must define {name!r}, but does not; {hint}")
+            raise error(f"`{file or place}` must define {name!r}, but does not; {hint}")
         if not callable(function):
-            raise error(
-                f"`{spec}` must name a function, but is {type(function).__name__}; name one that gives {gives}."
-            )
+            kind = type(function).__name__
+            raise error(f"`{spec}` must name a function, but is {kind}; name one that gives {gives}.")
         yield function
 
 
 @contextmanager
-def _imported(path: Path) -> Iterator[ModuleType]:
-    """A user's file as a module, in `sys.modules` until the end."""
-    module_spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up while they are made
+def _imported(file: Path | None, module: str) -> Iterator[ModuleType]:
+    """An installed module, or a user's file as one, in `sys.modules` until the end."""
+    if file is None:
+        yield importlib.import_module(module)
+        return
+    spec = importlib.util.spec_from_file_location(f"{USER_MODULE}{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[loaded.__name__] = loaded  # dataclasses look their module up while they are made
     try:
-        module_spec.loader.exec_module(module)
-        yield module
+        spec.loader.exec_module(loaded)
+        yield loaded
     finally:  # joblib sends classes of modules that cannot be imported by value, as workers need
-        sys.modules.pop(module.__name__, None)
+        sys.modules.pop(loaded.__name__, None)
 
 
 @contextmanager
 def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = False) -> Iterator[None]:
-    """Turn errors of code from a user's file, `sys.exit` included, into one line with the file and line number.
+    """Raise errors of code from a user's file, `sys.exit` included, as `error`: one line with the file and line number.
 
     Args:
         what: How the line begins.
@@ -97,9 +96,11 @@ def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = Fa
         place = _place(raised)
         if place is None and not everywhere:
             raise
-        said = f"called sys.exit({raised})" if isinstance(raised, SystemExit) else f"raised {type(raised).__name__}"
-        reason = raised.msg if isinstance(raised, SyntaxError) else one_line(raised)
-        said += "" if isinstance(raised, SystemExit) else f": {reason}"
+        if isinstance(raised, SystemExit):
+            said = f"called sys.exit({raised})"
+        else:
+            reason = raised.msg if isinstance(raised, SyntaxError) else one_line(raised)
+            said = f"raised {type(raised).__name__}: {reason}"
         raise error(f"{what} {said}{f' ({place})' if place else ''}; --debug shows the traceback.") from raised
 
 

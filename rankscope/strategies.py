@@ -1,7 +1,7 @@
 """Strategies: from targets, a budget and (most of them) a profile to an allocation, without a trial.
 
-A strategy is a function of a `Request`. It returns, by module name, either a score, in proportion to which the module gets its
-share of the parameters, or the gain of its first, second, … rank. `allocate` projects either onto the budget.
+A strategy is a function of a `Request` that returns, by module name, either scores, in proportion to which `allocate` shares out
+the parameters, or the gains of the first, second, … rank, with which it fills the budget up.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a strategy is asked for; `seed` is for those that draw."""
+    """What a strategy is asked for."""
 
     targets: tuple[TargetModule, ...]
     budget: ParameterBudget
     profile: Profile | None
-    seed: int
+    seed: int  # for strategies that draw
 
     @property
     def profiled(self) -> Profile:
@@ -66,12 +66,12 @@ def allocate(
 
     Args:
         strategy: A name in `STRATEGIES`, that of an entry point in the group `rankscope.strategies`, or a function like theirs.
-        targets: The target modules.
-        budget: The limit in parameters.
+        targets: The target modules, in the model's order.
+        budget: The most parameters that the allocation may use.
         profile: Needed by all but `uniform` and `random`.
         seed: For `random`.
-        min_rank: The least rank, for all modules or by name.
-        max_rank: The greatest rank, for all modules or by name; None: full rank.
+        min_rank: For all modules, or by name; those left out may have rank 0.
+        max_rank: For all modules, or by name; None and those left out: full rank.
         **options: Further arguments of the strategy, such as `power=1` for `one-shot`.
 
     >>> targets = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
@@ -124,8 +124,8 @@ def random(request: Request, concentration: float = 1.0) -> Scores:
     """A symmetric Dirichlet draw. A small `concentration` favours few modules; a large one approaches equal shares."""
     _check_positive("concentration", concentration)
     seed: Any = request.seed
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
-        raise SettingsError(f"`seed` must be a whole number of 0 or more, but got {shown(seed)}.")
+    whole = not isinstance(seed, bool) and isinstance(seed, Integral) and int(seed) >= 0
+    _check("seed", seed, whole, "be a whole number of 0 or more")
     names = sorted(target.name for target in request.targets)  # the draw must not depend on the targets' order
     shares = np.random.default_rng(int(seed)).gamma(concentration, size=len(names))
     return dict(zip(names, np.maximum(shares, _TINY).tolist(), strict=True))
@@ -133,8 +133,12 @@ def random(request: Request, concentration: float = 1.0) -> Scores:
 
 def gradient_norm(request: Request, signal: bool = False) -> Scores:
     """The gradient's Frobenius norm; with `signal`, without the noise between batches."""
-    _check_flag("signal", signal)
-    return _signal_norms(request.profiled) if signal else request.profiled.column("gradient_norm")
+    _check("signal", signal, isinstance(signal, bool), "be true or false")
+    norms = request.profiled.column("gradient_norm")
+    if not signal:
+        return norms
+    shares = request.profiled.signal_shares()
+    return {name: norm * math.sqrt(shares[name]) for name, norm in norms.items()}
 
 
 def fisher(request: Request) -> Scores:
@@ -167,7 +171,7 @@ def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains
     (Eckart and Young 1936; LoRA-GA, arXiv 2407.05000, Thm 3.1).
     """
     _check_positive("power", power)
-    _check_flag("signal", signal)
+    _check("signal", signal, isinstance(signal, bool), "be true or false")
     profile = request.profiled
     mean_rank = request.budget.limit / max(sum(target.rank_cost for target in request.targets), 1)
     if not profile.table["exact"].all() and (columns := int(profile.metadata["sketch_size"])) < mean_rank:
@@ -188,11 +192,11 @@ def blend(request: Request, weights: Mapping[str, float] | None = None) -> Score
     default = {"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}
     given: Any = default if weights is None else weights
     powers = {**dict.fromkeys(default, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
-    if set(powers) != set(default) or not all(_is_number(power) and power >= 0 for power in powers.values()):
-        raise SettingsError(f"`weights` must give {', '.join(default)} numbers of 0 or more, but got {shown(given)}.")
+    valid = set(powers) == set(default) and all(_is_number(power) and power >= 0 for power in powers.values())
+    _check("weights", given, valid, f"give {', '.join(default)} numbers of 0 or more")
     sensitivities = request.profiled.column("sensitivity")
     views: dict[str, Scores] = {
-        "gradient": _signal_norms(request.profiled),
+        "gradient": gradient_norm(request, signal=True),
         "fisher": fisher(request),
         "sensitivity": {name: 0.0 if math.isnan(value) else value for name, value in sensitivities.items()},
     }
@@ -204,35 +208,20 @@ def blend(request: Request, weights: Mapping[str, float] | None = None) -> Score
     return scores
 
 
-def _signal_norms(profile: Profile) -> dict[str, float]:
-    """The gradient's norm without the batches' noise."""
-    shares = profile.signal_shares()
-    return {name: norm * math.sqrt(shares[name]) for name, norm in profile.column("gradient_norm").items()}
-
-
 def _is_number(value: Any) -> bool:
     real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return real and bool(abs(value) < sys.float_info.max)
 
 
 def _check_positive(option: str, value: Any) -> None:
-    if not (_is_number(value) and value > 0):
-        raise SettingsError(f"`{option}` must be a number above 0 and finite, but got {shown(value)}.")
+    _check(option, value, _is_number(value) and value > 0, "be a number above 0 and finite")
 
 
-def _check_flag(option: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise SettingsError(f"`{option}` must be true or false, but got {shown(value)}.")
+def _check(option: str, value: Any, valid: bool, must: str) -> None:
+    if not valid:
+        raise SettingsError(f"`{option}` must {must}, but got {shown(value)}.")
 
 
-STRATEGIES: Mapping[str, Strategy] = {
-    "uniform": uniform,
-    "random": random,
-    "gradient-norm": gradient_norm,
-    "fisher": fisher,
-    "sensitivity": sensitivity,
-    "activation": activation,
-    "one-shot": one_shot,
-    "blend": blend,
-}
+_ALL = (uniform, random, gradient_norm, fisher, sensitivity, activation, one_shot, blend)
+STRATEGIES: Mapping[str, Strategy] = {function.__name__.replace("_", "-"): function for function in _ALL}
 NEEDS_PROFILE = frozenset(STRATEGIES) - {"uniform", "random"}

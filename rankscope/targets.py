@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import reprlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
@@ -34,27 +34,18 @@ _SAVED = "PEFT trains the module itself (`modules_to_save`)"
 class TargetModule:
     """A module that may carry an adapter.
 
-    Attributes:
-        name: Full dotted name in the base model.
-        in_features: Of a convolution, input channels times the kernel's area; of an embedding, its rows.
-        out_features: Of a convolution, output channels; of an embedding, its width.
-        tower: `vision`, `audio`, `projector` or `language`; `encoder` or `decoder`; `model` where there is one tower.
-        block: Index of the transformer block, unique in its tower; None outside blocks.
-        role: The projection, normalised over architectures: `q_proj`, `o_proj`, `fc1`, …
-        kind: `conv1d` is transformers' transposed linear module.
-        existing_rank: The rank of an adapter that the module already carries, where above the full rank; else None.
-
     >>> TargetModule(name="h.0.fc", in_features=64, out_features=256).rank_cost
     320
     """
 
-    name: str
-    in_features: int
-    out_features: int
-    tower: str = "model"
-    block: int | None = None
-    role: str = ""
-    kind: Kind = "linear"
+    name: str  # dotted, in the base model
+    in_features: int  # of a convolution, input channels times the kernel's area; of an embedding, its rows
+    out_features: int  # of a convolution, output channels; of an embedding, its width
+    tower: str = "model"  # or vision, audio, projector, language, encoder, decoder where a model has several
+    block: int | None = None  # index of the transformer block, unique in its tower; None outside blocks
+    role: str = ""  # the projection, normalised over architectures: q_proj, o_proj, fc1, …
+    kind: Kind = "linear"  # conv1d is transformers' transposed linear module
+    # The rank of an adapter that the module already carries, where above the full rank.
     existing_rank: int | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -81,11 +72,8 @@ def find_targets(
     Args:
         model: Any torch module. Names are those of the base model inside PEFT, torch.compile, DDP and FSDP.
         selection: `"all-linear"`; a regex for the full name; full names or last parts of names, as PEFT takes them; or a
-            `peft.LoraConfig`.
+            `peft.LoraConfig`. What matches nothing raises a `ModelError` that lists near misses.
         include: Any of `"heads"`, `"embeddings"`, `"tied"`.
-
-    Raises:
-        ModelError: The selection, or one of its names, matches nothing. The message lists near misses.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 2))
@@ -127,9 +115,8 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 # --- the base model inside its wrappers ---------------------------------------------------------------------------
 
-# The attribute by which each wrapper class holds its module.
 _SHARDED = "_fsdp_wrapped_module"
-_INNER = {
+_INNER = {  # the attribute by which each wrapper class holds its module
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -141,17 +128,15 @@ _INNER = {
 
 def unwrapped(model: nn.Module, *, keep: str = _SHARDED) -> nn.Module:
     """The model inside its wrappers; FullyShardedDataParallel stays, as the model does not run without it."""
-    while True:
-        inner = next((_INNER[base.__name__] for base in type(model).__mro__ if base.__name__ in _INNER), keep)
-        if inner == keep:
-            return model
+    while (inner := next((_INNER[kind] for kind in _classes(model) if kind in _INNER), keep)) != keep:
         model = cast("nn.Module", model._modules[inner])
+    return model
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name in the base model, in the order of `named_modules`.
+    """Every module with its name in the base model, in the order of `named_modules`, without `modules_to_save`.
 
-    Wrappers leave no trace in the names. A PEFT layer stands for the layer that it wraps; `modules_to_save` are left out.
+    Wrappers leave no trace in the names. A PEFT layer stands for the layer that it wraps.
     """
     yield from ((name, module) for name, module, saved in _walk(_base_model(model)) if not saved)
 
@@ -174,12 +159,13 @@ def _classes(module: nn.Module) -> list[str]:
 
 
 def _base_model(model: nn.Module) -> nn.Module:
-    wrapper: Any = unwrapped(model, keep="")
-    if hasattr(wrapper, "peft_config") and hasattr(wrapper, "get_base_model"):
-        return unwrapped(wrapper.get_base_model(), keep="")
-    if hasattr(wrapper, "peft_config") and "base_model" in wrapper._modules:  # PeftMixedModel
-        return unwrapped(wrapper.base_model.model, keep="")
-    return cast("nn.Module", wrapper)
+    model = unwrapped(model, keep="")
+    if hasattr(model, "peft_config"):
+        if hasattr(model, "get_base_model"):
+            return unwrapped(cast(Any, model).get_base_model(), keep="")
+        if "base_model" in model._modules:  # PeftMixedModel
+            return unwrapped(cast(Any, model).base_model.model, keep="")
+    return model
 
 
 def _walk(
@@ -191,14 +177,12 @@ def _walk(
     parts = module._modules
     if "original_module" in parts and ("modules_to_save" in parts or "token_adapter" in parts):
         yield from _walk(cast(Any, module).original_module, name, True, seen)  # a property where tokens are trained
-        return
-    if module in seen:
-        return
-    seen.add(module)
-    yield name, module, saved
-    for key, child in base_layer(module)._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{name}.{key}" if name else key, saved, seen)
+    elif module not in seen:
+        seen.add(module)
+        yield name, module, saved
+        for key, child in base_layer(module)._modules.items():
+            if child is not None:
+                yield from _walk(child, f"{name}.{key}" if name else key, saved, seen)
 
 
 class _Candidate(NamedTuple):
@@ -214,8 +198,7 @@ def _candidates(base: nn.Module) -> dict[str, _Candidate]:
     found = {name: facts for name, (layer, _) in walked.items() if (facts := _kind_and_shape(layer))}
     weights = {name: walked[name][0]._parameters.get("weight") for name in found}
     owners = Counter(id(weight) for weight in weights.values() if weight is not None)
-    get_output = getattr(base, "get_output_embeddings", None)
-    output = get_output() if get_output else None
+    output = cast(Any, base).get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     heads = {name for name in found if output is not None and walked[name][0] is base_layer(output)} | find_heads(found)
     left_out: dict[str, LeftOut] = {name: "tied" for name in found if owners[id(weights[name])] > 1}
     left_out |= dict.fromkeys(heads, "heads")
@@ -238,9 +221,8 @@ def _candidates(base: nn.Module) -> dict[str, _Candidate]:
             idle[name] = f"{type(layer).__name__} computes more than a linear map"
         elif name and above in walked and _reads_weight(walked[above][0], child):
             idle[name] = f"{type(walked[above][0]).__name__} reads its weight without calling it"
-        target = TargetModule(
-            name=name, in_features=rows, out_features=columns, tower=tower, block=block, role=role, kind=kind
-        )
+        sides = {"in_features": rows, "out_features": columns}
+        target = TargetModule(name=name, **sides, tower=tower, block=block, role=role, kind=kind)
         candidates[name] = _Candidate(target, left_out.get(name), idle.get(name))
     return candidates
 
@@ -271,17 +253,14 @@ def _reads_weight(parent: Any, child: str) -> bool:
 
 
 def _checked(selection: Any) -> str | tuple[str, ...]:
-    if not isinstance(selection, Iterable) or isinstance(selection, bytes | Mapping):
-        raise ModelError(
-            f'`selection` must be "{ALL_LINEAR}", a regex, a list of names or a peft.LoraConfig, but is {_brief(selection)}; '
-            f'pass "{ALL_LINEAR}" for all.'
-        )
-    names = selection if isinstance(selection, str) else tuple(selection)
-    if not names:
+    listed = isinstance(selection, Iterable) and not isinstance(selection, str | bytes | Mapping)
+    names = tuple(selection) if listed else (selection,)
+    if not all(isinstance(name, str) for name in names):
+        what = f'"{ALL_LINEAR}", a regex, a list of names or a peft.LoraConfig'
+        raise ModelError(f'`selection` must be {what}, but is {_brief(selection)}; pass "{ALL_LINEAR}" for all.')
+    if not names or not all(names):
         raise ModelError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
-    if wrong := [name for name in names if not isinstance(name, str) or not name]:
-        raise ModelError(f"`selection` must hold names of modules, but holds {_brief(wrong[0])}; take it out.")
-    return names
+    return names if listed else names[0]
 
 
 def _selected(
@@ -290,8 +269,8 @@ def _selected(
     """What a regex or a list selects, without what is left out."""
     matched = _match(selection, candidates)
     idle = {name: why for name, candidate in candidates.items() if name in matched and (why := candidate.idle)}
-    in_full = set() if isinstance(selection, str) else set(selection)
     usable = matched - set(idle)
+    in_full = set() if isinstance(selection, str) else set(selection)
     if kept := {name for name in usable if name in in_full or candidates[name].left_out in {None, *include}}:
         if idle and selection != ALL_LINEAR:
             name, why = next(iter(idle.items()))
@@ -339,19 +318,17 @@ def _match(selection: str | tuple[str, ...], candidates: Mapping[str, _Candidate
         return {name for name, candidate in candidates.items() if candidate.target.kind in ("linear", "conv1d")}
     if isinstance(selection, str) and (matched := _match_regex(selection, candidates)):
         return matched
-    by_entry: dict[str, set[str]] = {
-        entry: set() for entry in ((selection,) if isinstance(selection, str) else selection)
-    }
+    by_end: dict[str, set[str]] = defaultdict(set)
     for name in candidates:
         end, dot = name, "."
         while dot:
-            if end in by_entry:
-                by_entry[end].add(name)
+            by_end[end].add(name)
             _, dot, end = end.partition(".")
-    missing = next((entry for entry, names in by_entry.items() if not names or entry is selection), None)
+    entries = [selection] if isinstance(selection, str) else selection
+    missing = next((entry for entry in entries if entry not in by_end or entry is selection), None)
     if missing is None:
-        return set().union(*by_entry.values())
-    if by_entry[missing]:
+        return set().union(*(by_end[entry] for entry in entries))
+    if missing in by_end:
         remedy = f"a string is a regex for the whole name, so pass [{missing!r}]"
     else:
         ends = list(dict.fromkeys(end for name in candidates if not (end := name.rpartition(".")[2]).isdigit()))

@@ -2,18 +2,11 @@
 
 from rankscope.lora.checkpoint import load_adapter, loaded_from, restore_ranks, restore_ranks_on_load, save_ranks
 from rankscope.lora.config import adapted_modules, from_lora_config, refused_by_peft, save_lora_config, to_lora_config
+from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
-from rankscope.lora.optimizer import check_known, unwrap_optimizer
-from rankscope.lora.resize import (
-    LiveAdapter,
-    Resize,
-    from_peft_model,
-    is_ddp,
-    resize_adapters,
-)
+from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
 from rankscope.lora.wrapping import (
     apply_allocation,
-    check_adalora_steps,
     count_adapter_parameters,
     ranks_of_adalora,
     wrap_with_adalora,
@@ -26,7 +19,6 @@ __all__ = [
     "Resize",
     "adapted_modules",
     "apply_allocation",
-    "check_adalora_steps",
     "check_known",
     "count_adapter_parameters",
     "from_lora_config",

@@ -41,11 +41,7 @@ def save_ranks(model: PeftModel, folder: AnyPath, *, adapter_name: str | None = 
 
 
 def restore_ranks(
-    model: PeftModel,
-    folder: AnyPath,
-    *,
-    optimizer: Optimizer | None = None,
-    adapter_name: str | None = None,
+    model: PeftModel, folder: AnyPath, *, optimizer: Optimizer | None = None, adapter_name: str | None = None
 ) -> None:
     """Give the model a checkpoint's ranks, so that the checkpoint's weights and optimizer state can be loaded.
 
@@ -60,32 +56,27 @@ def restore_ranks(
     saved = _read(Path(folder) / RANKS_FILE)
     ranks, present, masks = saved["ranks"], adapter.ranks, masks_on(adapter.model)
     if odd := sorted(set(ranks) ^ set(present)):
-        remedy = "adapt the same modules"
+        where, remedy = "checkpoint" if odd[0] in ranks else "model", "adapt the same modules"
         if not any(ranks.get(name, 1) for name in odd):
-            remedy = (
-                "wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out"
-            )
+            first = "wrap the base model as for the first run"
+            remedy = f"{first}, since PeftModel.from_pretrained leaves modules of rank 0 out"
         raise ModelError(
-            f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in "
-            f"{'the checkpoint' if odd[0] in ranks else 'the model'} only ({len(odd)} such); {remedy}."
+            f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in the {where} only "
+            f"({len(odd)} such); {remedy}."
         )
-    if differs := _weights_differ(Path(folder), adapter, ranks):
-        raise ModelError(
-            "`{}` must hold weights of the ranks in its {}, but `{}` has rank {} in the weights and {} there; it mixes two "
-            "checkpoints: use another.".format(folder, RANKS_FILE, *differs)
-        )
+    _check_weights(adapter, Path(folder), ranks)
     if "active" in saved:
         if odd := sorted(name for name, capacity in saved["capacity"].items() if present[name] != capacity):
+            has, theirs = present[odd[0]], saved["capacity"][odd[0]]
             raise ModelError(
-                f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {present[odd[0]]} "
-                f"and `{folder}` {saved['capacity'][odd[0]]}; wrap the model at that rank."
+                f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {has} and `{folder}` {theirs}; "
+                "wrap the model at that rank."
             )
         (masks or RankMasks(model, adapter_name=adapter.name)).restore(saved["active"])
         return
     if masks is not None:
-        raise ModelError(
-            f"`{folder}` must hold masked ranks for a model that carries masks, but holds a live resize's; `compress` the masks."
-        )
+        must = f"`{folder}` must hold masked ranks for a model that carries masks"
+        raise ModelError(f"{must}, but holds a live resize's; `compress` the masks.")
     resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
     resize_adapters(model, optimizer, resizes, adapter_name=adapter.name)
 
@@ -107,7 +98,7 @@ def _load_with_ranks(self: PeftModel, model_id: AnyPath, adapter_name: str, *arg
         folder = Path(model_id)
         self.adapters_loaded_from = {**vars(self).get("adapters_loaded_from", {}), adapter_name: folder}
         if not (folder / RANKS_FILE).exists():
-            _check_weights_fit(LiveAdapter(self, adapter_name), folder)
+            _check_weights(LiveAdapter(self, adapter_name), folder)
         else:
             restore_ranks(self, folder, adapter_name=adapter_name)
             if (masks := masks_on(self)) is not None:
@@ -149,61 +140,59 @@ def load_adapter(model: nn.Module, folder: AnyPath) -> PeftModel:
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
         if loaded.peft_config["default"].peft_type == PeftType.LORA:
-            _check_weights_fit(LiveAdapter(loaded), Path(folder))  # PEFT loads what it finds
-    except (
-        Exception
-    ) as error:  # PEFT does not check a config's values: a wrong one raises whatever its first use raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise FileError(
-            f"`{folder}` must hold an adapter of this model, but cannot be loaded ({reason}); delete it."
-        ) from None
+            _check_weights(LiveAdapter(loaded), Path(folder))  # PEFT loads what it finds
+    except Exception as error:  # PEFT checks no values: a wrong one raises whatever its first use raises
+        why = f"cannot be loaded ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
+        raise FileError(f"`{folder}` must hold an adapter of this model, but {why}; delete it.") from None
     return loaded
 
 
 def _read(path: Path) -> dict[str, Any]:
     saved = read_json(path, what="an adapter's ranks")
-    ranks, active, capacity = saved.get("ranks"), saved.get("active"), saved.get("capacity")
+    ranks, edited = saved.get("ranks"), "but does not; it was edited: write it again."
     if saved.get("schema") != SCHEMA:
         raise FileError(f"`{path}` must have schema {SCHEMA}, but has {saved.get('schema')!r}; write it again.")
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
-        raise FileError(f"`{path}` must hold a rank for each module, but does not; it was edited: write it again.")
-    if "active" in saved and not (
-        isinstance(active, dict)
-        and isinstance(capacity, dict)
-        and active.keys() == capacity.keys() <= ranks.keys()
-        and all(_is_mask(active[name], capacity[name], ranks[name]) for name in active)
-    ):
-        raise FileError(
-            f"`{path}` must hold the active components of each module within its capacity, but does not; it was edited: write it "
-            "again."
-        )
+        raise FileError(f"`{path}` must hold a rank for each module, {edited}")
+    if "active" in saved and not _are_masks(saved["active"], saved.get("capacity"), ranks):
+        raise FileError(f"`{path}` must hold the active components of each module within its capacity, {edited}")
     return saved
 
 
-def _is_mask(active: Any, capacity: Any, rank: int) -> bool:
-    if not isinstance(active, list) or type(capacity) is not int:
+def _are_masks(active: Any, capacity: Any, ranks: dict[str, int]) -> bool:
+    """Whether this lists as many components of each module as its rank, each below its capacity, none twice."""
+    if not (
+        isinstance(active, dict) and isinstance(capacity, dict) and active.keys() == capacity.keys() <= ranks.keys()
+    ):
         return False
-    whole = all(type(index) is int and 0 <= index < capacity for index in active)
-    return whole and len(set(active)) == len(active) == rank
+    pairs = [(found, capacity[name]) for name, found in active.items()]
+    if not all(isinstance(found, list) and {type(each) for each in (most, *found)} == {int} for found, most in pairs):
+        return False
+    below = all(0 <= index < most for found, most in pairs for index in found)
+    return below and all(len(found) == len(set(found)) == ranks[name] for name, found in active.items())
 
 
-def _check_weights_fit(adapter: LiveAdapter, folder: Path) -> None:
-    if differs := _weights_differ(folder, adapter, adapter.ranks):
-        raise ModelError(
-            "`{}` must hold weights of the model's ranks, or its own {} beside them, but `{}` has rank {} there and {} in the "
-            "model; it was not finished, or is of another model: use another.".format(folder, RANKS_FILE, *differs)
-        )
-
-
-def _weights_differ(folder: Path, adapter: LiveAdapter, ranks: Mapping[str, int]) -> tuple[str, int, int] | None:
-    """The first module whose rank is another in the folder's weights, and both ranks; None without weights."""
+def _check_weights(adapter: LiveAdapter, folder: Path, saved: Mapping[str, int] | None = None) -> None:
+    """Raise a ModelError unless the folder's weights, if there are any, have the ranks saved beside them, or the model's."""
     if not (paths := [folder / name for name in _WEIGHTS if (folder / name).exists()]):
-        return None
+        return
     fused = {name.rpartition(".")[0] for name in adapter.parameters}
-    weights = {}
+    found = {}
     for key, tensor in read_tensors(paths[0], what="an adapter's weights", device="meta").items():
         match = _FACTOR_A.fullmatch(key)
         if match and tensor.ndim and match[1].replace(".base_layer", "") not in fused:
-            weights[match[1]] = len(tensor)
-    differing = sorted(name for name in {*ranks, *weights} if ranks.get(name, 0) != weights.get(name, 0))
-    return next(((name, weights.get(name, 0), ranks.get(name, 0)) for name in differing), None)
+            found[match[1]] = len(tensor)
+    ranks = adapter.ranks if saved is None else saved
+    for name in sorted({*ranks, *found}):
+        if (rank := found.get(name, 0)) == (wanted := ranks.get(name, 0)):
+            continue
+        must, but = f"`{folder}` must hold weights of", f"but `{name}` has rank {rank}"
+        if saved is not None:
+            raise ModelError(
+                f"{must} the ranks in its {RANKS_FILE}, {but} in the weights and {wanted} there; it mixes two checkpoints: "
+                "use another."
+            )
+        raise ModelError(
+            f"{must} the model's ranks, or its own {RANKS_FILE} beside them, {but} there and {wanted} in the model; it was not "
+            "finished, or is of another model: use another."
+        )

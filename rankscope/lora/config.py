@@ -1,4 +1,4 @@
-"""LoRA configs: ranks to a plain `peft.LoraConfig` and back, and which modules PEFT adapts under a config."""
+"""LoRA configs: ranks to a plain `peft.LoraConfig` and back, and what PEFT adapts and rank changes allow under a config."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,10 @@ PEFT_PREFIX = "base_model.model."  # of the base model's names inside a PeftMode
 def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
     """Return a plain `peft.LoraConfig` with exactly the allocation's ranks; modules of rank 0 are left out.
 
-    By default every module has the same scaling, whatever its rank: alpha is `scaling * r`, or `scaling * sqrt(r)` with
-    `use_rslora=True` (Kalajdzievski, arXiv 2312.03732). Passing `lora_alpha` gives PEFT's own rule instead, one alpha for all.
-
     Args:
         allocation: At least one rank must be above 0.
-        scaling: Factor on every module's update; default 2 (alpha = 2 r).
+        scaling: Of every module's update, whatever its rank (default 2): alpha is `scaling * r`, or `scaling * sqrt(r)` with
+            `use_rslora=True` (Kalajdzievski, arXiv 2312.03732). `lora_alpha` gives PEFT's own rule instead, one alpha for all.
         **peft_kwargs: Other fields of `LoraConfig`, such as `task_type="SEQ_CLS"`.
 
     Raises:
@@ -58,9 +57,8 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
     if not adapted:
         raise SettingsError("`allocation` must give at least one module a rank above 0 to become a LoRA config.")
     if scaling is not None and "lora_alpha" in peft_kwargs:
-        raise SettingsError(
-            "`scaling` and `lora_alpha` exclude each other: constant scaling, or one alpha; leave one out."
-        )
+        one = "constant scaling, or one alpha; leave one out."
+        raise SettingsError(f"`scaling` and `lora_alpha` exclude each other: {one}")
     for key in filter(peft_kwargs.get, ("use_dora", "lora_bias")):
         logger.warning("`%s` adds trainable parameters to the %s of the allocation", key, f"{allocation.parameters:,}")
     if "lora_alpha" in peft_kwargs:
@@ -132,37 +130,32 @@ def rank_fields(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[s
 
 
 def name_fields(names: Collection[str]) -> dict[str, Any]:
-    r"""`target_modules` and `exclude_modules` that adapt exactly these modules; last parts select, a regex excludes others.
-
-    >>> name_fields(["h.0.q", "h.1.q"])
-    {'target_modules': {'q'}, 'exclude_modules': '(?!h\\.(?:0|1)\\.q$).*'}
-    """
+    """`target_modules` and `exclude_modules` that adapt exactly these modules; last parts select, a regex excludes others."""
     last_parts = {name.rpartition(".")[2] for name in names}
     return {"target_modules": last_parts, "exclude_modules": f"(?!{names_regex(names)}$).*"}
 
 
 def value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A `rank_pattern` or `alpha_pattern`: one regex for each value that is not the default."""
-    names: dict[Any, list[str]] = {}
-    for name, value in values.items():
-        if value != default:
-            names.setdefault(value, []).append(name)
-    return {f"^{names_regex(members)}": value for value, members in names.items()}  # PEFT appends `$`
+    others = [value for value in dict.fromkeys(values.values()) if value != default]
+    regexes = {value: names_regex(name for name in values if values[name] == value) for value in others}
+    return {f"^{regex}": value for value, regex in regexes.items()}  # PEFT appends `$`
 
 
 def names_regex(names: Iterable[str]) -> str:
-    """A regex that fully matches these dotted names and no others; common parts are written once."""
-    return _factored([name.split(".") for name in names])
+    r"""A regex that fully matches these dotted names and no others; common parts are written once.
 
-
-def _factored(paths: Iterable[Sequence[str]]) -> str:
-    following: dict[str, list[Sequence[str]]] = {}
-    for first, *rest in paths:
-        following.setdefault(first, []).append(rest)
+    >>> names_regex(["h.0.q", "h.1.q"])
+    'h\\.(?:0|1)\\.q'
+    """
+    following: dict[str, list[str]] = {}
+    for name in names:
+        first, dot, rest = name.partition(".")
+        following.setdefault(first, []).append(dot + rest)
     alike: dict[str, list[str]] = {}
     for part, rests in following.items():
-        longer = [rest for rest in rests if rest]
-        regex = rf"\.{_factored(longer)}" if longer else ""
+        longer = [rest[1:] for rest in rests if rest]
+        regex = rf"\.{names_regex(longer)}" if longer else ""
         alike.setdefault(f"(?:{regex})?" if 0 < len(longer) < len(rests) else regex, []).append(re.escape(part))
     return _either([_either(parts) + regex for regex, parts in alike.items()])
 
@@ -177,18 +170,14 @@ def _either(choices: Sequence[str]) -> str:
 _SAVED_FOR_TASK = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAMES, "QUESTION_ANS": ["qa_outputs"]}
 
 # What PEFT has LoRA layers for, beside the quantised linear modules of other libraries.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _ADAPTABLE = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.MultiheadAttention, Conv1D, BaseTunerLayer)
 
 _PEFT_REFUSES = (ValueError, OverflowError, re.error)
 
 
 def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
-    """Names of the modules that `get_peft_model(model, config)` would adapt, by PEFT's own code; nothing changes.
-
-    Raises:
-        ModelError: The config is not LoRA's, or PEFT cannot apply it.
-    """
+    """Names of the modules that `get_peft_model(model, config)` would adapt, by PEFT's own code; nothing changes."""
     if not isinstance(config, LoraConfig):
         raise ModelError(f"`selection` must be a peft.LoraConfig, but is a {type(config).__name__}; name the modules.")
     matching = _Matching(model, _prepared(config))
@@ -197,10 +186,10 @@ def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
             warnings.simplefilter("ignore")
             matching.inject_adapter(model, "default")
     except (_MatchingDone, NoMatchingPeftModuleError):
-        return _not_saved(matching.found, matching.peft_config["default"])
+        pass
     except _PEFT_REFUSES as error:
         raise _refusal(error) from None
-    raise AssertionError("PEFT's inject_adapter must activate the adapter that it injected")
+    return _not_saved(matching.found, matching.peft_config["default"])
 
 
 def _refusal(error: Exception) -> ModelError:
@@ -276,12 +265,50 @@ class _Matching(LoraModel):  # type: ignore[misc]
     ) -> None:
         if options.get("parameter_name") is not None:  # one of `target_parameters`, which are no modules
             return
-        ours = type(target).__module__.startswith(("torch.nn", "transformers.")) or any(target.children())
-        if ours and not isinstance(target, _ADAPTABLE):
-            raise ValueError(
-                f"LoRA does not adapt a {type(target).__name__}, which `{current_key}` is; name the modules inside it."
-            )
+        kind, ours = type(target), type(target).__module__.startswith(("torch.nn", "transformers."))
+        if (ours or any(target.children())) and not isinstance(target, _ADAPTABLE):
+            is_wrong = f"LoRA does not adapt a {kind.__name__}, which `{current_key}` is"
+            raise ValueError(f"{is_wrong}; name the modules inside it.")
         self.found.append(current_key)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
         raise _MatchingDone
+
+
+# --- configs under which ranks can change -------------------------------------------------------------------------
+
+# These take a part of the initial rank off the base weights, and another part when PEFT loads the adapter.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_config(config: LoraConfig, *, to_zero: bool) -> None:
+    """Raise a ModelError unless the ranks of an adapter with this config can change, and fall to 0."""
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+        raise ModelError(
+            f"`init_lora_weights` must leave the base weights as they are where ranks change, but {init!r} takes a part of the "
+            "initial rank off them, and PEFT takes off another when it loads the adapter; use True, 'gaussian' or 'eva'."
+        )
+    variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
+    if used := [init] * (init == "mica") or sorted(name for name in variants if getattr(config, name)):
+        must = "the adapter must be plain LoRA or DoRA for its ranks to change"
+        raise ModelError(f"{must}, but has `{used[0]}`; leave it out.")
+    if tied := getattr(config, "target_modules_to_tie", None):
+        raise ModelError(
+            "adapters must have factors of their own for their ranks to change, but `ensure_weight_tying` ties those of "
+            f"{sorted(tied)}; adapt other modules only."
+        )
+    if to_zero and config.bias != "none":
+        raise ModelError(
+            f'`bias` must be "none" for modules to have rank 0 while they train, but is {config.bias!r}, and PEFT would lose '
+            "their trained biases; keep rank 1 at least."
+        )
+
+
+def check_block_names(names: Collection[str]) -> None:
+    """Raise a ModelError if `torch.compile` wraps blocks: PEFT would save adapters under names that no other model has."""
+    if wrapped := [name.partition("._orig_mod")[0] for name in names if "._orig_mod" in name]:
+        raise ModelError(
+            f"blocks must be compiled in place, but `{wrapped[0]}` is wrapped by `torch.compile`, whose name PEFT would save; "
+            "call its `compile()` instead."
+        )

@@ -1,13 +1,21 @@
-"""Arithmetic on one adapter's factors A (rank, inputs) and B (outputs, rank); component i is row i of A, column i of B."""
+"""Arithmetic on one adapter's factors, and the optimizer state that follows: same group, same place, moments carried.
+
+A is (rank, inputs) and B (outputs, rank); component i is row i of A and column i of B.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+import transformers
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankscope.errors import ModelError
 
 
 class RankMap(Protocol):
@@ -24,10 +32,9 @@ class Selection(NamedTuple):
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
         """Select and pad along `dim`."""
-        index = torch.tensor(self.kept, dtype=torch.long, device=tensor.device)
-        shape = list(tensor.shape)
-        shape[dim] = self.added
-        return torch.cat([tensor.index_select(dim, index), tensor.new_zeros(shape)], dim)
+        kept = tensor.index_select(dim, torch.tensor(self.kept, dtype=torch.long, device=tensor.device))
+        shape = (*tensor.shape[:dim], self.added, *tensor.shape[dim + 1 :])
+        return torch.cat([kept, tensor.new_zeros(shape)], dim)
 
 
 class Rotation(NamedTuple):
@@ -46,7 +53,7 @@ class Rotation(NamedTuple):
 
 
 class Resized(NamedTuple):
-    """New factors A (rank, inputs) and B (outputs, rank), and the maps for gradients and moments of each."""
+    """New factors, and the maps for gradients and moments of each."""
 
     a: Tensor
     b: Tensor
@@ -95,20 +102,183 @@ def truncate_svd(a: Tensor, b: Tensor, rank: int) -> Resized:
 SHRINKS = {"drop": drop_components, "svd": truncate_svd}
 
 
-def add_components(a: Tensor, b: Tensor, new_rows: Tensor, new_columns: Tensor) -> Resized:
-    """Append (added, inputs) rows to A and (outputs, added) columns to B; one of the two is zero in each component."""
-    selection = Selection(kept=tuple(range(len(a))), added=len(new_rows))
-    return Resized(torch.cat([a, new_rows.to(a)]), torch.cat([b, new_columns.to(b)], dim=1), selection, selection)
+def grow(
+    a: Tensor, b: Tensor, rows: Tensor | int, generator: torch.Generator | None = None, *, embedding: bool = False
+) -> Resized:
+    """Append components whose product is 0: (added, inputs) rows of A, or as many as are to be drawn, and zeros in B.
+
+    In embeddings it is columns of B that are drawn, as PEFT does, and A that is zero.
+    """
+    added = rows if isinstance(rows, int) else len(rows)
+    columns = b.new_zeros(len(b), added)
+    if isinstance(rows, Tensor):
+        new_rows = rows.to(a)
+    elif embedding:
+        device = b.device if generator is None else generator.device
+        new_rows, columns = (
+            a.new_zeros(added, a.shape[1]),
+            torch.randn(len(b), added, generator=generator, device=device),
+        )
+    else:
+        new_rows = kaiming_rows(added, a, generator)
+    selection = Selection(kept=tuple(range(len(a))), added=added)
+    return Resized(torch.cat([a, new_rows]), torch.cat([b, columns.to(b)], dim=1), selection, selection)
 
 
 def kaiming_rows(added: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(added, inputs) rows as PEFT initialises A (Kaiming uniform, a = sqrt(5)), drawn on the generator's device."""
-    inputs = like.shape[1]
     device = like.device if generator is None else generator.device
-    rows = torch.rand(added, inputs, generator=generator, device=device, dtype=torch.float32)
-    return ((2 * rows - 1) / math.sqrt(inputs)).to(like)
+    rows = torch.rand(added, like.shape[1], generator=generator, device=device, dtype=torch.float32)
+    return ((2 * rows - 1) / math.sqrt(like.shape[1])).to(like)
 
 
 def _precise(tensor: Tensor) -> Tensor:
     """In float32 at least: half precision has no QR, and its norms overflow early."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+# --- optimizer state ----------------------------------------------------------------------------------------------
+
+_CLASSES = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adafactor, transformers.Adafactor
+_KNOWN = "SGD, Adam, AdamW, Adafactor (torch's and transformers') and bitsandbytes' Adam and AdamW"
+# State of the parameter's shape, and whether it holds squared gradients. Numbers (`step`) are kept as they are.
+_MOMENTS = {"momentum_buffer": False, "exp_avg": False, "exp_avg_sq": True, "max_exp_avg_sq": True, "variance": True}
+# Adafactor's second moments of matrices, torch's and transformers': means over the last and the last but one dimension.
+_FACTORED = {"row_var": "col_var", "exp_avg_sq_row": "exp_avg_sq_col"}
+
+
+class Replacement(NamedTuple):
+    """A parameter that takes another's place; `dim` is the rank dimension of both."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    dim: int
+    map: RankMap
+
+    def carry(self, tensor: Tensor, squared: bool = False) -> Tensor:
+        """What a tensor of the old parameter's shape becomes."""
+        return self.map.carry(tensor, self.dim, squared=squared)
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_known(optimizer: Optimizer) -> None:
+    """Raise a ModelError unless the state of this kind of optimizer can be carried."""
+    optimizer = unwrap_optimizer(optimizer)
+    if not isinstance(optimizer, _CLASSES) and not _is_bitsandbytes_adam(optimizer):
+        kind = type(optimizer).__name__
+        raise ModelError(
+            f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {kind}; use one of these."
+        )
+
+
+def replace_parameters(optimizer: Optimizer | None, replacements: Sequence[Replacement]) -> None:
+    """Put new parameters and their carried state in the place of the old; all of them or, on any error, none.
+
+    No group is added, so learning-rate schedulers stay right. New components start with moments of 0 and the parameter's `step`.
+
+    Raises:
+        ModelError: The optimizer does not own a parameter, or its state is of unknown meaning.
+    """
+    if optimizer is None:
+        return
+    optimizer = unwrap_optimizer(optimizer)
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if strangers := sum(id(replacement.old) not in owned for replacement in replacements):
+        raise ModelError(
+            f"`optimizer` must own the adapter's parameters, but lacks {strangers} of the {len(replacements)} to be resized; "
+            "pass the optimizer that trains this model, or None."
+        )
+    states = [_carried(optimizer, replacement) for replacement in replacements]
+    successors = {id(replacement.old): replacement.new for replacement in replacements}
+    for group in optimizer.param_groups:
+        group["params"] = [successors.get(id(parameter), parameter) for parameter in group["params"]]
+    for replacement, state in zip(replacements, states, strict=True):
+        optimizer.state.pop(replacement.old, None)
+        if state:
+            optimizer.state[replacement.new] = state
+
+
+def _carried(optimizer: Optimizer, replacement: Replacement) -> dict[str, Any]:
+    state: dict[str, Any] = optimizer.state.get(replacement.old, {})
+    if not state:
+        return {}
+    check_known(optimizer)
+    if _is_bitsandbytes_adam(optimizer):
+        return _carried_bitsandbytes(optimizer, state, replacement)
+    carried: dict[str, Any] = {}
+    for row, col in _FACTORED.items():
+        if state.get(row) is not None:
+            carried[row], carried[col] = _carried_factored(state[row], state[col], replacement)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            carried.setdefault(name, value)
+        elif name in _MOMENTS:
+            carried[name] = replacement.carry(value, _MOMENTS[name])
+        elif name not in carried:
+            kind = type(optimizer).__name__
+            raise ModelError(
+                f"`optimizer` must hold state of known meaning, but {kind} holds {name!r} as well; use one of {_KNOWN}."
+            )
+    return carried
+
+
+def _carried_factored(row: Tensor, col: Tensor, replacement: Replacement) -> tuple[Tensor, Tensor]:
+    """Adafactor's row and column means, whose product estimates the second moment (Shazeer and Stern, 2018)."""
+    flat = row.ndim < replacement.old.ndim  # without the dimension of the mean, which torch keeps
+    if flat:
+        row, col = row.unsqueeze(-1), col.unsqueeze(-2)
+    from_last = replacement.old.ndim - replacement.dim
+    if from_last > 2:  # a convolution's rank lies outside the two factored dimensions
+        row, col = replacement.carry(row, True), replacement.carry(col, True)
+    elif from_last == 2:
+        row, col = _carried_pair(row, col, replacement)
+    else:
+        col, row = _carried_pair(col, row, replacement)
+    return (row.squeeze(-1), col.squeeze(-2)) if flat else (row, col)
+
+
+def _carried_pair(along: Tensor, across: Tensor, replacement: Replacement) -> tuple[Tensor, Tensor]:
+    """`along` has the rank dimension; `across`, the mean over it, is scaled so that estimates of what stays are unchanged."""
+    carried = replacement.carry(along, True)
+    before, after = (factor.mean(dim=replacement.dim, keepdim=True) for factor in (along, carried))
+    known = (before > 0) & (after > 0)  # not so where no component stays
+    return carried, across * torch.where(known, after / before, torch.ones_like(before))
+
+
+def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
+    """Judged by names, so that bitsandbytes need not be installed."""
+    modules = {base.__module__.split(".")[0] for base in type(optimizer).__mro__}
+    return "bitsandbytes" in modules and getattr(optimizer, "optimizer_name", None) == "adam"
+
+
+def _carried_bitsandbytes(optimizer: Any, state: Mapping[str, Any], replacement: Replacement) -> dict[str, Any]:
+    """Moments in 8 bits are dequantised, carried, and quantised again where the optimizer would: a rounding in 256 steps."""
+    from bitsandbytes import functional
+
+    [config] = (
+        optimizer.get_config(index, place, group)
+        for index, group in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
+        if parameter is replacement.old
+    )
+    carried = {name: value for name, value in state.items() if not name.startswith(("state", "qmap", "absmax"))}
+    for moment, qmap_name in (("1", "dynamic"), ("2", "udynamic")):
+        value = state[f"state{moment}"]
+        if value.dtype == torch.uint8:
+            absmax, code = state[f"absmax{moment}"], state[f"qmap{moment}"]
+            value = functional.dequantize_blockwise(value, absmax=absmax, code=code, blocksize=256)
+        value = replacement.carry(value, moment == "2")
+        if config["optim_bits"] == 8 and replacement.new.numel() >= config["min_8bit_size"]:
+            if not optimizer.name2qmap:
+                optimizer.fill_qmap()
+            qmap = optimizer.name2qmap[qmap_name].to(value.device)
+            value, quantisation = functional.quantize_blockwise(value, code=qmap, blocksize=256)
+            carried |= {f"qmap{moment}": qmap, f"absmax{moment}": quantisation.absmax}
+        carried[f"state{moment}"] = value
+    return carried

@@ -16,26 +16,24 @@ from torch.optim import Optimizer
 from rankscope.distributed import check_same, from_first_process, is_first, whole
 from rankscope.errors import ModelError
 from rankscope.files import AnyPath
-from rankscope.lora.config import PEFT_PREFIX
-from rankscope.lora.factors import Selection, component_norms, kaiming_rows, keep_components
-from rankscope.lora.optimizer import Replacement, replace_parameters
-from rankscope.lora.resize import BIAS, FACTORS, MAGNITUDE, LiveAdapter, Resize, check_config, check_resizes
+from rankscope.lora.config import PEFT_PREFIX, check_config
+from rankscope.lora.factors import Replacement, component_norms, kaiming_rows, keep_components, replace_parameters
+from rankscope.lora.resize import BIAS, FACTORS, MAGNITUDE, LiveAdapter, Resize, check_resizes
 from rankscope.targets import plain_name, unwrapped
 
 
 class RankMasks:
-    """The active ranks of a model's adapters, whose parameters keep their shapes.
+    """The active ranks of a model's adapters, whose parameters keep their shapes: the present ranks are their capacity.
 
-    An adapter's present rank becomes its capacity. A mask multiplies A's output, so that inactive components get no gradient,
-    and their columns of B are zero: the function is that of a resized adapter. A component that is switched on starts as in
-    `resize_adapters`, with moments of 0.
+    A mask multiplies A's output, so that inactive components get no gradient, and their columns of B are zero: the function is
+    that of a resized adapter. A component that is switched on starts as in `resize_adapters`, with moments of 0.
 
     DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On several processes the first
     one's plan is broadcast. While the masks are on, `model.save_pretrained` writes the adapter at its true ranks.
 
     Args:
-        model: The PEFT model.
-        ranks: The active rank of each module; other modules keep their capacity.
+        model: Its adapters may not be on embeddings.
+        ranks: The active ranks; modules that are not named keep their capacity.
         adapter_name: May be left out if there is only one.
 
     Raises:
@@ -61,17 +59,11 @@ class RankMasks:
             )
         self.live.check_changeable(in_place=True)
         self._modules = {name: module for name, module in self.live.modules.items() if module.active}
-        if embeddings := [name for name, module in self._modules.items() if module.parts != FACTORS]:
-            raise ModelError(
-                f"masked ranks must be of linear or convolution layers, but `{embeddings[0]}` is an embedding."
-            )
+        if embeddings := [f"`{name}`" for name, module in self._modules.items() if module.parts != FACTORS]:
+            must = "masked ranks must be of linear or convolution layers"
+            raise ModelError(f"{must}, but {embeddings[0]} is an embedding.")
         asked = [Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()]
         self._check(asked, self.live.ranks)
-        self._attach()
-        self.resize(asked)
-
-    def _attach(self) -> None:
-        """Put on the masks, their hooks and `save_pretrained`; `remove` undoes it."""
         self._inner: dict[str, Any] = {name: module.entry("lora_A") for name, module in self._modules.items()}
         self._hooks = []
         for name, inner in self._inner.items():
@@ -79,6 +71,7 @@ class RankMasks:
             inner.register_buffer("rank_mask", torch.ones(len(a), device=a.device), persistent=False)
             self._hooks.append(inner.register_forward_hook(_mask_output))
         self.live.model.rank_masks, self.live.model.save_pretrained = self, self.save_pretrained
+        self.resize(asked)
 
     def remove(self) -> None:
         """Take the masks off; adapters keep their capacity, and all components get gradients again."""
@@ -104,21 +97,22 @@ class RankMasks:
         asked = _from_first_process(resizes)
         self._check(asked, self.ranks)
         drawn = _from_first_process([self._with_rows(resize, generator) for resize in asked])
-        switches = [self._switch(resize) for resize in drawn]
-        check_same([switch.mask.tolist() for switch in switches], what="the masks")
-        replacements = [
-            Replacement(factor, factor, dim, switch.keep)
-            for switch in switches
-            for dim, factor in enumerate(switch.factors)
-        ]
-        replace_parameters(optimizer, replacements)
+        masks: dict[str, Tensor] = {}
+        changes: list[tuple[Replacement, Tensor]] = []
+        for resize in drawn:
+            masks[resize.name], values, keep = self._switched(resize)
+            for dim, (factor, value) in enumerate(zip(self._modules[resize.name].factors, values, strict=True)):
+                changes.append((Replacement(factor, factor, dim, keep), value))
+        check_same([mask.tolist() for mask in masks.values()], what="the masks")
+        replace_parameters(optimizer, [replacement for replacement, _ in changes])
         with torch.no_grad():
-            for switch in switches:
-                for dim, (factor, value) in enumerate(zip(switch.factors, switch.values, strict=True)):
-                    factor.copy_(_like(value, factor))
-                    if factor.grad is not None:
-                        factor.grad.copy_(switch.keep.carry(factor.grad, dim))
-                switch.inner.rank_mask.copy_(switch.mask)
+            for replacement, value in changes:
+                factor = replacement.new
+                factor.copy_(_like(value, factor))
+                if factor.grad is not None:
+                    factor.grad.copy_(replacement.carry(factor.grad))
+            for name, mask in masks.items():
+                self._inner[name].rank_mask.copy_(mask)
 
     def restore(self, active: Mapping[str, Sequence[int]]) -> None:
         """Set the masks alone, to what `active` was in a checkpoint of this capacity whose weights are loaded."""
@@ -145,15 +139,11 @@ class RankMasks:
     ) -> None:
         """Write the adapter at its true ranks, for plain PEFT; the model stays masked. `model.save_pretrained` is this, too.
 
-        Args:
-            folder: Where to.
-            state_dict: The model's, its tensors whole; None: it is taken, which every process must do under FSDP2.
-            **options: As `PeftModel.save_pretrained` takes them.
+        `state_dict` is the model's, its tensors whole; None: it is taken, which every process must do under FSDP2.
         """
         if not any(self.ranks.values()):
-            raise ModelError(
-                "at least one module must have a rank above 0 to be saved; PEFT has no adapter without modules."
-            )
+            must = "at least one module must have a rank above 0 to be saved"
+            raise ModelError(f"{must}; PEFT has no adapter without modules.")
         model, tuner = self.live.model, self.live.model.base_model
         state = self.true_state_dict(model.state_dict() if state_dict is None else state_dict)
         config, compiled = model.peft_config[self.adapter], tuner.model
@@ -174,25 +164,19 @@ class RankMasks:
                 key = f"{PEFT_PREFIX}{name}.{container}.{self.adapter}.{attribute}"
                 full = state.pop(key)
                 if active:
-                    state[key] = Selection(kept=active).carry(full, dim)
+                    state[key] = full.index_select(dim, torch.tensor(active, device=full.device))
         return state
 
     def _check(self, resizes: Sequence[Resize], ranks: Mapping[str, int]) -> None:
-        rooms = {}
-        for name, module in self._modules.items():
-            a, _ = module.factors
-            if a.ndim < 2:
-                raise ModelError(
-                    "masked ranks need unflattened parameters, but FSDP1 flattens them; use FSDP2 (fully_shard)."
-                )
-            rooms[name] = (ranks[name], len(a), a.shape[1:].numel())
-        check_resizes(resizes, rooms)
+        rows = {name: module.factors[0] for name, module in self._modules.items()}
+        if any(a.ndim < 2 for a in rows.values()):
+            raise ModelError("masked ranks need whole parameters, but FSDP1 flattens them; use FSDP2 (fully_shard).")
+        check_resizes(resizes, {name: (ranks[name], len(a), a.shape[1:].numel()) for name, a in rows.items()})
         for name in (resize.name for resize in resizes if resize.rank == 0):
             check_config(self.live.model.peft_config[self.adapter], to_zero=True)
             if any(self._modules[name].parameter(part) is not None for part in (BIAS, MAGNITUDE)):
-                raise ModelError(
-                    f"the masked rank of `{name}` must be at least 1, for its bias or DoRA magnitude stays, but got 0."
-                )
+                must = f"the masked rank of `{name}` must be at least 1"
+                raise ModelError(f"{must}, for its bias or DoRA magnitude stays, but got 0.")
 
     def _with_rows(self, resize: Resize, generator: torch.Generator | None) -> Resize:
         """The resize with the rows of A that it adds."""
@@ -203,11 +187,10 @@ class RankMasks:
         like = torch.empty(0, a.shape[1:].numel(), device=a.device)
         return replace(resize, directions=kaiming_rows(added, like, generator))
 
-    def _switch(self, resize: Resize) -> _Switch:
-        """The module's next mask and factors; nothing is changed yet."""
-        inner, factors = self._inner[resize.name], self._modules[resize.name].factors
-        before: Tensor = inner.rank_mask.bool()
-        a, b = (whole(factor.detach()) for factor in factors)
+    def _switched(self, resize: Resize) -> tuple[Tensor, tuple[Tensor, Tensor], _Keep]:
+        """A module's next mask and factors, and the map for gradients and moments; nothing is changed yet."""
+        before: Tensor = self._inner[resize.name].rank_mask.bool()
+        a, b = (whole(factor.detach()) for factor in self._modules[resize.name].factors)
         if resize.directions is not None and resize.rank > before.sum():
             born = (~before).nonzero().flatten()[: len(resize.directions)]
             a = a.clone()
@@ -218,7 +201,7 @@ class RankMasks:
             largest = torch.argsort(norms, descending=True, stable=True)[: resize.rank]
             after = torch.zeros_like(before).index_fill(0, largest, True)
             keep = _Keep(after)
-        return _Switch(inner, after, factors, (a, keep.carry(b, 1)), keep)
+        return after, (a, keep.carry(b, 1)), keep
 
 
 def masks_on(model: PeftModel) -> RankMasks | None:
@@ -234,25 +217,15 @@ class _Keep(NamedTuple):
 
     def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
         values = whole(tensor)
-        shape = [-1 if index == dim else 1 for index in range(values.ndim)]
-        kept = torch.where(self.stays.to(values.device).reshape(shape), values, torch.zeros_like(values))
-        return _like(kept, tensor)
-
-
-class _Switch(NamedTuple):
-    """One module's next mask and factor values, and the map for gradients and moments."""
-
-    inner: Any
-    mask: Tensor
-    factors: tuple[nn.Parameter, nn.Parameter]
-    values: tuple[Tensor, Tensor]
-    keep: _Keep
+        stays = self.stays.to(values.device).reshape([-1 if index == dim else 1 for index in range(values.ndim)])
+        return _like(torch.where(stays, values, torch.zeros_like(values)), tensor)
 
 
 def _from_first_process(resizes: Sequence[Resize]) -> Sequence[Resize]:
     """Sent through the CPU, since other processes have other devices."""
-    rows = [None if resize.directions is None else resize.directions.cpu() for resize in resizes]
-    return from_first_process([replace(r, directions=d) for r, d in zip(resizes, rows, strict=True)])
+    return from_first_process(
+        [each if each.directions is None else replace(each, directions=each.directions.cpu()) for each in resizes]
+    )
 
 
 def _mask_output(inner: Any, _: Any, output: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rankscope.distributed import n_processes
-from rankscope.errors import ModelError
-from rankscope.lora.config import alpha_for, name_fields, rank_fields
-from rankscope.lora.factors import SHRINKS, RankMap, Resized, Selection, add_components, kaiming_rows
-from rankscope.lora.optimizer import Replacement, replace_parameters
+from rankscope.errors import ModelError, did_you_mean
+from rankscope.lora.config import alpha_for, check_block_names, check_config, name_fields, rank_fields
+from rankscope.lora.factors import SHRINKS, RankMap, Replacement, Resized, Selection, grow, replace_parameters
 from rankscope.targets import plain_name, unwrapped
 
 Part = tuple[str, str | None]  # `layer.<container>[adapter].<attribute>`, or the entry itself
@@ -36,17 +34,11 @@ MAGNITUDE: Part = ("lora_magnitude_vector", "weight")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resize:
-    """One module's new rank.
+    """One module's new rank; 0 deactivates its adapter, and a later resize activates it again."""
 
-    Attributes:
-        name: Full dotted name in the base model (`TargetModule.name`).
-        rank: The new rank; 0 deactivates the module's adapter, and a later resize activates it again.
-        directions: (added ranks, inputs) rows to append to A, scaled as they are to be used; None: drawn as PEFT draws A.
-    """
-
-    name: str
+    name: str  # in the base model
     rank: int
-    directions: Tensor | None = None
+    directions: Tensor | None = None  # (added ranks, inputs) rows for A, scaled as they are to be used; None: drawn
 
 
 def resize_adapters(
@@ -73,7 +65,7 @@ def resize_adapters(
         adapter_name: May be left out if there is only one.
         shrink: `"drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit.
             `"svd"` finds the closest factors, which mixes components and their moments.
-        generator: For rows of A that are drawn.
+        generator: For rows of A that are drawn, as PEFT draws them.
 
     Raises:
         ModelError: The model, a resize that it cannot follow, or an optimizer whose state cannot be carried.
@@ -87,25 +79,22 @@ def resize_adapters(
     if shrink not in SHRINKS:
         raise ModelError(f"`shrink` must be among {sorted(SHRINKS)}, but got {shrink!r}.")
     adapter = LiveAdapter(model, adapter_name)
-    rooms = {name: module.room for name, module in adapter.modules.items()}
-    check_resizes(resizes, rooms)
+    check_resizes(resizes, {name: module.room for name, module in adapter.modules.items()})
     adapter.check_changeable([r.name for r in resizes], to_zero=any(r.rank == 0 for r in resizes))
-    if optimizer is not None and n_processes() > 1:
-        raise ModelError(
-            f"a live resize must run in one process, but there are {n_processes()}; mask ranks instead (RankMasks)."
-        )
+    if optimizer is not None and (n := n_processes()) > 1:
+        raise ModelError(f"a live resize must run in one process, but there are {n}; mask ranks instead (RankMasks).")
     resized = {}
     for resize in resizes:
-        module = adapter.modules[resize.name]
+        name, module = resize.name, adapter.modules[resize.name]
         a, b = (factor.detach().flatten(1) for factor in module.factors)
         if resize.rank > len(a):
-            resized[resize.name] = _grown(a, b, resize, generator, embedding=module.parts == EMBEDDING_FACTORS)
+            rows = resize.rank - len(a) if resize.directions is None else resize.directions
+            resized[name] = grow(a, b, rows, generator, embedding=module.parts == EMBEDDING_FACTORS)
         elif resize.rank < len(a):
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ModelError(
-                    f"the factors of `{resize.name}` must be finite to be shrunk, but are not; go back to a checkpoint."
-                )
-            resized[resize.name] = SHRINKS[shrink](a, b, resize.rank)
+                must = f"the factors of `{name}` must be finite to be shrunk"
+                raise ModelError(f"{must}, but are not; go back to a checkpoint.")
+            resized[name] = SHRINKS[shrink](a, b, resize.rank)
     adapter.replace_factors(optimizer, resized)
 
 
@@ -113,37 +102,22 @@ def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int,
     """Raise a ModelError for a wrong name, rank or directions; `rooms` holds `LoraModule.room` of each module."""
     seen: set[str] = set()
     for resize in resizes:
-        name, rank = resize.name, cast(Any, resize.rank)
+        name, rank, rows = resize.name, cast(Any, resize.rank), resize.directions
         if name not in rooms:
-            close = difflib.get_close_matches(name, rooms, n=2)
-            remedy = f"did you mean {' or '.join(map(repr, close))}" if close else "adapt it when the model is wrapped"
-            raise ModelError(f"`resizes` must name modules that carry the adapter, but {name!r} does not; {remedy}.")
+            hint = did_you_mean(name, rooms, "adapt it when the model is wrapped.")
+            raise ModelError(f"`resizes` must name modules that carry the adapter, but {name!r} does not; {hint}")
         if name in seen:
             raise ModelError(f"`resizes` must name each module once, but names `{name}` twice.")
         seen.add(name)
         present, largest, inputs = rooms[name]
         if not isinstance(rank, Integral) or not 0 <= int(rank) <= largest:
             raise ModelError(f"the rank of `{name}` must be a whole number between 0 and {largest}, but got {rank!r}.")
-        if (rows := resize.directions) is None:
-            continue
-        if tuple(rows.shape) != (shape := (max(int(rank) - present, 0), inputs)):
-            raise ModelError(
-                f"`directions` of `{name}` must be of shape {shape}, one row for each added rank, but are of shape "
-                f"{tuple(rows.shape)}."
-            )
-        if not torch.isfinite(rows).all() or not rows.any(dim=1).all():  # zeros in A and B would never get a gradient
-            raise ModelError(
-                f"`directions` of `{name}` must be finite and without a row of zeros; leave them out to draw."
-            )
-
-
-def _grown(a: Tensor, b: Tensor, resize: Resize, generator: torch.Generator | None, *, embedding: bool) -> Resized:
-    added = resize.rank - len(a)
-    rows, columns = resize.directions, b.new_zeros(len(b), added)
-    if rows is None and embedding:
-        device = b.device if generator is None else generator.device
-        rows, columns = a.new_zeros(added, a.shape[1]), torch.randn(len(b), added, generator=generator, device=device)
-    return add_components(a, b, kaiming_rows(added, a, generator) if rows is None else rows, columns)
+        must = f"`directions` of `{name}` must be"
+        if rows is not None and tuple(rows.shape) != (shape := (max(int(rank) - present, 0), inputs)):
+            got = tuple(rows.shape)
+            raise ModelError(f"{must} of shape {shape}, one row for each added rank, but are of shape {got}.")
+        if rows is not None and not (torch.isfinite(rows).all() and rows.any(dim=1).all()):  # zeros would stay zeros
+            raise ModelError(f"{must} finite and without a row of zeros; leave them out to draw.")
 
 
 # --- one module's adapter -----------------------------------------------------------------------------------------
@@ -152,10 +126,9 @@ _INACTIVE = "dormant_adapters"
 
 
 class InactiveAdapter(nn.Module):
-    """A LoRA layer's entries of an adapter at rank 0: hidden from PEFT, still owned by the optimizer.
+    """A LoRA layer's entries of an adapter at rank 0, which PEFT does not have: hidden from it, but owned by the optimizer.
 
-    PEFT has no rank 0, so forward passes, `save_pretrained` and `state_dict` must leave the adapter out. Its parameters, of size
-    zero, keep their place in `parameters()`.
+    Its parameters, of size zero, keep their place in `parameters()`; `state_dict` leaves them out.
     """
 
     def __init__(self, entries: dict[str, Any]) -> None:
@@ -189,10 +162,10 @@ class LoraModule(NamedTuple):
         entries = getattr(self.layer, container)
         return entries[self.adapter] if self.adapter in entries else None  # noqa: SIM401 (a ModuleDict has no `get`)
 
-    def parameter(self, part: Part) -> nn.Parameter | None:
+    def parameter(self, part: Part) -> Any:
         """The parameter; None if the adapter has no such part."""
         container, attribute = part
-        value: nn.Parameter | None = self.entry(container)
+        value = self.entry(container)
         return getattr(value, attribute, None) if attribute else value
 
     @property
@@ -203,10 +176,8 @@ class LoraModule(NamedTuple):
     @property
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A of shape (rank, inputs) and B of shape (outputs, rank); a convolution's kernel in further dimensions."""
-        a, b = map(self.parameter, self.parts)
-        if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter):
-            raise ModelError(f"a layer of type {type(self.layer).__name__} must hold LoRA factors, but holds none.")
-        return a, b
+        part_a, part_b = self.parts
+        return self.parameter(part_a), self.parameter(part_b)
 
     @property
     def room(self) -> tuple[int, int, int]:
@@ -267,9 +238,7 @@ class LoraModule(NamedTuple):
 
     def _activate(self) -> None:
         inactive = getattr(self.layer, _INACTIVE)
-        entries = inactive[self.adapter].entries
-        del inactive[self.adapter]
-        for name, entry in entries.items():
+        for name, entry in inactive.pop(self.adapter).entries.items():
             getattr(self.layer, name)[self.adapter] = entry
             if isinstance(entry, nn.Module):
                 entry.train(self.layer.training)
@@ -288,14 +257,12 @@ class LoraModule(NamedTuple):
             yield f"{form} a MultiheadAttention."
         if any(parameter.is_meta for parameter in layer.parameters()):
             yield f"the weights of `{name}` must be in memory for its rank to change, but are offloaded; load the model without."
-        whole = "the adapter's parameters must be whole in this process, but"
+        whole, remedy = "the adapter's parameters must be whole in this process, but", "masked ranks (RankMasks)"
         if any(hasattr(parameter, "ds_id") for parameter in self.factors):
-            yield (
-                f"{whole} DeepSpeed ZeRO-3 partitions them and keeps its own flat copies; use DDP or FSDP2 with masked ranks "
-                "(RankMasks), or one process."
-            )
+            why = "DeepSpeed ZeRO-3 partitions them and keeps its own flat copies"
+            yield f"{whole} {why}; use DDP or FSDP2 with {remedy}, or one process."
         if not in_place and any(isinstance(parameter, DTensor) for parameter in self.factors):
-            yield f"{whole} are sharded over several (DTensor); mask ranks instead (RankMasks)."
+            yield f"{whole} are sharded over several (DTensor); use {remedy}."
 
 
 def _replacement(old: nn.Parameter, value: Tensor, dim: int, rank_map: RankMap) -> Replacement:
@@ -311,11 +278,8 @@ def _replacement(old: nn.Parameter, value: Tensor, dim: int, rank_map: RankMap) 
 class LiveAdapter:
     """A LoRA adapter inside a PEFT model, which `torch.compile` may wrap, but not DDP or FSDP.
 
-    Attributes:
-        model: The PEFT model.
-        name: The adapter's name.
-        modules: Its modules by their names in the base model, those of rank 0 included.
-        parameters: Its layers on parameters (`target_parameters`: fused experts), whose ranks stay.
+    `modules` holds the adapted modules by their names in the base model, those of rank 0 included; `parameters` the layers on
+    parameters (`target_parameters`: fused experts), whose ranks stay.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
@@ -349,16 +313,15 @@ class LiveAdapter:
     def config(self, ranks: Mapping[str, int]) -> LoraConfig:
         """A copy of the adapter's config with exactly these ranks and the present scalings."""
         config = copy.deepcopy(self.model.peft_config[self.name])  # the object may be another adapter's, too
-        adapted = {name: rank for name, rank in ranks.items() if rank > 0}
-        scalings = {name: self.modules[name].entry("scaling") for name in adapted}
-        alphas = {name: alpha_for(rank, scalings[name], rslora=config.use_rslora) for name, rank in adapted.items()}
-        values = name_fields(adapted) | rank_fields(
-            adapted | {name: layer.r[self.name] for name, layer in self.parameters.items()},
+        ranks = {name: rank for name, rank in ranks.items() if rank > 0}
+        scalings = {name: self.modules[name].layer.scaling[self.name] for name in ranks}
+        alphas = {name: alpha_for(rank, scalings[name], rslora=config.use_rslora) for name, rank in ranks.items()}
+        values = name_fields(ranks) | rank_fields(
+            ranks | {name: layer.r[self.name] for name, layer in self.parameters.items()},
             alphas | {name: layer.lora_alpha[self.name] for name, layer in self.parameters.items()},
         )
-        for field, value in values.items():
+        for field, value in (values | {"layers_to_transform": None, "layers_pattern": None}).items():
             setattr(config, field, value)
-        config.layers_to_transform = config.layers_pattern = None
         if config.init_lora_weights == "orthogonal":  # takes even ranks only; weights are loaded over it
             config.init_lora_weights = True
         return config
@@ -367,9 +330,8 @@ class LiveAdapter:
         """Put new factors into the layers; parameters, optimizer, layer attributes and config follow."""
         ranks = self.ranks | {name: len(new.a) for name, new in resized.items()}
         if not any(ranks.values()):
-            raise ModelError(
-                "`resizes` must leave at least one module a rank above 0; PEFT has no adapter without modules."
-            )
+            must = "`resizes` must leave at least one module a rank above 0"
+            raise ModelError(f"{must}; PEFT has no adapter without modules.")
         plans = {name: self.modules[name].replacements(new) for name, new in resized.items()}
         replace_parameters(optimizer, [replacement for plan in plans.values() for replacement in plan.values()])
         for name, plan in plans.items():
@@ -405,11 +367,7 @@ def lora_modules(model: PeftModel, adapter: str) -> tuple[dict[str, LoraModule],
 
 
 def from_peft_model(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, int]:
-    """The ranks that a PEFT model carries in an adapter (default: the active one), read from its LoRA layers.
-
-    Raises:
-        ModelError: The model has no such LoRA adapter, or several active ones and none is named.
-    """
+    """The ranks that a PEFT model carries in an adapter, read from its LoRA layers; by default the only active one's."""
     model = unwrapped(model)
     if adapter_name is None and isinstance(model, PeftModel):
         if len(active := model.active_adapters) > 1:
@@ -417,53 +375,11 @@ def from_peft_model(model: nn.Module, *, adapter_name: str | None = None) -> dic
         adapter_name = next(iter(active), "default")
     adapter = LiveAdapter(model, adapter_name)
     if attention := [name for name, found in adapter.modules.items() if isinstance(found.layer, MultiheadAttention)]:
-        raise ModelError(
-            f"`model` must carry adapters on modules of one weight, but `{attention[0]}` is an nn.MultiheadAttention; "
-            "adapt others."
-        )
+        but = f"but `{attention[0]}` is an nn.MultiheadAttention; adapt others."
+        raise ModelError(f"`model` must carry adapters on modules of one weight, {but}")
     return adapter.ranks
-
-
-# These take a part of the initial rank off the base weights, and another part when PEFT loads the adapter.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def check_config(config: LoraConfig, *, to_zero: bool) -> None:
-    """Raise a ModelError unless the ranks of an adapter with this config can change, and fall to 0."""
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
-        raise ModelError(
-            f"`init_lora_weights` must leave the base weights as they are where ranks change, but {init!r} takes a part of the "
-            "initial rank off them, and PEFT takes off another when it loads the adapter; use True, 'gaussian' or 'eva'."
-        )
-    variants = [
-        field.name for field in fields(config) if field.metadata.get("is_lora_variant") and field.name != "use_dora"
-    ]
-    if variant := next((name for name in variants if getattr(config, name)), init if init == "mica" else None):
-        raise ModelError(
-            f"the adapter must be plain LoRA or DoRA for its ranks to change, but has `{variant}`; leave it out."
-        )
-    if tied := getattr(config, "target_modules_to_tie", None):
-        raise ModelError(
-            f"adapters must have factors of their own for their ranks to change, but `ensure_weight_tying` ties those of "
-            f"{sorted(tied)}; adapt other modules only."
-        )
-    if to_zero and config.bias != "none":
-        raise ModelError(
-            f'`bias` must be "none" for modules to have rank 0 while they train, but is {config.bias!r}, and PEFT would lose '
-            "their trained biases; keep rank 1 at least."
-        )
 
 
 def is_ddp(model: nn.Module) -> bool:
     """Whether DistributedDataParallel wraps the model, inside `torch.compile` or not."""
     return any(isinstance(module, DistributedDataParallel) for module in model.modules())
-
-
-def check_block_names(names: Collection[str]) -> None:
-    """Raise a ModelError if `torch.compile` wraps blocks: PEFT would save adapters under names that no other model has."""
-    if wrapped := [name for name in names if "._orig_mod" in name]:
-        raise ModelError(
-            f"blocks must be compiled in place, but `{wrapped[0].partition('._orig_mod')[0]}` is wrapped by `torch.compile`, "
-            "whose name PEFT would save; call its `compile()` instead."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.errors import ModelError, SettingsError
-from rankscope.lora.config import PEFT_PREFIX, alpha_for, name_fields, taken_for_experts, to_lora_config
-from rankscope.lora.resize import LiveAdapter, Resize, check_block_names, check_config, lora_modules, resize_adapters
+from rankscope.lora.config import (
+    PEFT_PREFIX,
+    alpha_for,
+    check_block_names,
+    check_config,
+    name_fields,
+    taken_for_experts,
+    to_lora_config,
+)
+from rankscope.lora.resize import LiveAdapter, Resize, lora_modules, resize_adapters
 from rankscope.targets import TargetModule, unwrapped
 
 if TYPE_CHECKING:
@@ -27,11 +35,8 @@ def apply_allocation(
 ) -> peft.PeftModel:
     """Wrap the base `model` (in place) with LoRA of exactly these ranks, and check that PEFT built what was asked.
 
-    Args:
-        model: The base model.
-        allocation: For its target modules.
-        dormant: Give modules of rank 0 an inactive adapter, which `resize_adapters` can activate.
-        **peft_kwargs: As `to_lora_config` takes them.
+    With `dormant`, modules of rank 0 get an inactive adapter, which `resize_adapters` can activate. The other arguments are
+    those of `to_lora_config`.
 
     Raises:
         SettingsError: The allocation is for another model, or PEFT cannot build it.
@@ -62,12 +67,10 @@ def apply_allocation(
 def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], **options: Any) -> peft.PeftModel:
     """`get_peft_model`, and a check that PEFT adapts exactly these modules at these ranks; otherwise the model is unwrapped."""
     names = [name for name, rank in ranks.items() if rank]
-    if offloaded := [
-        name for name in names if any(weight.is_meta for weight in model.get_submodule(name).parameters())
-    ]:
-        raise SettingsError(
-            f"the weights of `{offloaded[0]}` must be in memory to be adapted, but are offloaded; load the model without."
-        )
+    for name in names:
+        if any(weight.is_meta for weight in model.get_submodule(name).parameters()):
+            must = f"the weights of `{name}` must be in memory to be adapted"
+            raise SettingsError(f"{must}, but are offloaded; load the model without.")
     if config.peft_type == peft.PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
         raise SettingsError(
             f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
@@ -77,11 +80,10 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], *
     modules, parameters = lora_modules(peft_model, "default")
     built = {name: module.layer.r["default"] for name, module in modules.items()}
     built |= {name: layer.r["default"] for name, layer in parameters.items()}
-    if odd := sorted(name for name in {*built, *names} if built.get(name, 0) != ranks.get(name, 0)):
-        peft_model.unload()
-        raise SettingsError(
-            f"PEFT must build rank {ranks.get(odd[0], 0)} for `{odd[0]}`, but built {built.get(odd[0], 0)}; leave it out."
-        )
+    for name in sorted({*built, *names}):
+        if (asked := ranks.get(name, 0)) != (got := built.get(name, 0)):
+            peft_model.unload()
+            raise SettingsError(f"PEFT must build rank {asked} for `{name}`, but built {got}; leave it out.")
     return peft_model
 
 
@@ -107,7 +109,6 @@ def wrap_with_adalora(
     A tenth of the steps in, ranks begin to fall, to a mean of `share * rank` when the fraction `settled` of the steps is over.
     AdaLoRA counts ranks, not parameters, so with `share=1` it may end above a budget in parameters.
     """
-    check_adalora_steps(steps)
     ranks = {target.name: initial_rank for target in targets}
     config = peft.AdaLoraConfig(
         target_r=rank,
@@ -123,12 +124,6 @@ def wrap_with_adalora(
     wrapped = _wrap(model, config, ranks)
     wrapped.base_model.rankallocator.target_bgt = round(share * rank * len(targets))
     return wrapped
-
-
-def check_adalora_steps(steps: int) -> None:
-    """Raise `ModelError` if a run is too short for ranks to be scored before they fall."""
-    if steps < 10:
-        raise ModelError(f"`steps` must be at least 10 for AdaLoRA, but got {steps}; train longer.")
 
 
 def ranks_of_adalora(model: Any) -> dict[str, int]:
@@ -164,13 +159,26 @@ def wrap_with_eva(
         **peft_kwargs,
     )
     wrapped = _wrap(model, config, ranks, low_cpu_mem_usage=True)
-    inputs = _Inputs(PEFT_PREFIX + name for name in ranks)
+    unseen = {PEFT_PREFIX + name: name for name in ranks}
+
+    def forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
+        model(**batch)
+        if unseen:
+            raise ModelError(
+                "EVA needs the inputs of every target module, but the first batch does not reach "
+                f"`{next(iter(unseen.values()))}` ({len(unseen)} such); leave it out of the targets, or give batches that do."
+            )
+
+    def rows(inputs: Any, seen: Any, name: str) -> Tensor:
+        unseen.pop(name, None)
+        return _rows_seen(inputs, seen)
+
     peft.initialize_lora_eva_weights(
         wrapped,
         [_without_class_labels(batch) for batch in batches],
-        forward_fn=inputs.forward,
+        forward_fn=forward,
         prepare_model_inputs_fn=_tokens_seen,
-        prepare_layer_inputs_fn=inputs.rows,
+        prepare_layer_inputs_fn=rows,
         show_progress_bar=False,
     )
     adapter = LiveAdapter(wrapped)
@@ -178,29 +186,13 @@ def wrap_with_eva(
     return wrapped
 
 
-class _Inputs:
-    """The modules' inputs as EVA sees them; PEFT's own functions mask any input as if it were (batch, length, width)."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._unseen = dict.fromkeys(names)
-
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        outputs = model(**batch)
-        if self._unseen:
-            name = next(iter(self._unseen)).removeprefix(PEFT_PREFIX)
-            raise ModelError(
-                f"EVA needs the inputs of every target module, but the first batch does not reach `{name}` "
-                f"({len(self._unseen)} such); leave it out of the targets, or give batches that do."
-            )
-        return outputs
-
-    def rows(self, inputs: Any, seen: Any, name: str) -> Tensor:
-        """(n, width): the inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
-        self._unseen.pop(name, None)
-        values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
-        rows = values.reshape(-1, values.shape[-1])
-        masked = seen is not None and values.shape[:-1] in (seen.shape, (seen.numel(),))
-        return rows[seen.flatten().to(rows.device)] if masked else rows
+def _rows_seen(inputs: Any, seen: Tensor | None) -> Tensor:
+    """(n, width): a module's inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
+    values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
+    rows = values.reshape(-1, values.shape[-1])
+    if seen is None or values.shape[:-1] not in (seen.shape, (seen.numel(),)):
+        return rows
+    return rows[seen.flatten().to(rows.device)]
 
 
 def _tokens_seen(batch: Mapping[str, Any], config: peft.LoraConfig) -> Tensor | None:

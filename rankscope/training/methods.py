@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankController, schedule_of
-from rankscope.errors import TrainingError
+from rankscope.errors import ModelError, TrainingError
 from rankscope.lora import (
     apply_allocation,
-    check_adalora_steps,
     ranks_of_adalora,
     wrap_with_adalora,
     wrap_with_eva,
@@ -159,8 +158,9 @@ class AdaLora(Method):
         return math.ceil(1.5 * self.rank)
 
     def check(self, task: Task, settings: TrainingSettings) -> None:
-        """Raise a SettingsError if the run is too short."""
-        check_adalora_steps(settings.steps)
+        """Raise a ModelError if the run is too short for ranks to be scored before they fall."""
+        if settings.steps < 10:
+            raise ModelError(f"`steps` must be at least 10 for AdaLoRA, but got {settings.steps}; train longer.")
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of the initial rank."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from rankscope.lora.factors import (
     Rotation,
     Selection,
-    add_components,
     component_norms,
     drop_components,
+    grow,
     kaiming_rows,
     truncate_svd,
 )
@@ -113,7 +113,7 @@ def test_selection_keeps_and_pads_along_any_dimension() -> None:
 
 def test_added_components_leave_the_product() -> None:
     a, b = pair(0, 2, 9, 8)
-    grown = add_components(a, b, kaiming_rows(3, a), b.new_zeros(8, 3))
+    grown = grow(a, b, kaiming_rows(3, a))
     assert torch.equal(grown.a[:2], a)
     assert torch.equal(grown.b[:, :2], b)
     assert (grown.a[2:].abs().amax(1) > 0).all()

@@ -229,7 +229,7 @@ def test_what_is_refused() -> None:
     )
     refuses(
         [Resize(name="linear", rank=1), Resize(name="convolutio", rank=3)],
-        "`resizes` must name modules that carry the adapter, but 'convolutio' does not; did you mean 'convolution'.",
+        "`resizes` must name modules that carry the adapter, but 'convolutio' does not; did you mean 'convolution'?",
         masks,
     )
     refuses(

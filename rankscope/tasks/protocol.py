@@ -29,8 +29,7 @@ class Task(Protocol):
         head_modules: Full names of fresh modules, such as a classifier, that are trained beside the adapters.
         task_type: PEFT's task type, or for a class that plain PEFT cannot build, its full path. Saved adapters hold it.
         model_kwargs: What `from_pretrained` of the base model needs so that a saved adapter fits.
-        fingerprint_data: Method that returns a hash of all data. Without it, the first training batches are hashed,
-            which misses a change of validation or test data.
+        fingerprint_data: Method that returns a hash of all data. Without it, only the first training batches are hashed.
     """
 
     name: str
@@ -38,22 +37,18 @@ class Task(Protocol):
 
     def build_model(self) -> nn.Module:
         """Return the model, with the same weights at every call."""
-        ...
 
     def train_batches(self, seed: int) -> Iterable[Batch]:
         """Return one epoch, in an order that depends on the seed only."""
-        ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the scalar loss of one batch."""
-        ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Return metrics, `metric` and `"loss"` among them.
 
         With an argument `split`, searches and controllers pass `"validation"` only, and comparisons report `"test"`.
         """
-        ...
 
 
 def check_task(candidate: object) -> Task:
@@ -63,9 +58,8 @@ def check_task(candidate: object) -> Task:
         raise TaskError(f"a task must be an object, but got the class {name}; make one: `{name}()`.")
     needed = ("name", "metric", "build_model", "train_batches", "loss", "evaluate")
     if missing := [name for name in needed if not hasattr(candidate, name)]:
-        raise TaskError(
-            f"a task must have {', '.join(needed)}, but {type(candidate).__name__} lacks {', '.join(missing)}."
-        )
+        must = f"a task must have {', '.join(needed)}"
+        raise TaskError(f"{must}, but {type(candidate).__name__} lacks {', '.join(missing)}.")
     assert isinstance(candidate, Task)
     return candidate
 
@@ -81,12 +75,12 @@ def check_counts(**counts: int) -> None:
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:
     """Return the task's metrics on one split. The model's outputs reach the task in float32."""
-    takes_split = "split" in inspect.signature(task.evaluate).parameters
-    if not takes_split and split != "validation":
+    options: Any = {"split": split} if "split" in inspect.signature(task.evaluate).parameters else {}
+    if not options and split != "validation":
         must = f"task `{task.name}` must have a {split} split"
         raise TaskError(f"{must}, but its `evaluate` takes none; add a `split` argument.")
     with mixed_precision(model):
-        metrics: dict[str, float] = task.evaluate(model, **({"split": split} if takes_split else {}))
+        metrics = task.evaluate(model, **options)
     if missing := [key for key in (task.metric, "loss") if key not in metrics]:
         raise TaskError(f"task `{task.name}` must evaluate {missing[0]!r}, but gave {', '.join(metrics) or 'nothing'}.")
     return metrics
@@ -122,14 +116,8 @@ def profile_task(
     """Profile a task's model on an epoch of training batches, on the device and in the precision of training.
 
     If `n_batches` is less than an epoch, the rest of it trains the head, since a head that has fitted a profiled batch
-    leaves less gradient in it.
-
-    Args:
-        task: The task.
-        seed: For the order of the epoch and the sketches.
-        on_start: Called with the number of batches.
-        settings: How to profile.
-        **options: Single settings, and other arguments of `rankscope.profile`.
+    leaves less gradient in it. `seed` is for the order of the epoch and the sketches, `on_start` is called with the number
+    of batches, and `options` are single settings and other arguments of `rankscope.profile`.
 
     >>> import rankscope as rs
     >>> profile_task(rs.load_task("digits-shift"), n_batches=2, head_steps=1).targets[0].name
@@ -137,8 +125,8 @@ def profile_task(
     """
     from rankscope.profiling import profile  # imports accelerate
 
-    single = {key: options.pop(key) for key in ProfileSettings.model_fields if key in options}
-    settings = ProfileSettings.of(settings, **single)
+    single = ProfileSettings.model_fields.keys() & options
+    settings = ProfileSettings.of(settings, **{key: options.pop(key) for key in single})
     head = tuple(getattr(task, "head_modules", ()))
     epoch = iter(task.train_batches(seed))
     batches = list(islice(epoch, settings.n_batches))
@@ -150,13 +138,7 @@ def profile_task(
         with mixed_precision(model):
             return task.loss(model, batch)
 
+    model = placed(task.build_model())
     return profile(
-        placed(task.build_model()),
-        batches,
-        loss_fn=loss,
-        head=head,
-        head_batches=head_batches,
-        seed=seed,
-        settings=settings,
-        **options,
+        model, batches, loss_fn=loss, head=head, head_batches=head_batches, seed=seed, settings=settings, **options
     )

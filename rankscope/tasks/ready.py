@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -24,14 +24,13 @@ from rankscope.tasks.text import CausalLM, TextClassification
 
 
 def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = None) -> Task:
-    """Load a task.
+    """Load a task; relative paths start from `base_dir`, by default the working directory. `spec` is one of
 
-    Args:
-        spec: A ready task's name (`"digits-shift"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`); a mapping
-            `{"name": ready name, **options}`; a mapping `{"type": "sequence-classification" | "causal-lm", "model": …,
-            "data": …, **options}` (see `TextClassification` and `CausalLM`); `"path/to/file.py:factory"` or
-            `"package.module:factory"`; or the name of an entry point in `rankscope.tasks`.
-        base_dir: Folder that relative paths start from; default: the working directory.
+    - the name of a ready task (`"digits-shift"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`), or of an entry
+      point in `rankscope.tasks`; with options: `{"name": name, **options}`;
+    - `{"type": "sequence-classification", "model": …, "data": …, **options}`, see `TextClassification`;
+    - `{"type": "causal-lm", "model": …, "data": …, **options}`, see `CausalLM`;
+    - `"path/to/file.py:factory"` or `"package.module:factory"`.
 
     >>> load_task("digits-shift").metric
     'accuracy'
@@ -82,19 +81,17 @@ def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
 
 def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> Task:
     """Call the factory with options whose names and types fit its signature."""
-    parameters = inspect.signature(factory).parameters
+    parameters = inspect.signature(factory, eval_str=True).parameters
     if unknown := [key for key in options if key not in parameters]:
         known = f"it takes {', '.join(parameters) or 'none'}."
         hint = did_you_mean(unknown[0], parameters, known, cutoff=0.4, quoted="`{}`".format)
         raise TaskError(f"{what} takes no option `{unknown[0]}`; {hint}")
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
         raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
-    made: Any = factory
-    hints = get_type_hints(made.__init__ if isinstance(factory, type) else factory)
     for name, value in options.items():
-        hint = hints.get(name, object)
+        hint = parameters[name].annotation
         kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        checked = all(isinstance(kind, type) for kind in kinds)
+        checked = hint is not inspect.Parameter.empty and all(isinstance(kind, type) for kind in kinds)
         if checked and (not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds)):
             wanted = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
@@ -128,10 +125,8 @@ class DigitsShift(PretrainedTask):
         return {"train": rows[:200], "validation": rows[200:400], "test": rows[400:]}
 
     @cached_property
-    def _loaded(self) -> nn.Module:
-        from transformers import ViTForImageClassification
-
-        return load_model(ViTForImageClassification.from_pretrained, data_folder("digits_vit"), num_labels=5)
+    def _loaded(self) -> Any:
+        return load_model("ViTForImageClassification", data_folder("digits_vit"), num_labels=5)
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return accuracy and mean cross-entropy."""
@@ -154,8 +149,7 @@ def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
 def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassification:
     """Movie-review sentences to the sign of their mean human rating, on all-MiniLM-L6-v2, mean-pooled.
 
-    Sentences rated between -0.5 and 0.5 are left out. 4,000 to train, 2,000 each to validate and to test, drawn with a fixed
-    seed. The text is fetched from the sdist of vaderSentiment and not redistributed.
+    Ratings between -0.5 and 0.5 are left out. The text is fetched from the sdist of vaderSentiment and not redistributed.
     """
     member = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     hash_ = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -169,10 +163,9 @@ def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassificati
 
 
 def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
-    """Whether two neighbouring words of a WordNet gloss have changed places, on all-MiniLM-L6-v2, mean-pooled.
+    """Whether two unequal neighbouring words of a WordNet gloss have changed places, on all-MiniLM-L6-v2, mean-pooled.
 
-    Of glosses of five words or more, in an order drawn once, every other has one pair of unequal words swapped. A mean over
-    tokens hardly tells, so the body has to learn it.
+    They have in every other gloss of five words or more. A mean over tokens hardly tells, so the body has to learn it.
     """
     table = pd.read_parquet(data_folder("wordnet") / "glosses.parquet", columns=["text", "split"])
     table = table[table["text"].str.count(r"\S+") >= 5].drop_duplicates("text").sample(frac=1.0, random_state=0)

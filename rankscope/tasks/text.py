@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,16 +24,12 @@ class TextTask(PretrainedTask):
 
     model: str | Path
     max_length: int
-    gguf_file: str | None = None
     _texts: Mapping[Split, list[str]]
     _labels: Mapping[Split, Tensor] | None = None  # of whole texts; None: the tokens are the labels
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        tokenizer = load_pretrained(AutoTokenizer.from_pretrained, self.model, **options)
+        tokenizer = load_pretrained("AutoTokenizer", self.model)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
             must = f"`{self.model}` must hold the model's tokenizer"
             raise TaskError(f"{must}, but has none; save it there with save_pretrained.")
@@ -47,10 +43,10 @@ class TextTask(PretrainedTask):
         found, most = {}, min(self.max_length, self._tokenizer.model_max_length)
         for split, texts in self._texts.items():
             tokens = self._tokenizer(texts, truncation=True, max_length=most)["input_ids"]
-            tokens = tokens if self._labels else [ids for ids in tokens if len(ids) > 1]
             labels = self._labels[split].tolist() if self._labels else tokens
-            found[split] = [{"input_ids": ids, "labels": each} for ids, each in zip(tokens, labels, strict=True)]
-            if not tokens:
+            pairs = zip(tokens, labels, strict=True)
+            found[split] = [{"input_ids": t, "labels": label} for t, label in pairs if self._labels or len(t) > 1]
+            if not found[split]:
                 must = "the data must have texts of two tokens or more in every split"
                 raise TaskError(f"{must}, but {split!r} has none; check texts and `max_length`.")
         return found
@@ -61,12 +57,15 @@ class TextTask(PretrainedTask):
         collator = DataCollatorWithPadding if self._labels else DataCollatorForSeq2Seq  # pads labels with -100
         return dict(collator(self._tokenizer)(rows))
 
-    def _check_positions(self, config: Any) -> None:
-        positions = getattr(config, "max_position_embeddings", None)
+    def _load(self, kind: str, **options: Any) -> Any:
+        """The model; its positions must take the longest text."""
+        model = load_model(kind, self.model, **options)
+        positions = getattr(model.config, "max_position_embeddings", None)
         longest = max(len(row["input_ids"]) for rows in self._rows.values() for row in rows)
         if positions is not None and longest > positions:
             must = f"`max_length` must be at most {positions:,}, the model's positions"
             raise TaskError(f"{must}, but the longest text has {longest:,} tokens; lower it.")
+        return model
 
     def fingerprint_data(self) -> str:
         """Return a hash of all texts and labels, and of the tokenizer's files in a local model folder."""
@@ -120,18 +119,20 @@ class TextClassification(TextTask):
         codes = {value: code for code, value in enumerate(self.classes)}
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
         self._labels = {split: torch.tensor(rows[label_column].map(codes).to_numpy()) for split, rows in parts.items()}
-        labels = {code: str(value) for code, value in enumerate(self.classes)}
-        self._head_options: dict[str, Any] = {"id2label": labels, "label2id": {labels[code]: code for code in labels}}
-        self._head_options["problem_type"] = "single_label_classification"
+        labels = [str(value) for value in self.classes]
+        self._head_options: dict[str, Any] = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: code for code, label in enumerate(labels)},
+            "problem_type": "single_label_classification",
+        }
 
     @cached_property
     def _mean_pooled(self) -> bool:
-        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+        from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
         if self.pooling is not None:
             return self.pooling == "mean"
-        config: Any = load_pretrained(AutoConfig.from_pretrained, self.model)
-        return type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        return type(load_pretrained("AutoConfig", self.model)) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     @property
     def task_type(self) -> str:
@@ -141,8 +142,7 @@ class TextClassification(TextTask):
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        config: Any = self._loaded.config
-        return self._head_options | ({} if self._mean_pooled else {"pad_token_id": config.pad_token_id})
+        return self._head_options | ({} if self._mean_pooled else {"pad_token_id": self._loaded.config.pad_token_id})
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:
@@ -151,21 +151,16 @@ class TextClassification(TextTask):
         return tuple(name for name, child in children if name != base and any(True for _ in child.parameters()))
 
     @cached_property
-    def _loaded(self) -> nn.Module:
-        from transformers import AutoModel, AutoModelForSequenceClassification
-
-        model: Any
+    def _loaded(self) -> Any:
         if self._mean_pooled:
-            encoder: Any = load_model(AutoModel.from_pretrained, self.model, fresh=r"pooler\.", **self._head_options)
+            encoder = self._load("AutoModel", fresh=r"pooler\.", **self._head_options)
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
-            model = MeanPooledClassifier(encoder, len(self.classes))
-        else:
-            model = load_model(AutoModelForSequenceClassification.from_pretrained, self.model, **self._head_options)
-            if model.config.pad_token_id is None:  # decoders find the last token of a text by it
-                model.config.pad_token_id = self._tokenizer.pad_token_id
-        self._check_positions(model.config)
-        return cast(nn.Module, model)
+            return MeanPooledClassifier(encoder, len(self.classes))
+        model = self._load("AutoModelForSequenceClassification", **self._head_options)
+        if model.config.pad_token_id is None:  # decoders find the last token of a text by it
+            model.config.pad_token_id = self._tokenizer.pad_token_id
+        return model
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return accuracy and mean cross-entropy."""
@@ -179,11 +174,10 @@ class MeanPooledClassifier(nn.Module):
     Module names (`bert.encoder.layer.0…`) are those of transformers' classification models.
     """
 
-    def __init__(self, encoder: nn.Module, n_labels: int) -> None:
+    def __init__(self, encoder: Any, n_labels: int) -> None:
         super().__init__()
-        self.config: Any = cast(Any, encoder.config)
-        self.name_or_path = str(getattr(encoder, "name_or_path", ""))  # PEFT's `base_model_name_or_path`
-        self.base_model_prefix = str(encoder.base_model_prefix)
+        self.config, self.base_model_prefix = encoder.config, encoder.base_model_prefix
+        self.name_or_path = encoder.name_or_path  # PEFT's `base_model_name_or_path`
         setattr(self, self.base_model_prefix, encoder)
         with seeded(0):
             self.classifier = nn.Linear(self.config.hidden_size, n_labels)
@@ -204,8 +198,7 @@ class MeanPooledClassifier(nn.Module):
 class CausalLM(TextTask):
     """Texts continued by a causal language model, whose own head is kept and stays frozen.
 
-    Arguments are as for `TextClassification`. `gguf_file` names a GGUF file in the model folder, if the weights come as one.
-    Texts of fewer than two tokens predict nothing and are left out.
+    Arguments are as for `TextClassification`. Texts of fewer than two tokens predict nothing and are left out.
     """
 
     metric = "token_accuracy"
@@ -220,34 +213,18 @@ class CausalLM(TextTask):
         text_column: str = "text",
         batch_size: int = 8,
         max_length: int = 256,
-        gguf_file: str | None = None,
         split_seed: int = 0,
         name: str = "causal-lm",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
-        self.name, self.model, self.gguf_file = name, model, gguf_file
-        self.batch_size, self.max_length = batch_size, max_length
+        self.name, self.model, self.batch_size, self.max_length = name, model, batch_size, max_length
         table = read_table(data, (text_column,)).dropna(subset=text_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
     @cached_property
-    def _loaded(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        model = load_model(AutoModelForCausalLM.from_pretrained, self.model, fresh=r"$", **self.model_kwargs)
-        self._check_positions(model.config)
-        return model
-
-    def _predictions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        labels = labels[:, 1:]
-        kept = labels != -100
-        return logits[:, :-1][kept], labels[kept]
+    def _loaded(self) -> Any:
+        return self._load("AutoModelForCausalLM", fresh=r"$")
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return the share of tokens predicted right, cross-entropy per token, and perplexity."""

@@ -56,22 +56,12 @@ def train(
     on_step: Callable[[int], None] | None = None,
     **overrides: Any,
 ) -> tuple[nn.Module, TrainingResult]:
-    """Fine-tune the task's model, and return it with the result.
+    """Fine-tune the task's model, and return it with the result; raise a TrainingError if loss or metric is not finite.
 
-    The model runs where the task has placed it, else on the best device, in mixed precision where that supports bfloat16.
-
-    Args:
-        task: The task.
-        method: The ranks of LoRA, or a `rankscope.training.Method`.
-        settings: How to train.
-        seed: For the initial adapters, dropout and the order of the data. The global generators are left alone.
-        controller: Moves an allocation's ranks during the run, within its budget; None: they stay.
-        on_evaluation: Called with step and validation metrics. It may raise to stop the run, as a pruner does.
-        on_step: Called with the step.
-        **overrides: Single settings.
-
-    Raises:
-        TrainingError: The loss or the metric is not finite.
+    The model runs where the task has placed it, else on the best device, in mixed precision where that supports bfloat16. A
+    `controller` moves an allocation's ranks during the run, within its budget. `seed` is for the initial adapters, dropout and
+    the order of the data; the global generators are left alone. `on_step` is called with the step, `on_evaluation` with step
+    and validation metrics; it may raise to stop the run, as a pruner does.
 
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
@@ -97,7 +87,10 @@ def train(
                 if on_step:
                     on_step(step)
                 if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                    history[step] = _finite_metrics(task, model, step)
+                    history[step] = evaluate(task, model)
+                    if not math.isfinite(value := history[step][task.metric]):
+                        must = f"`{task.metric}` must be finite, but is {value} at step {step}"
+                        raise TrainingError(f"{must}; lower `learning_rate`.")
                     if on_evaluation:
                         on_evaluation(step, history[step])
     for adapter in getattr(model, "peft_config", {}).values():
@@ -105,13 +98,6 @@ def train(
     allocation, seconds = running.allocation, time.perf_counter() - started
     parameters = allocation.parameters if allocation else sum(p.numel() for p in _body_and_head(task, model)[0])
     return model, TrainingResult(history, parameters, seconds, allocation, running.decisions)
-
-
-def _finite_metrics(task: Task, model: nn.Module, step: int) -> Mapping[str, float]:
-    metrics = evaluate(task, model, "validation")
-    if not math.isfinite(value := metrics[task.metric]):
-        raise TrainingError(f"`{task.metric}` must be finite, but is {value} at step {step}; lower `learning_rate`.")
-    return metrics
 
 
 def _steps(
@@ -152,12 +138,11 @@ def _steps(
 def _stream(task: Task, seed: int) -> Iterator[Batch]:
     """Yield epoch after epoch, each in an order of its own that depends on the seed only."""
     for epoch in count():
-        empty = True
-        for batch in task.train_batches(seed + 1_000_003 * epoch):
-            empty = False
-            yield batch
-        if empty:
+        batches = iter(task.train_batches(seed + 1_000_003 * epoch))
+        if (first := next(batches, None)) is None:
             raise TrainingError(f"`{task.name}` must give at least one training batch, but gave none; check its data.")
+        yield first
+        yield from batches
 
 
 @contextmanager

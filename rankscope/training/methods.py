@@ -93,12 +93,11 @@ class Lora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of these ranks; under a controller, inactive ones on modules of rank 0."""
-        options = _peft_options(task, settings)
+        options: dict[str, Any] = {"scaling": settings.scaling}
         if self.rank_stabilised:
             ranks = [rank for rank in self.allocation.vector if rank]
-            options |= {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
-        else:
-            options["scaling"] = settings.scaling
+            options = {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
+        options |= _peft_options(task, settings)
         return cast(nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **options))
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Any:
@@ -140,10 +139,9 @@ class AdaLora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of the initial rank."""
-        schedule: Any = {"steps": settings.steps, "share": self.share, "settled": self.settled}
-        options: Any = {"alpha": self.alpha, **schedule, **_peft_options(task, settings)}
-        ranks = {"rank": self.rank, "initial_rank": self.initial_rank}
-        return cast(nn.Module, wrap_with_adalora(model, self.targets, **ranks, **options))
+        options: Any = {"alpha": self.alpha, "steps": settings.steps, "share": self.share, "settled": self.settled}
+        options |= {"rank": self.rank, "initial_rank": self.initial_rank, **_peft_options(task, settings)}
+        return cast(nn.Module, wrap_with_adalora(model, self.targets, **options))
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
         """Score ranks at each step, and mask the least important."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -60,8 +60,7 @@ def check_task(candidate: object) -> Task:
     if missing := [name for name in needed if not hasattr(candidate, name)]:
         must = f"a task must have {', '.join(needed)}"
         raise TaskError(f"{must}, but {type(candidate).__name__} lacks {', '.join(missing)}.")
-    assert isinstance(candidate, Task)
-    return candidate
+    return cast(Task, candidate)
 
 
 def check_counts(**counts: int) -> None:

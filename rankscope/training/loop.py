@@ -118,8 +118,7 @@ def _steps(
                 loss = task.loss(model, send_to_device(batch, device))
             (loss / settings.gradient_accumulation).backward()
             parts.append(loss.detach().float())
-        if settings.max_grad_norm:
-            # Those of the optimizer, since a controller replaces parameters.
+        if settings.max_grad_norm:  # of the optimizer's parameters: a controller replaces the model's
             trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
@@ -177,13 +176,13 @@ def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[di
     return [group for group in groups if group["params"]]
 
 
-def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -> Path:
+def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path:
     """Save a trained model by its own `save_pretrained`, with a README that says how to load it in plain PEFT.
 
     Options for the base model (`id2label`, …) go to `model_kwargs.json`. The folder is replaced as a whole.
     """
-    options: dict[str, Any] = dict(getattr(task, "model_kwargs", {}))
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    options = dict(getattr(task, "model_kwargs", {}))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if loader := _LOADERS.get(getattr(task, "task_type", None) or ""):
         code = [f"from peft import {loader}", ""]
         if options:
@@ -198,7 +197,7 @@ def save_adapter(model: nn.Module, task: Task, folder: str | os.PathLike[str]) -
     source = json.dumps(getattr(base, "name_or_path", "") or "")
     readme = ["---", f"base_model: {source}", "library_name: peft", "---", f"# LoRA for `{task.name}`", "", *how, ""]
     with replacing(folder, folder=True) as temporary:
-        model.save_pretrained(str(temporary))  # type: ignore[operator]
+        model.save_pretrained(str(temporary))
         if options:
             write_json(temporary / "model_kwargs.json", options)
         (temporary / "README.md").write_text("\n".join(readme), encoding="utf-8")

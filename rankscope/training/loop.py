@@ -76,6 +76,7 @@ def train(
         method = Lora(method, controller)
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
+    method.check(task, settings)
     started = time.perf_counter()
     with seeded(seed):
         model = method.adapt(placed(task.build_model()), task, settings, seed)

@@ -203,7 +203,6 @@ class HeadOnly(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Freeze all but the head."""
-        self.check(task, settings)
         model.requires_grad_(False)
         for name in getattr(task, "head_modules", ()):
             model.get_submodule(name).requires_grad_(True)

@@ -215,7 +215,7 @@ class SearchSettings(Settings):
     )
     seed: int | None = Field(None, ge=0, lt=2**31, description="Seed of the sampler. Default: the study's, or 0.")
     grouping: Literal["depth", "gradient"] = Field(
-        "depth", description="Groups of blocks: by depth, or k-means of gradients."
+        "depth", description="Groups of blocks: by depth, or by their gradients."
     )
     n_groups: Count = Field(3, description="Block groups in each tower.")
     storage: Annotated[str | None, OrObject] = Field(

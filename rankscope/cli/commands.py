@@ -24,7 +24,6 @@ from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, remove_others, replacing, require_same, write_json
 from rankscope.lora import save_lora_config
 from rankscope.performance import PerformanceModel
-from rankscope.plotting import save_figure
 from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import NEEDS_PROFILE
 from rankscope.targets import TargetModule
@@ -33,7 +32,6 @@ from rankscope.training import Lora
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 SHOWN_MODULES = 9
 COMPARISON = "comparison.parquet"
-FIRST_REPORTED_SEED = 1000  # seeds of reported runs stay apart from those of search and tuning
 
 
 # --- profile and allocate ---------------------------------------------------------------------------------------
@@ -44,11 +42,8 @@ def run_profile(session: Session, *, as_json: bool) -> None:
     taken = session.take_profile()
     facts, modules = taken.metadata, profiling.rank_modules(taken)
     groups = profiling.group_energy(taken).to_dict("records")
-    files = [
-        session.profile_path,
-        save_figure(plotting.plot_energy(taken), session.out / "energy.png"),
-        save_figure(plotting.plot_spectra(taken), session.out / "spectra.png"),
-    ]
+    pictures = session.draw(energy=plotting.plot_energy(taken), spectra=plotting.plot_spectra(taken))
+    files = [session.profile_path, *pictures]
     if as_json:
         made = {"profile": str(session.profile_path), "modules": len(modules)}
         print_json({**made, **facts, "groups": groups}, files)
@@ -83,10 +78,8 @@ def run_profile(session: Session, *, as_json: bool) -> None:
 def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
     """`rankscope allocate`."""
     if not force and _is_recommended(session.allocation_path):
-        raise SettingsError(
-            f"`{session.allocation_path}` holds what a search recommended, which `allocate` would replace; pass --force, or use "
-            "another --out."
-        )
+        what = "holds what a search recommended, which `allocate` would replace"
+        raise SettingsError(f"`{session.allocation_path}` {what}; pass --force, or use another --out.")
     uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
     allocation = session.one_shot()
     shown = [uniform, allocation] if allocation.strategy != "uniform" else [uniform]
@@ -99,7 +92,7 @@ def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
         {"strategy": "{a.strategy}", "parameters": "{a.parameters:,}", "modules adapted": "{adapted}", "max rank": "{most}"},
         [
             {"a": a, "adapted": f"{np.count_nonzero(a.vector)} of {len(a.targets)}", "most": max(a.vector)}
-            for a in dict.fromkeys([uniform, allocation])
+            for a in shown
         ],
     )  # fmt: skip
     print_files(files)
@@ -121,11 +114,8 @@ def _export(session: Session, allocation: RankAllocation, shown: list[RankAlloca
     config = allocation.to_lora_config(
         scaling=training.scaling, lora_dropout=training.lora_dropout, modules_to_save=heads or None
     )
-    return [
-        session.allocation_path,
-        save_lora_config(config, session.out / "adapter_config.json"),
-        save_figure(plotting.plot_ranks(*shown), session.out / "ranks.png"),
-    ]
+    config_path = save_lora_config(config, session.out / "adapter_config.json")
+    return [session.allocation_path, config_path, *session.draw(ranks=plotting.plot_ranks(*shown))]
 
 
 def _allocation_summary(allocation: RankAllocation) -> dict[str, Any]:
@@ -145,9 +135,8 @@ def run_search(session: Session, *, as_json: bool) -> None:
     files = _export(session, allocation, list(shown), command="search")
     files.append(result.to_parquet(session.out / "trials.parquet"))
     if result.model is not None:
-        files.append(save_figure(plotting.plot_predictions(result.model, result), session.out / "predictions.png"))
-        files.append(save_figure(plotting.plot_belief(result.model), session.out / "belief.png"))
-        files.append(save_figure(plotting.plot_levels(result.model), session.out / "levels.png"))
+        files += session.draw(predictions=plotting.plot_predictions(result.model, result))
+        files += session.draw(belief=plotting.plot_belief(result.model), levels=plotting.plot_levels(result.model))
     remove_others(session.out, ("predictions.png", "belief.png", "levels.png"), kept=files)
     if as_json:
         print_json({"study": session.study.name, **_allocation_summary(allocation), **_search_summary(result)}, files)
@@ -282,12 +271,11 @@ def run_train(
         _require_equal(ranks, uniform)
         static = dict.fromkeys([Lora(uniform), Lora(ranks)])
         methods = [*(method for method in static if method != methods[0]), *methods]
-    first = FIRST_REPORTED_SEED + session.study.seed
     with progress("training") as update:
         groups = comparison.run_tuned(
             session.task,
             [comparison.make_grid(method, session.study.training) for method in methods],
-            seeds=range(first, first + seeds),
+            seeds=_reported_seeds(session, seeds),
             n_jobs=jobs,
             save_first_to=session.out / "adapter",
             on_run=lambda done, total: update(completed=done, total=total),
@@ -316,6 +304,11 @@ def run_train(
         ],
     )  # fmt: skip
     print_files(files)
+
+
+def _reported_seeds(session: Session, n: int) -> range:
+    """Seeds of reported runs, apart from those of search and tuning."""
+    return range(1000 + session.study.seed, 1000 + session.study.seed + n)
 
 
 def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
@@ -374,11 +367,9 @@ def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
     if decisions is None:
         remove_others(session.out, ("decisions.parquet", "trajectories.png", "flow.png"), kept=())
         return []
-    return [
-        write_decisions(decisions, session.out / "decisions.parquet"),
-        save_figure(plotting.plot_trajectories(decisions, session.targets), session.out / "trajectories.png"),
-        save_figure(plotting.plot_flow(decisions, session.targets), session.out / "flow.png"),
-    ]
+    written = write_decisions(decisions, session.out / "decisions.parquet")
+    trajectories = plotting.plot_trajectories(decisions, session.targets)
+    return [written, *session.draw(trajectories=trajectories, flow=plotting.plot_flow(decisions, session.targets))]
 
 
 # --- compare and report -----------------------------------------------------------------------------------------
@@ -387,8 +378,7 @@ def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
 def run_compare(session: Session, *, as_json: bool) -> None:
     """`rankscope compare`."""
     settings, study = session.study.compare, session.study
-    first = FIRST_REPORTED_SEED + study.seed
-    seeds = range(first, first + settings.n_seeds)
+    seeds = _reported_seeds(session, settings.n_seeds)
     comparison.check_terms(settings, session.budget, seeds)  # before a profile is taken or a search resumed
     searched = None
     if any(SEARCHED in name for name in settings.methods):
@@ -399,7 +389,7 @@ def run_compare(session: Session, *, as_json: bool) -> None:
             )
         searched = _search(session)
     methods = comparison.find_methods(
-        settings.methods, seed=first, controller=study.controller, searched=searched, base_dir=study.base_dir
+        settings.methods, seed=seeds[0], controller=study.controller, searched=searched, base_dir=study.base_dir
     )
     with progress("comparing") as update:
         found = comparison.compare(
@@ -443,12 +433,10 @@ def run_report(folders: list[Path], out: Path | None, into: Path | None, *, as_j
 
 def _told_apart(runs: Mapping[Path, pd.DataFrame]) -> pd.DataFrame:
     """The runs of several folders; studies of one name, which may be of other data, get their folder's name beside it."""
-    names = Counter(name for each in runs.values() for name in each["study"].unique())
-    parts = []
-    for folder, each in runs.items():
-        labels = {name: f"{name} ({folder})" if names[name] > 1 else name for name in each["study"].unique()}
-        parts.append(each.assign(study=each["study"].map(labels)))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat([each.assign(folder=str(folder)) for folder, each in runs.items()], ignore_index=True)
+    several = table.groupby("study")["folder"].transform("nunique") > 1
+    study, folder = table["study"], table.pop("folder")
+    return table.assign(study=study.where(~several, study + " (" + folder + ")"))
 
 
 def _read_card(path: Path) -> str:

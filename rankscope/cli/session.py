@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import optuna
 import transformers
+from matplotlib.figure import Figure
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,6 +26,7 @@ from rankscope.budget import ParameterBudget
 from rankscope.distributed import require_one_process
 from rankscope.errors import FileError
 from rankscope.files import FORMAT, digest, require_same
+from rankscope.plotting import save_figure
 from rankscope.profiling import Profile, read_profile
 from rankscope.settings import BudgetSettings, StudySettings, read_study
 from rankscope.strategies import NEEDS_PROFILE, allocate
@@ -106,6 +108,10 @@ class Session:
     def has_search(self) -> bool:
         """Whether there can be a search: its database is in the output folder, or where the study says."""
         return self.study.search.storage is not None or (self.out / "search.db").exists()
+
+    def draw(self, **figures: Figure) -> list[Path]:
+        """Write each figure as `NAME.png` into the output folder."""
+        return [save_figure(figure, self.out / f"{name}.png") for name, figure in figures.items()]
 
     def provenance(self, command: str) -> dict[str, Any]:
         """How this command makes an output, and what the output depends on; kept in the output's file."""

@@ -214,29 +214,25 @@ def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figur
     flow = budget_flow(decisions, targets)
     frozen = int(decisions["step"].iloc[-1])
     end = frozen + int(decisions["step"].iloc[0])  # as long again as between two decisions
-    steps = [*flow.columns, end]
-    edges = 1.0 - np.vstack([np.zeros(flow.shape[1]), np.cumsum(flow.to_numpy(), axis=0)])
-    edges = np.column_stack([edges, edges[:, -1]])  # the last shares hold until the end
+    flow[end] = flow.iloc[:, -1]  # the last shares hold until the end
     figure = _figure(6.4, 4.2)
     axis = figure.subplots()
     roles = list(dict.fromkeys(flow.index.get_level_values(1)))
     colours = dict(zip(roles, cycle(BAND_COLOURS), strict=False))
-    for (_, role), high, low in zip(flow.index, edges, edges[1:], strict=False):
-        label = roles.pop(0) if role in roles[:1] else None
-        axis.fill_between(
-            steps, low, high, step="post", color=colours[role], alpha=0.75, lw=0.6, edgecolor="white", label=label
-        )
-        for column, side in ((0, "left"), (-1, "right")):
-            if (share := high[column] - low[column]) >= 0.04:
-                middle = (high[column] + low[column]) / 2
-                axis.text(steps[column], middle, f" {share:.0%} ", ha=side, va="center", fontsize=7)
-    towers = flow.index.get_level_values(0).tolist()
-    for tower in dict.fromkeys(towers) if len(set(towers)) > 1 else ():  # lines between them, and what each had and has
-        first = towers.index(tower)
-        high, low = edges[first], edges[first + towers.count(tower)]
-        axis.step(steps, low, where="post", color="black", lw=1.2)
-        text = f" {tower}\n {high[0] - low[0]:.0%} → {high[-1] - low[-1]:.0%}"
-        axis.text(steps[-1], (high[-1] + low[-1]) / 2, text, fontsize=8, va="center")
+    for (_, role), share, low in zip(flow.index, flow.to_numpy(), 1.0 - flow.cumsum().to_numpy(), strict=True):
+        style = {"label": roles.pop(0)} if role in roles[:1] else {}
+        style |= {"color": colours[role], "alpha": 0.75, "lw": 0.6, "edgecolor": "white"}
+        axis.fill_between(flow.columns, low, low + share, step="post", **style)
+        for x, place, side in ((0, 0, "left"), (end, -1, "right")):
+            if share[place] >= 0.04:
+                text = f" {share[place]:.0%} "
+                axis.text(x, low[place] + share[place] / 2, text, ha=side, va="center", fontsize=7)
+    towers = flow.groupby(level=0, sort=False).sum()
+    for tower, share, low in zip(towers.index, towers.to_numpy(), 1.0 - towers.cumsum().to_numpy(), strict=True):
+        if len(towers) > 1:
+            axis.step(flow.columns, low, where="post", color="black", lw=1.2)
+            text = f" {tower}\n {share[0]:.0%} → {share[-1]:.0%}"
+            axis.text(end, low[-1] + share[-1] / 2, text, fontsize=8, va="center")
     axis.axvline(frozen, color="black", lw=0.8, ls="--")
     axis.text(frozen, 1.01, "last decision", ha="center", va="bottom", fontsize=8)
     axis.set(xlim=(0, end), ylim=(0, 1))

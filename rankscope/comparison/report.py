@@ -38,21 +38,14 @@ def write_report(
     pictures_in: Path | None = None,
     command: str = "",
 ) -> list[Path]:
-    """Write `report.html` and the PNGs that it shows; returns their paths, the page first.
+    """Write `report.html` and the PNGs that it shows to a folder; returns their paths, the page first.
 
-    Args:
-        folder: Where they go.
-        runs: `Comparison.runs`, of one study or several.
-        table: What `summarise` makes of them.
-        targets: Of the model, for pictures of ranks. Several studies together have none.
-        decisions: Of controllers, by method.
-        pictures_in: The comparison's folder; pictures there that cannot be drawn again are shown as they are.
-        command: What made the runs, for the foot of the page.
+    `runs` are of one study or several, and `table` is what `summarise` makes of them. Pictures of ranks need the `targets` of a
+    single study, and those of controllers their `decisions`, by method; without them, pictures in the folder `pictures_in` are
+    shown as they are. The page ends with `command`, which made the runs.
     """
-    drawn = {
-        name: save_figure(figure, folder / f"{name}.png")
-        for name, figure in _figures(runs, table, targets, decisions or {}).items()
-    }
+    figures = _figures(runs, table, targets, decisions or {})
+    drawn = {name: save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()}
     patterns = ("ranks.png", "trajectories-*.png", "flow-*.png")  # these need target modules or decisions
     found = [path for pattern in patterns if pictures_in for path in sorted(pictures_in.glob(pattern))]
     shown = {path.stem: path for path in found} | drawn
@@ -61,12 +54,11 @@ def write_report(
         kind, _, method = name.partition("-")
         title = f"{TITLES[kind]}: {method}" if method else TITLES[kind]
         pictures.append((title, base64.b64encode(shown[name].read_bytes()).decode()))
+    by_study = at_budget(table).groupby("study", sort=False)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
         title="Rank allocation compared: " + ", ".join(dict.fromkeys(table["study"])),
-        studies=[
-            [format_row(row) for _, row in rows.iterrows()] for _, rows in at_budget(table).groupby("study", sort=False)
-        ],
+        studies=[[format_row(row) for _, row in rows.iterrows()] for _, rows in by_study],
         ranking=_ranking(table),
         pictures=pictures,
         n_runs=len(runs),

@@ -290,7 +290,7 @@ class Contender:
     name: str
     source: str | Function
     seed: int = 0
-    controller: ControllerSettings = field(default_factory=ControllerSettings)  # of methods under a controller
+    controller: ControllerSettings | None = None  # of methods under a controller
     searched: SearchResult | None = None  # whose recommendation is compared
     base_dir: Path = Path()  # from which relative paths of files start
 
@@ -332,15 +332,18 @@ class Contender:
                 return Lora(RankAllocation.from_ranks(targets, ranks, strategy="qv-only", budget=budget.limit))
             case str(name) if name in known_methods():
                 start = name.removeprefix(CONTROLLER).removeprefix("-") or REFERENCE
-                return Lora(allocated(start), self.controller if name.startswith(CONTROLLER) else None)
-            case str(name):
-                gives = "an allocation or a method"
-                with user_function(name, self.base_dir, gives=gives, error=SettingsError) as function:
-                    return self._checked(function(targets=targets, budget=budget, profile=profile), budget)
-        return self._checked(self.source(targets=targets, budget=budget, profile=profile), budget)
+                moving = self.controller or ControllerSettings()
+                return Lora(allocated(start), moving if name.startswith(CONTROLLER) else None)
+        return self._from_function(targets=targets, budget=budget, profile=profile)
 
-    def _checked(self, found: Any, budget: ParameterBudget) -> Method:
-        """What a user's function gave, as a method."""
+    def _from_function(self, *, budget: ParameterBudget, **terms: Any) -> Method:
+        """What a user's function gives, as a method."""
+        if isinstance(self.source, str):
+            gives = "an allocation or a method"
+            with user_function(self.source, self.base_dir, gives=gives, error=SettingsError) as function:
+                found: Any = function(budget=budget, **terms)
+        else:
+            found = self.source(budget=budget, **terms)
         if isinstance(found, RankAllocation):
             return Lora(replace(found, strategy=self.name.rpartition(":")[2], budget=budget.limit))
         if isinstance(found, Method):
@@ -469,7 +472,7 @@ def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Seque
     """The seeds that tune; raises SettingsError for budgets and seeds that cannot be compared, before anything is trained."""
     tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
     if 1.0 not in settings.budgets:
-        held = ", ".join(f"{factor:g}" for factor in settings.budgets) or "none"
+        held = ", ".join(f"{factor:g}" for factor in settings.budgets)
         raise SettingsError(
             f"`budgets` must hold the factor 1, the study's own budget, but holds {held}; add 1, or change `budget`."
         )

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +31,7 @@ HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib sci
 def test_what_needs_no_work_imports_nothing_heavy(arguments: list[str], status: int) -> None:
     code = f"""
 import sys
+from pathlib import Path
 from rankscope.cli import main
 sys.argv = ["rankscope", *{arguments!r}]
 try:
@@ -66,6 +68,7 @@ def talk() -> None:
     {work}
 
 import sys
+from pathlib import Path
 sys.argv = ["rankscope", "talk"]
 cli.main()
 """
@@ -124,3 +127,16 @@ def test_importing_says_nothing() -> None:
     """As in a worker of `--jobs`, where bitsandbytes advised to install a kernel."""
     done = subprocess.run([sys.executable, "-c", "import rankscope.lora"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("jobs", [1, 8])
+def test_a_flag_wins_over_the_study_whether_it_is_higher_or_lower(
+    jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr("rankscope.cli.commands.run_compare", lambda session, **_: found.append(session.study.compare))
+    study = tmp_path / "s.yaml"
+    study.write_text("task: digits-shift\nbudget: {uniform_rank: 1}\ncompare: {n_jobs: 4, n_seeds: 5}\n")
+    result = CliRunner().invoke(app, ["compare", str(study), "--jobs", str(jobs), "--out", str(tmp_path / "out")])
+    assert (result.exit_code, result.output) == (0, "")
+    assert [(each.n_jobs, each.n_seeds) for each in found] == [(jobs, 5)]

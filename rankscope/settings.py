@@ -27,6 +27,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 from rankscope.errors import FileError, SettingsError, shown
 from rankscope.files import read_yaml
@@ -267,8 +268,8 @@ class ControllerSettings(Settings):
         0.5, description="Share of the time until the freeze in which a decision may move all modules; later: one rank."
     )
     max_rank: Count | None = Field(None, description="Largest rank of a module. Default: its full rank.")
-    adapter_name: str | None = Field(None, description="Whose ranks move, if the model has several adapters.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of sketches and new adapter rows; in a training, the run's.")
+    adapter_name: SkipJsonSchema[str | None] = Field(None, description="Whose ranks move, if the model has several.")
+    seed: SkipJsonSchema[int] = Field(0, ge=0, lt=2**32, description="Seed of sketches and new adapter rows.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,26 +1,73 @@
-"""The record of a decision, what moves did to the training loss, and the models that may refuse a move."""
+"""Decisions: proposals within the budget, what moves do to the loss, and the record. Pure functions, no state, no torch.
+
+A module's r-th rank is worth sigma_r^2, the energy of the present gradient that it can follow (Eckart and Young 1936), as in
+one-shot. The ranks in place are the first ones.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
-from rankscope.control.policy import UNKNOWN, Action, Effect, Proposal
-from rankscope.distributed import gathered
+from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
 from rankscope.files import replacing
 from rankscope.performance import HierarchicalRegressor, PerformanceModel, RankFeatures
-from rankscope.profiling import LocalHook
+from rankscope.settings import ControllerSettings
+from rankscope.targets import TargetModule
+
+Ranks = Sequence[int]
+
+# "kept": nothing is worth moving; "refused" by a performance model; "skipped": no gradient to decide on.
+Action = Literal["moved", "kept", "refused", "skipped"]
+
+
+class Effect(NamedTuple):
+    """A change for the better (above 0), and its standard error."""
+
+    mean: float = math.nan
+    error: float = math.nan
+
+
+UNKNOWN = Effect()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleSignals:
+    """What one module's ranks are worth, in units of gradient energy that all modules share."""
+
+    target: TargetModule
+    values: tuple[float, ...]  # of each rank in place, descending
+    gains: tuple[float, ...]  # of the first, second, … further rank, descending
+
+    @property
+    def rank(self) -> int:
+        """The number of ranks in place."""
+        return len(self.values)
+
+    def worth(self, rank: int) -> float:
+        """What a change to this rank gains (above 0) or gives up (below 0)."""
+        return sum(self.gains[: rank - self.rank]) if rank >= self.rank else -sum(self.values[rank:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What the policy would do, and what performance models expect of it."""
+
+    allocation: RankAllocation  # afterwards
+    action: Action
+    reason: str  # in words
+    changes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # ranks before and after, by module
+    predicted: float = 0.0  # increase in captured gradient energy, as a fraction of the total
+    offline: Effect = UNKNOWN  # by the study's performance model, in its standard normal units
+    online: Effect = UNKNOWN  # by earlier moves, in units of the training loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +76,8 @@ class Decision:
 
     step: int  # optimizer steps before it
     phase: str  # "coarse" (all modules together) or "fine" (one rank to one module)
-    action: Action  # "moved", "kept", "refused" or "skipped"; see `Proposal`
-    reason: str  # why, in words
+    action: Action  # "moved", "kept", "refused" or "skipped"
+    reason: str  # in words
     parameters: int  # of the adapter afterwards
     batches: int  # whose gradients it rests on
     broken: int  # sampled steps so far whose gradients were not finite
@@ -55,10 +102,6 @@ class Decision:
         """Number of ranks that went elsewhere."""
         return _n_moved(self.ranks_before, self.ranks_after)
 
-    def to_row(self) -> dict[str, Any]:
-        """The row of `decisions.parquet`; `Decision(**row)` is its inverse."""
-        return asdict(self)
-
     def scalars(self) -> dict[str, float]:
         """The known scalars, under names that loggers group."""
         found = {
@@ -72,7 +115,7 @@ class Decision:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
-def _n_moved(before: Iterable[int], after: Iterable[int]) -> int:
+def _n_moved(before: Ranks, after: Ranks) -> int:
     return sum(max(new - old, 0) for old, new in zip(before, after, strict=True))
 
 
@@ -88,99 +131,129 @@ def write_decisions(decisions: pd.DataFrame, path: str | os.PathLike[str]) -> Pa
     return Path(path)
 
 
-class LossHistory:
-    """The training loss of each step: the one that is passed, or, as long as none was, what the model returns as `loss`.
+# --- proposals ----------------------------------------------------------------------------------------------------
 
-    Nothing is copied from the device before `values`.
+
+def propose(
+    signals: Sequence[ModuleSignals],
+    budget: ParameterBudget,
+    settings: ControllerSettings,
+    *,
+    coarse: bool,
+    signal_share: float = 1.0,
+    energy: float | None = None,
+    limits: RankLimits | None = None,
+) -> Proposal:
+    """What the policy would move within the budget: ranks of all modules together (coarse), or one rank to one module.
+
+    The less of the gradient energy is signal (`signal_share`), the more a move must gain. Worth is a fraction of `energy`; None:
+    of the sum of all signals. A module outside the `limits` may keep its rank.
+
+    >>> fc = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
+    >>> signals = [ModuleSignals(target=fc[0], values=(9.0, 1.0), gains=(0.5,)),
+    ...            ModuleSignals(target=fc[1], values=(8.0,), gains=(6.0, 1.0))]
+    >>> dict(propose(signals, ParameterBudget(384), ControllerSettings(), coarse=True).changes)
+    {'fc1': (2, 1), 'fc2': (1, 2)}
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._handle = model.register_forward_hook(LocalHook(self._see))
-        self.watching = True
-        self._present: list[Tensor] = []
-        self._unread: list[Tensor | None] = []
-        self._read: list[float] = []
-
-    def end_step(self, loss: Tensor | float | None) -> None:
-        """Take the loss of an optimizer step."""
-        seen, self._present = self._present, []
-        if loss is not None:
-            self.close()
-            seen = [torch.as_tensor(loss).detach().float()]
-        self._unread.append(torch.stack(seen).mean() if seen else None)
-
-    def values(self) -> list[float]:
-        """One loss a step since the beginning, the mean over processes; NaN where there was none."""
-        known = [loss for loss in self._unread if loss is not None]
-        numbers = iter(torch.stack([loss.to(known[0].device) for loss in known]).tolist() if known else ())
-        fresh = [math.nan if loss is None else next(numbers) for loss in self._unread]
-        self._read += np.mean(gathered(fresh), axis=0).tolist() if fresh else []
-        self._unread.clear()
-        return self._read
-
-    def restore(self, values: Sequence[float]) -> None:
-        """Go on from the losses of an earlier run."""
-        self._read, self._unread, self._present = list(values), [], []
-
-    def close(self) -> None:
-        """Remove the hook, and stop what `torch.compile` made of it."""
-        self._handle.remove()
-        self.watching = False
-
-    def _see(self, model: nn.Module, _: Any, output: Any) -> None:
-        if not self.watching:
-            return
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if model.training and torch.is_grad_enabled() and isinstance(loss, Tensor) and loss.numel() == 1:
-            self._present.append(loss.detach().float().reshape(()))
+    targets, present = tuple(s.target for s in signals), tuple(s.rank for s in signals)
+    low, high = (limits or RankLimits()).arrays(targets)
+    low, high = np.minimum(low, present), np.maximum(np.minimum(high, settings.max_rank or high), present)
+    move, margin = _refill if coarse else _best_transfer, settings.hysteresis / max(signal_share, 1e-3)
+    ranks = move(signals, low.tolist(), high.tolist(), budget, margin)
+    pairs = list(zip(signals, ranks, strict=True))
+    total = (sum(sum(s.values) + sum(s.gains) for s in signals) if energy is None else energy) or 1.0
+    predicted = sum(s.worth(rank) / total for s, rank in pairs)
+    share_moved = sum(s.target.rank_cost * max(rank - s.rank, 0) for s, rank in pairs) / budget.limit
+    if predicted <= 0 or predicted < settings.min_gain_ratio * share_moved:
+        return Proposal(allocation=RankAllocation(targets, present), action="kept", reason="nothing is worth moving")
+    return Proposal(
+        allocation=RankAllocation(targets, tuple(ranks)),
+        action="moved",
+        reason=f"captures {predicted:.1%} of the gradient energy more",
+        changes={s.target.name: (s.rank, rank) for s, rank in pairs if rank != s.rank},
+        predicted=predicted,
+    )
 
 
-def effect_of_move(losses: Sequence[float]) -> Effect | None:
+def _refill(
+    signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, budget: ParameterBudget, margin: float
+) -> list[int]:
+    """Water-filling on all ranks together; those in place count `1 + margin` times their worth."""
+    targets = [s.target for s in signals]
+    worth = [np.concatenate([np.asarray(s.values) * (1.0 + margin), np.asarray(s.gains)]) for s in signals]
+    gains = {target.name: np.sort(each)[::-1] for target, each in zip(targets, worth, strict=True)}
+    if budget.limit < min(target.rank_cost for target in targets) or not any(each.any() for each in worth):
+        return [s.rank for s in signals]
+    limits = RankLimits(dict(zip(gains, low, strict=True)), dict(zip(gains, high, strict=True)))
+    return list(allocate_marginal(targets, gains, budget, limits).vector)
+
+
+def _best_transfer(
+    signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, budget: ParameterBudget, margin: float
+) -> list[int]:
+    """One rank more where it brings most, net of the cheapest ranks elsewhere that make room for it."""
+    ranks, costs = [s.rank for s in signals], [s.target.rank_cost for s in signals]
+    left = budget.limit - sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
+    donors = [(index, value) for index, s in enumerate(signals) for value in reversed(s.values[low[index] :])]
+    donors.sort(key=lambda donor: donor[1] / costs[donor[0]])  # stable: in each module the last rank goes first
+    best, best_net = ranks, 0.0
+    for receiver, s in enumerate(signals):
+        if not s.gains or s.rank >= high[receiver]:
+            continue
+        found, lost, room = ranks.copy(), 0.0, left
+        for donor, value in donors:
+            if room >= costs[receiver]:
+                break
+            if donor != receiver:
+                found[donor] -= 1
+                room += costs[donor]
+                lost += value
+        found[receiver] += 1
+        net = s.gains[0] - (1.0 + margin) * lost
+        if room >= costs[receiver] and net > best_net:
+            best, best_net = found, net
+    return best
+
+
+# --- effects of moves on the loss ---------------------------------------------------------------------------------
+
+
+def effect_of_move(losses: Sequence[float]) -> Effect:
     """How much more the loss fell at a move than before and after it.
 
     The losses, as many before the move as after it, are cut into four blocks with means m_0 … m_3. The fall from m_1 to m_2 is
     compared with the mean of the falls from m_0 to m_1 and from m_2 to m_3, where nothing was moved: a steady or slowing
-    decline cancels. The error is that of the four means, by the scatter inside the blocks. None for fewer than 8 losses, or if
-    one is not finite.
+    decline cancels. The error is that of the four means, by the scatter inside the blocks. Unknown for fewer than 8 losses, or
+    if one is not finite.
 
     >>> effect_of_move([4.0, 4.0, 3.0, 3.0, 1.0, 1.0, 0.0, 0.0])
     Effect(mean=1.0, error=0.0)
     """
     if len(losses) < 8 or not np.isfinite(losses).all():
-        return None
+        return UNKNOWN
     blocks = np.array_split(np.asarray(losses, dtype=np.float64), 4)
     m = [float(block.mean()) for block in blocks]
     mean = (m[1] - m[2]) - 0.5 * ((m[0] - m[1]) + (m[2] - m[3]))
-    variance = sum(
-        c**2 * float(block.var(ddof=1)) / len(block) for c, block in zip((0.5, 1.5, 1.5, 0.5), blocks, strict=True)
-    )
-    return Effect(mean, math.sqrt(variance))
+    weighted = zip((0.5, 1.5, 1.5, 0.5), blocks, strict=True)
+    return Effect(mean, math.sqrt(sum(c**2 * float(block.var(ddof=1)) / len(block) for c, block in weighted)))
 
 
-def predict_effect(
-    features: RankFeatures, decisions: Sequence[Decision], before: Sequence[int], after: Sequence[int]
-) -> Effect:
+def predict_effect(features: RankFeatures, decisions: Sequence[Decision], before: Ranks, after: Ranks) -> Effect:
     """The effect to expect of a move: Bayesian linear regression on the measured effects of earlier ones; NaN without any.
 
     The loss is taken to be linear in the concave rank features of the performance model. All coefficients have one prior
     variance, at which the first move's effect is as uncertain before it is measured as its measurement is.
     """
-
-    def change(before: Sequence[int], after: Sequence[int]) -> NDArray[np.float64]:
-        rows = features.transform([after, before])
-        difference: NDArray[np.float64] = rows[0] - rows[1]
-        return difference
-
     moves = [each for each in decisions if each.action == "moved" and not math.isnan(each.realised)]
     if not moves:
         return UNKNOWN
-    rows = np.array([change(move.ranks_before, move.ranks_after) for move in moves])
+    pairs = [*((move.ranks_after, move.ranks_before) for move in moves), (after, before)]
+    *rows, row = (new - old for new, old in map(features.transform, pairs))
     errors = np.maximum([move.realised_error for move in moves], 1e-12)
     variance = errors[0] ** 2 / max(float(rows[0] @ rows[0]), 1e-12)
     model = HierarchicalRegressor(variances={"all": variance, "noise": 1.0})
     model.fit(rows, [move.realised for move in moves], sample_weight=1.0 / errors**2)
-    mean, deviation = model.predict(change(before, after)[None, :], return_std=True)
-    return Effect(float(mean[0]), float(deviation[0]))
+    return Effect(*(float(value) for (value,) in model.predict([row], return_std=True)))
 
 
 def screen(proposal: Proposal, before: RankAllocation, offline: PerformanceModel | None, online: Effect) -> Proposal:
@@ -188,9 +261,8 @@ def screen(proposal: Proposal, before: RankAllocation, offline: PerformanceModel
     expected = UNKNOWN
     if offline is not None:
         order = [target.name for target in offline.features.targets]
-        rows = [[allocation.ranks[name] for name in order] for allocation in (proposal.allocation, before)]
-        mean, deviation = offline.difference([rows[0]], [rows[1]])
-        expected = Effect(float(mean[0]), float(deviation[0]))
+        new, old = ([ranks[name] for name in order] for ranks in (proposal.allocation.ranks, before.ranks))
+        expected = Effect(*(float(value) for (value,) in offline.difference([new], [old])))
     proposal = replace(proposal, offline=expected, online=online)
     for name, effect in (("the study's model", expected), ("the model of earlier moves", online)):
         if effect.mean + effect.error < 0:

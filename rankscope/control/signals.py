@@ -1,4 +1,4 @@
-"""What the controller sees: gradients of a few steps before each decision, sketched by the profile's hooks.
+"""What the controller sees: losses, and gradients of a few steps before each decision, sketched by the profile's hooks.
 
 The j-th rank of a module is worth sigma_j^2 of the present gradient, whatever its component points at: components turn to the
 leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient moved nearly all
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rankscope.control.policy import ModuleSignals
+from rankscope.control.decisions import ModuleSignals
 from rankscope.distributed import gathered, is_first, sum_over_processes
 from rankscope.profiling import (
     SUPPORTED,
@@ -43,11 +43,11 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]  # A, (r, in), and B, (out, r), by
 class Signals:
     """What the gradients of a window say, on all processes."""
 
-    modules: tuple[ModuleSignals, ...]  # of each watched module, in the model's order
-    directions: Callable[[str], Tensor] = field(repr=False)  # see `residual_directions`; by a module's name
-    batches: int
-    signal_share: float  # of the gradient energy of all modules, what the batches agree on
-    energy: float  # of all modules, of the leading values that ranks can reach or that were sketched
+    modules: tuple[ModuleSignals, ...] = ()  # of each watched module, in the model's order
+    directions: Callable[[str], Tensor] | None = field(default=None, repr=False)  # see `residual_directions`; by name
+    batches: int = 0
+    signal_share: float = math.nan  # of the gradient energy of all modules, what the batches agree on
+    energy: float = 0.0  # of all modules, of the leading values that ranks can reach or that were sketched
 
 
 class GradientWindow:
@@ -73,8 +73,7 @@ class GradientWindow:
         self._broken = 0
         self._weights: list[float] = []
         self._unread: list[tuple[Tensor, list[float]]] = []
-        self._step: tuple[GradientHooks, list[float], int] | None = None
-        self._remove: Callable[[], Any] | None = None
+        self._step: tuple[GradientHooks, list[float], int, Callable[[], Any]] | None = None
 
     @property
     def broken(self) -> int:
@@ -87,16 +86,22 @@ class GradientWindow:
         self.close()
         observer = self._hooks(factor=self._factor or 1.0, copied=self._copied)
         passes: list[float] = []
+
+        def begin_pass(model: nn.Module, _: Any) -> None:
+            observer.end_batch()  # the backward pass of the one before is over
+            if model.training and torch.is_grad_enabled():
+                passes.append(weight)
+                observer.begin_batch(weight)
+
         hooks = ExitStack()
         if self._compiled:
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
         hooks.enter_context(observer.hooked())
-        begin = LocalHook(partial(_begin_pass, observer, passes, weight))
-        hooks.callback(self._model.register_forward_pre_hook(begin).remove)
+        hooks.callback(self._model.register_forward_pre_hook(LocalHook(begin_pass)).remove)
         hooks.callback(observer.end_batch)
-        self._step = observer, passes, len(self._copied)
-        self._remove = remove = weakref.finalize(self, hooks.close)  # at the latest with the window: a step may raise
+        remove = weakref.finalize(self, hooks.close)  # at the latest with the window: a step may raise
         remove.atexit = False
+        self._step = observer, passes, len(self._copied), remove
 
     def end_step(self) -> None:
         """Add the step that was watched, if one was."""
@@ -104,7 +109,7 @@ class GradientWindow:
         self.close()
         if step is None:
             return
-        observer, passes, n_copied = step
+        observer, passes, n_copied, _ = step
         if self._factor is None:
             peak = max(gathered(observer.peak()))  # of the first gradients: if float32 does not hold their squares,
             if 0.0 < peak < math.inf:  # later ones are multiplied by a power of two
@@ -122,34 +127,32 @@ class GradientWindow:
 
     def close(self) -> None:
         """Remove the hooks."""
-        if self._remove is not None:
-            self._remove()
-        self._step = self._remove = None
+        if self._step is not None:
+            *_, remove = self._step
+            remove()
+        self._step = None
 
-    def clear(self) -> None:
-        """Forget what was seen."""
-        for seen in self._sums.values():
-            seen.clear()
-        self._read()
-        self._weights.clear()
-
-    def measure(self, factors: Factors) -> Signals | None:
-        """The signals of all batches since `clear`; None if there was no gradient, or all were zero. A collective call."""
+    def measure(self, factors: Factors) -> Signals:
+        """The signals of all batches since the last call: none without a gradient that is not 0. Every process must call it."""
         sum_over_processes(tensor for seen in self._sums.values() for tensor in seen.tensors())
         self._read()
-        self._weights = [weight for each in gathered(self._weights) for weight in each]
-        found = self._measure(factors, np.array(self._weights)) if self._weights else None
-        if not is_first():  # the first process holds what all have seen
-            self.clear()
+        weights = [weight for each in gathered(self._weights) for weight in each]
+        found = self._signals(factors, np.array(weights)) if weights else Signals()
+        self._clear()
         return found
 
-    def _measure(self, factors: Factors, weights: Floats) -> Signals | None:
+    def _clear(self) -> None:
+        for seen in self._sums.values():
+            seen.clear()
+        self._unread, self._weights = [], []
+
+    def _signals(self, factors: Factors, weights: Floats) -> Signals:
         sums = self._sums
         found = {name: seen.decompose() for name, seen in sums.items()}
         total = float(weights.sum())
         energy = np.array([max(each.energy, 0.0) for each in found.values()]) / total**2
         if not energy.any():
-            return None
+            return Signals()
         measured = np.array([float(seen.measure(seen.kept)) for seen in sums.values()]) / total**2
         squares = np.array([float(seen.squares) for seen in sums.values()]) / total
         noise = noise_of_mean(measured, squares, float((weights**2).sum()) / total**2)
@@ -183,7 +186,7 @@ class GradientWindow:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`. The first process takes what all saw, however many they were."""
-        self.clear()
+        self._clear()
         self._broken, self._factor = 0, state.get("factor")
         if not is_first():
             return
@@ -195,20 +198,62 @@ class GradientWindow:
     def _read(self) -> None:
         """Learn which steps were finite, in one copy from the device."""
         unread, self._unread = self._unread, []
-        if not unread:
-            return
-        device = unread[0][0].device
-        finite = torch.stack([flag.to(device) for flag, _ in unread]).tolist()
+        finite = _numbers([flag for flag, _ in unread])
         self._broken += finite.count(False)
         self._weights += [w for fine, (_, weights) in zip(finite, unread, strict=True) if fine for w in weights]
 
 
-def _begin_pass(observer: GradientHooks, passes: list[float], weight: float, model: nn.Module, _: Any) -> None:
-    """A forward pass begins, so the backward pass of the one before is over."""
-    observer.end_batch()
-    if model.training and torch.is_grad_enabled():
-        passes.append(weight)
-        observer.begin_batch(weight)
+def _numbers(scalars: Sequence[Tensor]) -> list[Any]:
+    """Scalars from a device, in one copy."""
+    return torch.stack([scalar.to(scalars[-1].device) for scalar in scalars]).tolist() if scalars else []
+
+
+class LossHistory:
+    """The training loss of each step: the one that is passed, or, as long as none was, what the model returns as `loss`.
+
+    A returned loss counts if it is minimised, which shows by a gradient that reaches it; TRL's DPO minimises another. Nothing is
+    copied from the device before `values`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handle, self.watching = model.register_forward_hook(LocalHook(self._see)), True
+        self._present: list[Tensor] = []
+        self._unread: list[Tensor] = []
+        self._read: list[float] = []
+
+    def end_step(self, loss: Tensor | float | None) -> None:
+        """Take the loss of an optimizer step."""
+        seen, self._present = self._present, []
+        if loss is not None:
+            self.close()
+            seen = [torch.as_tensor(loss).detach().float()]
+        self._unread.append(torch.stack(seen).mean() if seen else torch.tensor(math.nan))
+
+    def values(self) -> list[float]:
+        """One loss a step since the beginning, the mean over processes; NaN where there was none."""
+        fresh, self._unread = _numbers(self._unread), []
+        self._read += np.mean(gathered(fresh), axis=0).tolist() if fresh else []
+        return self._read
+
+    def restore(self, values: Sequence[float]) -> None:
+        """Go on from the losses of an earlier run."""
+        self._read, self._unread, self._present = list(values), [], []
+
+    def close(self) -> None:
+        """Remove the hook, and stop what `torch.compile` made of it."""
+        self._handle.remove()
+        self.watching = False
+
+    def _see(self, model: nn.Module, _: Any, output: Any) -> None:
+        if not self.watching:
+            return
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if model.training and isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+            value = loss.detach().float().reshape(())
+            if torch.compiler.is_compiling():  # a compiled graph takes no such hook
+                self._present.append(value)
+            else:
+                loss.register_hook(lambda _: self._present.append(value))
 
 
 def full_spectrum(found: Decomposition, weight: float, share: float, size: int, *, factor: float = 1.0) -> list[float]:

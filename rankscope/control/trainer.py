@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +20,6 @@ from rankscope.lora import LiveAdapter, loaded_from, restore_ranks_on_load, save
 from rankscope.settings import ControllerSettings
 
 STATE_FILE = "rank_controller.pt"
-logger = logging.getLogger(__name__)
 
 
 class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
@@ -77,8 +75,10 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         if args.torch_compile and settings.rank_change == "auto":
             settings = ControllerSettings.of(settings, rank_change="mask")
         if resumed:
-            adapter = LiveAdapter(model, settings.adapter_name).name
-            saved, options = _saved_state(loaded_from(model, adapter), state.global_step), {**options, "start": None}
+            saved, options = (
+                _saved_state(loaded_from(model, self._adapter), state.global_step),
+                {**options, "start": None},
+            )
         with ExitStack() as stack:
             controller = RankController(model, optimizer, settings=settings, total_steps=state.max_steps, **options)
             stack.enter_context(controller)
@@ -87,8 +87,6 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             if self._trainer is not None:
                 stack.callback(self._record_losses(self._trainer))
             self.controller, self._losses, self._cleanup = controller, [], stack.pop_all()
-        if self._trainer is None and args.report_to:
-            logger.info("decisions go to the log history only; `bind(trainer)` lets them reach %s", args.report_to)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped and gradients are zero."""
@@ -109,10 +107,9 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         values = self.controller.state_dict()  # on every process: it asks them all
         if not state.is_world_process_zero:
             return
-        folder, adapter = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.controller.adapter_name
-        if adapter != "default":
-            folder /= adapter  # where PEFT puts its weights
-        save_ranks(model, folder, adapter_name=adapter)
+        subfolder = "" if self._adapter == "default" else self._adapter  # where PEFT puts its weights
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / subfolder
+        save_ranks(model, folder, adapter_name=self._adapter)
         with replacing(folder / STATE_FILE) as temporary:
             torch.save(values, temporary)
 
@@ -122,7 +119,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     def _prepared(self, model: Any) -> Any:
         """The model, which has the adapter to control and whose later loads restore ranks first."""
-        LiveAdapter(model, self._settings.adapter_name)  # raises unless there is one to control
+        self._adapter = LiveAdapter(model, self._settings.adapter_name).name  # raises unless there is one to control
         restore_ranks_on_load(model)
         return model
 

@@ -22,7 +22,7 @@ from _harness import Claim, run_benchmark
 from torch import nn
 
 import rankscope as rs
-from rankscope.control.decisions import count_moved
+from rankscope.control import count_moved
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, Lora, Method

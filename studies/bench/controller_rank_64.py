@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
 import rankscope as rs
-from rankscope.control.policy import ModuleSignals, propose
+from rankscope.control.decisions import ModuleSignals, propose
 
 RANK, EVERY, BLOCKS = 64, 4, (0, 9, 18, 27)
 FREE = rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.0)

@@ -23,7 +23,7 @@ def window(model: PeftModel, *, compiled: bool = False) -> GradientWindow:
 def measured(window: GradientWindow, model: PeftModel) -> Signals:
     layers = LiveAdapter(model).modules
     found = window.measure({name: tuple(f.detach() for f in layer.factors) for name, layer in layers.items()})
-    assert found is not None
+    assert found.batches
     return found
 
 
@@ -107,7 +107,7 @@ def test_nothing_seen_is_no_signal_and_no_hook_stays() -> None:
     model = net()
     seen = window(model)
     layers = LiveAdapter(model).modules
-    assert seen.measure({name: layer.factors for name, layer in layers.items()}) is None
+    assert seen.measure({name: layer.factors for name, layer in layers.items()}).batches == 0
 
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import rankscope as rs
 from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
-from tests.control.trainers import controller_of, ends_the_same
+from tests.control.trainers import NO_LOSS, controller_of, ends_the_same
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "red", "old", "house", "tree"]
 
@@ -81,9 +81,7 @@ def test_sft(tmp_path: Path) -> None:
         torch.testing.assert_close(plain(ids).logits, whole.model.eval()(ids).logits)
 
 
-@pytest.mark.slow
-def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> None:
-    """TRL adds a frozen reference adapter with the config of the first; plain PEFT loads both."""
+def dpo(folder: Path, *, bind: bool) -> Any:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     rows = {
@@ -94,7 +92,7 @@ def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> N
     torch.manual_seed(0)
     model = get_peft_model(build("llama"), LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
     arguments = trl.DPOConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=15,
         per_device_train_batch_size=4,
         learning_rate=2e-3,
@@ -117,7 +115,23 @@ def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> N
         processing_class=tokenizer(),
         callbacks=[callback],
     )
-    callback.bind(run)
+    if bind:
+        callback.bind(run)
+    return run
+
+
+@pytest.mark.slow
+def test_dpo_without_bind_is_warned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = dpo(tmp_path, bind=False)
+    with caplog.at_level("WARNING", logger="rankscope"):
+        run.train()
+    assert [record.getMessage() for record in caplog.records] == [NO_LOSS]
+
+
+@pytest.mark.slow
+def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> None:
+    """TRL adds a frozen reference adapter with the config of the first; plain PEFT loads both."""
+    run = dpo(tmp_path, bind=True)
     run.train()
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     decisions = controller_of(run).decisions

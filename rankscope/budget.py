@@ -44,9 +44,8 @@ class ParameterBudget:
     def __post_init__(self) -> None:
         limit = _whole(self.limit)
         if limit is None or limit <= 0:
-            raise SettingsError(
-                f"`limit` must be a positive whole number of adapter parameters, but got {shown(self.limit)}."
-            )
+            must = "must be a positive whole number of adapter parameters"
+            raise SettingsError(f"`limit` {must}, but got {shown(self.limit)}.")
         object.__setattr__(self, "limit", limit)
 
     @classmethod
@@ -117,38 +116,28 @@ def allocate_marginal(
 ) -> RankAllocation:
     """Water-filling: the ranks with the highest gain per parameter first, until the budget is full.
 
-    Exact for diminishing gains when all costs are equal, else within one rank of the optimum. Ties go to the lower rank, then
-    are spread evenly over towers, depth and roles. What is left over pays for no further rank.
-
-    Args:
-        targets: The target modules, in the model's order.
-        gains: By module name, the gain of its first, second, … rank: not negative, not increasing. Ranks beyond the end of the
-            list gain nothing, and are placed last, as evenly as they fit.
-        budget: The most parameters that the allocation may use.
-        limits: Least and greatest ranks.
+    `gains` are, by module name, those of its first, second, … rank: not negative, not increasing. Ranks beyond the end of the
+    list gain nothing, and are placed last, as evenly as they fit. Ties go to the lower rank, then are spread evenly over towers,
+    depth and roles. Exact where all costs are equal, else within one rank of the optimum; what is left over pays for no rank.
     """
     costs, lowest, highest, places, limit = _problem(targets, budget, limits)
     curves = _arrays(targets, gains, "gains", _WRONG_GAINS, ndim=1)
     if not any(curve[0] > 0 for curve in curves if curve.size):
-        raise SettingsError(
-            "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
-        )
+        remedy = "choose targets that the loss depends on, or profile on other data"
+        raise SettingsError(f"`gains` must not all be zero; {remedy}.")
     left = limit - int(costs @ lowest)
     highest = np.minimum(highest, lowest + left // costs)
     # Curves may reach up to full rank. Look only as far as ranks may go: further where a module takes all it was shown.
     reach = np.full(len(targets), 2 * (left // int(costs.sum())) + 8)
     while True:
         horizon = np.minimum(highest, lowest + reach)
-        # One row for each rank that might be placed: its module, its number there, its gain.
-        module = np.repeat(np.arange(len(targets)), horizon)
-        rank = np.arange(module.size) - np.repeat(np.cumsum(horizon) - horizon, horizon)
-        gain = _gains(targets, curves, horizon, module, rank)
+        module, rank, gain = _ladder(targets, curves, horizon)
         mantissa, exponent = np.frexp(gain / costs[module])
         density = np.ldexp(np.round(mantissa, 12), exponent)  # ties stay ties after a rounding error in the last bit
-        best_first = np.lexsort((rank * len(targets) + places[module], -density))
-        order = module[best_first[(rank >= lowest[module])[best_first]]]
+        order = np.lexsort((rank * len(targets) + places[module], -density))
+        order = order[rank[order] >= lowest[module[order]]]  # the ranks below are given
         ranks = lowest.copy()
-        _place(order, ranks, left, costs)
+        _place(module[order], ranks, left, costs)
         short = (ranks == horizon) & (horizon < highest)
         if not short.any():
             return RankAllocation(tuple(targets), tuple(ranks.tolist()), budget=budget.limit)
@@ -161,11 +150,10 @@ def allocate_proportional(
     budget: ParameterBudget,
     limits: RankLimits = RankLimits(),
 ) -> RankAllocation:
-    """Ranks in proportion to scores, by largest remainder (Hare's method, with costs and limits).
+    """Ranks in proportion to scores on any scale, by largest remainder (Hare's method, with costs and limits).
 
     The ideal ranks are clip(c * score, min, max), with the c at which they cost the whole budget. They are rounded down, then
-    single ranks go to the modules furthest below their ideal. Ties are spread evenly over towers, depth and roles. Scores, by
-    module name, may be on any scale from 0 on.
+    single ranks go to the modules furthest below their ideal. Ties are spread evenly over towers, depth and roles.
     """
     costs, lowest, highest, places, limit = _problem(targets, budget, limits)
     values = np.array(_arrays(targets, scores, "scores", _WRONG_SCORES, ndim=0))
@@ -264,8 +252,10 @@ def _arrays(
     return arrays
 
 
-def _gains(targets: Sequence[TargetModule], curves: list[Floats], horizon: Ints, module: Ints, rank: Ints) -> Floats:
-    """The gain of each row up to the horizon, checked in one pass: there may be thousands, of thousands of ranks each."""
+def _ladder(targets: Sequence[TargetModule], curves: list[Floats], horizon: Ints) -> tuple[Ints, Ints, Floats]:
+    """One row for each rank up to the horizon: its module, its number there, its gain. All are checked in one pass."""
+    module = np.repeat(np.arange(len(targets)), horizon)
+    rank = np.arange(module.size) - np.repeat(np.cumsum(horizon) - horizon, horizon)
     gain = np.zeros(module.size)
     listed = np.array([curve.size for curve in curves])
     gain[rank < listed[module]] = np.concatenate([curve[:high] for curve, high in zip(curves, horizon, strict=True)])
@@ -274,7 +264,7 @@ def _gains(targets: Sequence[TargetModule], curves: list[Floats], horizon: Ints,
     first = gain[np.arange(gain.size) - rank]
     if (wrong := (np.diff(gain, prepend=0.0) > 1e-12 * first) & (rank > 0)).any():
         raise SettingsError(f"`gains` of `{targets[module[np.argmax(wrong)]].name}` must not increase with the rank.")
-    return gain
+    return module, rank, gain
 
 
 # --- ties ---------------------------------------------------------------------------------------------------------

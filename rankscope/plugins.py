@@ -38,11 +38,8 @@ def load_entry_point(point: EntryPoint, *, error: type[RankscopeError]) -> Any:
 def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeError]) -> Iterator[Any]:
     """Yield the function that `spec` names; errors in its module, and inside the `with` block, become one line.
 
-    Args:
-        spec: `path/to/file.py:function` or `package.module:function`.
-        base: What relative paths start from.
-        gives: What the function should give, for messages, as in "a task".
-        error: What is raised: no such file, module or function, or the code raised something.
+    `spec` is `path/to/file.py:function`, from the folder `base`, or `package.module:function`. Messages say what the function
+    `gives`, as in "a task". No such file, module or function, and what the code raises, is raised as `error`.
     """
     place, _, name = spec.rpartition(":")
     file = base / place if place.endswith(".py") else None
@@ -83,10 +80,7 @@ def _imported(file: Path | None, module: str) -> Iterator[ModuleType]:
 def user_errors(what: str, error: type[RankscopeError], *, everywhere: bool = False) -> Iterator[None]:
     """Raise errors of code from a user's file, `sys.exit` included, as `error`: one line with the file and line number.
 
-    Args:
-        what: How the line begins.
-        error: What is raised.
-        everywhere: Also for errors that passed through no line of a user's file; else they are left as they are.
+    `what` begins the line. Errors that passed through no line of a user's file are left as they are, unless `everywhere`.
     """
     try:
         yield

@@ -64,15 +64,9 @@ def allocate(
 ) -> RankAllocation:
     """Computes an allocation without a trial.
 
-    Args:
-        strategy: A name in `STRATEGIES`, that of an entry point in the group `rankscope.strategies`, or a function like theirs.
-        targets: The target modules, in the model's order.
-        budget: The most parameters that the allocation may use.
-        profile: Needed by all but `uniform` and `random`.
-        seed: For `random`.
-        min_rank: For all modules, or by name; those left out may have rank 0.
-        max_rank: For all modules, or by name; None and those left out: full rank.
-        **options: Further arguments of the strategy, such as `power=1` for `one-shot`.
+    `strategy` is a name in `STRATEGIES`, that of an entry point in the group `rankscope.strategies`, or a function like theirs;
+    `options` are its further arguments, such as `power=1` for `one-shot`. All but `uniform` and `random` need a profile;
+    `random` draws with `seed`. `min_rank` and `max_rank` (None: full rank) are for all modules, or for some by name.
 
     >>> targets = [TargetModule(name=f"fc{i}", in_features=64, out_features=64) for i in (1, 2)]
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
@@ -84,9 +78,8 @@ def allocate(
         raise SettingsError(f"`{name}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
     worth: Any = function(Request(targets=tuple(targets), budget=budget, profile=profile, seed=seed), **options)
     if not isinstance(worth, Mapping):
-        raise SettingsError(
-            f"`{name}` must return a score, or the gains of ranks, by module name, but returned a {type(worth).__name__}."
-        )
+        must = "must return a score, or the gains of ranks, by module name"
+        raise SettingsError(f"`{name}` {must}, but returned a {type(worth).__name__}.")
     by_rank = np.ndim(next(iter(worth.values()), 0.0)) > 0
     worth = {t.name: worth[t.name] if by_rank else worth[t.name] / t.rank_cost for t in targets if t.name in worth}
     if worth and not any(np.max(value, initial=0.0) > 0 for value in worth.values()):
@@ -108,8 +101,8 @@ def _find(strategy: Any) -> tuple[str, Strategy]:
         return strategy, load_entry_point(installed[strategy], error=SettingsError)
     known = [*STRATEGIES, *installed]
     hint = did_you_mean(strategy, known, "")
-    must = f"`strategy` must be one of {', '.join(known)}"
-    raise SettingsError(f"{must}, but got {shown(strategy)}{f'; {hint}' if hint else '.'}")
+    got = shown(strategy) + (f"; {hint}" if hint else ".")
+    raise SettingsError(f"`strategy` must be one of {', '.join(known)}, but got {got}")
 
 
 # --- the strategies -----------------------------------------------------------------------------------------------

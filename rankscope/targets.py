@@ -277,19 +277,17 @@ def _selected(
             logger.warning("`%s` is no target: %s (%d such modules)", name, why, len(idle))
         return kept
     if selection == ALL_LINEAR and any(candidate.target.kind == "conv2d" for candidate in candidates.values()):
-        raise ModelError(
-            f"`selection` must name the convolutions of {model}, which has no linear modules outside its head, "
-            f'but is "{ALL_LINEAR}"; pass a regex or a list.'
-        )
-    what = f"none in {model}, which has no linear modules; name others."
+        must = f"must name the convolutions of {model}, which has no linear modules outside its head"
+        raise ModelError(f'`selection` {must}, but is "{ALL_LINEAR}"; pass a regex or a list.')
     if usable:
         reasons = sorted({str(candidates[name].left_out) for name in usable})
         what = f"only {' and '.join(reasons)} in {model}; pass `include={reasons}` to adapt them all the same."
     elif matched:
         what = f"only modules like `{min(matched)}`, where {idle[min(matched)]}; select others."
-    raise ModelError(
-        f"`selection` must match a module that may carry an adapter, but {_brief(selection)} matches {what}"
-    )
+    else:
+        what = f"none in {model}, which has no linear modules; name others."
+    must = f"must match a module that may carry an adapter, but {_brief(selection)} matches"
+    raise ModelError(f"`selection` {must} {what}")
 
 
 def _selected_by_peft(config: Any, model: nn.Module, candidates: Mapping[str, _Candidate]) -> set[str]:

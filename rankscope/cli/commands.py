@@ -352,7 +352,7 @@ def _belief(session: Session) -> PerformanceModel | None:
     """What this study's search believes; None without a search, and where it is not to be trusted."""
     if not session.has_search:
         return None
-    study = searching.load_study(name=session.study_name, storage=searching.find_storage(session.storage))
+    study = searching.load_study(session.study_name, session.storage)
     facts = {key: each for key, each in session.facts.items() if key != "targets"}
     kept = {key: study.user_attrs[searching.STUDY_KEY].get(key) for key in facts}
     what, remedy = f"study `{study.study_name}`", "search again, or use another output folder."

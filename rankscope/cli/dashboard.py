@@ -28,7 +28,7 @@ from rankscope.cli.session import Session, print_json, print_line
 from rankscope.errors import SettingsError
 from rankscope.plotting import plot_ranks
 from rankscope.profiling import read_profile
-from rankscope.searching import STUDY_KEY, Trial, find_storage, load_study, read_trials
+from rankscope.searching import STUDY_KEY, Trial, load_study, read_trials
 from rankscope.targets import TargetModule, fingerprint_targets
 
 logger = logging.getLogger(__name__)
@@ -176,8 +176,8 @@ def require_dashboard() -> Any:
 def run_dashboard(session: Session, *, port: int, open_browser: bool, as_json: bool) -> None:
     """`rankscope dashboard`."""
     require_dashboard()
-    name, storage = session.study_name, find_storage(session.storage)
-    study = load_study(name=name, storage=storage)
+    study = load_study(session.study_name, session.storage)
+    name, storage = study.study_name, study._storage
     targets = _targets(session, study.user_attrs[STUDY_KEY]["model"])
     app = make_app(study, storage, targets, uploads=session.out / "artifacts")
     with open_server(app, port) as server:

@@ -3,11 +3,11 @@
 from rankscope.searching.confirmation import CONFIDENCE, FEWEST_PAIRS, Finalist, Interval, t_interval
 from rankscope.searching.runner import SearchResult, search
 from rankscope.searching.sampler import START_TRIALS, PerformanceModelSampler, belief_of, suggest_allocation
-from rankscope.searching.space import HierarchicalSpace, group_by_depth, group_by_gradient, make_space
-from rankscope.searching.storage import STUDY_KEY, Trial, find_storage, load_study, read_trials
+from rankscope.searching.space import HierarchicalSpace, group_by_depth, make_space
+from rankscope.searching.storage import STUDY_KEY, Trial, load_study, read_trials
 
 __all__ = [
     "CONFIDENCE", "FEWEST_PAIRS", "START_TRIALS", "STUDY_KEY", "Finalist", "HierarchicalSpace", "Interval",
-    "PerformanceModelSampler", "SearchResult", "Trial", "belief_of", "find_storage", "group_by_depth", "group_by_gradient",
-    "load_study", "make_space", "read_trials", "search", "suggest_allocation", "t_interval",
+    "PerformanceModelSampler", "SearchResult", "Trial", "belief_of", "group_by_depth", "load_study", "make_space", "read_trials",
+    "search", "suggest_allocation", "t_interval",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import optuna
 from numpy.typing import ArrayLike
 
+from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError, TrainingError
 from rankscope.performance import PerformanceModel
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Trial
@@ -77,19 +78,12 @@ def residual_variance(metrics: ArrayLike) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finalist:
-    """An allocation that was trained again on fresh seeds.
+    """An allocation that was trained again on fresh seeds."""
 
-    Attributes:
-        trial: The trial that made it a finalist.
-        metrics_by_seed: Validation metric of each fresh seed.
-        difference: Mean paired difference to the finalist `uniform` on these seeds; None for uniform itself.
-        interval: The difference's 95 % interval, of all finalists at once; None where there is none.
-    """
-
-    trial: Trial
-    metrics_by_seed: Mapping[str, float]
-    difference: float | None
-    interval: tuple[float, float] | None
+    trial: Trial  # that made it a finalist
+    metrics_by_seed: Mapping[str, float]  # on the validation split
+    difference: float | None = None  # mean paired difference to the finalist `uniform`; None for uniform itself
+    interval: tuple[float, float] | None = None  # the difference's, at 95 % for all finalists at once
 
     @property
     def metric(self) -> float:
@@ -125,12 +119,11 @@ def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = 
         best = max(others, key=lambda t: float(belief.predict([t.allocation.vector])[0]))
         newest = sorted((t for t in others if t.origin == POSTERIOR_MEAN), key=lambda t: -t.number)[:1]
         others = [*newest, best, *others]
-    limit, taken = len(chosen) + N_SAMPLED, {t.allocation for t in chosen}
+    different: dict[RankAllocation, Trial] = {}
     for trial in others:
-        if len(chosen) < limit and trial.allocation not in taken:
-            chosen.append(trial)
-            taken.add(trial.allocation)
-    return chosen
+        if trial.allocation not in [start.allocation for start in chosen]:
+            different.setdefault(trial.allocation, trial)
+    return [*chosen, *list(different.values())[:N_SAMPLED]]
 
 
 def confirm(
@@ -138,17 +131,14 @@ def confirm(
     task: Task,
     finalists: Sequence[Trial],
     training: TrainingSettings,
-    *,
     n_runs: int,
-    on_run: Callable[[int, int], None] | None = None,
+    on_run: Callable[[int, int], None],
 ) -> tuple[tuple[Finalist, ...], str | None]:
-    """Train the finalists on fresh seeds, the same for each; runs that the study already holds are not repeated.
+    """Train the finalists on fresh seeds, the same for each; returns them, and why there are none.
 
-    A finalist that diverges on a fresh seed is dropped. Processes that share a study share the runs: each goes through them
-    in an order of its own and skips what another has stored. `n_runs` includes the runs of earlier finalists.
-
-    Returns:
-        The finalists, and why there are none.
+    Runs that the study already holds are not repeated, and those of earlier finalists count in `n_runs`. A finalist that
+    diverges on a fresh seed is dropped. Processes that share a study share the runs: each goes through them in an order of its
+    own and skips what another has stored.
     """
     if len(finalists) < 2:
         return (), "there are fewer than two allocations to compare; raise `n_trials`."
@@ -169,14 +159,13 @@ def confirm(
             except TrainingError as error:
                 logger.warning("trial %d is no finalist: on seed %s %s", trial.number, seed, error)
             study.set_user_attr(confirmation_key(trial, seed), metric)
-        if on_run:
-            on_run(done, len(runs))
+        on_run(done, len(runs))
     known = study.user_attrs
     metrics = [{seed: known[confirmation_key(trial, seed)] for seed in seeds} for trial in finalists]
     steady = [(t, m) for t, m in zip(finalists, metrics, strict=True) if None not in m.values()]
     if not steady:
         return (), "every finalist diverged on a fresh seed; lower `learning_rate`."
-    return judge([t for t, _ in steady], [m for _, m in steady]), None
+    return judge(*zip(*steady, strict=True)), None
 
 
 def confirmation_key(trial: Trial, seed: str) -> str:
@@ -214,15 +203,15 @@ def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tu
     uniform = next((m for t, m in zip(trials, metrics, strict=True) if t.origin == UNIFORM), None)
     table = np.array([list(m.values()) for m in metrics])
     others, n_seeds = len(table) - 1, table.shape[1]
-    variance = 2.0 * residual_variance(table)
     finalists = []
     for trial, mine in zip(trials, metrics, strict=True):
         difference = interval = None
         if uniform is not None and trial.origin != UNIFORM:
             difference = fmean(mine[seed] - uniform[seed] for seed in mine)
             freedom, confidence = others * (n_seeds - 1), 1.0 - (1.0 - CONFIDENCE) / others
-            found = t_interval(difference, variance, n_seeds, freedom=freedom, confidence=confidence)
-            interval = None if math.isnan(found.low) else (found.low, found.high)
+            variance = 2.0 * residual_variance(table)
+            _, *ends = t_interval(difference, variance, n_seeds, freedom=freedom, confidence=confidence)
+            interval = None if math.isnan(ends[0]) else (ends[0], ends[1])
         finalists.append(Finalist(trial=trial, metrics_by_seed=mine, difference=difference, interval=interval))
     return tuple(finalists)
 
@@ -240,9 +229,9 @@ def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = N
         ranks = [finalist.trial.allocation.vector for finalist in finalists]
         return finalists[int(np.argmax(belief.posterior_given_retests(ranks, means, n_seeds)))]
     error = float(np.sqrt(2.0 * residual_variance(metrics) / n_seeds))
-    simplicity = [{UNIFORM: 0, ONE_SHOT: 1}.get(finalist.trial.origin, 2) for finalist in finalists]
-    order = sorted(range(len(metrics)), key=lambda i: (simplicity[i], -means[i]))
-    return next(finalists[i] for i in order if means[i] >= means.max() - error)
+    good = [i for i in range(len(means)) if means[i] >= means.max() - error]
+    simplicity = {UNIFORM: 0, ONE_SHOT: 1}
+    return finalists[min(good, key=lambda i: (simplicity.get(finalists[i].trial.origin, 2), -means[i]))]
 
 
 class Agreement(NamedTuple):

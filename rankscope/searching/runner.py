@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,34 +31,28 @@ from rankscope.tasks import Task, fingerprint_task
 from rankscope.training import TrainingResult, train
 
 logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]  # stage, runs done and runs in all
 
 UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be at it
+COLUMNS = [
+    "trial", "origin", "learning_rate", "parameters", "metric", "loss", "difference", "wall_seconds", "reused", "ranks",
+    "fingerprint",
+]  # fmt: skip
 PROFILE_TERMS = ("schema", "weights", "data", "batches", "seed", "head_steps", "sketch_size")  # which profile it is
 
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """A finished search.
-
-    Attributes:
-        study: The `optuna.Study`.
-        targets: The target modules.
-        metric_name: The task's metric.
-        finalists: What was trained again on fresh seeds.
-        model: The performance model on all trials; None for other samplers, and with too few trials.
-        validation: How well the model predicts trials it has not seen; None with too few.
-        belief: What chooses: the model, or the profile alone where the model does not beat it; None: only fresh seeds.
-        unconfirmed: Why nothing was trained again on fresh seeds; None where it was.
-    """
+    """A finished search."""
 
     study: optuna.Study
     targets: tuple[TargetModule, ...]
     metric_name: str
-    finalists: tuple[confirmation.Finalist, ...] = ()
-    model: PerformanceModel | None = None
-    validation: Validation | None = None
-    belief: PerformanceModel | None = None
-    unconfirmed: str | None = None
+    finalists: tuple[confirmation.Finalist, ...] = ()  # what was trained again on fresh seeds
+    model: PerformanceModel | None = None  # on all trials; None for other samplers, and with too few trials
+    validation: Validation | None = None  # how well the model predicts trials it has not seen; None with too few
+    belief: PerformanceModel | None = None  # what chooses: the model, or the profile alone; None: only fresh seeds
+    unconfirmed: str | None = None  # why nothing was trained again on fresh seeds; None where it was
 
     @property
     def trials(self) -> list[storage.Trial]:
@@ -89,29 +84,26 @@ class SearchResult:
     @property
     def best_trial(self) -> storage.Trial:
         """The recommendation's trial; where nothing was confirmed, the best observed, which noise flatters."""
-        return self.recommendation.trial if self.recommendation else self.best_of(self.trials)
+        return self.recommendation.trial if self.recommendation else self.best_of_origin(None)
 
     @property
     def best_allocation(self) -> RankAllocation:
         """The allocation of `best_trial`."""
         return self.best_trial.allocation
 
-    def best_of(self, trials: Sequence[storage.Trial]) -> storage.Trial:
-        """The best of some trials; SettingsError where there is none."""
+    def best_of_origin(self, origin: str | None) -> storage.Trial:
+        """The best observed trial of one origin, as in `"uniform"`, or of any; SettingsError where there is none."""
+        trials = [trial for trial in self.trials if origin in (None, trial.origin)]
         if not trials:
             raise SettingsError(
                 f"study `{self.study.study_name}` must hold a completed trial, but holds none; run the search."
             )
         return min(trials, key=lambda trial: (-trial.metric, trial.loss, trial.number))
 
-    def best_of_origin(self, origin: str) -> storage.Trial:
-        """The best trial of one origin, as in `"uniform"`: at its best learning rate."""
-        return self.best_of([trial for trial in self.trials if trial.origin == origin])
-
     def to_frame(self) -> pd.DataFrame:
         """One row a completed trial; ranks as a list column in the order of the targets."""
-        frame = pd.DataFrame(trial.to_row() for trial in self.trials)
-        return frame.loc[:, :"fingerprint"].astype({"reused": "Int64"})
+        rows = [{**trial.to_row(), "trial": trial.number} for trial in self.trials]
+        return pd.DataFrame(rows, columns=COLUMNS).astype({"reused": "Int64"})
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write `trials.parquet`, atomically; returns the path."""
@@ -130,7 +122,7 @@ def search(
     targets: Sequence[TargetModule] | None = None,
     min_rank: Bound = 0,
     max_rank: Bound = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
     **overrides: Any,
 ) -> SearchResult:
     """Search for the allocation with the best validation metric under a budget.
@@ -148,7 +140,7 @@ def search(
         training: The full schedule.
         targets: The target modules; default: the profile's.
         min_rank: The least rank, for all modules or by name.
-        max_rank: The greatest rank, for all modules or by name; None: full rank.
+        max_rank: The greatest rank, likewise; None: full rank.
         on_progress: Called after each run with "searching" or "confirming", and the numbers of runs done and in all.
         **overrides: Fields of `settings` by name.
 
@@ -169,37 +161,30 @@ def search(
     targets = tuple(targets or profile.targets)
     profile.require(targets)
     space = make_space(profile, targets, budget, settings, RankLimits(min_rank, max_rank))
-    run = _Search.open(task, space, settings, training, profile, on_progress or (lambda stage, done, total: None))
-    run.explore()
-    return run.result(training)
+    on_progress = on_progress or (lambda stage, done, total: None)
+    run = _Search(task, space, settings, training, profile)
+    run.explore(on_progress)
+    return run.result(on_progress)
 
 
-@dataclass(frozen=True, slots=True)
 class _Search:
     """One process's work on a study: it asks for allocations, trains them, and tells Optuna what came out."""
 
-    study: optuna.Study
-    task: Task
-    space: HierarchicalSpace
-    settings: SearchSettings
-    training: TrainingSettings  # of a trial; at several learning rates, each is tried
-    split: tuple[int, int]  # how many trials explore, and how many trainings confirm
-    on_progress: Callable[[str, int, int], None]
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         task: Task,
         space: HierarchicalSpace,
         settings: SearchSettings,
         training: TrainingSettings,
         profile: Profile,
-        on_progress: Callable[[str, int, int], None],
-    ) -> _Search:
+    ) -> None:
         """Opens the study, or resumes it if its trials are comparable."""
-        split = confirmation.split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)
-        short = TrainingSettings.of(training, steps=max(1, round(settings.fidelity * training.steps)))
-        pruner = make_pruner(settings.pruner, short)
+        self.task, self.space, self.settings, self.full = task, space, settings, training
+        self.n_trials, self.n_confirming = confirmation.split_budget(
+            settings.n_trials, settings.confirm_fraction, settings.n_seeds
+        )
+        self.training = TrainingSettings.of(training, steps=max(1, round(settings.fidelity * training.steps)))
+        pruner = make_pruner(settings.pruner, self.training)
         space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
         rates, bounds = training.learning_rates, (space.limits.min_rank, space.limits.max_rank)
         lowest, highest = (digest(dict(bound)) if isinstance(bound, Mapping) else bound for bound in bounds)
@@ -210,7 +195,7 @@ class _Search:
             "model": fingerprint_targets(space.targets),
             "budget": space.budget.limit,
             "training": training.at(rates[0]).model_dump(),
-            "trial_steps": short.steps,
+            "trial_steps": self.training.steps,
             "learning_rates": list(rates),
             "n_seeds": settings.n_seeds,
             "tilts": [tilt.name for tilt in space.tilts],
@@ -220,33 +205,40 @@ class _Search:
             "min_rank": lowest,
             "max_rank": highest,
         }
-        study = storage.open_study(settings.study_name or task.name, settings.storage, about)
-        seed = (settings.seed or 0) + len(study.get_trials(deepcopy=False))
-        study.sampler, study.pruner = make_sampler(settings.sampler, space, seed), pruner
-        storage.fail_orphans(study)
-        return cls(study, task, space, settings, short, split, on_progress)
+        self.study = storage.open_study(settings.study_name or task.name, settings.storage, about)
+        seed = (settings.seed or 0) + len(self.study.get_trials(deepcopy=False))
+        self.study.sampler, self.study.pruner = make_sampler(settings.sampler, space, seed), pruner
+        storage.fail_orphans(self.study)
 
-    def explore(self) -> None:
+    def explore(self, on_progress: Progress) -> None:
         """Runs trials until so many are finished: uniform and one-shot, proposals, and the posterior mean's allocation last."""
-        for origin, tau in (
-            (UNIFORM, 0.0),
-            (ONE_SHOT, 1.0),
-        ):  # uniform first and alone: other trials are paired with it
+
+        def run(n_trials: int) -> None:
+            """Runs trials one by one. `optimize` asks and tells, and keeps up heartbeats where the storage has them."""
+            for _ in range(n_trials):
+                if not self._waiting():
+                    self._queue({}, None)
+                self.study.optimize(self._evaluate, n_trials=1, catch=(TrainingError,))
+                done = len(self.study.get_trials(deepcopy=False))
+                on_progress("searching", done * self.settings.n_seeds, self.settings.n_trials)
+
+        for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):  # uniform alone: other trials are paired with it
             self._queue_start(origin, self.space.point(tau=tau))
-            self._run(min(self._waiting(), self._left()))
+            run(min(self._waiting(), self._left()))
         if not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, *UNDER_WAY)):
             raise TrainingError(
                 f"study `{self.study.study_name}` must have a trial that completes, but every one failed; "
                 "lower `learning_rate`."
             )
-        self._run(self._left() - 1)
+        run(self._left() - 1)
         if self._left():
             self._queue_posterior_mean()
-        self._run(self._left())
+        run(self._left())
 
-    def result(self, training: TrainingSettings) -> SearchResult:
+    def result(self, on_progress: Progress) -> SearchResult:
         """Confirms the finalists, on the full schedule."""
-        study, model, validation, belief = self.study, None, None, None
+        study, targets = self.study, self.space.targets
+        model = validation = belief = None
         if isinstance(study.sampler, PerformanceModelSampler) and (model := study.sampler.model(study)) is not None:
             validation = study.sampler.validate(study)
             belief = believable(model, validation)
@@ -255,21 +247,16 @@ class _Search:
             logger.warning(
                 "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
             )
-        trials = storage.read_trials(study, self.space.targets)
+        trials = storage.read_trials(study, targets)
         if not any(trial.origin == UNIFORM for trial in trials):
             logger.warning("uniform completed no trial: differences to it are not known")
+        chosen = confirmation.choose_finalists(trials, belief)
         finalists, unconfirmed = confirmation.confirm(
-            study,
-            self.task,
-            confirmation.choose_finalists(trials, belief),
-            training,
-            n_runs=self.split[1],
-            on_run=lambda done, total: self.on_progress("confirming", done, total),
+            study, self.task, chosen, self.full, self.n_confirming, partial(on_progress, "confirming")
         )
         if unconfirmed and self.settings.confirm_fraction:
             logger.warning("nothing is confirmed: %s", unconfirmed)
-        metric, targets = self.task.metric, self.space.targets
-        return SearchResult(study, targets, metric, finalists, model, validation, belief, unconfirmed)
+        return SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
 
     # --- asking ---
 
@@ -290,16 +277,8 @@ class _Search:
             if allocation not in [trial.allocation for trial in storage.read_trials(self.study, self.space.targets)]:
                 self._queue(tilts, rate, origin=POSTERIOR_MEAN, ranks=list(allocation.vector))
 
-    def _queue_proposal(self) -> None:
-        """Queues what the performance model proposes; where another sampler chooses the tilts, a trial without any."""
-        if isinstance(self.study.sampler, PerformanceModelSampler):
-            allocation, tilts, rate = self.study.sampler.propose(self.study)
-            self._queue(tilts, rate, ranks=list(allocation.vector))
-        else:
-            self._queue({}, None)
-
     def _queue(self, tilts: dict[str, float], learning_rate: float | None, **attributes: Any) -> None:
-        """Queues a trial, signed first, so that none ever runs unsigned."""
+        """Queues a trial, signed first, so that none ever runs unsigned. The sampler chooses what is not given."""
         parameters = tilts | ({} if learning_rate is None else {LEARNING_RATE: learning_rate})
         self.study.enqueue_trial(parameters, user_attrs={**attributes, **storage.worker()})
 
@@ -307,70 +286,45 @@ class _Search:
         return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def _left(self) -> int:
-        return max(0, self.split[0] - sum(_finished(trial) for trial in self.study.get_trials(deepcopy=False)))
+        return max(0, self.n_trials - sum(map(_finished, self.study.get_trials(deepcopy=False))))
 
     # --- training and telling ---
-
-    def _run(self, n_trials: int) -> None:
-        """Runs trials one by one. `optimize` asks and tells, and keeps up heartbeats where the storage has them."""
-        for _ in range(n_trials):
-            if not self._waiting():
-                self._queue_proposal()
-            self.study.optimize(self._evaluate, n_trials=1, catch=(TrainingError,))
-            done = len(self.study.get_trials(deepcopy=False))
-            self.on_progress("searching", done * self.settings.n_seeds, self.settings.n_trials)
 
     def _evaluate(self, running: optuna.Trial) -> float:
         """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""
         for key, value in storage.worker().items():  # a trial that waited may have been queued by another process
             running.set_user_attr(key, value)
-        allocation = suggest_allocation(running, self.space)
-        rates, origin = self.training.learning_rates, running.user_attrs.get("origin", SAMPLER)
+        allocation, rates = suggest_allocation(running, self.space), self.training.learning_rates
         rate = rates[0] if len(rates) == 1 else float(running.suggest_categorical(LEARNING_RATE, list(rates)))
+        origin = running.user_attrs.get("origin", SAMPLER)
         earlier = storage.read_trials(self.study, self.space.targets)
         same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
-            metrics, loss, seconds, history = same.metrics_by_seed, same.loss, 0.0, same.history
+            reused = same.number if same.reused is None else same.reused
+            trial = replace(
+                same, number=running.number, origin=origin, difference=None, wall_seconds=0.0, reused=reused
+            )
             for step, value in self.study.trials[same.number].intermediate_values.items():
                 running.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
-            results = self._train(running, allocation, rate, may_prune=origin == SAMPLER)
-            metrics = {str(seed): result.metrics[self.task.metric] for seed, result in enumerate(results)}
-            loss = fmean(result.metrics["loss"] for result in results)
-            seconds = sum(result.wall_seconds for result in results)
-            history = {step: found[self.task.metric] for step, found in results[0].history.items()}
+            trial = self._train(running, origin, allocation, rate)
         uniform = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
-        difference = None  # to uniform at its best learning rate
-        if uniform is not None and origin != UNIFORM:
-            difference = fmean(metrics[seed] - uniform.metrics_by_seed[seed] for seed in metrics)
-        trial = storage.Trial(
-            number=running.number,
-            origin=origin,
-            allocation=allocation,
-            learning_rate=rate,
-            metric=fmean(metrics.values()),
-            loss=loss,
-            metrics_by_seed=metrics,
-            difference=difference,
-            wall_seconds=seconds,
-            reused=(same.number if same.reused is None else same.reused) if same else None,
-            history=history,
-        )
+        if uniform is not None and origin != UNIFORM:  # compare with uniform at its best learning rate
+            mine, theirs = trial.metrics_by_seed, uniform.metrics_by_seed
+            trial = replace(trial, difference=fmean(mine[seed] - theirs[seed] for seed in mine))
         storage.store_trial(running, trial)
         return trial.metric
 
-    def _train(
-        self, running: optuna.Trial, allocation: RankAllocation, rate: float, *, may_prune: bool
-    ) -> list[TrainingResult]:
+    def _train(self, running: optuna.Trial, origin: str, allocation: RankAllocation, rate: float) -> storage.Trial:
         """One training a seed; pruned on the first one's way, or between seeds where the pruner compares those."""
-        by_seed = isinstance(self.study.pruner, optuna.pruners.WilcoxonPruner)
+        metric, by_seed = self.task.metric, isinstance(self.study.pruner, optuna.pruners.WilcoxonPruner)
         last = self.settings.n_seeds if by_seed else self.training.steps
         steps: list[int] = []
         results: list[TrainingResult] = []
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
-            running.report(metrics[self.task.metric], step)
-            if may_prune and step < last and running.should_prune():
+            running.report(metrics[metric], step)
+            if origin == SAMPLER and step < last and running.should_prune():
                 raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
 
         schedule, on_step = self.training.at(rate), steps.append
@@ -390,7 +344,18 @@ class _Search:
             raise error.with_traceback(None) from error.__cause__
         finally:
             running.set_user_attr(STEPS_KEY, len(steps))
-        return results
+        metrics = {str(seed): result.metrics[metric] for seed, result in enumerate(results)}
+        return storage.Trial(
+            number=running.number,
+            origin=origin,
+            allocation=allocation,
+            learning_rate=rate,
+            metric=fmean(metrics.values()),
+            loss=fmean(result.metrics["loss"] for result in results),
+            metrics_by_seed=metrics,
+            wall_seconds=sum(result.wall_seconds for result in results),
+            history={step: found[metric] for step, found in results[0].history.items()},
+        )
 
 
 def _finished(trial: FrozenTrial) -> bool:

@@ -24,6 +24,7 @@ from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError
+from rankscope.files import require_same
 from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.confirmation import residual_variance
 from rankscope.searching.space import HierarchicalSpace
@@ -33,7 +34,7 @@ from rankscope.targets import fingerprint_targets
 
 T = TypeVar("T")
 
-START_TRIALS = 8
+START_TRIALS = 8  # with a metric, before the model proposes
 DRAWS = 10  # until one is an allocation that was not tried yet
 PROPOSAL_KEY = "rankscope:proposal"  # of a trial's system attributes, which `suggest_allocation` can read at once
 
@@ -51,12 +52,8 @@ class PerformanceModelSampler(BaseSampler):
 
     Threads may share it. A pruned trial counts by its last intermediate value, with less weight; failed trials, and trials whose
     ranks are not of these modules, do not count. Where tilts are fixed from outside, as by Optuna's `PartialFixedSampler`, the
-    allocation is that of the tilts. Copies and pickles learn again from the study.
-
-    Args:
-        space: The tilts, targets, budget, and one-shot's gains, which carry the prior.
-        n_startup_trials: Trials with a metric before the model proposes, at least 2; before, tilts are drawn around one-shot.
-        seed: Of the draws.
+    allocation is that of the tilts. The first eight trials with a metric are drawn around one-shot, on the tilts; the space's
+    gains carry the model's prior. Copies and pickles learn again from the study.
 
     >>> from rankscope.budget import ParameterBudget
     >>> from rankscope.targets import TargetModule
@@ -73,11 +70,8 @@ class PerformanceModelSampler(BaseSampler):
     (8, True)
     """
 
-    def __init__(
-        self, space: HierarchicalSpace, *, n_startup_trials: int = START_TRIALS, seed: int | None = None
-    ) -> None:
+    def __init__(self, space: HierarchicalSpace, *, seed: int | None = None) -> None:
         self.space = space
-        self.n_startup_trials = max(2, n_startup_trials)
         features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
         self._rng, self._independent = np.random.default_rng(seed), RandomSampler(seed)
         self._one_shot = space.allocation(space.point(tau=1.0))
@@ -112,27 +106,26 @@ class PerformanceModelSampler(BaseSampler):
         ours = self.infer_relative_search_space(study, trial)
         if RANKS_KEY in trial.user_attrs or set(ours) & set(trial.system_attrs.get("fixed_params", {})):
             return {}
-        mine = {name for name, distribution in search_space.items() if ours.get(name) == distribution}
-        tilts: dict[str, float] = {}
-        if mine:
+        found: dict[str, Any] = {}
+        if mine := [name for name, distribution in search_space.items() if ours.get(name) == distribution]:
             allocation, tilts, rate = self.propose(study)
-            if mine == set(ours):  # else ranks of the full space would not keep to what is fixed
+            found = {name: tilts[name] for name in mine}
+            if len(mine) == len(ours):  # else ranks of the full space would not keep to what is fixed
                 stored = {"ranks": list(allocation.vector), "learning_rate": rate}
                 study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, stored)
-        others = {name: distribution for name, distribution in search_space.items() if name not in mine}
-        return {name: tilts[name] for name in search_space if name in mine} | {
-            name: self._independent.sample_independent(study, trial, name, each) for name, each in others.items()
-        }
+        for name, distribution in search_space.items():
+            if name not in mine:
+                found[name] = self._independent.sample_independent(study, trial, name, distribution)
+        return found
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The learning rate that goes with the proposal; anything else at random."""
         self._raise_error_if_multi_objective(study)
-        if param_name == LEARNING_RATE:
-            rate = trial.system_attrs.get(PROPOSAL_KEY, {}).get("learning_rate")
-            if rate is not None and rate in getattr(param_distribution, "choices", ()):
-                return rate
+        rate = trial.system_attrs.get(PROPOSAL_KEY, {}).get("learning_rate")
+        if param_name == LEARNING_RATE and rate is not None and rate in getattr(param_distribution, "choices", ()):
+            return rate
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     # --- what the search asks for ---
@@ -141,7 +134,7 @@ class PerformanceModelSampler(BaseSampler):
         """The next allocation: around one-shot at first, then the solution of a posterior draw."""
         with self._lock:
             self._learn(study)
-            if len(self._seen) < self.n_startup_trials or self._model.constant:
+            if not self._ready:
                 width = self._rng.choice([0.25, 0.5, 1.0])
                 tilts = {t.name: float(self._rng.uniform(t.low, t.high) * width) for t in self.space.tilts}
                 tilts["tau"] = float(self._rng.uniform(0.25, 1.25))
@@ -176,16 +169,21 @@ class PerformanceModelSampler(BaseSampler):
         with self._lock:
             self._learned_from = None  # what was learned trial by trial depends on when it was interrupted
             self._learn(study)
-            return self._model if len(self._seen) >= self.n_startup_trials and not self._model.constant else None
+            return self._model if self._ready else None
 
     def validate(self, study: optuna.Study) -> Validation | None:
         """The model's scores on left-out allocations; None with too few."""
         self._raise_error_if_multi_objective(study)
         trials = [trial for trial in study.get_trials(deepcopy=False) if self._counts(trial)]
         seeds, noise = [_seeds(trial) for trial in trials], None
-        if len(seeds) > 1 and len({len(values) for values in seeds}) == 1 and len(seeds[0]) > 1:
+        if len({len(values) for values in seeds}) == 1 and len(seeds[0]) > 1:
             noise = residual_variance(seeds) / len(seeds[0])  # of a mean over seeds, beyond what seeds have in common
         return validate(self._model, **self._observations(study, trials, trials)[1], noise_variance=noise)
+
+    @property
+    def _ready(self) -> bool:
+        """Whether the model has seen enough, and metrics that differ."""
+        return len(self._seen) >= START_TRIALS and not self._model.constant
 
     def _tilts_of(self, allocation: RankAllocation) -> dict[str, float]:
         """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
@@ -304,30 +302,30 @@ def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: boo
 
 def belief_of(study: optuna.Study, space: HierarchicalSpace) -> PerformanceModel | None:
     """What an earlier search believes of a space; SettingsError where it was of other modules or another budget."""
-    about = study.user_attrs[STUDY_KEY]
-    for key, ours in (("model", fingerprint_targets(space.targets)), ("budget", space.budget.limit)):
-        if about[key] != ours:
-            raise SettingsError(
-                f"study `{study.study_name}` must be about {key} {ours!r}, but its trials are about {about[key]!r}; "
-                "search again, or use another output folder."
-            )
+    ours = {"model": fingerprint_targets(space.targets), "budget": space.budget.limit}
+    require_same(
+        {key: study.user_attrs[STUDY_KEY][key] for key in ours}, ours, what=f"study `{study.study_name}`",
+        remedy="search again, or use another output folder.", holds="its trials are", error=SettingsError,
+    )  # fmt: skip
     return PerformanceModelSampler(space).believed(study)
 
 
 def make_sampler(sampler: str | BaseSampler, space: HierarchicalSpace, seed: int) -> BaseSampler:
     """The sampler of a name; a sampler object is passed through."""
+    if isinstance(sampler, BaseSampler):
+        return sampler
     known: dict[str, Callable[[], BaseSampler]] = {
         "performance-model": lambda: PerformanceModelSampler(space, seed=seed),
         "tpe": lambda: TPESampler(seed=seed, multivariate=True),
         "random": lambda: RandomSampler(seed=seed),
     }
-    return sampler if isinstance(sampler, BaseSampler) else _named("sampler", sampler, known)
+    return _known("sampler", sampler, known)()
 
 
 def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePruner:
     """The pruner of a name; a pruner object is passed through. SettingsError where trials give it nothing to judge by."""
     known = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
-    made = pruner if isinstance(pruner, BasePruner) else _named("pruner", pruner, known)
+    made = pruner if isinstance(pruner, BasePruner) else _known("pruner", pruner, known)()
     nothing = training.evaluate_every is None or training.evaluate_every >= training.steps
     if nothing and not isinstance(made, NopPruner | WilcoxonPruner):
         raise SettingsError(
@@ -337,10 +335,10 @@ def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePru
     return made
 
 
-def _named(what: str, value: str, known: Mapping[str, Callable[[], T]]) -> T:
+def _known(what: str, value: str, known: Mapping[str, T]) -> T:
     if value not in known:
         raise SettingsError(f"`{what}` must be one of {', '.join(known)} or an Optuna {what}, but got {value!r}.")
-    return known[value]()
+    return known[value]
 
 
 def _seeds(trial: FrozenTrial) -> list[float]:

@@ -42,26 +42,18 @@ class Tilt(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchicalSpace:
-    """Tilts of marginal gains under one budget.
-
-    Attributes:
-        targets: The target modules.
-        gains: For each module by name, the gain of its first, second, … rank, not increasing.
-        budget: The limit in parameters.
-        groups: The block group of each module by name, as in `model/0`.
-        limits: The least and the greatest ranks.
-    """
+    """Tilts of marginal gains under one budget."""
 
     targets: tuple[TargetModule, ...]
-    gains: Mapping[str, NDArray[np.float64]]
+    gains: Mapping[str, NDArray[np.float64]]  # by module: of its first, second, … rank, not increasing
     budget: ParameterBudget
-    groups: Mapping[str, str]
+    groups: Mapping[str, str]  # by module: its block group, as in `model/0`
     limits: RankLimits = NO_LIMITS
 
     def __post_init__(self) -> None:
         if not self.targets:
             raise SettingsError("`targets` must hold at least one target module, but is empty; find others.")
-        for name in [target.name for target in self.targets]:
+        for name in (target.name for target in self.targets):
             if name not in self.groups:
                 raise SettingsError(f"`groups` must name a group for every target module, but lacks `{name}`.")
             if name not in self.gains:
@@ -90,22 +82,15 @@ class HierarchicalSpace:
             if not (isinstance(point[name], Real) and math.isfinite(point[name])):
                 raise SettingsError(f"`point` must hold finite numbers, but {name!r} is {point[name]!r}.")
         # Gradients may be tiny, and their powers must not underflow.
-        scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets)
-        if not scale > 0:
-            raise SettingsError(
-                "`gains` must not all be zero; choose targets that the loss depends on, or profile on other data."
-            )
-        tilted = {}
+        scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets) or 1.0
+        tau, tilted = point["tau"], {}
         for target in self.targets:
             offset = point.get(f"group/{self.groups[target.name]}", 0.0) + point.get(f"role/{target.role}", 0.0)
             density = np.asarray(self.gains[target.name], dtype=np.float64) / target.rank_cost / scale
             shared = 1.0 / np.arange(1, density.size + 1) ** 2.0
-            blend = density ** point["tau"] * shared ** (
-                1.0 - point["tau"]
-            )  # 0 ** 0 is 1: at tau = 0 all modules are alike
-            tilted[target.name] = (
-                np.minimum.accumulate(blend) * np.exp(offset) * target.rank_cost
-            )  # beyond tau = 1 it may rise
+            blend = density**tau * shared ** (1.0 - tau)  # 0 ** 0 is 1: at tau = 0 all modules are alike
+            falling = np.minimum.accumulate(blend)  # beyond tau = 1 it may rise
+            tilted[target.name] = falling * np.exp(offset) * target.rank_cost
         return self.solve(tilted).renamed("tilted")
 
     def solve(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
@@ -122,9 +107,8 @@ def make_space(
 ) -> HierarchicalSpace:
     """The space whose gains are the profile's gradient spectra, with the groups that the settings ask for."""
     settings = settings or SearchSettings()
-    if settings.grouping == "depth":
-        groups = group_by_depth(targets, settings.n_groups)
-    else:
+    groups = group_by_depth(targets, settings.n_groups)
+    if settings.grouping == "gradient":
         energies = {name: norm**2 for name, norm in profile.column("gradient_norm").items()}
         groups = group_by_gradient(targets, energies, settings.n_groups)
     gains = {name: values**2 for name, values in profile.spectra().items()}
@@ -149,14 +133,11 @@ def group_by_depth(targets: Sequence[TargetModule], n_groups: int = 3) -> dict[s
 
 
 def group_by_gradient(
-    targets: Sequence[TargetModule], energies: Mapping[str, float], n_groups: int = 3, *, seed: int = 0
+    targets: Sequence[TargetModule], energies: Mapping[str, float], n_groups: int = 3
 ) -> dict[str, str]:
     """Block groups by k-means over the blocks' gradients, within each tower: HyDRA's coarse stage.
 
     A block is described by the log energy (squared gradient norm) of each of its roles; group 0 has the least.
-
-    Raises:
-        SettingsError: `n_groups` is not a whole number from 1 on, or an energy is missing, negative or not finite.
     """
     from sklearn.cluster import KMeans
 
@@ -175,7 +156,7 @@ def group_by_gradient(
         cells = [{"block": t.block, "role": t.role, "log": np.log(max(energies[t.name], floor))} for t in members]
         table = pd.DataFrame(cells).pivot_table("log", "block", "role", aggfunc="last", fill_value=np.log(floor))
         features = table.to_numpy()
-        labels = KMeans(min(n_groups, len(table)), n_init=10, random_state=seed).fit_predict(features)
+        labels = KMeans(min(n_groups, len(table)), n_init=10, random_state=0).fit_predict(features)
         by_energy = np.argsort(np.argsort([features[labels == label].mean() for label in range(labels.max() + 1)]))
         of_block = dict(zip(table.index, by_energy[labels], strict=True))
         groups |= {t.name: f"{tower}/{of_block[t.block]}" for t in members}

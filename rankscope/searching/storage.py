@@ -20,7 +20,7 @@ from rankscope.files import require_same
 from rankscope.targets import TargetModule
 
 STUDY_KEY = "rankscope"  # study attribute: what the search is about
-TRIAL_KEY = "rankscope"  # trial attribute: the rest of `Trial.to_row`
+TRIAL_KEY = "rankscope"  # trial attribute: `Trial.to_row` without number and ranks
 RANKS_KEY = "ranks"  # trial attribute: ranks in the order of the targets
 STEPS_KEY = "steps"  # trial attribute: optimizer steps taken over all seeds, however the trial ended
 WORKER_KEY = "worker"  # trial attribute: the process that runs it
@@ -30,32 +30,19 @@ UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN = "uniform", "one-shot", "sampler", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One evaluated allocation.
+    """One evaluated allocation."""
 
-    Attributes:
-        number: Number of the Optuna trial.
-        origin: Where the allocation comes from: `"uniform"`, `"one-shot"`, `"sampler"`, or `"posterior-mean"`.
-        allocation: The realised ranks.
-        learning_rate: Peak learning rate.
-        metric: Validation metric, mean over seeds; higher is better. `loss` likewise.
-        metrics_by_seed: Validation metric of each seed.
-        difference: Mean paired difference of the metric to uniform at uniform's best learning rate; None for uniform.
-        wall_seconds: Training time; 0 where the result of an equal trial was reused.
-        reused: Number of the trial whose result was reused.
-        history: Validation metric of the first seed by step, the last included.
-    """
-
-    number: int
-    origin: str
+    number: int  # of the Optuna trial
+    origin: str  # "uniform", "one-shot", "sampler" or "posterior-mean"
     allocation: RankAllocation
     learning_rate: float
-    metric: float
+    metric: float  # on the validation split, mean over seeds; higher is better
     loss: float
     metrics_by_seed: Mapping[str, float]
-    difference: float | None
-    wall_seconds: float
-    reused: int | None
-    history: Mapping[int, float] = field(default_factory=dict)
+    difference: float | None = None  # of the metric to uniform's at its best learning rate; None for uniform
+    wall_seconds: float = 0.0  # of training; 0 where the result of an equal trial was reused
+    reused: int | None = None  # number of that trial
+    history: Mapping[int, float] = field(default_factory=dict)  # metric of the first seed by step, the last included
 
     @property
     def proposed(self) -> bool:
@@ -63,37 +50,24 @@ class Trial:
         return self.origin not in (UNIFORM, ONE_SHOT)
 
     def to_row(self) -> dict[str, Any]:
-        """The trial as plain values: a row of `trials.parquet`, then what only the study keeps."""
-        return {
-            "trial": self.number,
-            "origin": self.origin,
-            "learning_rate": self.learning_rate,
-            "parameters": self.allocation.parameters,
-            "metric": self.metric,
-            "loss": self.loss,
-            "difference": self.difference,
-            "wall_seconds": self.wall_seconds,
-            "reused": self.reused,
-            "ranks": list(self.allocation.vector),
-            "fingerprint": self.allocation.fingerprint,
-            "budget": self.allocation.budget,
-            "metrics_by_seed": dict(self.metrics_by_seed),
-            "history": dict(self.history),
-        }
+        """The trial as plain values: what `trials.parquet` shows, and what the study keeps."""
+        row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
+        ranks = {"ranks": list(self.allocation.vector), "fingerprint": self.allocation.fingerprint}
+        return {**row, **ranks, "parameters": self.allocation.parameters, "budget": self.allocation.budget}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], targets: tuple[TargetModule, ...]) -> Trial:
         """The inverse of `to_row`; names in JSON are texts, so steps are read as numbers."""
         allocation = RankAllocation(targets, tuple(row["ranks"]), strategy=row["origin"], budget=row["budget"])
-        known = {each.name: row[each.name] for each in fields(cls) if each.name in row}
         history = {int(step): metric for step, metric in row["history"].items()}
-        return cls(**{**known, "number": row["trial"], "allocation": allocation, "history": history})
+        known = {each.name: row[each.name] for each in fields(cls) if each.name in row}
+        return cls(**{**known, "allocation": allocation, "history": history})
 
 
 def store_trial(running: optuna.Trial, trial: Trial) -> None:
     """Keep a trial's row in the attributes of Optuna's trial, which has number and ranks already."""
     row = trial.to_row()
-    running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("trial", "ranks", "fingerprint")})
+    running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("number", "ranks", "fingerprint")})
 
 
 def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_foreign: bool = False) -> list[Trial]:
@@ -101,8 +75,7 @@ def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_
     trials = []
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if (stored := frozen.user_attrs.get(TRIAL_KEY)) is not None:
-            row = {**stored, "trial": frozen.number, "ranks": frozen.user_attrs[RANKS_KEY]}
-            trials.append(Trial.from_row(row, targets))
+            trials.append(Trial.from_row({**frozen.user_attrs, **stored, "number": frozen.number}, targets))
         elif not skip_foreign:
             raise SettingsError(
                 f"the study must hold trials of rankscope only, but trial {frozen.number} is foreign; use another study name."
@@ -116,37 +89,33 @@ def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, abo
         file.parent.mkdir(parents=True, exist_ok=True)
     with _openable(storage):
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
-    stored, remedy = study.user_attrs.get(STUDY_KEY), "use another study name or storage."
-    if stored is None:
-        if study.get_trials(deepcopy=False):
-            raise SettingsError(f"study `{name}` must be rankscope's, but holds foreign trials; {remedy}")
-        study.set_user_attr(STUDY_KEY, dict(about))
+    what, remedy = f"study `{name}`", "use another study name or storage."
+    if STUDY_KEY in study.user_attrs:
+        require_same(
+            study.user_attrs[STUDY_KEY], about, what=what, remedy=remedy, holds="its trials are", error=SettingsError
+        )
+    elif study.get_trials(deepcopy=False):
+        raise SettingsError(f"{what} must be rankscope's, but holds foreign trials; {remedy}")
     else:
-        what = f"study `{name}`"
-        require_same(stored, about, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
+        study.set_user_attr(STUDY_KEY, dict(about))
     return study
 
 
-def find_storage(url: str) -> optuna.storages.RDBStorage:
-    """The database of an earlier search; SettingsError where there is none, or Optuna cannot open it."""
+def load_study(name: str, url: str) -> optuna.Study:
+    """The study of an earlier search; SettingsError where there is none of this name, or rankscope did not make it."""
     if (file := _sqlite_file(url)) and not file.exists():
         raise SettingsError(
             f"`storage` must hold an earlier search, but there is no file `{file}`; run `rankscope search` first."
         )
     with _openable(url):
-        return optuna.storages.RDBStorage(url, skip_table_creation=True)
-
-
-def load_study(*, name: str, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The study of an earlier search; SettingsError where there is none of this name, or rankscope did not make it."""
-    try:
-        with _openable(storage):
-            study = optuna.load_study(study_name=name, storage=storage)
-    except KeyError:
-        known = ", ".join(optuna.get_all_study_names(storage)) or "none"
+        storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
+        known = optuna.get_all_study_names(storage)
+    if name not in known:
         raise SettingsError(
-            f"`storage` must hold a search of study `{name}`, but its studies are: {known}; run `rankscope search` first."
-        ) from None
+            f"`storage` must hold a search of study `{name}`, but its studies are: {', '.join(known) or 'none'}; "
+            "run `rankscope search` first."
+        )
+    study = optuna.load_study(study_name=name, storage=storage)
     if STUDY_KEY not in study.user_attrs:
         raise SettingsError(f"study `{name}` must be rankscope's, but is foreign; use another study name or storage.")
     return study
@@ -177,9 +146,9 @@ def _alive(pid: int) -> bool:
 
 def _sqlite_file(storage: object) -> Path | None:
     """The file of an SQLite database; None for others."""
-    if not isinstance(storage, str) or not storage.startswith("sqlite:///"):
-        return None
-    return Path(storage.removeprefix("sqlite:///").split("?")[0])
+    if isinstance(storage, str) and storage.startswith("sqlite:///"):
+        return Path(storage.removeprefix("sqlite:///").split("?")[0])
+    return None
 
 
 @contextmanager

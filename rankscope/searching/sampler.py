@@ -86,10 +86,8 @@ class PerformanceModelSampler(BaseSampler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=RLock())
 
-    # --- what Optuna asks for ---
-
     def reseed_rng(self) -> None:
-        """See `optuna.samplers.BaseSampler`."""
+        """Draw from a new seed."""
         with self._lock:
             self._rng = np.random.default_rng()
             self._independent.reseed_rng()
@@ -127,8 +125,6 @@ class PerformanceModelSampler(BaseSampler):
         if param_name == LEARNING_RATE and rate is not None and rate in getattr(param_distribution, "choices", ()):
             return rate
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
-
-    # --- what the search asks for ---
 
     def propose(self, study: optuna.Study) -> Proposal:
         """The next allocation: around one-shot at first, then the solution of a posterior draw."""
@@ -173,8 +169,7 @@ class PerformanceModelSampler(BaseSampler):
 
     def validate(self, study: optuna.Study) -> Validation | None:
         """The model's scores on left-out allocations; None with too few."""
-        self._raise_error_if_multi_objective(study)
-        trials = [trial for trial in study.get_trials(deepcopy=False) if self._counts(trial)]
+        trials, _ = self._measured(study)
         seeds, noise = [_seeds(trial) for trial in trials], None
         if len({len(values) for values in seeds}) == 1 and len(seeds[0]) > 1:
             noise = residual_variance(seeds) / len(seeds[0])  # of a mean over seeds, beyond what seeds have in common
@@ -206,13 +201,11 @@ class PerformanceModelSampler(BaseSampler):
 
     def _learn(self, study: optuna.Study) -> None:
         """Show the model what has completed or was pruned since it last looked; another study is learned from scratch."""
-        self._raise_error_if_multi_objective(study)
         source = study._storage, study._study_id
         if self._learned_from != source:
             self._model, self._seen, self._learned_from = clone(self._model, safe=False), {}, source
-        trials = study.get_trials(deepcopy=False)
-        complete = [trial for trial in trials if self._counts(trial)]
-        new = [t for t in trials if t.number not in self._seen and (t.state == TrialState.PRUNED or self._counts(t))]
+        complete, pruned = self._measured(study)
+        new = sorted((t for t in complete + pruned if t.number not in self._seen), key=lambda t: t.number)
         numbers, observed = self._observations(study, new, complete)
         if numbers and len(self._seen) + len(numbers) >= 2:
             self._seen |= dict(zip(numbers, map(tuple, observed["ranks"]), strict=True))
@@ -224,7 +217,7 @@ class PerformanceModelSampler(BaseSampler):
         """The numbers of trials that tell something, and these as `PerformanceModel.update` takes them."""
         by_seed = isinstance(study.pruner, WilcoxonPruner)  # intermediate values are those of seeds
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
-        seen = [(t, found) for t in trials if self._fits(t) and (found := observe(t, complete, by_seed=by_seed))]
+        seen = [(t, found) for t in trials if (found := observe(t, complete, by_seed=by_seed))]
         return [trial.number for trial, _ in seen], {
             "ranks": [trial.user_attrs[RANKS_KEY] for trial, _ in seen],
             "y": [sign * value for _, (value, _) in seen],
@@ -232,20 +225,20 @@ class PerformanceModelSampler(BaseSampler):
             "conditions": [_rate_of(trial) for trial, _ in seen],
         }
 
-    def _counts(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is a measurement of its own: complete, of these modules, and no copy of an equal one."""
-        ours = trial.state == TrialState.COMPLETE and self._fits(trial)
-        copied = trial.user_attrs.get(TRIAL_KEY, {}).get("reused") is not None
-        return ours and not copied and trial.value is not None and math.isfinite(trial.value)
+    def _measured(self, study: optuna.Study) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
+        """Complete trials of these modules that are no copies of equal ones, and pruned trials of these modules."""
+        self._raise_error_if_multi_objective(study)
+        full = [target.full_rank for target in self.space.targets]
 
-    def _fits(self, trial: FrozenTrial) -> bool:
-        """Whether a trial's ranks are of these modules."""
-        ranks, targets = trial.user_attrs.get(RANKS_KEY), self.space.targets
-        return (
-            isinstance(ranks, list | tuple)
-            and len(ranks) == len(targets)
-            and all(isinstance(r, int) and 0 <= r <= t.full_rank for r, t in zip(ranks, targets, strict=True))
-        )
+        def fits(ranks: Any) -> bool:
+            good = isinstance(ranks, list | tuple) and len(ranks) == len(full)
+            return good and all(isinstance(r, int) and 0 <= r <= most for r, most in zip(ranks, full, strict=True))
+
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        ours = [trial for trial in trials if fits(trial.user_attrs.get(RANKS_KEY))]
+        complete = [t for t in ours if t.state == TrialState.COMPLETE and math.isfinite(float(t.value or 0.0))]
+        own = [t for t in complete if t.user_attrs.get(TRIAL_KEY, {}).get("reused") is None]
+        return own, [t for t in ours if t.state == TrialState.PRUNED]
 
 
 def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) -> RankAllocation:
@@ -282,7 +275,7 @@ def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: boo
     the complete trials at its learning rate gained on average. It counts as the share of the run that it was given, or as its
     seeds.
     """
-    if trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
+    if trial.state == TrialState.COMPLETE and trial.value is not None:
         return trial.value, float(max(1, len(_seeds(trial))))
     if trial.state != TrialState.PRUNED or not trial.intermediate_values:
         return None

@@ -6,17 +6,6 @@ from searches.picture import plot_regret
 from searches.regret import BUDGETS, regret_curve, regret_curves, run_search, tabulate
 
 __all__ = [
-    "BUDGETS",
-    "LANDSCAPES",
-    "METHODS",
-    "OURS",
-    "Landscape",
-    "Method",
-    "RankBench",
-    "Synthetic",
-    "plot_regret",
-    "regret_curve",
-    "regret_curves",
-    "run_search",
-    "tabulate",
-]
+    "BUDGETS", "LANDSCAPES", "METHODS", "OURS", "Landscape", "Method", "RankBench", "Synthetic", "plot_regret", "regret_curve",
+    "regret_curves", "run_search", "tabulate",
+]  # fmt: skip

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, allocate_marginal
 from rankscope.profiling import read_profile
-from rankscope.searching.space import HierarchicalSpace, group_by_depth
+from rankscope.searching import HierarchicalSpace, group_by_depth
 from rankscope.targets import TargetModule
 from rankscope.tasks import data_folder
 

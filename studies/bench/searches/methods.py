@@ -9,8 +9,7 @@ import numpy as np
 import optuna
 
 from rankscope.budget import allocate_proportional
-from rankscope.searching import PerformanceModelSampler, suggest_allocation
-from rankscope.searching.space import HierarchicalSpace
+from rankscope.searching import HierarchicalSpace, PerformanceModelSampler, suggest_allocation
 from rankscope.searching.storage import RANKS_KEY
 from searches.landscapes import Ints, Landscape, TabulatedSpace
 
@@ -92,9 +91,8 @@ METHODS: Mapping[str, Callable[[Landscape, int], Method]] = {  # from a landscap
     OURS: lambda landscape, seed: Tilts(landscape, PerformanceModelSampler(landscape.space, seed=seed)),
     "tpe": lambda landscape, seed: Tilts(landscape, optuna.samplers.TPESampler(seed=seed, multivariate=True)),
     "gp": lambda landscape, seed: Tilts(landscape, optuna.samplers.GPSampler(seed=seed)),
-    "cma-es": lambda landscape, seed: Tilts(
-        landscape, optuna.samplers.CmaEsSampler(seed=seed)
-    ),  # needs `pip install cmaes`
+    # needs `pip install cmaes`
+    "cma-es": lambda landscape, seed: Tilts(landscape, optuna.samplers.CmaEsSampler(seed=seed)),
     "random": lambda landscape, seed: Tilts(landscape, optuna.samplers.RandomSampler(seed=seed)),
     "tpe-raw": lambda landscape, seed: Raw(landscape, optuna.samplers.TPESampler(seed=seed)),
     "random-raw": lambda landscape, seed: Raw(landscape, optuna.samplers.RandomSampler(seed=seed)),

@@ -8,6 +8,7 @@ best observed, and the best mean over the confirming measurements is recommended
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -63,14 +64,7 @@ def regret_curves(
         curves[cell] = curve
         if on_search:
             on_search(done, len(cells))
-    return tabulate(
-        {
-            (name, method, seed): curves[name, method, seed]
-            for name in landscapes
-            for method in methods
-            for seed in seeds
-        }
-    )
+    return tabulate({cell: curves[cell] for cell in itertools.product(landscapes, methods, seeds)})
 
 
 def tabulate(curves: Mapping[tuple[str, str, int], Mapping[int, float]]) -> pd.DataFrame:
@@ -170,7 +164,4 @@ def _as_trial(number: int, origin: str, allocation: RankAllocation, metric: floa
         metric=metric,
         loss=-metric,
         metrics_by_seed={"0": metric},
-        difference=None,
-        wall_seconds=0.0,
-        reused=None,
     )

@@ -24,12 +24,14 @@ class TextTask(PretrainedTask):
 
     model: str | Path
     max_length: int
+    gguf_file: str | None = None
     _texts: Mapping[Split, list[str]]
     _labels: Mapping[Split, Tensor] | None = None  # of whole texts; None: the tokens are the labels
 
     @cached_property
     def _tokenizer(self) -> Any:
-        tokenizer = load_pretrained("AutoTokenizer", self.model)
+        gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        tokenizer = load_pretrained("AutoTokenizer", self.model, **gguf)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
             must = f"`{self.model}` must hold the model's tokenizer"
             raise TaskError(f"{must}, but has none; save it there with save_pretrained.")
@@ -198,7 +200,8 @@ class MeanPooledClassifier(nn.Module):
 class CausalLM(TextTask):
     """Texts continued by a causal language model, whose own head is kept and stays frozen.
 
-    Arguments are as for `TextClassification`. Texts of fewer than two tokens predict nothing and are left out.
+    Arguments are as for `TextClassification`. `gguf_file` names a GGUF file in the model folder, if the weights come as one.
+    Texts of fewer than two tokens predict nothing and are left out.
     """
 
     metric = "token_accuracy"
@@ -213,18 +216,25 @@ class CausalLM(TextTask):
         text_column: str = "text",
         batch_size: int = 8,
         max_length: int = 256,
+        gguf_file: str | None = None,
         split_seed: int = 0,
         name: str = "causal-lm",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
         self.name, self.model, self.batch_size, self.max_length = name, model, batch_size, max_length
+        self.gguf_file = gguf_file
         table = read_table(data, (text_column,)).dropna(subset=text_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
 
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
     @cached_property
     def _loaded(self) -> Any:
-        return self._load("AutoModelForCausalLM", fresh=r"$")
+        return self._load("AutoModelForCausalLM", fresh=r"$", **self.model_kwargs)
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return the share of tokens predicted right, cross-entropy per token, and perplexity."""

@@ -95,6 +95,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
         ({"type": []}, "`task.type` must be one of sequence-classification, causal-lm, but got []."),
         ({"type": "causal-lm", "model": "bert", "data": 1}, "`data` of task type 'causal-lm' must be a text, but got 1."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "text_column": 2}, "`text_column` of task type 'causal-lm' must be a text, but got 2."),
+        ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "gguf_file": []}, "`gguf_file` of task type 'causal-lm' must be a text or null, but got []."),
         ({"type": "sequence-classification", "model": "bert", "data": "rows.parquet", "pooling": []},
          "`pooling` of task type 'sequence-classification' must be a text or null, but got []."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "batch_size": True}, "`batch_size` of task type 'causal-lm' must be a whole number, but got True."),

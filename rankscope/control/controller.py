@@ -295,8 +295,8 @@ class RankController:
             after = proposal.allocation
             self._moved_at.update(dict.fromkeys(after.difference(before), self._step))
             self._ranks.change(after, self._generator(), signals.directions)
-        last_and_next = {s.target.name: ((s.values or (0.0,))[-1], (s.gains or (0.0,))[0]) for s in signals.modules}
-        values, gains = zip(*(last_and_next.get(name, (math.nan, math.nan)) for name in before.ranks), strict=True)
+        edges = {s.target.name: ((s.values or (0.0,))[-1], (s.gains or (0.0,))[0]) for s in signals.modules}
+        values, gains = zip(*(edges.get(name, (math.nan, math.nan)) for name in before.ranks), strict=True)
         decision = Decision(
             step=self._step,
             phase="coarse" if coarse else "fine",

@@ -32,15 +32,10 @@ from rankscope.targets import TargetModule, unwrapped
 logger = logging.getLogger(__name__)
 
 ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw gives on average
-MIN_SKETCH_SIZE = 16
 
 
 class LiveRanks:
-    """The ranks of an adapter: resized, or masked by masks that the model carries or that `begin` puts on.
-
-    Raises:
-        ModelError: The model, its adapter or the optimizer cannot be controlled.
-    """
+    """The ranks of an adapter: resized, or masked by masks that the model carries or that `begin` puts on."""
 
     def __init__(self, model: Any, optimizer: Any, settings: ControllerSettings) -> None:
         mode = settings.rank_change
@@ -144,7 +139,7 @@ class LiveRanks:
 
     def sketch_size(self, ranks: RankAllocation) -> int:
         """Twice the largest rank, at least 16, as far as the memory bound allows; sampled steps keep one more copy."""
-        wanted = max(MIN_SKETCH_SIZE, min(2 * max(ranks.vector), max(target.full_rank for target in ranks.targets)))
+        wanted = max(16, min(2 * max(ranks.vector), max(target.full_rank for target in ranks.targets)))
         return largest_sketch_size(ranks.targets, wanted, bytes_of_weights(self.model), copies=2)
 
     def limits(self, targets: Sequence[TargetModule], cooling: Collection[str]) -> RankLimits:

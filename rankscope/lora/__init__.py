@@ -7,7 +7,6 @@ from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
 from rankscope.lora.wrapping import (
     apply_allocation,
-    count_adapter_parameters,
     ranks_of_adalora,
     wrap_with_adalora,
     wrap_with_eva,
@@ -20,7 +19,6 @@ __all__ = [
     "adapted_modules",
     "apply_allocation",
     "check_known",
-    "count_adapter_parameters",
     "from_lora_config",
     "from_peft_model",
     "is_ddp",

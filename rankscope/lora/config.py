@@ -48,7 +48,7 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
         allocation: At least one rank must be above 0.
         scaling: Of every module's update, whatever its rank (default 2): alpha is `scaling * r`, or `scaling * sqrt(r)` with
             `use_rslora=True` (Kalajdzievski, arXiv 2312.03732). `lora_alpha` gives PEFT's own rule instead, one alpha for all.
-        **peft_kwargs: Other fields of `LoraConfig`, such as `task_type="SEQ_CLS"`.
+        **peft_kwargs: Other fields of `LoraConfig`.
 
     Raises:
         SettingsError: All ranks are 0, or an argument contradicts the allocation.
@@ -81,9 +81,7 @@ def save_lora_config(config: LoraConfig, path: AnyPath) -> Path:
 def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dict[str, int]:
     """The ranks that a `peft.LoraConfig` gives to those target modules that it adapts, by PEFT's own matching rules.
 
-    Raises:
-        SettingsError: The config adapts none of them.
-        ModelError: PEFT cannot apply it, or it leaves `target_modules` to PEFT.
+    A SettingsError if it adapts none, a ModelError if PEFT cannot apply it or it leaves `target_modules` to PEFT.
     """
     if config.target_modules is None and not config.target_parameters:
         raise ModelError(
@@ -172,7 +170,6 @@ _SAVED_FOR_TASK = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAME
 # What PEFT has LoRA layers for, beside the quantised linear modules of other libraries.
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _ADAPTABLE = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.MultiheadAttention, Conv1D, BaseTunerLayer)
-
 _PEFT_REFUSES = (ValueError, OverflowError, re.error)
 
 
@@ -265,10 +262,11 @@ class _Matching(LoraModel):  # type: ignore[misc]
     ) -> None:
         if options.get("parameter_name") is not None:  # one of `target_parameters`, which are no modules
             return
-        kind, ours = type(target), type(target).__module__.startswith(("torch.nn", "transformers."))
-        if (ours or any(target.children())) and not isinstance(target, _ADAPTABLE):
-            is_wrong = f"LoRA does not adapt a {kind.__name__}, which `{current_key}` is"
-            raise ValueError(f"{is_wrong}; name the modules inside it.")
+        kind = type(target)
+        known = kind.__module__.startswith(("torch.nn", "transformers.")) or any(target.children())
+        if known and not isinstance(target, _ADAPTABLE):
+            what = f"a {kind.__name__}, which `{current_key}` is"
+            raise ValueError(f"LoRA does not adapt {what}; name the modules inside it.")
         self.found.append(current_key)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
@@ -291,8 +289,7 @@ def check_config(config: LoraConfig, *, to_zero: bool) -> None:
         )
     variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
     if used := [init] * (init == "mica") or sorted(name for name in variants if getattr(config, name)):
-        must = "the adapter must be plain LoRA or DoRA for its ranks to change"
-        raise ModelError(f"{must}, but has `{used[0]}`; leave it out.")
+        raise ModelError(f"the adapter must be plain LoRA or DoRA for its ranks to change; leave out `{used[0]}`.")
     if tied := getattr(config, "target_modules_to_tie", None):
         raise ModelError(
             "adapters must have factors of their own for their ranks to change, but `ensure_weight_tying` ties those of "

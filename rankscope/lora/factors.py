@@ -181,9 +181,6 @@ def replace_parameters(optimizer: Optimizer | None, replacements: Sequence[Repla
     """Put new parameters and their carried state in the place of the old; all of them or, on any error, none.
 
     No group is added, so learning-rate schedulers stay right. New components start with moments of 0 and the parameter's `step`.
-
-    Raises:
-        ModelError: The optimizer does not own a parameter, or its state is of unknown meaning.
     """
     if optimizer is None:
         return

@@ -31,10 +31,7 @@ class RankMasks:
     DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On several processes the first
     one's plan is broadcast. While the masks are on, `model.save_pretrained` writes the adapter at its true ranks.
 
-    Args:
-        model: Its adapters may not be on embeddings.
-        ranks: The active ranks; modules that are not named keep their capacity.
-        adapter_name: May be left out if there is only one.
+    Modules that `ranks` does not name begin at their capacity; `adapter_name` may be left out if there is only one adapter.
 
     Raises:
         ModelError: The model carries masks already, or adapts an embedding; a resize cannot be followed; processes differ.

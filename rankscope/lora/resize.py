@@ -65,7 +65,7 @@ def resize_adapters(
         adapter_name: May be left out if there is only one.
         shrink: `"drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit.
             `"svd"` finds the closest factors, which mixes components and their moments.
-        generator: For rows of A that are drawn, as PEFT draws them.
+        generator: For rows of A that are drawn.
 
     Raises:
         ModelError: The model, a resize that it cannot follow, or an optimizer whose state cannot be carried.
@@ -113,8 +113,7 @@ def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int,
         if not isinstance(rank, Integral) or not 0 <= int(rank) <= largest:
             raise ModelError(f"the rank of `{name}` must be a whole number between 0 and {largest}, but got {rank!r}.")
         must = f"`directions` of `{name}` must be"
-        if rows is not None and tuple(rows.shape) != (shape := (max(int(rank) - present, 0), inputs)):
-            got = tuple(rows.shape)
+        if rows is not None and (got := tuple(rows.shape)) != (shape := (max(int(rank) - present, 0), inputs)):
             raise ModelError(f"{must} of shape {shape}, one row for each added rank, but are of shape {got}.")
         if rows is not None and not (torch.isfinite(rows).all() and rows.any(dim=1).all()):  # zeros would stay zeros
             raise ModelError(f"{must} finite and without a row of zeros; leave them out to draw.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,6 @@ from rankscope.targets import TargetModule, unwrapped
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation
 
-_FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
-
 
 def apply_allocation(
     model: nn.Module, allocation: RankAllocation, *, dormant: bool = False, **peft_kwargs: Any
@@ -49,10 +46,8 @@ def apply_allocation(
     present = dict(model.named_modules())
     check_block_names(present)
     if missing := [name for name, rank in allocation.ranks.items() if (rank or dormant) and name not in present]:
-        raise SettingsError(
-            f"`allocation` must be for this model, but {type(model).__name__} has no module {missing[0]!r} "
-            f"({len(missing)} missing in all); find targets on this model and allocate again."
-        )
+        lacks = f"{type(model).__name__} has no module {missing[0]!r} ({len(missing)} such)"
+        raise SettingsError(f"`allocation` must be for this model, but {lacks}; find targets on it and allocate again.")
     inactive = [Resize(name=name, rank=0) for name, rank in allocation.ranks.items() if rank == 0 and dormant]
     if inactive:
         allocation = replace(allocation, vector=tuple(max(rank, 1) for rank in allocation.vector))
@@ -69,8 +64,9 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], *
     names = [name for name, rank in ranks.items() if rank]
     for name in names:
         if any(weight.is_meta for weight in model.get_submodule(name).parameters()):
-            must = f"the weights of `{name}` must be in memory to be adapted"
-            raise SettingsError(f"{must}, but are offloaded; load the model without.")
+            raise SettingsError(
+                f"the weights of `{name}` must be in memory, but are offloaded; load the model without."
+            )
     if config.peft_type == peft.PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
         raise SettingsError(
             f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
@@ -85,11 +81,6 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], *
             peft_model.unload()
             raise SettingsError(f"PEFT must build rank {asked} for `{name}`, but built {got}; leave it out.")
     return peft_model
-
-
-def count_adapter_parameters(model: nn.Module) -> int:
-    """The LoRA parameters in a model, counted by `numel` over the factors A and B."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if _FACTOR.search(name))
 
 
 def wrap_with_adalora(
@@ -164,14 +155,18 @@ def wrap_with_eva(
     def forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
         model(**batch)
         if unseen:
-            raise ModelError(
-                "EVA needs the inputs of every target module, but the first batch does not reach "
-                f"`{next(iter(unseen.values()))}` ({len(unseen)} such); leave it out of the targets, or give batches that do."
-            )
+            but = f"but the first batch does not reach `{next(iter(unseen.values()))}` ({len(unseen)} such)"
+            remedy = "leave it out of the targets, or give batches that do."
+            raise ModelError(f"EVA needs the inputs of every target module, {but}; {remedy}")
 
-    def rows(inputs: Any, seen: Any, name: str) -> Tensor:
+    def rows(inputs: Any, seen: Tensor | None, name: str) -> Tensor:
+        """(n, width): the inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
         unseen.pop(name, None)
-        return _rows_seen(inputs, seen)
+        values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
+        flat = values.reshape(-1, values.shape[-1])
+        if seen is None or values.shape[:-1] not in (seen.shape, (seen.numel(),)):
+            return flat
+        return flat[seen.flatten().to(flat.device)]
 
     peft.initialize_lora_eva_weights(
         wrapped,
@@ -184,15 +179,6 @@ def wrap_with_eva(
     adapter = LiveAdapter(wrapped)
     wrapped.peft_config["default"] = adapter.config(adapter.ranks)  # EVA's has a pattern for each module
     return wrapped
-
-
-def _rows_seen(inputs: Any, seen: Tensor | None) -> Tensor:
-    """(n, width): a module's inputs at the tokens seen, whether (batch, length, width) or already flat, as before experts."""
-    values: Tensor = inputs[0] if isinstance(inputs, tuple | list) else inputs
-    rows = values.reshape(-1, values.shape[-1])
-    if seen is None or values.shape[:-1] not in (seen.shape, (seen.numel(),)):
-        return rows
-    return rows[seen.flatten().to(rows.device)]
 
 
 def _tokens_seen(batch: Mapping[str, Any], config: peft.LoraConfig) -> Tensor | None:

@@ -110,19 +110,16 @@ def grow(
     In embeddings it is columns of B that are drawn, as PEFT does, and A that is zero.
     """
     added = rows if isinstance(rows, int) else len(rows)
-    columns = b.new_zeros(len(b), added)
+    new_a, new_b = a.new_zeros(added, a.shape[1]), b.new_zeros(len(b), added)
     if isinstance(rows, Tensor):
-        new_rows = rows.to(a)
+        new_a = rows
     elif embedding:
         device = b.device if generator is None else generator.device
-        new_rows, columns = (
-            a.new_zeros(added, a.shape[1]),
-            torch.randn(len(b), added, generator=generator, device=device),
-        )
+        new_b = torch.randn(len(b), added, generator=generator, device=device)
     else:
-        new_rows = kaiming_rows(added, a, generator)
+        new_a = kaiming_rows(added, a, generator)
     selection = Selection(kept=tuple(range(len(a))), added=added)
-    return Resized(torch.cat([a, new_rows]), torch.cat([b, columns.to(b)], dim=1), selection, selection)
+    return Resized(torch.cat([a, new_a.to(a)]), torch.cat([b, new_b.to(b)], dim=1), selection, selection)
 
 
 def kaiming_rows(added: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:

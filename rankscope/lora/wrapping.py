@@ -101,17 +101,9 @@ def wrap_with_adalora(
     AdaLoRA counts ranks, not parameters, so with `share=1` it may end above a budget in parameters.
     """
     ranks = {target.name: initial_rank for target in targets}
-    config = peft.AdaLoraConfig(
-        target_r=rank,
-        init_r=initial_rank,
-        lora_alpha=alpha,
-        total_step=steps,
-        tinit=round(0.1 * steps),
-        tfinal=steps - round(settled * steps),
-        deltaT=max(1, steps // 100),
-        **name_fields(ranks),
-        **peft_kwargs,
-    )
+    when = {"tinit": round(0.1 * steps), "tfinal": steps - round(settled * steps), "deltaT": max(1, steps // 100)}
+    options = peft_kwargs | name_fields(ranks) | {"total_step": steps} | when
+    config = peft.AdaLoraConfig(target_r=rank, init_r=initial_rank, lora_alpha=alpha, **options)
     wrapped = _wrap(model, config, ranks)
     wrapped.base_model.rankallocator.target_bgt = round(share * rank * len(targets))
     return wrapped
@@ -141,14 +133,8 @@ def wrap_with_eva(
     have settled; the first one must reach all targets.
     """
     ranks = {target.name: rank for target in targets}
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha_for(rank, scaling, rslora=False),
-        init_lora_weights="eva",
-        eva_config=peft.EvaConfig(rho=rho),
-        **name_fields(ranks),
-        **peft_kwargs,
-    )
+    options = peft_kwargs | name_fields(ranks) | {"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=rho)}
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha_for(rank, scaling, rslora=False), **options)
     wrapped = _wrap(model, config, ranks, low_cpu_mem_usage=True)
     unseen = {PEFT_PREFIX + name: name for name in ranks}
 

@@ -66,10 +66,10 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
     else:
         factor, rslora = 2.0 if scaling is None else scaling, bool(peft_kwargs.get("use_rslora"))
         alphas = {name: alpha_for(rank, factor, rslora=rslora) for name, rank in adapted.items()}
-    fields = rank_fields(adapted, alphas) | name_fields(adapted)
-    if clash := [key for key in (*fields, "layers_to_transform", "target_parameters") if key in peft_kwargs]:
+    ours = rank_fields(adapted, alphas) | name_fields(adapted)
+    if clash := [key for key in (*ours, "layers_to_transform", "target_parameters") if key in peft_kwargs]:
         raise SettingsError(f"`{clash[0]}` follows from the allocation and cannot be passed as well; leave it out.")
-    return LoraConfig(**fields, **peft_kwargs)
+    return LoraConfig(**ours, **peft_kwargs)
 
 
 def save_lora_config(config: LoraConfig, path: AnyPath) -> Path:

@@ -207,8 +207,11 @@ class LoraModule(NamedTuple):
     def install(self, plan: Mapping[Part, Replacement], rank: int) -> None:
         """Swap parameters inside their modules, whose hooks survive, and set the rank; 0 deactivates."""
         layer, adapter = self
-        if not self.active:
-            self._activate()
+        if not self.active:  # back into PEFT's containers
+            for name, entry in getattr(layer, _INACTIVE).pop(adapter).entries.items():
+                getattr(layer, name)[adapter] = entry
+                if isinstance(entry, nn.Module):
+                    entry.train(layer.training)
         for (container, attribute), replacement in plan.items():
             if attribute:
                 setattr(self.entry(container), attribute, replacement.new)
@@ -234,13 +237,6 @@ class LoraModule(NamedTuple):
         if not hasattr(layer, _INACTIVE):
             setattr(layer, _INACTIVE, nn.ModuleDict())
         getattr(layer, _INACTIVE)[self.adapter] = InactiveAdapter(entries)
-
-    def _activate(self) -> None:
-        inactive = getattr(self.layer, _INACTIVE)
-        for name, entry in inactive.pop(self.adapter).entries.items():
-            getattr(self.layer, name)[self.adapter] = entry
-            if isinstance(entry, nn.Module):
-                entry.train(self.layer.training)
 
     def obstacles(self, name: str, *, in_place: bool) -> Iterator[str]:
         """Why the rank of this module, called `name`, cannot change."""

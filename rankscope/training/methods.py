@@ -139,6 +139,7 @@ class AdaLora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of the initial rank."""
+        self.check(task, settings)
         options: Any = {"alpha": self.alpha, "steps": settings.steps, "share": self.share, "settled": self.settled}
         options |= {"rank": self.rank, "initial_rank": self.initial_rank, **_peft_options(task, settings)}
         return cast(nn.Module, wrap_with_adalora(model, self.targets, **options))

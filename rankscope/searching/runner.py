@@ -102,8 +102,7 @@ class SearchResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a completed trial; ranks as a list column in the order of the targets."""
-        rows = [{**trial.to_row(), "trial": trial.number} for trial in self.trials]
-        return pd.DataFrame(rows, columns=COLUMNS).astype({"reused": "Int64"})
+        return pd.DataFrame([trial.to_row() for trial in self.trials], columns=COLUMNS).astype({"reused": "Int64"})
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write `trials.parquet`, atomically; returns the path."""
@@ -258,8 +257,6 @@ class _Search:
             logger.warning("nothing is confirmed: %s", unconfirmed)
         return SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
 
-    # --- asking ---
-
     def _queue_start(self, origin: str, tilts: dict[str, float]) -> None:
         """Queues a start point at each rate at which it is neither finished nor under way."""
         rates, trials = self.training.learning_rates, self.study.get_trials(deepcopy=False)
@@ -287,8 +284,6 @@ class _Search:
 
     def _left(self) -> int:
         return max(0, self.n_trials - sum(map(_finished, self.study.get_trials(deepcopy=False))))
-
-    # --- training and telling ---
 
     def _evaluate(self, running: optuna.Trial) -> float:
         """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""

@@ -51,9 +51,10 @@ class Trial:
 
     def to_row(self) -> dict[str, Any]:
         """The trial as plain values: what `trials.parquet` shows, and what the study keeps."""
-        row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "allocation"}
-        ranks = {"ranks": list(self.allocation.vector), "fingerprint": self.allocation.fingerprint}
-        return {**row, **ranks, "parameters": self.allocation.parameters, "budget": self.allocation.budget}
+        row = {each.name: getattr(self, each.name) for each in fields(self)}
+        number, allocation = row.pop("number"), row.pop("allocation")
+        ranks = {"ranks": list(allocation.vector), "fingerprint": allocation.fingerprint}
+        return {"trial": number, **row, **ranks, "parameters": allocation.parameters, "budget": allocation.budget}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], targets: tuple[TargetModule, ...]) -> Trial:
@@ -61,13 +62,13 @@ class Trial:
         allocation = RankAllocation(targets, tuple(row["ranks"]), strategy=row["origin"], budget=row["budget"])
         history = {int(step): metric for step, metric in row["history"].items()}
         known = {each.name: row[each.name] for each in fields(cls) if each.name in row}
-        return cls(**{**known, "allocation": allocation, "history": history})
+        return cls(**{**known, "number": row["trial"], "allocation": allocation, "history": history})
 
 
 def store_trial(running: optuna.Trial, trial: Trial) -> None:
     """Keep a trial's row in the attributes of Optuna's trial, which has number and ranks already."""
     row = trial.to_row()
-    running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("number", "ranks", "fingerprint")})
+    running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("trial", "ranks", "fingerprint")})
 
 
 def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_foreign: bool = False) -> list[Trial]:
@@ -75,7 +76,7 @@ def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_
     trials = []
     for frozen in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         if (stored := frozen.user_attrs.get(TRIAL_KEY)) is not None:
-            trials.append(Trial.from_row({**frozen.user_attrs, **stored, "number": frozen.number}, targets))
+            trials.append(Trial.from_row({**frozen.user_attrs, **stored, "trial": frozen.number}, targets))
         elif not skip_foreign:
             raise SettingsError(
                 f"the study must hold trials of rankscope only, but trial {frozen.number} is foreign; use another study name."

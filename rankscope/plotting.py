@@ -246,21 +246,21 @@ def plot_spectra(profile: Profile) -> Figure:
     """Left: singular values of every module over its first, coloured by role. Right: energy captured against parameters."""
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
-    roles = list(dict.fromkeys(target.role for target in profile.targets))
+    roles = list(dict.fromkeys(profile.table["role"]))
     colours = dict(zip(roles, colormaps["tab10"](np.linspace(0, 1, max(len(roles), 2), endpoint=False)), strict=False))
     spectra = profile.spectra(signal=False)
-    for target in profile.targets:
-        values = spectra[target.name]
+    for module, role in zip(profile.table["module"], profile.table["role"], strict=True):
+        values = spectra[module]
         if len(values) and values[0] > 0:
             kept = values[values > 1e-4 * values[0]] / values[0]
-            label = target.role if target.role not in left.get_legend_handles_labels()[1] else None
-            left.plot(range(1, len(kept) + 1), kept, color=colours[target.role], alpha=0.6, lw=1, label=label)
+            label = role if role not in left.get_legend_handles_labels()[1] else None
+            left.plot(range(1, len(kept) + 1), kept, color=colours[role], alpha=0.6, lw=1, label=label)
     left.set_yscale("log")
     left.legend(fontsize=7, frameon=False)
     _label(left, "gradient spectra, one line a module", "index", "singular value / first")
     parameters, captured = cumulative_energy(profile)
     right.plot(parameters, captured, color="tab:blue")
-    uniform = sum(target.rank_cost for target in profile.targets)
+    uniform = float(profile.table["rank_cost"].sum())
     for rank in (1, 2, 4, 8):
         dot = (rank * uniform, float(np.interp(rank * uniform, parameters, captured)))
         right.plot(*dot, "o", color="tab:orange", ms=4)

@@ -171,7 +171,8 @@ def _print_search(result: SearchResult, *, modelled: bool) -> None:
     if result.finalists:
         shown = [_finalist_summary(finalist) for finalist in result.finalists]
         n_seeds = len(result.finalists[0].metrics_by_seed)
-        title = f"{len(result.trials)} trials; finalists on {n_seeds} fresh seeds, 95 % interval; * recommended"
+        on = f"{n_seeds} fresh seed{'s' * (n_seeds != 1)}"
+        title = f"{len(result.trials)} trials; finalists on {on}, 95 % interval; * recommended"
     else:
         best_and_starts = {trial.number: trial for trial in [*_starts_of(result), result.best_trial]}
         shown = [_trial_summary(trial) for trial in best_and_starts.values()]

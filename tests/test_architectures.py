@@ -11,9 +11,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rankscope as rs
-from rankscope.lora import Resize, resize_adapters
+from rankscope.lora import Resize, count_adapter_parameters, resize_adapters
 from tests.architectures import ARCHITECTURES, Architecture, build, loss_of, tensors_of
-from tests.lora.live_models import count_adapter_parameters
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)

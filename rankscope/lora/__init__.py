@@ -1,16 +1,18 @@
 """Adapters: the only importer of peft. Allocations to and from LoRA configs and PEFT models, and ranks that change live."""
 
 from rankscope.lora.checkpoint import load_adapter, loaded_from, restore_ranks, restore_ranks_on_load, save_ranks
-from rankscope.lora.config import adapted_modules, from_lora_config, refused_by_peft, save_lora_config, to_lora_config
+from rankscope.lora.config import (
+    adapted_modules,
+    count_adapter_parameters,
+    from_lora_config,
+    refused_by_peft,
+    save_lora_config,
+    to_lora_config,
+)
 from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
-from rankscope.lora.wrapping import (
-    apply_allocation,
-    ranks_of_adalora,
-    wrap_with_adalora,
-    wrap_with_eva,
-)
+from rankscope.lora.wrapping import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_eva
 
 __all__ = [
     "LiveAdapter",
@@ -19,6 +21,7 @@ __all__ = [
     "adapted_modules",
     "apply_allocation",
     "check_known",
+    "count_adapter_parameters",
     "from_lora_config",
     "from_peft_model",
     "is_ddp",

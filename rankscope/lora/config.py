@@ -309,3 +309,9 @@ def check_block_names(names: Collection[str]) -> None:
             f"blocks must be compiled in place, but `{wrapped[0]}` is wrapped by `torch.compile`, whose name PEFT would save; "
             "call its `compile()` instead."
         )
+
+
+def count_adapter_parameters(model: nn.Module) -> int:
+    """Count the LoRA parameters of a model, by `numel` over the factors A and B."""
+    factor = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")  # not the bias that `lora_bias` adds to B
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if factor.search(name))

@@ -17,9 +17,9 @@ from torch import nn
 import rankscope as rs
 from rankscope.control import write_decisions
 from rankscope.errors import ModelError, RankscopeError
-from rankscope.lora import RankMasks, masks_on
+from rankscope.lora import RankMasks, count_adapter_parameters, masks_on
 from tests.control.small_models import BUDGET, LAYERS, START, Net, adamw, batch, control, net, run
-from tests.lora.live_models import count_adapter_parameters, kinds_model, tokens
+from tests.lora.live_models import kinds_model, tokens
 
 TOTAL = 40
 

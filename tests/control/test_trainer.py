@@ -18,10 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import rankscope as rs
 from rankscope.control.trainer import STATE_FILE
 from rankscope.errors import ModelError, SettingsError
-from rankscope.lora import masks_on
+from rankscope.lora import count_adapter_parameters, masks_on
 from rankscope.tasks import Task
 from tests.control.trainers import MASKED, NO_LOSS, Rows, build, controller_of, ends_the_same, trainer, weights
-from tests.lora.live_models import count_adapter_parameters
 
 RESIZED: dict[str, Any] = {}
 

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import rankscope as rs
+from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.trainers import NO_LOSS, controller_of, ends_the_same
-from tests.lora.live_models import count_adapter_parameters
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "red", "old", "house", "tree"]
 

@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
+from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
-from tests.lora.live_models import count_adapter_parameters
 from tests.lora.test_optimizer import EVERY
 from tests.lora.test_resize import quantised
 

@@ -1,6 +1,5 @@
 """Tiny models of every kind of layer that carries a live adapter, and what the resize tests ask of them."""
 
-import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -75,12 +74,6 @@ def layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "base_layer"):
             yield name, module
-
-
-def count_adapter_parameters(model: nn.Module) -> int:
-    """By `numel` over the factors A and B, without the bias that `lora_bias` adds to B."""
-    factor = re.compile(r"\.lora_(embedding_)?[AB]\.[^.]+(\.weight)?$")
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if factor.search(name))
 
 
 def digits_vit() -> nn.Module:

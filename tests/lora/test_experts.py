@@ -16,6 +16,7 @@ from rankscope.errors import ModelError, SettingsError
 from rankscope.lora import (
     Resize,
     apply_allocation,
+    count_adapter_parameters,
     resize_adapters,
     restore_ranks,
     save_ranks,
@@ -23,7 +24,7 @@ from rankscope.lora import (
     wrap_with_eva,
 )
 from tests.architectures import build
-from tests.lora.live_models import count_adapter_parameters, stir
+from tests.lora.live_models import stir
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,

@@ -19,12 +19,12 @@ from rankscope.errors import FileError, ModelError, SettingsError
 from rankscope.lora import (
     Resize,
     apply_allocation,
+    count_adapter_parameters,
     load_adapter,
     resize_adapters,
     to_lora_config,
 )
 from tests.architectures import BUILDERS, build
-from tests.lora.live_models import count_adapter_parameters
 
 
 def random_allocation(targets: tuple[rs.TargetModule, ...], seed: int) -> rs.RankAllocation:

@@ -16,11 +16,10 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import ModelError
-from rankscope.lora import Resize, resize_adapters
+from rankscope.lora import Resize, count_adapter_parameters, resize_adapters
 from tests.lora.live_models import (
     KINDS,
     Kinds,
-    count_adapter_parameters,
     digits_vit,
     kinds_model,
     layers,

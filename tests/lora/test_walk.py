@@ -15,8 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rankscope as rs
-from rankscope.lora import Resize, resize_adapters
-from tests.lora.live_models import count_adapter_parameters
+from rankscope.lora import Resize, count_adapter_parameters, resize_adapters
 
 RATE, DECAY, BETAS, EPSILON, SCALING = 0.01, 0.05, (0.9, 0.999), 1e-8, 2.0
 WIDTHS = {"first": (6, 9), "second": (9, 7), "untouched": (7, 5)}

@@ -15,9 +15,9 @@ from transformers import BertModel
 import rankscope as rs
 from rankscope import distributed as devices
 from rankscope.errors import RankscopeError, SettingsError, TrainingError
+from rankscope.lora import count_adapter_parameters
 from rankscope.tasks import Batch, DigitsShift, Task, TextClassification, evaluate
 from rankscope.training import AdaLora, Eva, FullFineTuning
-from tests.lora.live_models import count_adapter_parameters
 from tests.tasks.models import save_bert, sentences
 
 

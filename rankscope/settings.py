@@ -72,6 +72,8 @@ def _renamed(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any
     """The values with new names in place of old ones."""
     names = RENAMED.get(model.__name__, {})
     for old in names.keys() & values.keys():
+        if names[old] in values:
+            raise SettingsError(f"`{old}` is the old name of `{names[old]}`, but both are given; drop `{old}`.")
         _warn_renamed(old, names[old])
     return {names.get(key, key): value for key, value in values.items()}
 
@@ -276,7 +278,7 @@ class ControllerSettings(Settings):
     def _mode_was_rank_change(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("mode") in ("resize", "mask"):
             _warn_renamed("mode", "rank_change")
-            values = {**values, "rank_change": values["mode"], "mode": "off"}
+            values = {**values, "rank_change": values["mode"], "mode": "on"}
         return values
 
     def every_of(self, steps: int) -> int:

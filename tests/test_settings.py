@@ -209,3 +209,11 @@ def test_overrides_of_settings_in_python() -> None:
     ):
         _ = rates.peak_learning_rate
     assert rs.TrainingSettings(steps=np.int64(3), learning_rate=np.float32(0.5)).steps == 3
+
+
+def test_an_old_and_a_new_name_for_one_key_are_told(tmp_path: Path) -> None:
+    message = "`trials` is the old name of `n_trials`, but both are given; drop `trials`."
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        rs.SearchSettings(n_trials=5, trials=9)
+    with pytest.raises(SettingsError, match=re.escape(message[:-1])):
+        read_study(write(tmp_path, MINIMAL + "search: {n_trials: 5, trials: 9}\n"))

@@ -136,8 +136,12 @@ def _parsed(given: list[str]) -> dict[str, Any]:
     for text in given:
         key, equals, value = text.partition("=")
         values[key] = parse_yaml(value, where=f"`--set {text}`", what="a value")
-        if not (key and equals) or values[key] is None:
+        if not (key and equals):
             raise SettingsError(f"`--set` must be KEY=VALUE, as in search.fidelity=0.5, but got {text!r}.")
+        if values[key] is None:
+            raise SettingsError(
+                f"`--set` must give `{key}` a value, but got {text!r}; for its default, leave the key out."
+            )
     return values
 
 

@@ -371,6 +371,11 @@ def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0
         else:
             hint = did_you_mean(method, known_methods(), f"known are {', '.join(known_methods())}.")
             raise SettingsError(f"`methods` must be known or `path/to/file.py:function`, but {method!r} is not; {hint}")
+    for each in found:
+        if callable(each.source) and any(o.name == each.name and o.source is not each.source for o in found):
+            raise SettingsError(
+                f"`methods` must differ in name, but two are called `{each.name}`; rename the function."
+            )
     return found
 
 

@@ -56,7 +56,11 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         self._cleanup = ExitStack()  # closes the controller and takes the patch off the Trainer
 
     def bind(self, trainer: Trainer) -> Self:
-        """Use what only the Trainer has; call it before `trainer.train()`."""
+        """Use what only the Trainer has, and join its callbacks; call it before `trainer.train()`."""
+        if not hasattr(trainer, "callback_handler"):
+            raise SettingsError(f"`trainer` must be a transformers Trainer, but got a {type(trainer).__name__}.")
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
         self._trainer = trainer
         if trainer.model_init is not None:
             make = trainer.call_model_init

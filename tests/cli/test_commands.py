@@ -364,6 +364,8 @@ print(json.dumps([ranks, count]))
         (["allocate", "--set", "allocation.min_rank=2"], STUDY,
          "`budget` must cover rank 2 on all 36 target modules (13,824 parameters), but got 6,912; "
          "drop targets, allow rank 0, or raise it."),
+        (["allocate", "--set", "allocation.max_rank=null"], STUDY,
+         "`--set` must give `allocation.max_rank` a value, but got 'allocation.max_rank=null'; for its default, leave the key out."),
         (["allocate", "--strategy", "oneshot"], STUDY,
          "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'oneshot'; did you mean 'one-shot'?"),
         (["profile"], STUDY.replace("task: digits-shift", "task: digits-shift\ntargets: [q_prj]"),

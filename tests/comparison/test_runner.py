@@ -325,3 +325,12 @@ def test_a_run_leaves_the_callers_threads_alone(digits: Task, digits_budget: rs.
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_function_with_the_name_of_another_method_is_refused() -> None:
+    def uniform(targets: object, budget: object, profile: object) -> None: ...
+
+    message = "`methods` must differ in name, but two are called `uniform`; rename the function."
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        find_methods(["uniform", uniform])
+    assert len(find_methods([uniform, uniform])) == 2  # the same method, given twice

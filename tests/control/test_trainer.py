@@ -208,6 +208,16 @@ def test_accumulation_and_scalars_through_the_trainer(digits: Task, tmp_path: Pa
     assert seen.logs[0][1] == {name: value for name, value in entry.items() if name != "step"}
 
 
+def test_bind_joins_the_callbacks_of_the_trainer(digits: Task, tmp_path: Path) -> None:
+    run = trainer(digits, tmp_path, max_steps=4, save_strategy="no", bind=True)
+    (callback,) = [each for each in run.callback_handler.callbacks if isinstance(each, rs.RankControllerCallback)]
+    run.remove_callback(callback)
+    callback.bind(run)
+    assert callback in run.callback_handler.callbacks
+    with pytest.raises(SettingsError, match="`trainer` must be a transformers Trainer, but got a NoneType."):
+        callback.bind(None)
+
+
 def test_tensorboard_gets_the_scalars(digits: Task, tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = trainer(digits, tmp_path, max_steps=4, save_strategy="no", report_to=["tensorboard"], bind=True)

@@ -41,7 +41,7 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int 
     if np.allclose(*samples):
         return 1.0
     how = {"permutation_type": "samples", "vectorized": True, "rng": np.random.default_rng(seed)}
-    return float(permutation_test(samples, lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue)
+    return float(permutation_test(tuple(samples), lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,11 +28,6 @@ from rankscope.errors import ModelError, SettingsError
 from rankscope.files import AnyPath, write_json
 from rankscope.naming import is_output_embedding
 from rankscope.targets import TargetModule
-
-try:
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-except ImportError:  # transformers before 5 has a linear module for each expert, and PEFT converts nothing
-    convert_peft_config_for_transformers = None
 
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation
@@ -226,8 +222,6 @@ def taken_for_experts(model: nn.Module, names: Collection[str]) -> set[str]:
 
     transformers 5 fuses the experts of Mixtral, Qwen and others; dense layers and shared experts still have their former names.
     """
-    if convert_peft_config_for_transformers is None:
-        return set()
     taken = set()
     for last_part in {name.rpartition(".")[2] for name in names}:
         config = LoraConfig(target_modules=[last_part])

@@ -50,9 +50,11 @@ class OfAnyMatrix(RegressorMixin, BaseEstimator):
 
 
 REPEATS = "a mean of repeats tells less of the noise than as many observations"
+SPARSE = "ranks are never sparse; scikit-learn 1.6 checks it all the same"
 EXPECTED = {
     HierarchicalRegressor: {"check_sample_weight_equivalence_on_dense_data": REPEATS},
     OfAnyMatrix: {
+        "check_sample_weight_equivalence_on_sparse_data": SPARSE,
         "check_sample_weight_equivalence_on_dense_data": REPEATS,
         "check_n_features_in_after_fitting": "the message speaks of modules, not of features",
         "check_estimators_empty_data_messages": "the message speaks of modules, not of features",
@@ -61,6 +63,7 @@ EXPECTED = {
     # It accepts one whole rank for each of its own modules only. `OfAnyMatrix` runs these checks in its place.
     PerformanceModel: dict.fromkeys(
         [
+            "check_sample_weight_equivalence_on_sparse_data",
             "check_fit_score_takes_y",
             "check_estimators_overwrite_params",
             "check_dont_overwrite_parameters",

@@ -61,6 +61,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             raise SettingsError(f"`trainer` must be a transformers Trainer, but got a {type(trainer).__name__}.")
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
+            self._prepared(trainer.model)  # `on_init_end` has passed, and a checkpoint loads before training begins
         self._trainer = trainer
         if trainer.model_init is not None:
             make = trainer.call_model_init

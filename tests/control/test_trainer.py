@@ -208,6 +208,17 @@ def test_accumulation_and_scalars_through_the_trainer(digits: Task, tmp_path: Pa
     assert seen.logs[0][1] == {name: value for name, value in entry.items() if name != "step"}
 
 
+def test_a_callback_that_joins_late_resumes_too(digits: Task, tmp_path: Path) -> None:
+    whole = trainer(digits, tmp_path / "whole", bind=True)
+    whole.train()
+    other = trainer(digits, tmp_path / "other")
+    (callback,) = [each for each in other.callback_handler.callbacks if isinstance(each, rs.RankControllerCallback)]
+    resumed = Trainer(build(digits), other.args, train_dataset=other.train_dataset)
+    callback.bind(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    ends_the_same(resumed, whole)
+
+
 def test_bind_joins_the_callbacks_of_the_trainer(digits: Task, tmp_path: Path) -> None:
     run = trainer(digits, tmp_path, max_steps=4, save_strategy="no", bind=True)
     (callback,) = [each for each in run.callback_handler.callbacks if isinstance(each, rs.RankControllerCallback)]

@@ -131,12 +131,12 @@ class _Run:
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch that may lie on another device, if it can be differentiated; it may not be finite."""
         loss: Any = self.loss_fn(model, send_to_device(batch, batch_device(model)))
-        found = f"{type(loss).__name__}; return the loss alone."
-        if loss is None:
-            found = "None; do the batches have labels?"
-        elif isinstance(loss, Tensor):
-            found = f"a tensor of shape {tuple(loss.shape)}; take its mean or sum."
         if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"{type(loss).__name__}; return the loss alone."
+            if loss is None:
+                found = "None; do the batches have labels?"
+            elif isinstance(loss, Tensor):
+                found = f"a tensor of shape {tuple(loss.shape)}; take its mean or sum."
             raise ModelError(f"`loss_fn` must return a scalar tensor, but returned {found}")
         if not loss.requires_grad and bool(loss.isfinite()):
             remedy = "check `targets` and `loss_fn`"

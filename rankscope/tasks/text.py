@@ -28,10 +28,14 @@ class TextTask(PretrainedTask):
     _texts: Mapping[Split, list[str]]
     _labels: Mapping[Split, Tensor] | None = None  # of whole texts; None: the tokens are the labels
 
+    @property
+    def _weights_file(self) -> dict[str, Any]:
+        """What `from_pretrained` of model and tokenizer needs, if both come as a GGUF file."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
     @cached_property
     def _tokenizer(self) -> Any:
-        gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        tokenizer = load_pretrained("AutoTokenizer", self.model, **gguf)
+        tokenizer = load_pretrained("AutoTokenizer", self.model, **self._weights_file)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
             must = f"`{self.model}` must hold the model's tokenizer"
             raise TaskError(f"{must}, but has none; save it there with save_pretrained.")
@@ -230,7 +234,7 @@ class CausalLM(TextTask):
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return self._weights_file
 
     @cached_property
     def _loaded(self) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
@@ -12,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 from rankscope.errors import FileError, SettingsError
-from rankscope.files import read_json, write_json
+from rankscope.files import AnyPath, read_json, write_json
 from rankscope.targets import Kind, TargetModule, find_targets, fingerprint_targets
 
 if TYPE_CHECKING:
@@ -23,9 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class RankAllocation:
-    """One rank for each target module; a rank of 0 leaves the module without an adapter.
-
-    Two allocations are equal when their modules and ranks are, whatever made them.
+    """One rank for each target module; 0 leaves it without an adapter. Allocations are equal when modules and ranks are.
 
     >>> targets = (TargetModule(name="fc1", in_features=64, out_features=256),)
     >>> allocation = RankAllocation(targets, (2,), strategy="uniform")
@@ -117,27 +114,27 @@ class RankAllocation:
                 raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
             allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
             cost, model = allocation.parameters, fingerprint_targets(targets)
-            checks = (
-                ("parameters", value["parameters"], cost, f"equal what its ranks cost ({cost:,})"),
-                ("model", value["model"], model, f"be the fingerprint of its targets ({model})"),
-            )
+            checks = {
+                "parameters": (value["parameters"], cost, f"equal what its ranks cost ({cost:,})"),
+                "model": (value["model"], model, f"be the fingerprint of its targets ({model})"),
+            }
         except (AttributeError, KeyError, TypeError) as error:
-            what = f"must hold ranks and targets, but is incomplete ({error})"
-            raise FileError(f"an allocation {what}; write it again.") from None
-        for key, stated, actual, must in checks:
+            must = f"must hold ranks and targets, but is incomplete ({error})"
+            raise FileError(f"an allocation {must}; write it again.") from None
+        for key, (stated, actual, must) in checks.items():
             if stated != actual:
                 raise FileError(
                     f"an allocation's `{key}` must {must}, but says {stated!r}; it was edited: write it again."
                 )
         return allocation
 
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
+    def to_json(self, path: AnyPath) -> Path:
         """Writes `allocation.json`, atomically; returns the path."""
         write_json(path, self.to_dict())
         return Path(path)
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> RankAllocation:
+    def from_json(cls, path: AnyPath) -> RankAllocation:
         """Reads what `to_json` wrote; a `FileError` where the file is missing, broken or edited."""
         try:
             return cls.from_dict(read_json(path, what="an allocation"))
@@ -163,10 +160,7 @@ class RankAllocation:
     def from_peft_model(
         cls, model: PeftModel, targets: Sequence[TargetModule] | None = None, *, adapter_name: str | None = None
     ) -> RankAllocation:
-        """The ranks of a PEFT model's adapter, by default the active one; see `rankscope.lora.from_peft_model`.
-
-        Of `targets` (default: the adapted modules), those without an adapter get rank 0.
-        """
+        """The ranks of a PEFT model's adapter, by default the active one; see `rankscope.lora.from_peft_model`."""
         from rankscope.lora import from_peft_model
 
         ranks = from_peft_model(model, adapter_name=adapter_name)

@@ -99,12 +99,10 @@ class RankLimits:
                     raise SettingsError(f"`{label}` must not be negative, but got {shown(whole)}.")
                 values[index[name]] = min(whole, _LARGEST)
         highest = np.minimum(highest, full)
-        if (lowest > highest).any():
-            worst = int(np.argmax(lowest > highest))
-            raise SettingsError(
-                f"`min_rank` must not exceed `max_rank` or the full rank of `{targets[worst].name}` ({highest[worst]}), "
-                f"but got {lowest[worst]}."
-            )
+        worst = int(np.argmax(lowest - highest))
+        if (low := lowest[worst]) > (high := highest[worst]):
+            most = f"`max_rank` or the full rank of `{targets[worst].name}` ({high})"
+            raise SettingsError(f"`min_rank` must not exceed {most}, but got {low}.")
         return lowest, highest
 
 
@@ -209,17 +207,17 @@ def _problem(
     lowest, highest = limits.arrays(targets)
     costs = np.array([target.rank_cost for target in targets], dtype=np.int64)
     needed, most = int(costs @ lowest), sum(target.rank_cost * target.full_rank for target in targets)
-    if needed > budget.limit:
-        what = "`min_rank`" if isinstance(limits.min_rank, Mapping) else f"rank {limits.min_rank}"
-        raise SettingsError(
-            f"`budget` must cover {what} on all {len(targets)} target modules ({needed:,} parameters), "
-            f"but got {budget.limit:,}; drop targets, allow rank 0, or raise it."
-        )
-    if not needed and budget.limit < (smallest := int(costs[highest > 0].min(initial=_LARGEST))):
-        raise SettingsError(
-            f"`budget` must cover one rank of the cheapest target module ({smallest:,} parameters), "
-            f"but got {budget.limit:,}; raise it."
-        )
+    bound = "`min_rank`" if isinstance(limits.min_rank, Mapping) else f"rank {limits.min_rank}"
+    least, what, remedy = (
+        needed,
+        f"{bound} on all {len(targets)} target modules",
+        "drop targets, allow rank 0, or raise it",
+    )
+    if not needed:
+        cheapest = int(costs[highest > 0].min(initial=_LARGEST))
+        least, what, remedy = cheapest, "one rank of the cheapest target module", "raise it"
+    if budget.limit < least:
+        raise SettingsError(f"`budget` must cover {what} ({least:,} parameters), but got {budget.limit:,}; {remedy}.")
     if budget.limit > most:
         _warn_once(
             f"`budget` is {shown(budget.limit)} parameters, but {len(targets)} target modules hold {most:,} at full "

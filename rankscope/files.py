@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 AnyPath = str | os.PathLike[str]
 FORMAT = 2  # of every kept result; raise it where the same settings give other results than before
 _MOST_YAML = 2**21  # bytes, and characters with aliases written out: PyYAML reads some 100 kB a second
-_HASH = re.compile(r"[0-9a-f]{16}")
 
 
 def packaged(name: str) -> Path:
@@ -48,8 +48,8 @@ def packaged(name: str) -> Path:
 def replacing(path: AnyPath, *, folder: bool = False) -> Iterator[Path]:
     """Yields a new path beside `path`, for a file or a folder; on success it takes the place of `path`, else it is removed.
 
-    Parent folders are created, links are followed, and the content is on the disk before the name is. A reader sees the old
-    file or the new one. Two folders cannot be exchanged in one step: a crash in between leaves both in a hidden folder.
+    A reader sees the old file or the new one, and the content is on the disk before the name is. Two folders cannot be
+    exchanged in one step: a crash in between leaves both in a hidden folder.
     """
     path = Path(os.path.realpath(path))
     if path.exists():  # say before the work is done what would fail after it
@@ -107,7 +107,7 @@ def write_json(path: AnyPath, value: Any) -> None:
 
 def read_json(path: AnyPath, *, what: str) -> dict[str, Any]:
     """Reads a JSON object; no key may stand twice."""
-    value = parse_json(_read_bytes(path, what), where=f"`{path}`", what=what)
+    value = parse_json(_read_bytes(path, what, most=2**28), where=f"`{path}`", what=what)
     if not isinstance(value, dict):
         raise FileError(f"`{path}` must hold {what} as a JSON object, but holds a {type(value).__name__}.")
     return value
@@ -116,11 +116,8 @@ def read_json(path: AnyPath, *, what: str) -> dict[str, Any]:
 def parse_json(text: str | bytes, *, where: str, what: str) -> Any:
     """Parses JSON; `where` says where it stands, as in "`data.jsonl`, line 7"."""
     with _parsing(where, what, "JSON", ValueError):
-        if isinstance(text, bytes):
-            text = text.decode(json.detect_encoding(text))
         value = json.loads(text, object_pairs_hook=_once)
-        if "\\ud" in text.lower():  # an escaped half of a character can be written nowhere
-            json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a character can be written nowhere
         return value
 
 
@@ -133,12 +130,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_text(path: AnyPath, *, what: str) -> str:
     """Reads text in UTF-8, or in UTF-16 with its mark; line ends stay as they are."""
-    data = _read_bytes(path, what, most=None)
-    try:
-        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = one_line(error)
-    raise FileError(f"`{path}` must hold {what} as text, but cannot be read ({reason}); save it as UTF-8.")
+    data = _read_bytes(path, what)
+    encoding = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with _parsing(f"`{path}`", what, "text", UnicodeDecodeError, remedy="save it as UTF-8."):
+        return data.decode(encoding)
 
 
 def read_yaml(path: AnyPath, *, what: str) -> Any:
@@ -157,7 +152,7 @@ def read_parquet(path: AnyPath, *, what: str, schema: pa.Schema | None = None) -
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data = _read_bytes(path, what, most=None)
+    data = _read_bytes(path, what)
     with _parsing(f"`{path}`", what, "Parquet", pa.ArrowException, MemoryError, OSError, ValueError):
         table = pq.ParquetFile(pa.BufferReader(data)).read()
         table.validate(full=True)
@@ -197,8 +192,7 @@ def read_tensors(path: AnyPath, *, what: str, device: str = "cpu") -> dict[str, 
     import torch
     from safetensors.torch import load
 
-    data, form = _read_bytes(path, what, most=None), Path(path).suffix.removeprefix(".")
-    form = form if form == "safetensors" else "tensors"
+    data, form = _read_bytes(path, what), "safetensors" if Path(path).suffix == ".safetensors" else "tensors"
     with _parsing(f"`{path}`", what, form, Exception):  # a broken pickle raises whatever its objects raise
         tensors = load(data) if form == "safetensors" else torch.load(io.BytesIO(data), "cpu", weights_only=True)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
@@ -206,7 +200,7 @@ def read_tensors(path: AnyPath, *, what: str, device: str = "cpu") -> dict[str, 
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _read_bytes(path: AnyPath, what: str, most: int | None = 2**28) -> bytes:
+def _read_bytes(path: AnyPath, what: str, most: int | None = None) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(-1 if most is None else most + 1)
@@ -248,16 +242,16 @@ class _YamlLoader(yaml.SafeLoader):
 
     def _check(self, node: Any, sizes: dict[int, int]) -> int:
         """Characters under a node with its aliases written out: they may double at each level, so each is measured once."""
-        if id(node) in sizes:
-            if sizes[id(node)] < 0:
-                raise _complaint("this holds itself", node)
+        if sizes.setdefault(id(node), 0) < 0:
+            raise _complaint("this holds itself", node)
+        if sizes[id(node)]:
             return sizes[id(node)]
         sizes[id(node)] = -1  # under way
         kind = node.tag.rpartition(":")[2]
         if kind in ("timestamp", "binary", "set", "omap", "pairs"):
             raise _complaint(f"a {kind} is no plain value: put it in quotes", node)
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        parts = [part for pair in pairs for part in pair] if pairs else node.value
+        parts = chain(*pairs) if pairs else node.value
         size = 1 + (len(parts) if isinstance(parts, str) else sum(self._check(part, sizes) for part in parts))
         if size > _MOST_YAML:
             raise _complaint("with its aliases written out, this is too large", node)
@@ -277,9 +271,7 @@ class _YamlLoader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
             if isinstance(value, str):
                 value.encode()
-        except (yaml.YAMLError, RecursionError):
-            raise
-        except Exception as error:  # PyYAML's constructors raise what int(), datetime() or a lookup do
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever PyYAML's constructors raise
             raise _complaint(f"this is no {node.tag.rpartition(':')[2]} ({one_line(error)})", node) from None
         return value
 
@@ -296,7 +288,7 @@ _YamlLoader.add_implicit_resolver(
 
 
 def require_same(
-    kept: Mapping[str, Any],
+    kept: Any,
     wanted: Mapping[str, Any],
     *,
     what: str,
@@ -304,35 +296,30 @@ def require_same(
     holds: str = "is",
     error: type[RankscopeError] = FileError,
 ) -> None:
-    """Raises `error` where a kept result was made from something else than the wanted one would be.
-
-    It names the first key that differs, with both values; `holds` is the message's verb.
-    """
+    """Raises `error`, with the first key that differs, where a kept result was made from something else than is wanted."""
     if not (isinstance(kept, Mapping) and kept):
         raise error(f"{what} must say what it was made from, but does not: an older rankscope wrote it; {remedy}")
-    if found := _first_difference(kept, json.loads(json.dumps(wanted))):
-        key, theirs, ours = found
+    for key, theirs, ours in _differences(kept, json.loads(json.dumps(wanted))):
         about, other = f"{key} {ours!r}", repr(theirs)
-        if isinstance(theirs, str) and isinstance(ours, str) and _HASH.fullmatch(theirs):
+        if isinstance(theirs, str) and isinstance(ours, str) and re.fullmatch(r"[0-9a-f]{16}", theirs):
             about, other = f"the present {key} ({ours})", f"another ({theirs})"
         raise error(f"{what} must be about {about}, but {holds} about {other}; {remedy}")
 
 
-def _first_difference(kept: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key whose values differ, and both values; a key that is missing counts as None."""
+def _differences(kept: Any, wanted: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys whose values differ, with both values; a key that is missing counts as None."""
     if not (isinstance(kept, Mapping) and isinstance(wanted, Mapping)):
-        return None if kept == wanted else (key, kept, wanted)
-    pairs = ((name, kept.get(name), wanted.get(name)) for name in dict.fromkeys([*wanted, *kept]))
-    found = (_first_difference(ours, theirs, f"{key} {name}".lstrip()) for name, ours, theirs in pairs)
-    return next((each for each in found if each), None)
+        yield from [(key, kept, wanted)] * (kept != wanted)
+        return
+    for name in dict.fromkeys([*wanted, *kept]):
+        yield from _differences(kept.get(name), wanted.get(name), f"{key} {name}".lstrip())
 
 
 def digest(value: Any) -> str:
     """A short hash of a value's content, the same in any process.
 
-    Plain values, containers, paths, arrays, tensors, modules (class and weights) and tables are hashed as they are; dataclasses
-    and settings by the fields that are not at their defaults, so that a new field changes nothing; functions by their source;
-    other objects by class, source and state.
+    Dataclasses and settings are hashed by the fields that are not at their defaults, so that a new field changes nothing;
+    functions by their source; modules by configuration and weights; other objects by class, source and state.
     """
     content = hashlib.sha256()
     _feed(content.update, value, ())
@@ -344,18 +331,14 @@ def digest_source(*functions: Any) -> str:
 
     rankscope's own functions are left out: `FORMAT` speaks for them.
     """
-    own = str(Path(__file__).parent / "_")[:-1]
     sources: list[Any] = []
     for function in functions:
         code = getattr(inspect.unwrap(function), "__code__", None)
-        if code is None or code.co_filename.startswith(own):
+        if code is None or Path(__file__).parent in Path(code.co_filename).parents:
             continue
-        file = Path(code.co_filename)
-        if (getattr(function, "__module__", "") or "").startswith(USER_MODULE) and file.is_file():
-            sources.append(file.read_bytes())
-            continue
+        whole = (getattr(function, "__module__", "") or "").startswith(USER_MODULE)
         try:
-            sources.append(inspect.getsource(code))
+            sources.append(Path(code.co_filename).read_bytes() if whole else inspect.getsource(code))
         except OSError:  # typed in, without a file
             sources.append([code.co_code, code.co_names])
     return digest(sources)
@@ -384,9 +367,8 @@ def _feed(update: Callable[[Any], None], value: Any, inside: tuple[int, ...]) ->
         elif not value.is_meta and value.numel():
             update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     else:
-        parts = _parts(value)
-        plain = {"list": list | tuple, "dict": Mapping}
-        kind = next((name for name, kind in plain.items() if isinstance(value, kind)), type(value).__qualname__)
+        parts, kind = _parts(value), type(value).__qualname__
+        kind = "list" if isinstance(value, list | tuple) else "dict" if isinstance(value, Mapping) else kind
         update(f"{kind}[{len(parts)}".encode())
         for part in parts:
             _feed(update, part, (*inside, id(value)))

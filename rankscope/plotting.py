@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from scipy.stats import norm as normal
 
 from rankscope.allocation import RankAllocation
 from rankscope.errors import ModelError
-from rankscope.files import replacing
+from rankscope.files import AnyPath, replacing
 from rankscope.profiling import Profile, cumulative_energy
 from rankscope.targets import TargetModule
 
@@ -40,7 +39,7 @@ BAND_COLOURS = colormaps["tab20"](np.r_[0:20:2, 1:20:2])  # the ten strong ones 
 MARKERS = "osD^vP*X<>hd"
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def save_figure(figure: Figure, path: AnyPath) -> Path:
     """Write the figure as PNG, atomically; returns the path."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
@@ -75,13 +74,18 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
     return grids
 
 
-def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None) -> Figure:
-    """Ranks over the same modules as heatmaps of block x role on one colour scale; by default with strategy and parameters.
+def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None, framed: bool = False) -> Figure:
+    """Ranks over the same modules as heatmaps of block x role on one colour scale, a dot for 0.
 
-    Models with several towers get one row per allocation.
+    Models with several towers get one row per allocation. If `framed`, ranks above those of the panel before are.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
-    return _rank_heatmaps(allocations, titles)
+    rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
+    norm, label = (
+        Normalize(0, max(1, *(max(a.vector) for a in allocations))),
+        "rank (framed: gained)" if framed else "rank",
+    )
+    return _heatmaps(rows, titles, norm, label, lambda rank: f"{rank:.0f}" if rank else "·", framed=framed)
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -109,25 +113,14 @@ def plot_belief(model: PerformanceModel) -> Figure:
 
 
 def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
-    """Ranks at the start and after each move of a controller, or after evenly chosen ones, as heatmaps.
-
-    Cells with more ranks than in the panel before are framed. Arguments and errors are those of `waypoints`.
-    """
+    """Ranks at the start and after each move of a controller, or after evenly chosen ones, as heatmaps; gains are framed."""
     shown = spread(waypoints(decisions, targets), MOST_WAYPOINTS)
     steps, ranks = zip(*shown, strict=True)
     headings = ["start"]
     for step, (before, after) in zip(steps[1:], pairwise(ranks), strict=True):
         gained = sum(max(more, 0) for more in after.difference(before).values())
         headings.append(f"step {step:,}: +{gained} rank{'' if gained == 1 else 's'}")
-    return _rank_heatmaps(ranks, headings, framed=True)
-
-
-def _rank_heatmaps(allocations: Sequence[RankAllocation], headings: Sequence[str], framed: bool = False) -> Figure:
-    """Ranks written into their cells, a dot for 0."""
-    rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
-    norm, label = Normalize(0, max(1, *(max(each.vector) for each in allocations))), "rank (framed: gained)"
-    label = label if framed else "rank"
-    return _heatmaps(rows, headings, norm, label, lambda rank: f"{rank:.0f}" if rank else "·", framed=framed)
+    return plot_ranks(*ranks, titles=headings, framed=True)
 
 
 def _heatmaps(
@@ -174,10 +167,6 @@ def waypoints(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> list[
     """Step and ranks at the start, and after each of a controller's `decisions` that moved some.
 
     `targets` are the model's, in any order, also those that the controller does not watch.
-
-    Raises:
-        ModelError: There is no decision.
-        SettingsError: The decisions are of other modules.
     """
     if decisions.empty:
         raise ModelError("`decisions` must hold at least one decision to be drawn, but is empty; train for longer.")
@@ -194,10 +183,7 @@ def spread(found: Sequence[tuple[int, RankAllocation]], at_most: int) -> list[tu
 
 
 def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.DataFrame:
-    """Each tower and role's share of the adapter parameters (rows), from the start and from each move on (columns: steps).
-
-    Arguments and errors are those of `waypoints`.
-    """
+    """Each tower and role's share of the adapter parameters (rows), from the start and from each move on (columns: steps)."""
     used = {}
     for step, allocation in waypoints(decisions, targets):
         grids = module_grids(targets, {t.name: float(t.rank_cost * allocation.ranks[t.name]) for t in targets})
@@ -207,10 +193,7 @@ def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.
 
 
 def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
-    """The share of the adapter parameters by tower and role over the optimizer steps, stacked.
-
-    A dashed line marks the last decision, after which ranks stay. Arguments and errors are those of `waypoints`.
-    """
+    """The share of the adapter parameters by tower and role, stacked; a dashed line marks the last decision."""
     flow = budget_flow(decisions, targets)
     frozen = int(decisions["step"].iloc[-1])
     end = frozen + int(decisions["step"].iloc[0])  # as long again as between two decisions
@@ -319,7 +302,7 @@ def plot_forest(table: pd.DataFrame) -> Figure:
     """Mean difference to uniform on the test split with its 95 % interval, one row per method, one panel per study.
 
     A hollow marker has no interval: fewer than 3 seeds, or differences that are all equal. The band is what two groups of
-    seeds of uniform itself differ by, 95 % of the time. Rows of `table` (see `summarise`) at the study's own budget are drawn.
+    seeds of uniform itself differ by, 95 % of the time. `table` is `summarise`'s; rows at the study's own budget are drawn.
     """
     table = table[(table["factor"] == 1.0) & (table["method"] != REFERENCE)]
     figure, panels = _study_panels(table, height=0.28 * table.groupby("study").size().max() + 1.0)
@@ -347,8 +330,7 @@ def plot_forest(table: pd.DataFrame) -> Figure:
 def plot_budgets(table: pd.DataFrame) -> Figure:
     """The test metric against adapter parameters, one panel per study: uniform's curve, and the other methods' points.
 
-    Methods without adapters lie at the parameters that they train, and are left out where those are none. For `table`, see
-    `rankscope.comparison.summarise`.
+    Methods without adapters lie at the parameters that they train, and are left out where those are none.
     """
     table = table[table["parameters"] > 0]
     methods = [name for name in dict.fromkeys(table["method"]) if name != REFERENCE]

@@ -404,7 +404,8 @@ def run_compare(session: Session, *, as_json: bool) -> None:
             settings=settings,
             kept_in=session.out / "runs",
             on_run=lambda done, total: update(completed=done, total=total),
-        ).renamed(study.name)
+        )
+    found.runs["study"] = study.name
     table, command = comparison.summarise(found.runs), f"rankscope compare {session.path}"
     files = [found.to_parquet(session.out / COMPARISON)]
     files += comparison.write_report(

@@ -6,18 +6,15 @@ from rankscope.comparison.runner import (
     REPORTED,
     SEARCHED,
     Comparison,
-    RunResult,
     RunSpec,
     check_terms,
     compare,
     find_methods,
-    known_methods,
     make_grid,
     run_all,
-    run_one,
     run_tuned,
 )
-from rankscope.comparison.statistics import paired_difference, rank_methods
+from rankscope.comparison.statistics import paired_difference
 from rankscope.comparison.summary import (
     allocations,
     at_budget,
@@ -27,11 +24,10 @@ from rankscope.comparison.summary import (
     summarise,
     to_markdown,
 )
-from rankscope.searching import Interval
 
 __all__ = [
-    "REFERENCE", "REPORTED", "SEARCHED", "Comparison", "Interval", "RunResult", "RunSpec", "allocations", "at_budget",
-    "check_terms", "compare", "find_methods", "format_row", "insert_table", "known_methods", "make_grid",
-    "paired_difference", "rank_methods", "read_comparison", "run_all", "run_one", "run_tuned", "summarise", "to_markdown",
+    "REFERENCE", "REPORTED", "SEARCHED", "Comparison", "RunSpec", "allocations", "at_budget",
+    "check_terms", "compare", "find_methods", "format_row", "insert_table", "make_grid",
+    "paired_difference", "read_comparison", "run_all", "run_tuned", "summarise", "to_markdown",
     "write_report",
 ]  # fmt: skip

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from rankscope.allocation import RankAllocation
 from rankscope.comparison.runner import REFERENCE
-from rankscope.comparison.statistics import Ranking, rank_methods
 from rankscope.comparison.summary import allocations, at_budget, format_row
 from rankscope.files import replacing
 from rankscope.plotting import plot_budgets, plot_flow, plot_forest, plot_ranks, plot_trajectories, save_figure
@@ -40,9 +39,8 @@ def write_report(
 ) -> list[Path]:
     """Write `report.html` and the PNGs that it shows to a folder; returns their paths, the page first.
 
-    `runs` are of one study or several, and `table` is what `summarise` makes of them. Pictures of ranks need the `targets` of a
-    single study, and those of controllers their `decisions`, by method; without them, pictures in the folder `pictures_in` are
-    shown as they are. The page ends with `command`, which made the runs.
+    `table` is what `summarise` makes of the `runs`. Pictures of ranks need the `targets` of a single study, and those of
+    controllers their `decisions`, by method; without them, pictures in the folder `pictures_in` are shown as they are.
     """
     figures = _figures(runs, table, targets, decisions or {})
     drawn = {name: save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()}
@@ -50,10 +48,10 @@ def write_report(
     found = [path for pattern in patterns if pictures_in for path in sorted(pictures_in.glob(pattern))]
     shown = {path.stem: path for path in found} | drawn
     pictures = []
-    for name in sorted(shown, key=lambda name: list(TITLES).index(name.partition("-")[0])):
-        kind, _, method = name.partition("-")
-        title = f"{TITLES[kind]}: {method}" if method else TITLES[kind]
-        pictures.append((title, base64.b64encode(shown[name].read_bytes()).decode()))
+    for kind, title in TITLES.items():
+        for name in (name for name in shown if name.partition("-")[0] == kind):
+            method = name.removeprefix(kind).replace("-", ": ", 1)
+            pictures.append((title + method, base64.b64encode(shown[name].read_bytes()).decode()))
     by_study = at_budget(table).groupby("study", sort=False)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
@@ -86,10 +84,9 @@ def _figures(
     return found
 
 
-def _ranking(table: pd.DataFrame) -> Ranking | None:
-    """Mean ranks over studies of the methods that are within the budget in all; None for a single study."""
+def _ranking(table: pd.DataFrame) -> dict[str, float]:
+    """Mean ranks over studies of the methods that are within the budget in all, best first; none for a single study."""
     equal = at_budget(table).query("budget > 0 and not over_budget")
     scores = equal.pivot(index="method", columns="study", values="test").dropna()
-    if scores.shape[1] < 2 or len(scores) < 2:
-        return None
-    return rank_methods({str(name): row.tolist() for name, row in scores.iterrows()})
+    ranks = scores.rank(ascending=False).mean(axis=1).sort_values()
+    return {} if scores.shape[1] < 2 else {str(method): float(rank) for method, rank in ranks.items()}

@@ -24,7 +24,7 @@ from rankscope.budget import ParameterBudget
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError, did_you_mean
-from rankscope.files import FORMAT, digest, read_json, read_parquet, replacing, require_same, write_json
+from rankscope.files import FORMAT, AnyPath, digest, read_json, read_parquet, replacing, require_same, write_json
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
 from rankscope.searching import SearchResult
@@ -45,7 +45,6 @@ SCHEDULES = ((32.0, 0.7), (128.0, 0.7), (512.0, 0.7), (128.0, 0.4))  # of AdaLoR
 SHARES = (0.75,)  # of AdaLoRA's ranks: those that it keeps cost up to 1.3 times uniform's
 RHOS = (2.0, 1.0)  # of EVA: its own ranks, whose parameters may exceed uniform's; uniform ranks
 
-PathLike = str | os.PathLike[str]
 Variants = RankAllocation | Method | Sequence[RankAllocation | Method]
 Function = Callable[..., Variants]
 
@@ -62,7 +61,7 @@ class RunSpec:
     budget: int = 0  # 0: no limit
     factor: float = 1.0  # of the study's budget
     cost_steps: int = 0  # optimizer steps of the search that the method comes from
-    save_to: PathLike | None = None
+    save_to: AnyPath | None = None
 
     def terms(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """What the run's results depend on, given the task's fingerprints."""
@@ -103,9 +102,8 @@ class RunResult:
 
     def to_row(self) -> dict[str, Any]:
         """The plain values, ranks as JSON."""
-        return {key: value for key, value in vars(self).items() if key != "decisions"} | {
-            "ranks": json.dumps(self.ranks)
-        }
+        plain = {key: value for key, value in vars(self).items() if key != "decisions"}
+        return {**plain, "ranks": json.dumps(self.ranks)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], decisions: pd.DataFrame | None = None) -> RunResult:
@@ -179,15 +177,12 @@ def run_all(
     specs: Sequence[RunSpec],
     *,
     n_jobs: int = 1,
-    kept_in: PathLike | None = None,
+    kept_in: AnyPath | None = None,
     on_done: Callable[[int], object] = lambda done: None,
 ) -> list[RunResult]:
     """Do all runs, `n_jobs` at a time; with several GPUs, each process uses one.
 
     A run that is in the folder `kept_in`, and depends on the same, is read instead of done, unless it is to be saved.
-
-    Raises:
-        FileError: A kept run is broken, or was made from something else.
     """
     files: list[tuple[Path, Mapping[str, Any]] | None] = [None] * len(specs)
     if kept_in is not None:
@@ -235,9 +230,9 @@ def run_tuned(
     seeds: Sequence[int],
     tuning_seeds: Sequence[int] = (0, 1),
     n_jobs: int = 1,
-    kept_in: PathLike | None = None,
-    save_first_to: PathLike | None = None,
-    on_run: Callable[[int, int], object] | None = None,
+    kept_in: AnyPath | None = None,
+    save_first_to: AnyPath | None = None,
+    on_run: Callable[[int, int], object] = lambda done, total: None,
 ) -> list[list[RunResult]]:
     """Train every method on the same seeds, each with the variant and learning rate that are best for it on validation.
 
@@ -250,15 +245,14 @@ def run_tuned(
     tuned = [spec for grid in grids if len(grid) > 1 for spec in grid]
     trials = [replace(spec, seed=seed, role=TUNING) for spec in tuned for seed in tuning_seeds]
     total = len(trials) + len(grids) * len(seeds)
-    report = on_run or (lambda done, total: None)
     run = partial(run_all, task, n_jobs=n_jobs, kept_in=kept_in)
-    found = iter(run(trials, on_done=lambda done: report(done, total)))
+    found = iter(run(trials, on_done=lambda done: on_run(done, total)))
     tried = [[list(islice(found, len(tuning_seeds))) for _ in grid] if len(grid) > 1 else [] for grid in grids]
-    chosen = [_best(grid, runs) for grid, runs in zip(grids, tried, strict=True)]
+    chosen = map(_best, grids, tried)
     specs = [replace(spec, seed=seed) for spec in chosen for seed in seeds]
     if save_first_to is not None:
         specs[-len(seeds)] = replace(specs[-len(seeds)], save_to=save_first_to)
-    reported = iter(run(specs, on_done=lambda done: report(len(trials) + done, total)))
+    reported = iter(run(specs, on_done=lambda done: on_run(len(trials) + done, total)))
     return [[*chain(*runs), *islice(reported, len(seeds))] for runs in tried]
 
 
@@ -269,10 +263,11 @@ def _best(grid: Sequence[RunSpec], tried: Sequence[Sequence[RunResult]]) -> RunS
     limit, most = grid[0].budget, [max(run.parameters for run in runs) for runs in tried]
     within = [place for place, parameters in enumerate(most) if not limit or parameters <= limit]
     if not within:
-        raise SettingsError(
-            f"`{grid[0].method.name}` must end within {limit:,} parameters to be compared, but its variants end with "
-            f"{min(most):,} or more; raise the budget, or leave it out."
+        must, ends = (
+            f"must end within {limit:,} parameters to be compared",
+            f"its variants end with {min(most):,} or more",
         )
+        raise SettingsError(f"`{grid[0].method.name}` {must}, but {ends}; raise the budget, or leave it out.")
     return grid[max(within, key=lambda place: fmean(run.validation for run in tried[place]))]
 
 
@@ -325,9 +320,7 @@ class Contender:
             case "qv-only":  # as LoRA's first paper
                 chosen = [target for target in targets if target.role in ("q_proj", "v_proj")]
                 if not chosen:
-                    raise SettingsError(
-                        "`qv-only` needs modules of the roles q_proj and v_proj, but the targets have none."
-                    )
+                    raise SettingsError("`qv-only` needs modules of the roles q_proj and v_proj, but there are none.")
                 ranks = allocate(REFERENCE, targets=chosen, budget=budget).ranks
                 return Lora(RankAllocation.from_ranks(targets, ranks, strategy="qv-only", budget=budget.limit))
             case str(name) if name in known_methods():
@@ -352,10 +345,10 @@ class Contender:
 
 
 def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0, **options: Any) -> list[Contender]:
-    """The methods of a comparison by name; `random` is three. `options` are fields of `Contender`.
+    """The methods of a comparison by name; `random` is three, from `seed` on. `options` are fields of `Contender`.
 
     A method is a name (`known_methods()`, or of an entry point), `path/to/file.py:function`, or a function, which gets `targets`,
-    `budget` and `profile` and gives a `RankAllocation` or a `rankscope.training.Method`. `seed` is that of random allocations.
+    `budget` and `profile` and gives a `RankAllocation` or a `rankscope.training.Method`.
     """
     found, installed = [], entry_points("methods")
     for method in methods:
@@ -373,27 +366,18 @@ def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0
             raise SettingsError(f"`methods` must be known or `path/to/file.py:function`, but {method!r} is not; {hint}")
     for each in found:
         if callable(each.source) and any(o.name == each.name and o.source is not each.source for o in found):
-            raise SettingsError(
-                f"`methods` must differ in name, but two are called `{each.name}`; rename the function."
-            )
+            raise SettingsError(f"`methods` must differ in name, but two are called `{each.name}`; rename one.")
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """All runs of a comparison: one row per run, in the columns of `RunResult`.
+    """All runs of a comparison."""
 
-    `runs.attrs`, also in the file, hold what they depend on: fingerprints of task, data and weights, budget, schedule, seeds.
-    """
-
-    runs: pd.DataFrame
+    runs: pd.DataFrame  # a row per run, in the columns of `RunResult`; `attrs`, also in the file: what they depend on
     decisions: Mapping[str, pd.DataFrame]  # by method: of a controller's first reported run at the study's budget
 
-    def renamed(self, study: str) -> Comparison:
-        """The same comparison under another study's name."""
-        return replace(self, runs=self.runs.assign(study=study))
-
-    def to_parquet(self, path: PathLike) -> Path:
+    def to_parquet(self, path: AnyPath) -> Path:
         """Write the runs atomically; returns the path."""
         with replacing(path) as temporary:
             self.runs.assign(schema=SCHEMA).to_parquet(temporary, index=False)
@@ -410,8 +394,8 @@ def compare(
     seeds: Sequence[int] | None = None,
     training: TrainingSettings | None = None,
     settings: CompareSettings | None = None,
-    kept_in: PathLike | None = None,
-    on_run: Callable[[int, int], object] | None = None,
+    kept_in: AnyPath | None = None,
+    on_run: Callable[[int, int], object] = lambda done, total: None,
     **overrides: Any,
 ) -> Comparison:
     """Compare methods at equal parameters, steps and data order, each at its own best learning rate.
@@ -477,16 +461,11 @@ def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Seque
     """The seeds that tune; raises SettingsError for budgets and seeds that cannot be compared, before anything is trained."""
     tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
     if 1.0 not in settings.budgets:
-        held = ", ".join(f"{factor:g}" for factor in settings.budgets)
-        raise SettingsError(
-            f"`budgets` must hold the factor 1, the study's own budget, but holds {held}; add 1, or change `budget`."
-        )
+        raise SettingsError("`budgets` must hold the factor 1, the study's own budget; add it, or change `budget`.")
     for factor in (*settings.budgets, *settings.uniform_budgets):
         if not 1 <= factor * budget.limit < 2**63:
-            raise SettingsError(
-                f"`budgets` must leave a budget between 1 and 2^63 parameters, but {factor:g} times {budget.limit:,} is "
-                "not; change the factor."
-            )
+            product = f"{factor:g} times {budget.limit:,} parameters"
+            raise SettingsError(f"`budgets` must leave between 1 and 2^63 parameters, but hold {product}.")
     if not seeds:
         raise SettingsError("`seeds` must hold at least one seed, but is empty.")
     if shared := set(seeds) & set(tuning_seeds):

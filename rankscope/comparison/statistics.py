@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import friedmanchisquare, permutation_test, rankdata, studentized_range
+from scipy.stats import permutation_test
 from sklearn.isotonic import IsotonicRegression
 
 from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
@@ -37,11 +36,11 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float], *, seed: int 
     """
     if len(ours) < FEWEST_PAIRS:
         return math.nan
-    samples = np.asarray([ours, theirs], dtype=float)
-    if np.allclose(*samples):
+    differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    if np.allclose(differences, 0.0):
         return 1.0
-    how = {"permutation_type": "samples", "vectorized": True, "rng": np.random.default_rng(seed)}
-    return float(permutation_test(tuple(samples), lambda x, y, axis: np.mean(x - y, axis=axis), **how).pvalue)
+    rng = np.random.default_rng(seed)
+    return float(permutation_test((differences,), np.mean, permutation_type="samples", rng=rng).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -59,30 +58,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seed_noise(metric: Sequence[float]) -> float:
     """How far the means of two groups of so many seeds of one method lie apart, 95 % of the time at most; NaN below 2."""
     return 1.96 * math.sqrt(2.0 / len(metric)) * stdev(metric) if len(metric) > 1 else math.nan
-
-
-class Ranking(NamedTuple):
-    """Mean ranks of methods (1 is best), the difference beyond which two of them differ (Nemenyi, 5 %), and Friedman's p."""
-
-    mean_ranks: dict[str, float]
-    critical_difference: float
-    p_value: float
-
-
-def rank_methods(scores: Mapping[str, Sequence[float]]) -> Ranking:
-    """Rank methods by their scores, (n_tasks,) each, higher is better (Demsar, JMLR 7, 2006).
-
-    The p-value is NaN for fewer than 3 methods or 2 tasks.
-
-    >>> rank_methods({"a": [0.9, 0.8], "b": [0.7, 0.8], "c": [0.1, 0.2]}).mean_ranks
-    {'a': 1.25, 'b': 1.75, 'c': 3.0}
-    """
-    table = np.array(list(scores.values()), dtype=float)
-    k, n = table.shape
-    ranks = rankdata(-table, axis=0).mean(axis=1)
-    critical = studentized_range.ppf(CONFIDENCE, k, np.inf) / math.sqrt(2.0) * math.sqrt(k * (k + 1) / (6.0 * n))
-    p_value = float(friedmanchisquare(*table).pvalue) if k > 2 and n > 1 else math.nan
-    return Ranking(dict(zip(scores, ranks.tolist(), strict=True)), float(critical), p_value)
 
 
 def uniform_budget_multiplier(score: float, factors: Sequence[float], uniform: Sequence[float]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 from rankscope.comparison import statistics
 from rankscope.comparison.runner import REFERENCE, REPORTED, SCHEMA
 from rankscope.errors import FileError, SettingsError
-from rankscope.files import parse_json, read_parquet
+from rankscope.files import AnyPath, parse_json, read_parquet
 from rankscope.searching import FEWEST_PAIRS, Interval
 
 SIGNIFICANCE = 0.05
@@ -23,7 +22,7 @@ SAME_RUNS = "same runs as uniform"
 BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
 
 _TYPES = {
-    pa.string(): ("task", "metric", "method", "variant", "role", "revision", "ranks"),
+    pa.string(): ("study", "task", "metric", "method", "variant", "role", "revision", "ranks"),
     pa.int64(): ("budget", "seed", "steps", "parameters", "n_moved", "cost_steps", "schema", "peak_memory"),
     pa.float64(): ("factor", "learning_rate", "validation", "wall_seconds", "test"),
 }
@@ -34,30 +33,21 @@ _COLUMNS = pa.schema(
 _BESIDE = {"method", "variant", "budget", "cost_steps", "wall_seconds", "peak_memory", "revision"}
 
 
-def read_comparison(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """The runs of `comparison.parquet`. Schema 1 has no column `study`; it gets the task's name.
-
-    Raises:
-        FileError: The file is missing or broken, has another schema, or holds runs that cannot be compared.
-    """
-    table = read_parquet(path, what="a comparison", schema=_COLUMNS)
-    if not set(table.column("schema").to_pylist()) <= {1, SCHEMA}:
-        raise FileError(f"`{path}` must hold a comparison of schema {SCHEMA}, but holds another; compare again.")
-    runs: pd.DataFrame = table.to_pandas().drop(columns="schema")
-    if "study" not in runs:
-        runs.insert(0, "study", runs["task"])
+def read_comparison(path: AnyPath) -> pd.DataFrame:
+    """The runs of `comparison.parquet`, checked."""
+    runs: pd.DataFrame = read_parquet(path, what="a comparison", schema=_COLUMNS).to_pandas()
     if problem := _problem(runs):
         raise FileError(f"`{path}` must hold a comparison, but {problem}; compare again.")
-    return runs
+    return runs.drop(columns="schema")
 
 
 def _problem(runs: pd.DataFrame) -> str | None:
     """Why these runs cannot be summarised; None if they can."""
     reported = runs[runs["role"] == REPORTED]
+    if not runs["schema"].eq(SCHEMA).all():
+        return f"its schema is not {SCHEMA}"
     if reported.empty:
         return "holds no reported run"
-    if not runs["study"].map(lambda name: isinstance(name, str)).all():
-        return "its column `study` holds no text"
     if not np.isfinite(reported[["factor", "learning_rate", "validation", "test"]].to_numpy()).all():
         return "a reported run lacks its factor, learning rate or metric"
     if not reported["ranks"].map(_is_ranks).all():
@@ -93,41 +83,26 @@ def allocations(runs: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per study, budget factor and method, in their order in `runs`.
+    """One row per study, budget factor and method, in their order in `runs`: `Comparison.runs` of one study or several.
 
-    Args:
-        runs: `Comparison.runs`, of one study or several. Where a study holds several tasks, each task is a study of its own.
-
-    Returns:
-        Columns of the runs, and: `parameters` (largest of all seeds), `over_budget`, `seeds` (their number), `validation` and
-        `test` (means), `deviation` of `test` over seeds; `difference` to uniform at the same factor, paired, its 95 % interval
-        `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over the methods of a study and factor (NaN with fewer
-        than 3 seeds); `noise` (`seed_noise` of uniform), `relative` (difference over uniform's metric), `seconds` (median run),
-        `verdict` (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and
-        `uniform_budget_multiplier` (how many times the parameters uniform needs; NaN where it has one budget only).
-
-    Raises:
-        SettingsError: A study has no reported run of uniform at its own budget.
+    Columns are those of the runs, and: `parameters` (largest of all seeds), `over_budget`, `seeds` (their number), `validation`
+    and `test` (means), `deviation` of `test` over seeds; `difference` to uniform at the same factor, paired, its 95 % interval
+    `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over the methods of a study and factor (NaN with fewer than 3
+    seeds); `noise` (`seed_noise` of uniform), `relative` (difference over uniform's metric), `seconds` (median run), `verdict`
+    (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and `uniform_budget_multiplier` (how many
+    times the parameters uniform needs; NaN where it has one budget only).
     """
-    study = runs["study"] if "study" in runs else runs["task"]
-    several = runs.groupby(study)["task"].transform("nunique") > 1
-    runs = runs.assign(study=study.where(~several, study + ", " + runs["task"]))
     reported = runs[runs["role"] == REPORTED]
     compared = set(at_budget(reported).query("method == @REFERENCE")["study"])
     if lacking := [*set(runs["study"]) - compared] or ["no study"] * runs.empty:
-        raise SettingsError(
-            f"`runs` must hold reported runs of `{REFERENCE}` at the budget of each study, but `{min(lacking)}` has none; "
-            "compare again."
-        )
+        must = f"must hold reported runs of `{REFERENCE}` at the budget of each study"
+        raise SettingsError(f"`runs` {must}, but `{min(lacking)}` has none; compare again.")
     groups = [group for _, group in reported.groupby(["study", "factor"], sort=False)]
     table = pd.concat([_compared(group) for group in groups if REFERENCE in set(group["method"])], ignore_index=True)
     uniform = table[table["method"] == REFERENCE].sort_values("factor").groupby("study")
     curves = {study: (mine["factor"].tolist(), mine["test"].tolist()) for study, mine in uniform}
-    found = [
-        statistics.uniform_budget_multiplier(row["test"], *curves[row["study"]]) / row["factor"]
-        for _, row in table.iterrows()
-    ]
-    return table.assign(uniform_budget_multiplier=found)
+    needed = [statistics.uniform_budget_multiplier(row["test"], *curves[row["study"]]) for _, row in table.iterrows()]
+    return table.assign(uniform_budget_multiplier=needed / table["factor"])
 
 
 def _compared(group: pd.DataFrame) -> pd.DataFrame:
@@ -140,16 +115,12 @@ def _compared(group: pd.DataFrame) -> pd.DataFrame:
     for name, mine in by_method.items():
         row = mine.iloc[0][["study", "task", "factor", "variant", "learning_rate", "budget", "cost_steps"]].to_dict()
         ours, parameters = mine["test"].tolist(), int(mine["parameters"].max())
-        difference = statistics.paired_difference(ours, theirs)
+        mean, low, high = statistics.paired_difference(ours, theirs)
         row |= {"method": name, "parameters": parameters, "over_budget": bool(0 < row["budget"] < parameters)}
         row |= {"seeds": len(mine), "validation": mine["validation"].mean(), "test": mine["test"].mean()}
-        row |= {"deviation": mine["test"].std(), "difference": difference.mean, "low": difference.low}
-        row |= {
-            "high": difference.high,
-            "p": statistics.paired_p_value(ours, theirs),
-            "noise": statistics.seed_noise(theirs),
-        }
-        row |= {"relative": difference.mean / uniform["test"].mean(), "seconds": mine["wall_seconds"].median()}
+        row |= {"deviation": mine["test"].std(), "difference": mean, "low": low, "high": high}
+        row |= {"p": statistics.paired_p_value(ours, theirs), "noise": statistics.seed_noise(theirs)}
+        row |= {"relative": mean / uniform["test"].mean(), "seconds": mine["wall_seconds"].median()}
         same = mine[outcome].to_dict("list") == uniform[outcome].to_dict("list")
         rows.append(row | {"peak_memory": mine["peak_memory"].max(), "same_runs": same})
     table = pd.DataFrame(rows).assign(p_holm=np.nan)
@@ -176,9 +147,9 @@ def format_row(row: pd.Series) -> dict[str, str]:
 
     `points` is the difference to uniform in points with its interval; of uniform, the metric itself.
     """
-    difference = Interval(row["difference"], row["low"], row["high"])
-    points = difference.text(scale=100, digits=1)
+    points = Interval(row["difference"], row["low"], row["high"]).text(scale=100, digits=1)
     multiplier, verdict = row["uniform_budget_multiplier"], str(row["verdict"])
+    needs = "more than tried" if multiplier == math.inf else f"{multiplier:.2g} x the parameters"
     study, seeds = str(row["study"]), int(row["seeds"])
     texts = {
         "study": study if row["task"] in study else f"{study}, {row['task']}",
@@ -194,16 +165,14 @@ def format_row(row: pd.Series) -> dict[str, str]:
         "points": "over the budget" if row["over_budget"] else SAME_RUNS if verdict == SAME_RUNS else points,
         "differs": "no" if verdict in (NO_DIFFERENCE, SAME_RUNS) else verdict.partition(":")[0],
         "difference": f"{100 * row['difference']:+.2f}",
-        "interval": "-" if math.isnan(difference.low) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+        "interval": "-" if math.isnan(row["low"]) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
         "p": "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}",
         "verdict": verdict,
-        "needs": "more than tried" if math.isinf(multiplier) else f"{multiplier:.2g} x the parameters",
+        "needs": "" if math.isnan(multiplier) else needs,
         "seconds": f"{row['seconds']:.1f} s",
         "memory": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
         "search": f"{row['cost_steps']:,}" if row["cost_steps"] else "",
     }
-    if math.isnan(multiplier):
-        texts["needs"] = ""
     own = {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": ""}
     return texts | own if row["method"] == REFERENCE else texts
 
@@ -221,22 +190,19 @@ def to_markdown(table: pd.DataFrame) -> str:
     lines.append(["---", *["---:"] * (len(seeds) + 1)])
     for method in sorted(dict.fromkeys(table["method"]), key=lambda method: method in unlimited):
         rows = table[table["method"] == method].set_index("study", drop=False)
-        marks = {study: "**" * (verdict in ("better", "worse")) for study, verdict in rows["verdict"].items()}
-        cells = {study: f"{marks[study]}{format_row(row)['points']}{marks[study]}" for study, row in rows.iterrows()}
+        cells = dict.fromkeys(seeds.index, "")
+        for study, row in rows.iterrows():
+            bold = "**" * (row["verdict"] in ("better", "worse"))
+            cells[study] = f"{bold}{format_row(row)['points']}{bold}"
         gains = rows.loc[~rows["over_budget"], "relative"]
         mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(seeds) and method != REFERENCE else ""
         name = method.replace("|", r"\|")  # a user's own method is named after its file
-        lines.append(
-            [f"*{name}*" if method in unlimited else name, *(cells.get(study, "") for study in seeds.index), mean]
-        )
+        lines.append([f"*{name}*" if method in unlimited else name, *cells.values(), mean])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def insert_table(text: str, table: str, *, where: str) -> str:
-    r"""The text with `table` between its two marker lines, in the place of what was there.
-
-    Raises:
-        SettingsError: The text does not hold each marker once, in their order; `where` names the text.
+    r"""The text, which errors call `where`, with `table` between its two marker lines, in the place of what was there.
 
     >>> insert_table(f"# Mine\n{BEGIN}\nold\n{END}\n", "new", where="card.md").splitlines()[2]
     'new'

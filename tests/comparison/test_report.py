@@ -46,11 +46,15 @@ def test_the_page_is_self_contained_and_shows_every_method(
     assert "uniform needs" in page
     assert "Over all tasks" not in page
 
-    other = found.runs.assign(task="another")
+    other = found.runs.assign(study="another", task="another")
     runs = pd.concat([found.runs, other], ignore_index=True)
     both = write_report(tmp_path / "both", runs, summarise(runs))
     assert [path.name for path in both] == ["report.html", "forest.png", "budgets.png"]
-    assert "Over all tasks" in both[0].read_text()
+    page = both[0].read_text()
+    assert "Over all tasks" in page
+    means = found.runs.groupby("method")["test"].mean()[["uniform", "one-shot", "controller"]]
+    for method, rank in means.rank(ascending=False).items():
+        assert f"<tr><td>{method}</td><td>{rank:.2f}</td></tr>" in page
 
 
 def test_pictures_that_cannot_be_drawn_again_are_kept(tmp_path: Path) -> None:

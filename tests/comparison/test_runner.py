@@ -13,17 +13,15 @@ import torch
 import rankscope as rs
 from rankscope.comparison import (
     Comparison,
-    RunResult,
     RunSpec,
     compare,
     find_methods,
-    known_methods,
     make_grid,
     read_comparison,
     run_all,
-    run_one,
     run_tuned,
 )
+from rankscope.comparison.runner import RunResult, known_methods, run_one
 from rankscope.errors import FileError, SettingsError
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
@@ -146,10 +144,8 @@ def test_a_method_without_a_variant_within_the_budget_is_refused(
         (["one_shot"], {}, "`methods` must be known or `path/to/file.py:function`, but 'one_shot' is not; did you mean 'one-shot'?"),
         (["searched"], {}, "`searched` needs a search at this budget, but there is none; run `rankscope search`."),
         (["head"], {"seeds": [3, 10_000]}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
-        (["head"], {"budgets": [0.25]}, "`budgets` must hold the factor 1, the study's own budget, but holds 0.25; add 1, or change "
-         "`budget`."),
-        (["head"], {"budgets": [1.0, 1e-5]}, "`budgets` must leave a budget between 1 and 2^63 parameters, but 1e-05 times 6,912 is not; "
-         "change the factor."),
+        (["head"], {"budgets": [0.25]}, "`budgets` must hold the factor 1, the study's own budget; add it, or change `budget`."),
+        (["head"], {"budgets": [1.0, 1e-5]}, "`budgets` must leave between 1 and 2^63 parameters, but hold 1e-05 times 6,912 parameters."),
         (["head"], {"seeds": []}, "`seeds` must hold at least one seed, but is empty."),
         (["mine.py:broken"], {}, "`mine.py:broken` must give an allocation or a method, but raised TypeError: string indices must be "
          "integers, not 'str' (mine.py, line 10); --debug shows the traceback."),
@@ -330,7 +326,7 @@ def test_a_run_leaves_the_callers_threads_alone(digits: Task, digits_budget: rs.
 def test_a_function_with_the_name_of_another_method_is_refused() -> None:
     def uniform(targets: object, budget: object, profile: object) -> None: ...
 
-    message = "`methods` must differ in name, but two are called `uniform`; rename the function."
+    message = "`methods` must differ in name, but two are called `uniform`; rename one."
     with pytest.raises(SettingsError, match=re.escape(message)):
         find_methods(["uniform", uniform])
     assert len(find_methods([uniform, uniform])) == 2  # the same method, given twice

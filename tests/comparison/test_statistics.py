@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from rankscope.comparison import paired_difference, rank_methods
+from rankscope.comparison import paired_difference
 from rankscope.comparison.statistics import holm, paired_p_value, seed_noise, uniform_budget_multiplier
 
 
@@ -94,15 +94,6 @@ def test_holm_steps_down(p_values: list[float]) -> None:
     for n, i in enumerate(order):
         worst = max(worst, (len(p_values) - n) * p_values[i])
         assert adjusted[i] == pytest.approx(min(worst, 1.0))
-
-
-@pytest.mark.parametrize(("k", "quantile"), [(2, 1.960), (3, 2.343), (4, 2.569), (5, 2.728), (10, 3.164)])
-def test_the_critical_difference_is_nemenyis(k: int, quantile: float) -> None:
-    """Quantiles of Demsar (2006), table 5a."""
-    scores = {str(i): [float(i), float(-i)] for i in range(k)}
-    found = rank_methods(scores)
-    assert found.critical_difference == pytest.approx(quantile * math.sqrt(k * (k + 1) / 12), rel=1e-3)
-    assert set(found.mean_ranks.values()) == {(k + 1) / 2}
 
 
 def test_seed_noise_is_what_two_groups_differ_by() -> None:

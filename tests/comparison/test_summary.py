@@ -26,7 +26,7 @@ def rows(method: str, metric: float, *, factor: float = 1.0, parameters: int = 1
     noise = spread * np.random.default_rng(1).normal(size=SEEDS)  # shared by all methods, as by the same seeds
     own = 0.001 * np.random.default_rng(sum(map(ord, method))).normal(size=SEEDS)
     return [
-        {"task": "t", "metric": "accuracy", "method": method, "variant": "", "budget": int(100 * factor), "factor": factor,
+        {"study": "t", "task": "t", "metric": "accuracy", "method": method, "variant": "", "budget": int(100 * factor), "factor": factor,
          "role": "reported", "seed": seed, "learning_rate": 0.01, "steps": 10, "parameters": parameters,
          "validation": metric, "test": metric + noise[seed] + own[seed], "ranks": "null", "n_moved": 0, "wall_seconds": 1.0,
          "peak_memory": 1e6, "revision": "x", "cost_steps": 0}
@@ -87,11 +87,10 @@ def test_the_same_runs_as_uniforms_are_said_to_be_the_same() -> None:
     assert (format_row(table.loc["x"])["points"], table.loc["x", "verdict"]) == ("+0.0 [-]", "no difference")
 
 
-def test_studies_and_tasks_are_not_pooled() -> None:
+def test_studies_are_not_pooled() -> None:
     runs = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.9)])
-    parts = [runs.assign(study="a"), runs.assign(study="b"), runs.assign(study="b", task="u")]
-    table = summarise(pd.concat(parts, ignore_index=True))
-    assert table["study"].unique().tolist() == ["a", "b, t", "b, u"]
+    table = summarise(pd.concat([runs.assign(study="a"), runs.assign(study="b")], ignore_index=True))
+    assert table["study"].unique().tolist() == ["a", "b"]
     assert (table["seeds"] == SEEDS).all()
 
 
@@ -129,7 +128,7 @@ def runs_of(task: str, methods: dict[str, float], spread: float, unlimited: tupl
     common = rng.normal(0.0, 0.01, size=8)
     return [
         {
-            "task": task, "metric": "accuracy", "method": name, "variant": "", "budget": 0 if name in unlimited else 100, "factor": 1.0,
+            "study": task, "task": task, "metric": "accuracy", "method": name, "variant": "", "budget": 0 if name in unlimited else 100, "factor": 1.0,
             "role": "reported", "seed": seed, "learning_rate": 0.01, "parameters": 100, "test": mean + common[seed] + own,
             "validation": mean, "wall_seconds": 1.0, "peak_memory": 1, "cost_steps": 0,
         }
@@ -184,9 +183,9 @@ COMMITTED = Path("studies/results/glosses/comparison.parquet")
     ("change", "problem"),
     [
         *((lambda runs, name=name: runs.drop(columns=name), f"but has no columns `{name}`; write it again.")
-          for name in ("role", "variant", "test", "seed", "schema")),
+          for name in ("study", "role", "variant", "test", "seed", "schema")),
         (lambda runs: runs.assign(seed=1.5), "with int64 in column `seed`, but it holds double; write it again."),
-        (lambda runs: runs.assign(schema=9), "of schema 2, but holds another; compare again."),
+        (lambda runs: runs.assign(schema=9), "but its schema is not 2; compare again."),
         (lambda runs: runs[runs["method"] != "uniform"], "but holds no run of `uniform` at the study's budget; compare again."),
         (lambda runs: runs.assign(factor=0.5), "but holds no run of `uniform` at the study's budget; compare again."),
         (lambda runs: runs.iloc[:0], "but holds no reported run; compare again."),
@@ -203,7 +202,3 @@ def test_a_broken_comparison_is_one_line_when_it_is_read(change: Any, problem: s
     change(pd.read_parquet(COMMITTED)).to_parquet(path)
     with pytest.raises(FileError, match=f"^{re.escape(f'`{path}` must hold a comparison')},? {re.escape(problem)}$"):
         read_comparison(path)
-
-
-def test_a_comparison_of_the_first_schema_is_named_after_its_task() -> None:
-    assert set(read_comparison(COMMITTED)["study"]) == {"glosses"}

@@ -176,7 +176,7 @@ def test_tables(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ["a"]}', "must hold texts or numbers in column 'text', but holds ['a']; convert it."),
         ("b.csv", "text,label,label\na,1,2\n", "must have one column 'label', but has several; rename them."),
         ("a.csv", 'text\n"a', "must hold the task's data as CSV, but it cannot be parsed (Error tokenizing data."),
-        ("a.csv", "text\na\xff", "must hold the task's data as text, but cannot be read ('utf-8' codec"),
+        ("a.csv", "text\na\xff", "must hold the task's data as text, but it cannot be parsed ('utf-8' codec"),
     ):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(TaskError, match=re.escape(problem)):

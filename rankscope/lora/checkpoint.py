@@ -31,13 +31,12 @@ def save_ranks(model: PeftModel, folder: AnyPath, *, adapter_name: str | None = 
 
     For a model that carries masks these are the active ranks; capacity and active components are written, too.
     """
-    adapter = LiveAdapter(model, adapter_name)
-    ranks = adapter.ranks
-    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": ranks}
+    adapter, path = LiveAdapter(model, adapter_name), Path(folder) / RANKS_FILE
+    value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": adapter.ranks}
     if (masks := masks_on(adapter.model)) is not None:
-        value |= {"ranks": {**ranks, **masks.ranks}, "capacity": ranks, "active": masks.active}
-    write_json(Path(folder) / RANKS_FILE, value)
-    return Path(folder) / RANKS_FILE
+        value |= {"ranks": adapter.ranks | dict(masks.ranks), "capacity": adapter.ranks, "active": masks.active}
+    write_json(path, value)
+    return path
 
 
 def restore_ranks(
@@ -56,27 +55,22 @@ def restore_ranks(
     saved = _read(Path(folder) / RANKS_FILE)
     ranks, present, masks = saved["ranks"], adapter.ranks, masks_on(adapter.model)
     if odd := sorted(set(ranks) ^ set(present)):
-        where, remedy = "checkpoint" if odd[0] in ranks else "model", "adapt the same modules"
+        where, remedy = "checkpoint" if odd[0] in ranks else "model", "adapt the same modules."
         if not any(ranks.get(name, 1) for name in odd):
-            first = "wrap the base model as for the first run"
-            remedy = f"{first}, since PeftModel.from_pretrained leaves modules of rank 0 out"
-        raise ModelError(
-            f"`{folder}` must hold ranks of this model's adapted modules, but `{odd[0]}` is in the {where} only "
-            f"({len(odd)} such); {remedy}."
-        )
+            remedy = "wrap the base model as for the first run, since PeftModel.from_pretrained leaves modules of rank 0 out."
+        must = f"`{folder}` must hold ranks of this model's adapted modules"
+        raise ModelError(f"{must}, but `{odd[0]}` is in the {where} only ({len(odd)} such); {remedy}")
     _check_weights(adapter, Path(folder), ranks)
     if "active" in saved:
-        if odd := sorted(name for name, capacity in saved["capacity"].items() if present[name] != capacity):
-            has, theirs = present[odd[0]], saved["capacity"][odd[0]]
-            raise ModelError(
-                f"masks must have the capacity of the checkpoint, but `{odd[0]}` has {has} and `{folder}` {theirs}; "
-                "wrap the model at that rank."
-            )
+        for name, capacity in sorted(saved["capacity"].items()):
+            if (has := present[name]) != capacity:
+                but = f"but `{name}` has {has} and `{folder}` {capacity}; wrap the model at that rank."
+                raise ModelError(f"masks must have the capacity of the checkpoint, {but}")
         (masks or RankMasks(model, adapter_name=adapter.name)).restore(saved["active"])
         return
     if masks is not None:
-        must = f"`{folder}` must hold masked ranks for a model that carries masks"
-        raise ModelError(f"{must}, but holds a live resize's; `compress` the masks.")
+        but = "but holds a live resize's; `compress` the masks."
+        raise ModelError(f"`{folder}` must hold masked ranks for a model that carries masks, {but}")
     resizes = [Resize(name=name, rank=rank) for name, rank in ranks.items() if rank != present[name]]
     resize_adapters(model, optimizer, resizes, adapter_name=adapter.name)
 
@@ -94,16 +88,16 @@ def loaded_from(model: PeftModel, adapter_name: str) -> Path | None:
 
 def _load_with_ranks(self: PeftModel, model_id: AnyPath, adapter_name: str, *args: Any, **kw: Any) -> Any:
     """`PeftModel.load_adapter`, the ranks restored first."""
+    folder = Path(model_id)
     if adapter_name in self.peft_config:
-        folder = Path(model_id)
         self.adapters_loaded_from = {**vars(self).get("adapters_loaded_from", {}), adapter_name: folder}
-        if not (folder / RANKS_FILE).exists():
-            _check_weights(LiveAdapter(self, adapter_name), folder)
-        else:
+        if (folder / RANKS_FILE).exists():
             restore_ranks(self, folder, adapter_name=adapter_name)
             if (masks := masks_on(self)) is not None:
-                weights = _at_capacity(masks, load_peft_weights(str(model_id), device="cpu"))
+                weights = _at_capacity(masks, load_peft_weights(str(folder), device="cpu"))
                 return set_peft_model_state_dict(self, weights, adapter_name=adapter_name)
+        else:
+            _check_weights(LiveAdapter(self, adapter_name), folder)
     return type(self).load_adapter(self, model_id, adapter_name, *args, **kw)
 
 
@@ -161,15 +155,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _are_masks(active: Any, capacity: Any, ranks: dict[str, int]) -> bool:
     """Whether this lists as many components of each module as its rank, each below its capacity, none twice."""
-    if not (
-        isinstance(active, dict) and isinstance(capacity, dict) and active.keys() == capacity.keys() <= ranks.keys()
-    ):
+    if not (isinstance(active, dict) and isinstance(capacity, dict)):
         return False
-    pairs = [(found, capacity[name]) for name, found in active.items()]
-    if not all(isinstance(found, list) and {type(each) for each in (most, *found)} == {int} for found, most in pairs):
-        return False
-    below = all(0 <= index < most for found, most in pairs for index in found)
-    return below and all(len(found) == len(set(found)) == ranks[name] for name, found in active.items())
+    for name, found in active.items():
+        most = capacity.get(name)
+        if not isinstance(found, list) or any(type(number) is not int for number in (most, *found)):
+            return False
+        if not len(found) == len(set(found)) == ranks.get(name) or any(not 0 <= index < most for index in found):
+            return False
+    return active.keys() == capacity.keys()
 
 
 def _check_weights(adapter: LiveAdapter, folder: Path, saved: Mapping[str, int] | None = None) -> None:
@@ -182,17 +176,12 @@ def _check_weights(adapter: LiveAdapter, folder: Path, saved: Mapping[str, int] 
         match = _FACTOR_A.fullmatch(key)
         if match and tensor.ndim and match[1].replace(".base_layer", "") not in fused:
             found[match[1]] = len(tensor)
+    what, where, why = f"the ranks in its {RANKS_FILE}", "there", "it mixes two checkpoints"
+    if saved is None:
+        what, where = f"the model's ranks, or its own {RANKS_FILE} beside them", "in the model"
+        why = "it was not finished, or is of another model"
     ranks = adapter.ranks if saved is None else saved
     for name in sorted({*ranks, *found}):
-        if (rank := found.get(name, 0)) == (wanted := ranks.get(name, 0)):
-            continue
-        must, but = f"`{folder}` must hold weights of", f"but `{name}` has rank {rank}"
-        if saved is not None:
-            raise ModelError(
-                f"{must} the ranks in its {RANKS_FILE}, {but} in the weights and {wanted} there; it mixes two checkpoints: "
-                "use another."
-            )
-        raise ModelError(
-            f"{must} the model's ranks, or its own {RANKS_FILE} beside them, {but} there and {wanted} in the model; it was not "
-            "finished, or is of another model: use another."
-        )
+        if (rank := found.get(name, 0)) != (wanted := ranks.get(name, 0)):
+            but = f"but `{name}` has rank {rank} in the weights and {wanted} {where}"
+            raise ModelError(f"`{folder}` must hold weights of {what}, {but}; {why}: use another.")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankscope.errors import ModelError, SettingsError
+from rankscope.errors import ModelError, SettingsError, one_line
 from rankscope.files import AnyPath, write_json
 from rankscope.naming import is_output_embedding
 from rankscope.targets import TargetModule
@@ -53,15 +54,13 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
     if not adapted:
         raise SettingsError("`allocation` must give at least one module a rank above 0 to become a LoRA config.")
     if scaling is not None and "lora_alpha" in peft_kwargs:
-        one = "constant scaling, or one alpha; leave one out."
-        raise SettingsError(f"`scaling` and `lora_alpha` exclude each other: {one}")
+        raise SettingsError("`scaling` and `lora_alpha` exclude each other; leave one out.")
     for key in filter(peft_kwargs.get, ("use_dora", "lora_bias")):
         logger.warning("`%s` adds trainable parameters to the %s of the allocation", key, f"{allocation.parameters:,}")
+    factor, rslora = 2.0 if scaling is None else scaling, bool(peft_kwargs.get("use_rslora"))
+    alphas = {name: alpha_for(rank, factor, rslora=rslora) for name, rank in adapted.items()}
     if "lora_alpha" in peft_kwargs:
         alphas = dict.fromkeys(adapted, peft_kwargs.pop("lora_alpha"))
-    else:
-        factor, rslora = 2.0 if scaling is None else scaling, bool(peft_kwargs.get("use_rslora"))
-        alphas = {name: alpha_for(rank, factor, rslora=rslora) for name, rank in adapted.items()}
     ours = rank_fields(adapted, alphas) | name_fields(adapted)
     if clash := [key for key in (*ours, "layers_to_transform", "target_parameters") if key in peft_kwargs]:
         raise SettingsError(f"`{clash[0]}` follows from the allocation and cannot be passed as well; leave it out.")
@@ -80,29 +79,22 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dic
     A SettingsError if it adapts none, a ModelError if PEFT cannot apply it or it leaves `target_modules` to PEFT.
     """
     if config.target_modules is None and not config.target_parameters:
-        raise ModelError(
-            "`config` must name its `target_modules`, but leaves them to PEFT's default for the model's architecture; "
-            "set them to [t.name for t in find_targets(model, config)]."
-        )
+        must = "`config` must name its `target_modules`, but leaves them to PEFT's default for the model's architecture"
+        raise ModelError(f"{must}; set them to [t.name for t in find_targets(model, config)].")
     patterns, config = config.rank_pattern or {}, _prepared(config)
     config.target_modules = config.target_modules or []
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = (target.name for target in targets if target.kind in ("linear", "conv1d"))
         config.target_modules = {name for name in linear if not is_output_embedding(name)}
-    try:
+    with _applied_by_peft():
         names = [target.name for target in targets if check_target_module_exists(config, target.name)]
-    except _PEFT_REFUSES as error:
-        raise _refusal(error) from None
     ranks = dict.fromkeys(_not_saved(names, config), config.r)
     if not ranks:
         raise SettingsError(f"`config` must adapt at least one of the {len(targets)} target modules, but adapts none.")
     if not isinstance(patterns, Mapping):
         raise SettingsError(f"`rank_pattern` must be a mapping from regexes to ranks, but got {patterns!r}.")
-    left = set(ranks)
-    for pattern, rank in patterns.items():  # the first match wins; pattern by pattern, so that each is compiled once
-        found = {name for name in left if get_pattern_key([pattern], name) == pattern}
-        ranks |= dict.fromkeys(found, rank)
-        left -= found
+    for pattern, rank in reversed(list(patterns.items())):  # the first match wins; one by one: each is compiled once
+        ranks |= {name: rank for name in ranks if get_pattern_key([pattern], name) == pattern}
     return ranks
 
 
@@ -165,8 +157,7 @@ _SAVED_FOR_TASK = {"SEQ_CLS": SEQ_CLS_HEAD_NAMES, "TOKEN_CLS": SEQ_CLS_HEAD_NAME
 
 # What PEFT has LoRA layers for, beside the quantised linear modules of other libraries.
 _CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
-_ADAPTABLE = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.MultiheadAttention, Conv1D, BaseTunerLayer)
-_PEFT_REFUSES = (ValueError, OverflowError, re.error)
+_ADAPTABLE = nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.MultiheadAttention, Conv1D, BaseTunerLayer
 
 
 def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
@@ -174,19 +165,19 @@ def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
     if not isinstance(config, LoraConfig):
         raise ModelError(f"`selection` must be a peft.LoraConfig, but is a {type(config).__name__}; name the modules.")
     matching = _Matching(model, _prepared(config))
-    try:
-        with warnings.catch_warnings():  # PEFT warns again when it wraps
-            warnings.simplefilter("ignore")
-            matching.inject_adapter(model, "default")
-    except (_MatchingDone, NoMatchingPeftModuleError):
-        pass
-    except _PEFT_REFUSES as error:
-        raise _refusal(error) from None
+    with _applied_by_peft(), suppress(_MatchingDone, NoMatchingPeftModuleError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns again when it wraps
+        matching.inject_adapter(model, "default")
     return _not_saved(matching.found, matching.peft_config["default"])
 
 
-def _refusal(error: Exception) -> ModelError:
-    return ModelError(f"`selection` must be a config that PEFT can apply, but {' '.join(str(error).split())}")
+@contextmanager
+def _applied_by_peft() -> Iterator[None]:
+    """Turn what PEFT raises for a config that it cannot apply into a ModelError."""
+    try:
+        yield
+    except (ValueError, OverflowError, re.error) as error:
+        raise ModelError(f"`selection` must be a config that PEFT can apply, but {one_line(error)}") from None
 
 
 def _prepared(config: LoraConfig) -> LoraConfig:
@@ -200,8 +191,9 @@ def _prepared(config: LoraConfig) -> LoraConfig:
 def _not_saved(names: Iterable[str], config: LoraConfig) -> list[str]:
     """Without modules that end, or are in one that ends, with a name of `modules_to_save`: they are trained in full."""
     saved = tuple(config.modules_to_save or ())
-    parents = {name: itertools.accumulate(name.split("."), "{}.{}".format) for name in names}
-    return [name for name in names if not any(parent.endswith(saved) for parent in parents[name])]
+    return [
+        name for name in names if not any(part.endswith(saved) for part in accumulate(name.split("."), "{}.{}".format))
+    ]
 
 
 def refused_by_peft(model: nn.Module, names: Collection[str]) -> dict[str, str]:
@@ -222,15 +214,13 @@ def taken_for_experts(model: nn.Module, names: Collection[str]) -> set[str]:
 
     transformers 5 fuses the experts of Mixtral, Qwen and others; dense layers and shared experts still have their former names.
     """
-    taken = set()
+    kept = set()
     for last_part in {name.rpartition(".")[2] for name in names}:
         config = LoraConfig(target_modules=[last_part])
-        try:
+        with suppress(ValueError):  # one half of a fused pair
             convert_peft_config_for_transformers(config, model=model, conversions=None)
-        except ValueError:  # one half of a fused pair
-            config.target_modules = set()
-        taken |= {last_part} - set(config.target_modules)
-    return {name for name in names if name.rpartition(".")[2] in taken}
+            kept |= {last_part} & set(config.target_modules)
+    return {name for name in names if name.rpartition(".")[2] not in kept}
 
 
 class _MatchingDone(Exception):  # noqa: N818
@@ -259,8 +249,8 @@ class _Matching(LoraModel):  # type: ignore[misc]
         kind = type(target)
         known = kind.__module__.startswith(("torch.nn", "transformers.")) or any(target.children())
         if known and not isinstance(target, _ADAPTABLE):
-            what = f"a {kind.__name__}, which `{current_key}` is"
-            raise ValueError(f"LoRA does not adapt {what}; name the modules inside it.")
+            which = f"a {kind.__name__}, which `{current_key}` is; name the modules inside it."
+            raise ValueError(f"LoRA does not adapt {which}")
         self.found.append(current_key)
 
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
@@ -277,32 +267,24 @@ def check_config(config: LoraConfig, *, to_zero: bool) -> None:
     """Raise a ModelError unless the ranks of an adapter with this config can change, and fall to 0."""
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
-        raise ModelError(
-            f"`init_lora_weights` must leave the base weights as they are where ranks change, but {init!r} takes a part of the "
-            "initial rank off them, and PEFT takes off another when it loads the adapter; use True, 'gaussian' or 'eva'."
-        )
+        must = "`init_lora_weights` must leave the base weights as they are where ranks change"
+        raise ModelError(f"{must}, but {init!r} takes a part off them; use True, 'gaussian' or 'eva'.")
     variants = {field.name for field in fields(config) if field.metadata.get("is_lora_variant")} - {"use_dora"}
     if used := [init] * (init == "mica") or sorted(name for name in variants if getattr(config, name)):
         raise ModelError(f"the adapter must be plain LoRA or DoRA for its ranks to change; leave out `{used[0]}`.")
     if tied := getattr(config, "target_modules_to_tie", None):
-        raise ModelError(
-            "adapters must have factors of their own for their ranks to change, but `ensure_weight_tying` ties those of "
-            f"{sorted(tied)}; adapt other modules only."
-        )
+        but = f"but `ensure_weight_tying` ties those of {sorted(tied)}; adapt other modules only."
+        raise ModelError(f"adapters must have factors of their own for their ranks to change, {but}")
     if to_zero and config.bias != "none":
-        raise ModelError(
-            f'`bias` must be "none" for modules to have rank 0 while they train, but is {config.bias!r}, and PEFT would lose '
-            "their trained biases; keep rank 1 at least."
-        )
+        but = f"but is {config.bias!r}, and PEFT would lose their biases; keep rank 1 at least."
+        raise ModelError(f'`bias` must be "none" for modules to have rank 0 while they train, {but}')
 
 
 def check_block_names(names: Collection[str]) -> None:
     """Raise a ModelError if `torch.compile` wraps blocks: PEFT would save adapters under names that no other model has."""
     if wrapped := [name.partition("._orig_mod")[0] for name in names if "._orig_mod" in name]:
-        raise ModelError(
-            f"blocks must be compiled in place, but `{wrapped[0]}` is wrapped by `torch.compile`, whose name PEFT would save; "
-            "call its `compile()` instead."
-        )
+        but = f"but `{wrapped[0]}` is wrapped by `torch.compile`, whose name PEFT would save; call its `compile()` instead."
+        raise ModelError(f"blocks must be compiled in place, {but}")
 
 
 def count_adapter_parameters(model: nn.Module) -> int:

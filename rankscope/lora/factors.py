@@ -19,9 +19,10 @@ from rankscope.errors import ModelError
 
 
 class RankMap(Protocol):
-    """How gradients and optimizer moments follow a change of rank along `dim`; `squared`: of squared gradients."""
+    """How gradients and optimizer moments follow a change of rank."""
 
-    def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor: ...  # noqa: D102
+    def carry(self, tensor: Tensor, dim: int, *, squared: bool = False) -> Tensor:
+        """What a tensor with the ranks along `dim` becomes; `squared`: one of squared gradients."""
 
 
 class Selection(NamedTuple):
@@ -114,8 +115,7 @@ def grow(
     if isinstance(rows, Tensor):
         new_a = rows
     elif embedding:
-        device = b.device if generator is None else generator.device
-        new_b = torch.randn(len(b), added, generator=generator, device=device)
+        new_b = torch.randn(len(b), added, generator=generator, device=(generator or b).device)
     else:
         new_a = kaiming_rows(added, a, generator)
     selection = Selection(kept=tuple(range(len(a))), added=added)
@@ -124,7 +124,7 @@ def grow(
 
 def kaiming_rows(added: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(added, inputs) rows as PEFT initialises A (Kaiming uniform, a = sqrt(5)), drawn on the generator's device."""
-    device = like.device if generator is None else generator.device
+    device = (generator or like).device
     rows = torch.rand(added, like.shape[1], generator=generator, device=device, dtype=torch.float32)
     return ((2 * rows - 1) / math.sqrt(like.shape[1])).to(like)
 
@@ -167,11 +167,9 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 def check_known(optimizer: Optimizer) -> None:
     """Raise a ModelError unless the state of this kind of optimizer can be carried."""
     optimizer = unwrap_optimizer(optimizer)
-    if not isinstance(optimizer, _CLASSES) and not _is_bitsandbytes_adam(optimizer):
-        kind = type(optimizer).__name__
-        raise ModelError(
-            f"`optimizer` must be one whose state can be carried ({_KNOWN}), but is {kind}; use one of these."
-        )
+    if not (isinstance(optimizer, _CLASSES) or _is_bitsandbytes_adam(optimizer)):
+        but = f"but is {type(optimizer).__name__}; use one of these."
+        raise ModelError(f"`optimizer` must be one whose state can be carried ({_KNOWN}), {but}")
 
 
 def replace_parameters(optimizer: Optimizer | None, replacements: Sequence[Replacement]) -> None:
@@ -184,10 +182,8 @@ def replace_parameters(optimizer: Optimizer | None, replacements: Sequence[Repla
     optimizer = unwrap_optimizer(optimizer)
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if strangers := sum(id(replacement.old) not in owned for replacement in replacements):
-        raise ModelError(
-            f"`optimizer` must own the adapter's parameters, but lacks {strangers} of the {len(replacements)} to be resized; "
-            "pass the optimizer that trains this model, or None."
-        )
+        but = f"but lacks {strangers} of the {len(replacements)} to be resized; pass the one that trains this model, or None."
+        raise ModelError(f"`optimizer` must own the adapter's parameters, {but}")
     states = [_carried(optimizer, replacement) for replacement in replacements]
     successors = {id(replacement.old): replacement.new for replacement in replacements}
     for group in optimizer.param_groups:
@@ -215,34 +211,30 @@ def _carried(optimizer: Optimizer, replacement: Replacement) -> dict[str, Any]:
         elif name in _MOMENTS:
             carried[name] = replacement.carry(value, _MOMENTS[name])
         elif name not in carried:
-            kind = type(optimizer).__name__
-            raise ModelError(
-                f"`optimizer` must hold state of known meaning, but {kind} holds {name!r} as well; use one of {_KNOWN}."
-            )
+            but = f"but {type(optimizer).__name__} holds {name!r} as well; use one of {_KNOWN}."
+            raise ModelError(f"`optimizer` must hold state of known meaning, {but}")
     return carried
 
 
 def _carried_factored(row: Tensor, col: Tensor, replacement: Replacement) -> tuple[Tensor, Tensor]:
-    """Adafactor's row and column means, whose product estimates the second moment (Shazeer and Stern, 2018)."""
+    """Adafactor's row and column means, whose product estimates the second moment (Shazeer and Stern, 2018).
+
+    The one that is a mean over the ranks is scaled so that estimates of what stays are unchanged.
+    """
     flat = row.ndim < replacement.old.ndim  # without the dimension of the mean, which torch keeps
     if flat:
         row, col = row.unsqueeze(-1), col.unsqueeze(-2)
     from_last = replacement.old.ndim - replacement.dim
-    if from_last > 2:  # a convolution's rank lies outside the two factored dimensions
-        row, col = replacement.carry(row, True), replacement.carry(col, True)
-    elif from_last == 2:
-        row, col = _carried_pair(row, col, replacement)
-    else:
-        col, row = _carried_pair(col, row, replacement)
-    return (row.squeeze(-1), col.squeeze(-2)) if flat else (row, col)
-
-
-def _carried_pair(along: Tensor, across: Tensor, replacement: Replacement) -> tuple[Tensor, Tensor]:
-    """`along` has the rank dimension; `across`, the mean over it, is scaled so that estimates of what stays are unchanged."""
+    along, across = (col, row) if from_last == 1 else (row, col)
     carried = replacement.carry(along, True)
-    before, after = (factor.mean(dim=replacement.dim, keepdim=True) for factor in (along, carried))
-    known = (before > 0) & (after > 0)  # not so where no component stays
-    return carried, across * torch.where(known, after / before, torch.ones_like(before))
+    if from_last > 2:  # a convolution's rank lies outside the two factored dimensions
+        across = replacement.carry(across, True)
+    else:
+        before, after = (factor.mean(dim=replacement.dim, keepdim=True) for factor in (along, carried))
+        known = (before > 0) & (after > 0)  # not so where no component stays
+        across = across * torch.where(known, after / before, torch.ones_like(before))
+    row, col = (across, carried) if from_last == 1 else (carried, across)
+    return (row.squeeze(-1), col.squeeze(-2)) if flat else (row, col)
 
 
 def _is_bitsandbytes_adam(optimizer: Optimizer) -> bool:
@@ -255,12 +247,6 @@ def _carried_bitsandbytes(optimizer: Any, state: Mapping[str, Any], replacement:
     """Moments in 8 bits are dequantised, carried, and quantised again where the optimizer would: a rounding in 256 steps."""
     from bitsandbytes import functional
 
-    [config] = (
-        optimizer.get_config(index, place, group)
-        for index, group in enumerate(optimizer.param_groups)
-        for place, parameter in enumerate(group["params"])
-        if parameter is replacement.old
-    )
     carried = {name: value for name, value in state.items() if not name.startswith(("state", "qmap", "absmax"))}
     for moment, qmap_name in (("1", "dynamic"), ("2", "udynamic")):
         value = state[f"state{moment}"]
@@ -268,7 +254,7 @@ def _carried_bitsandbytes(optimizer: Any, state: Mapping[str, Any], replacement:
             absmax, code = state[f"absmax{moment}"], state[f"qmap{moment}"]
             value = functional.dequantize_blockwise(value, absmax=absmax, code=code, blocksize=256)
         value = replacement.carry(value, moment == "2")
-        if config["optim_bits"] == 8 and replacement.new.numel() >= config["min_8bit_size"]:
+        if optimizer.args.optim_bits == 8 and replacement.new.numel() >= optimizer.args.min_8bit_size:
             if not optimizer.name2qmap:
                 optimizer.fill_qmap()
             qmap = optimizer.name2qmap[qmap_name].to(value.device)

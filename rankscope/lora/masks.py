@@ -50,15 +50,13 @@ class RankMasks:
         self.live = LiveAdapter(model, adapter_name)
         self.adapter = self.live.name
         if (other := masks_on(self.live.model)) is not None:
-            raise ModelError(
-                f"`model` must not carry rank masks yet, but carries those of adapter {other.adapter!r}; go on with them "
-                "(masks_on), or `compress` them."
-            )
+            but = f"but carries those of adapter {other.adapter!r}; go on with them (masks_on), or `compress` them."
+            raise ModelError(f"`model` must not carry rank masks yet, {but}")
         self.live.check_changeable(in_place=True)
         self._modules = {name: module for name, module in self.live.modules.items() if module.active}
-        if embeddings := [f"`{name}`" for name, module in self._modules.items() if module.parts != FACTORS]:
-            must = "masked ranks must be of linear or convolution layers"
-            raise ModelError(f"{must}, but {embeddings[0]} is an embedding.")
+        if embeddings := [name for name, module in self._modules.items() if module.parts != FACTORS]:
+            but = f"but `{embeddings[0]}` is an embedding."
+            raise ModelError(f"masked ranks must be of linear or convolution layers, {but}")
         asked = [Resize(name=name, rank=rank) for name, rank in (ranks or {}).items()]
         self._check(asked, self.live.ranks)
         self._inner: dict[str, Any] = {name: module.entry("lora_A") for name, module in self._modules.items()}
@@ -94,22 +92,21 @@ class RankMasks:
         asked = _from_first_process(resizes)
         self._check(asked, self.ranks)
         drawn = _from_first_process([self._with_rows(resize, generator) for resize in asked])
-        masks: dict[str, Tensor] = {}
-        changes: list[tuple[Replacement, Tensor]] = []
-        for resize in drawn:
-            masks[resize.name], values, keep = self._switched(resize)
-            for dim, (factor, value) in enumerate(zip(self._modules[resize.name].factors, values, strict=True)):
-                changes.append((Replacement(factor, factor, dim, keep), value))
-        check_same([mask.tolist() for mask in masks.values()], what="the masks")
-        replace_parameters(optimizer, [replacement for replacement, _ in changes])
+        plan = [(resize, *self._modules[resize.name].factors, *self._switched(resize)) for resize in drawn]
+        check_same([mask.tolist() for *_, mask, _ in plan], what="the masks")
+        carried = [Replacement(f, f, dim, keep) for _, a, b, _, keep in plan for dim, f in enumerate((a, b))]
+        replace_parameters(optimizer, carried)
         with torch.no_grad():
-            for replacement, value in changes:
-                factor = replacement.new
-                factor.copy_(_like(value, factor))
-                if factor.grad is not None:
-                    factor.grad.copy_(replacement.carry(factor.grad))
-            for name, mask in masks.items():
-                self._inner[name].rank_mask.copy_(mask)
+            for resize, a, b, mask, keep in plan:
+                if resize.directions is not None and (born := mask & ~keep.stays).any():
+                    rows = whole(a).clone()
+                    rows[born] = resize.directions.to(rows).reshape(-1, *rows.shape[1:])
+                    a.copy_(_like(rows, a))
+                b.copy_(keep.carry(b, 1))
+                self._inner[resize.name].rank_mask.copy_(mask)
+            for factor in carried:
+                if factor.new.grad is not None:
+                    factor.new.grad.copy_(factor.carry(factor.new.grad))
 
     def restore(self, active: Mapping[str, Sequence[int]]) -> None:
         """Set the masks alone, to what `active` was in a checkpoint of this capacity whose weights are loaded."""
@@ -139,8 +136,8 @@ class RankMasks:
         `state_dict` is the model's, its tensors whole; None: it is taken, which every process must do under FSDP2.
         """
         if not any(self.ranks.values()):
-            must = "at least one module must have a rank above 0 to be saved"
-            raise ModelError(f"{must}; PEFT has no adapter without modules.")
+            why = "PEFT has no adapter without modules."
+            raise ModelError(f"at least one module must have a rank above 0 to be saved; {why}")
         model, tuner = self.live.model, self.live.model.base_model
         state = self.true_state_dict(model.state_dict() if state_dict is None else state_dict)
         config, compiled = model.peft_config[self.adapter], tuner.model
@@ -172,8 +169,8 @@ class RankMasks:
         for name in (resize.name for resize in resizes if resize.rank == 0):
             check_config(self.live.model.peft_config[self.adapter], to_zero=True)
             if any(self._modules[name].parameter(part) is not None for part in (BIAS, MAGNITUDE)):
-                must = f"the masked rank of `{name}` must be at least 1"
-                raise ModelError(f"{must}, for its bias or DoRA magnitude stays, but got 0.")
+                why = "for its bias or DoRA magnitude stays, but got 0."
+                raise ModelError(f"the masked rank of `{name}` must be at least 1, {why}")
 
     def _with_rows(self, resize: Resize, generator: torch.Generator | None) -> Resize:
         """The resize with the rows of A that it adds."""
@@ -184,21 +181,17 @@ class RankMasks:
         like = torch.empty(0, a.shape[1:].numel(), device=a.device)
         return replace(resize, directions=kaiming_rows(added, like, generator))
 
-    def _switched(self, resize: Resize) -> tuple[Tensor, tuple[Tensor, Tensor], _Keep]:
-        """A module's next mask and factors, and the map for gradients and moments; nothing is changed yet."""
+    def _switched(self, resize: Resize) -> tuple[Tensor, _Keep]:
+        """A module's next mask, and the map for B, gradients and moments; nothing is changed yet."""
         before: Tensor = self._inner[resize.name].rank_mask.bool()
-        a, b = (whole(factor.detach()) for factor in self._modules[resize.name].factors)
-        if resize.directions is not None and resize.rank > before.sum():
-            born = (~before).nonzero().flatten()[: len(resize.directions)]
-            a = a.clone()
-            a[born] = resize.directions.to(a).reshape(-1, *a.shape[1:])
-            after, keep = before.index_fill(0, born, True), _Keep(before)
-        else:
-            norms = component_norms(a.flatten(1), b.flatten(1)).masked_fill(~before, -1.0)
-            largest = torch.argsort(norms, descending=True, stable=True)[: resize.rank]
-            after = torch.zeros_like(before).index_fill(0, largest, True)
-            keep = _Keep(after)
-        return after, (a, keep.carry(b, 1)), keep
+        if (added := resize.rank - int(before.sum())) > 0:
+            born = (~before).nonzero().flatten()[:added]
+            return before.index_fill(0, born, True), _Keep(before)
+        a, b = (whole(factor.detach()).flatten(1) for factor in self._modules[resize.name].factors)
+        norms = component_norms(a, b).masked_fill(~before, -1.0)
+        largest = torch.argsort(norms, descending=True, stable=True)[: resize.rank]
+        after = torch.zeros_like(before).index_fill(0, largest, True)
+        return after, _Keep(after)
 
 
 def masks_on(model: PeftModel) -> RankMasks | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -100,15 +101,13 @@ def resize_adapters(
 
 def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int, int]]) -> None:
     """Raise a ModelError for a wrong name, rank or directions; `rooms` holds `LoraModule.room` of each module."""
-    seen: set[str] = set()
+    if twice := [name for name, n in Counter(resize.name for resize in resizes).items() if n > 1]:
+        raise ModelError(f"`resizes` must name each module once, but names `{twice[0]}` twice.")
     for resize in resizes:
         name, rank, rows = resize.name, cast(Any, resize.rank), resize.directions
         if name not in rooms:
             hint = did_you_mean(name, rooms, "adapt it when the model is wrapped.")
             raise ModelError(f"`resizes` must name modules that carry the adapter, but {name!r} does not; {hint}")
-        if name in seen:
-            raise ModelError(f"`resizes` must name each module once, but names `{name}` twice.")
-        seen.add(name)
         present, largest, inputs = rooms[name]
         if not isinstance(rank, Integral) or not 0 <= int(rank) <= largest:
             raise ModelError(f"the rank of `{name}` must be a whole number between 0 and {largest}, but got {rank!r}.")
@@ -281,10 +280,8 @@ class LiveAdapter:
         inner = unwrapped(model)
         kind = "DistributedDataParallel" if is_ddp(model) else type(inner).__name__
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise ModelError(
-                f"`model` must be a peft.PeftModel, but is wrapped in {kind}, which fixes parameters when it wraps; "
-                "mask ranks instead (RankMasks, made before wrapping)."
-            )
+            why = "which fixes parameters when it wraps; mask ranks instead (RankMasks, made before wrapping)."
+            raise ModelError(f"`model` must be a peft.PeftModel, but is wrapped in {kind}, {why}")
         if not isinstance(inner, PeftModel):
             raise ModelError(f"`model` must be a peft.PeftModel, but is a {kind}; wrap it with get_peft_model.")
         names = sorted(inner.peft_config)

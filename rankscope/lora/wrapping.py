@@ -62,20 +62,15 @@ def apply_allocation(
 def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], **options: Any) -> peft.PeftModel:
     """`get_peft_model`, and a check that PEFT adapts exactly these modules at these ranks; otherwise the model is unwrapped."""
     names = [name for name, rank in ranks.items() if rank]
-    for name in names:
-        if any(weight.is_meta for weight in model.get_submodule(name).parameters()):
-            raise SettingsError(
-                f"the weights of `{name}` must be in memory, but are offloaded; load the model without."
-            )
+    if away := [name for name in names if any(weight.is_meta for weight in model.get_submodule(name).parameters())]:
+        raise SettingsError(f"the weights of `{away[0]}` must be in memory, but are offloaded; load the model without.")
     if config.peft_type == peft.PeftType.LORA and (taken := sorted(taken_for_experts(model, names))):
-        raise SettingsError(
-            f"the allocation must leave out `{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of "
-            f"{type(model).__name__}; give it rank 0."
+        what = (
+            f"`{taken[0]}` ({len(taken)} such), whose name PEFT takes for the fused experts of {type(model).__name__}"
         )
+        raise SettingsError(f"the allocation must leave out {what}; give it rank 0.")
     peft_model = peft.get_peft_model(model, config, **options)
-    modules, parameters = lora_modules(peft_model, "default")
-    built = {name: module.layer.r["default"] for name, module in modules.items()}
-    built |= {name: layer.r["default"] for name, layer in parameters.items()}
+    built = {name: module.layer.r["default"] for name, module in lora_modules(peft_model, "default")[0].items()}
     for name in sorted({*built, *names}):
         if (asked := ranks.get(name, 0)) != (got := built.get(name, 0)):
             peft_model.unload()

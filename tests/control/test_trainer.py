@@ -389,8 +389,8 @@ def test_checkpoints_that_cannot_be_resumed(digits: Task, tmp_path: Path, checkp
     name, rank = next((name, rank) for name, rank in plain.items() if rank != 1)
     with refuses(
         ModelError,
-        f"`{odd}` must hold weights of the model's ranks, or its own ranks.json beside them, but `{name}` has rank {rank} there "
-        "and 1 in the model; it was not finished, or is of another model: use another.",
+        f"`{odd}` must hold weights of the model's ranks, or its own ranks.json beside them, but `{name}` has rank {rank} in "
+        "the weights and 1 in the model; it was not finished, or is of another model: use another.",
     ):
         trainer(digits, tmp_path / "run", model=model).train(resume_from_checkpoint=str(odd))
     assert weights(model).keys() == before.keys()

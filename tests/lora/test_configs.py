@@ -105,11 +105,11 @@ def test_plain_peft_loads_the_same_function_in_bf16_and_with_tied_modules(tmp_pa
 
 
 CHANGED_BASE = (
-    "`init_lora_weights` must leave the base weights as they are where ranks change, but {!r} takes a part of the initial rank "
-    "off them, and PEFT takes off another when it loads the adapter; use True, 'gaussian' or 'eva'."
+    "`init_lora_weights` must leave the base weights as they are where ranks change, but {!r} takes a part off them; use "
+    "True, 'gaussian' or 'eva'."
 )
 BIAS = (
-    '`bias` must be "none" for modules to have rank 0 while they train, but is {!r}, and PEFT would lose their trained biases; '
+    '`bias` must be "none" for modules to have rank 0 while they train, but is {!r}, and PEFT would lose their biases; '
     "keep rank 1 at least."
 )
 VARIANT = f"the adapter of `{QUERY}` must be plain LoRA or DoRA, but it is of variant {{}}LinearVariant."

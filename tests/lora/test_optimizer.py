@@ -271,7 +271,7 @@ def test_a_foreign_optimizer_is_refused() -> None:
         kinds_model(),
         torch.optim.AdamW(trainable(kinds_model())),
         "`optimizer` must own the adapter's parameters, but lacks 4 of the 4 to be resized; "
-        "pass the optimizer that trains this model, or None.",
+        "pass the one that trains this model, or None.",
     )
 
 

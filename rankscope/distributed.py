@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import count
@@ -21,23 +21,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def best_device() -> torch.device:
-    """The current accelerator (CUDA, MPS, XPU, …), or else the CPU.
+    """The device that `ACCELERATE_USE_CPU` or `ACCELERATE_TORCH_DEVICE` asks for, else the current accelerator or the CPU."""
+    from accelerate.utils import parse_flag_from_env  # its PartialState would fix the settings of all later ones
 
-    `CUDA_VISIBLE_DEVICES`, `ACCELERATE_USE_CPU` and `ACCELERATE_TORCH_DEVICE` are honoured. No accelerate `PartialState` is
-    created, here or below: the first one in a process fixes the settings of all later ones.
-    """
-    from accelerate.utils import parse_flag_from_env
-
-    if parse_flag_from_env("ACCELERATE_USE_CPU"):
-        return torch.device("cpu")
-    if wanted := os.environ.get("ACCELERATE_TORCH_DEVICE"):
-        return torch.device(wanted)
+    wanted = "cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else os.environ.get("ACCELERATE_TORCH_DEVICE")
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    return torch.device(wanted or found or "cpu")
 
 
 def mixed_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of matrix products beside float32 weights: bfloat16 on GPUs that support it; None: that of the weights."""
+    """The dtype of matrix products beside float32 weights: bfloat16 on GPUs that support it; else None."""
     on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if on_cuda or device.type == "xpu" else None
 
@@ -51,8 +44,7 @@ def placed(model: Model) -> Model:
 
 def batch_device(model: nn.Module) -> torch.device:
     """The device for a model's batches: that of its first parameter that is not offloaded."""
-    devices = (parameter.device for parameter in model.parameters())
-    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 @contextmanager
@@ -60,9 +52,8 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
     """Run forward passes (not backward ones) in mixed precision if device or weights call for it, with float32 outputs."""
     from accelerate.utils import convert_to_fp32
 
-    device = batch_device(model)
-    halves = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16))
-    dtype = mixed_dtype(device) or next(halves, None)  # float32 adapters or heads beside them
+    device, halves = batch_device(model), (torch.bfloat16, torch.float16)  # some weights may be float32 beside them
+    dtype = mixed_dtype(device) or next((p.dtype for p in model.parameters() if p.dtype in halves), None)
     handle = model.register_forward_hook(lambda _module, _inputs, output: convert_to_fp32(output))
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
@@ -105,49 +96,39 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
         distributed.all_reduce(tensor)
 
 
-def from_first_process(value: T) -> T:
-    """The first process's value."""
-    return gathered(value)[0]
-
-
 def check_same(value: Any, *, what: str) -> None:
     """Raise a ModelError on every process if the values of any differ."""
     values = gathered(value)
     if odd := [index for index, other in enumerate(values) if other != values[0]]:
-        raise ModelError(
-            f"{what} must be the same on every process, but process {odd[0]} differs from process 0; "
-            "start all from the same checkpoint and seed."
-        )
+        must = f"{what} must be the same on every process, but process {odd[0]} differs from process 0"
+        raise ModelError(f"{must}; start all from the same checkpoint and seed.")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that FSDP2 shards, gathered; any other as it is."""
-    gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
-    return gather() if gather else tensor
+    gathered_tensor: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return gathered_tensor
 
 
 def require_one_process(what: str) -> None:
     """Raise if a launcher (torchrun, accelerate launch) started copies of this process, which would all do the same work."""
     copies = os.environ.get("WORLD_SIZE", "1")
     if copies.isdigit() and int(copies) > 1:
-        raise RankscopeError(
-            f"{what} must run as one process, but WORLD_SIZE is {copies}; start it without torchrun or accelerate launch, "
-            "and use --jobs for several runs at a time."
-        )
+        remedy = "start it without torchrun or accelerate launch, and use --jobs for several runs at a time"
+        raise RankscopeError(f"{what} must run as one process, but WORLD_SIZE is {copies}; {remedy}.")
 
 
 @contextmanager
 def one_gpu_each(n_jobs: int) -> Iterator[None]:
     """Show each worker process that joblib starts one GPU only, in turn; does nothing with fewer than two of either."""
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    n_gpus = torch.cuda.device_count()
-    if n_jobs < 2 or n_gpus < 2:
-        yield
-        return
     from joblib import parallel_config
 
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    n_gpus = torch.cuda.device_count()
     gpus = tuple(named[:n_gpus] or map(str, range(n_gpus)))
-    with parallel_config(backend="loky", initializer=_take_gpu, initargs=(gpus, _claims().name)):
+    several = n_jobs > 1 and n_gpus > 1
+    options: dict[str, Any] = {"initializer": _take_gpu, "initargs": (gpus, _claims().name)} if several else {}
+    with parallel_config(backend="loky", **options):
         yield
 
 

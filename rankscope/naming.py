@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -86,25 +86,19 @@ _HEAD = re.compile(
     re.VERBOSE,
 )
 _BEFORE_CLASSIFIER = {"projector", "dense", "feature_extractor"}  # beside a `classifier` at the top, as in wav2vec2
-_OUTPUT_EMBEDDING = re.compile(
+# Maps hidden states to the vocabulary.
+OUTPUT_EMBEDDING = re.compile(
     r"(.*\.)?(lm_head|lm_head\.decoder|embed_out|output_projection|proj_out|vocab_projector|predictions\.decoder|generator_lm_head)"
 )
 
-# Classes that read the weights of these children without calling them, so that an adapter there does nothing. Fused kernels
-# count, though they run only on a GPU or outside training.
-_WEIGHT_READERS = _rows(
-    r"""
-    MultiheadAttention                                                 .*
-    (Falcon)?MambaMixer                                                x_proj dt_proj out_proj
-    JambaMambaMixer                                                    dt_proj
-    (Mamba2|Bamba|FalconH1|NemotronHMamba2|Zamba2Mamba)Mixer           out_proj
-    GraniteMoeHybridMambaLayer                                         out_proj
-    WavLMAttention                                                     [qkv]_proj out_proj
-    \w*TDNNLayer                                                       kernel
-    \w*MHAttentionMap                                                  k_proj k_linear
-    MobileBertLMPredictionHead                                         dense
-    \w+Encoder                                                         rel_pos(_[xy])?_bias
-    """
+# Classes, and children whose weight they read without a call, so that an adapter there does nothing. Fused kernels count,
+# though they run only on a GPU or outside training.
+READS_WEIGHT = re.compile(
+    r"""MultiheadAttention\..*|WavLMAttention\.([qkv]|out)_proj|\w*MHAttentionMap\.k_(proj|linear)
+    |(Falcon)?MambaMixer\.(x|dt|out)_proj|JambaMambaMixer\.dt_proj|GraniteMoeHybridMambaLayer\.out_proj
+    |(Mamba2|Bamba|FalconH1|NemotronHMamba2|Zamba2Mamba)Mixer\.out_proj
+    |\w*TDNNLayer\.kernel|MobileBertLMPredictionHead\.dense|\w+Encoder\.rel_pos(_[xy])?_bias""",
+    re.VERBOSE,
 )
 # Subclasses of nn.Linear that return more than the product with their weight.
 NOT_LINEAR = re.compile(r"\w*Router|\w*GroupedLinear|IdeficsDecoupledLinear")
@@ -126,33 +120,19 @@ def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, s
     >>> describe_modules(["layers.0.experts.0.w1", "layers.0.experts.1.w1"])
     {'layers.0.experts.0.w1': ('model', 0, 'gate_proj'), 'layers.0.experts.1.w1': ('model', 0, 'gate_proj')}
     """
-    towers = name_towers(names)
-    places = {name: locate(name) for name in names}
-    roles = {name: name_role(name) for name in names}
+    towers, places, roles = name_towers(names), {n: locate(n) for n in names}, {n: name_role(n) for n in names}
     blocks = _number_blocks(towers, places, roles)
-    alike: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
+    alike: dict[tuple[str, bool, str], dict[str, tuple[str, ...]]] = defaultdict(dict)
     for name in names:
-        alike[towers[name], blocks[name] is None, roles[name]].append(name)
-    for members in alike.values():
-        roles |= _longer_roles({name: places[name].path for name in members}, blocks, roles)
+        alike[towers[name], blocks[name] is None, roles[name]][name] = places[name].path
+    for (*_, role), paths in alike.items():
+        roles |= _longer_roles(paths, blocks, role)
     return {name: (towers[name], blocks[name], roles[name]) for name in names}
 
 
 def find_heads(names: Collection[str]) -> set[str]:
     """The modules that are part of an output head."""
-    before = _BEFORE_CLASSIFIER if "classifier" in names else set()
-    return {name for name in names if name in before or _HEAD.search(name)}
-
-
-def is_output_embedding(name: str) -> bool:
-    """Whether a module maps hidden states to the vocabulary, as `lm_head` does."""
-    return _OUTPUT_EMBEDDING.fullmatch(name) is not None
-
-
-def reads_weight(classes: Iterable[str], child: str) -> bool:
-    """Whether a module of these classes reads the weight of its child without calling it."""
-    readers = [reader for reader, children in _WEIGHT_READERS if children.fullmatch(child)]
-    return any(re.fullmatch(reader, kind) for reader in readers for kind in classes)
+    return {n for n in names if _HEAD.search(n) or ("classifier" in names and n in _BEFORE_CLASSIFIER)}
 
 
 def name_towers(names: Collection[str]) -> dict[str, str]:
@@ -166,10 +146,10 @@ def name_towers(names: Collection[str]) -> dict[str, str]:
     if len(present) > 1 and present & {"vision", "audio", "projector"}:
         rest = {stacks[n] for n in body if found[n] is None}
         # A language model beside an encoder; a detector; a segmenter with its mask_decoder.
-        if "language" in present or {"encoder", "decoder"} <= rest or "decoder" in present:
-            other = "language" if "language" in present else "model"
-            return {n: found[n] or stacks[n].replace("model", other) for n in names}
-        return {n: found[n] or "language" for n in names}
+        if not ("language" in present or {"encoder", "decoder"} <= rest or "decoder" in present):
+            return {n: found[n] or "language" for n in names}
+        other = "language" if "language" in present else "model"
+        return {n: found[n] or stacks[n].replace("model", other) for n in names}
     if halves == {"model", "decoder"}:
         return {n: "decoder" if stack == "decoder" else "encoder" for n, stack in stacks.items()}
     return stacks if {"encoder", "decoder"} <= halves else dict.fromkeys(names, "model")
@@ -190,25 +170,19 @@ def locate(name: str) -> _Place:
     parts = name.split(".")
     counted: list[int] = []
     for index, part in enumerate(parts[:-1]):
-        if part.isdecimal() and (not counted or _nests(parts, counted[-1], index)):
+        if part.isdecimal() and (not counted or _nests(parts[: counted[-1]], parts[counted[-1] + 1 : index])):
             counted.append(index)
     counted = counted[: 3 if parts[0].isdecimal() else 2]  # a model inside nn.Sequential has one more in front
-    below = ".".join(parts[counted[-1] + 1 if counted else 0 :])
-    return _Place(
-        stack=".".join(parts[: counted[0]]) if counted else "",
-        numbers=tuple(int(parts[index]) for index in counted),
-        path=tuple(_EXPERT.sub(r"\1.", below).split(".")),
-    )
+    stack, below = (parts[: counted[0]], parts[counted[-1] + 1 :]) if counted else ([], parts)
+    path = _EXPERT.sub(r"\1.", ".".join(below)).split(".")
+    return _Place(".".join(stack), tuple(int(parts[index]) for index in counted), tuple(path))
 
 
-def _nests(parts: Sequence[str], outer: int, inner: int) -> bool:
-    """Whether the inner number counts blocks within the stage that the outer one counts."""
-    above, between = parts[outer - 1] if outer else "", parts[outer + 1 : inner]
-    if not between:
-        return True
-    if any(_INSIDE_BLOCK.fullmatch(part) for part in (above, *between)):
-        return False
-    plain = between[-1] in ("block", "layer") and above not in ("block", "layers")
+def _nests(above: Sequence[str], between: Sequence[str]) -> bool:
+    """Whether a number with these parts above and between counts blocks within the stage that an earlier number counts."""
+    if not between or any(_INSIDE_BLOCK.fullmatch(part) for part in (*above[-1:], *between)):
+        return not between
+    plain = between[-1] in ("block", "layer") and above[-1:] not in (["block"], ["layers"])
     return plain or _BLOCKS.fullmatch(between[-1]) is not None
 
 
@@ -218,9 +192,9 @@ def _number_blocks(
     """Block numbers, unique in a tower. A plain stack keeps its own; stages, and stacks that would collide, count on."""
     blocks: dict[str, int | None] = dict.fromkeys(towers)
     stacks: dict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, tower in towers.items():
-        if places[name].numbers:
-            stacks[tower, places[name].stack][name] = places[name].numbers
+    for name, place in places.items():
+        if place.numbers:
+            stacks[towers[name], place.stack][name] = place.numbers
     taken: set[tuple[str, int, str]] = set()
     n_blocks: dict[str, int] = defaultdict(int)
     for (tower, _), keys in stacks.items():
@@ -243,32 +217,26 @@ def name_role(name: str) -> str:
     """
     role = _first(_ROLES, name)
     if role is None:
-        path = locate(name).path
-        start = len(path) - 1
-        while start and (path[start].isdecimal() or path[start] == "layers"):  # a number needs the word before it
-            start -= 1
+        path = locate(name).path  # its end, from a word on that is more than the place in a list
+        start = max((i for i, part in enumerate(path) if not part.isdecimal() and part != "layers"), default=0)
         role = "_".join(path[start:])
     return f"cross_{role}" if _CROSS_ATTENTION.search(name) else role
 
 
-def _longer_roles(
-    paths: Mapping[str, tuple[str, ...]], blocks: Mapping[str, int | None], roles: Mapping[str, str]
-) -> dict[str, str]:
-    """Longer roles, by the parts of their paths that differ, where two modules of a block would share one."""
-    in_block: dict[int | None, set[tuple[str, ...]]] = defaultdict(set)
-    for name, path in paths.items():
-        in_block[blocks[name]].add(path)
-    if max(len(found) for found in in_block.values()) == 1:
-        return {}
+def _longer_roles(paths: Mapping[str, tuple[str, ...]], blocks: Mapping[str, int | None], role: str) -> dict[str, str]:
+    """Longer roles, by the parts of their paths that differ, where two modules of a block would share this one."""
     distinct = set(paths.values())
+    placed = Counter(block for block, _ in {(blocks[name], path) for name, path in paths.items()})
+    if max(placed.values()) == 1:
+        return {}
     start = min(_shared(distinct), *(len(path) - 1 for path in distinct))
     while start and any(path[start].isdecimal() for path in distinct):
         start -= 1
     ends = _shared([path[start:-1][::-1] for path in distinct])
     longer = {path: "_".join(path[start : len(path) - 1 - ends]) for path in distinct}
-    if len({(longer[path], roles[name]) for name, path in paths.items()}) < len(distinct):
+    if len(set(longer.values())) < len(distinct):
         return {name: "_".join(path[start:]) for name, path in paths.items()}
-    return {name: f"{longer[path]}_{roles[name]}".lstrip("_") for name, path in paths.items()}
+    return {name: f"{longer[path]}_{role}".lstrip("_") for name, path in paths.items()}
 
 
 def _shared(paths: Iterable[Sequence[str]]) -> int:

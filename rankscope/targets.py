@@ -7,14 +7,13 @@ import hashlib
 import logging
 import math
 import re
-import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from rankscope.errors import ModelError
-from rankscope.naming import NOT_LINEAR, describe_modules, find_heads, reads_weight
+from rankscope.errors import ModelError, shown
+from rankscope.naming import NOT_LINEAR, READS_WEIGHT, describe_modules, find_heads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
 LeftOut = Literal["heads", "embeddings", "tied"]
+Selection = str | tuple[str, ...]
 ALL_LINEAR = "all-linear"
 
 _LEFT_OUT: tuple[LeftOut, ...] = get_args(LeftOut)
@@ -65,9 +65,9 @@ def find_targets(
     """Finds the target modules of a model, in the model's order.
 
     Linear modules (also quantised), transformers' Conv1D, convolutions without groups and embeddings may carry an adapter.
-    Output heads, embeddings and modules that share their weight are left out unless they are named in full or included.
-    Modules where an adapter cannot work are always left out: PEFT does not support them, their parent reads their weight
-    without calling them (nn.MultiheadAttention, parts of Mamba), or PEFT trains them in full (`modules_to_save`).
+    Output heads, embeddings and modules that share their weight are left out unless they are named in full or included;
+    always those where PEFT supports none, whose parent reads the weight without calling them (nn.MultiheadAttention, parts of
+    Mamba), or that PEFT trains in full (`modules_to_save`).
 
     Args:
         model: Any torch module. Names are those of the base model inside PEFT, torch.compile, DDP and FSDP.
@@ -81,39 +81,33 @@ def find_targets(
     [('1', 12), ('2', 10)]
     """
     if not hasattr(model, "named_modules"):
-        raise ModelError(f"`model` must be a torch module, but is {_brief(model)}; load it first.")
-    if isinstance(include, str) or not isinstance(include, Collection):
-        raise ModelError(f"`include` must be a list of {_LEFT_OUT}, but is {_brief(include)}.")
-    if unknown := [entry for entry in include if entry not in _LEFT_OUT]:
-        raise ModelError(f"`include` must be among {_LEFT_OUT}, but got {_brief(unknown)}.")
-    candidates = _candidates(_base_model(model))
+        raise ModelError(f"`model` must be a torch module, but is {shown(model)}; load it first.")
+    if isinstance(include, str) or not isinstance(include, Collection) or any(e not in _LEFT_OUT for e in include):
+        raise ModelError(f"`include` must be a list of any of {_LEFT_OUT}, but is {shown(include)}.")
+    targets, why = _candidates(_base_model(model))
     if hasattr(selection, "peft_type"):
-        kept = _selected_by_peft(selection, model, candidates)
+        kept = _selected_by_peft(selection, model, targets, why)
     else:
-        kept = _selected(_checked(selection), type(model).__name__, candidates, include)
-    return tuple(candidate.target for name, candidate in candidates.items() if name in kept)
+        kept = _selected(_checked(selection), type(model).__name__, targets, why, include)
+    return tuple(target for name, target in targets.items() if name in kept)
 
 
 def fingerprint_targets(targets: Sequence[TargetModule]) -> str:
     """A short hash of names and shapes: equal for models between which an allocation can be moved."""
-    ordered = sorted(targets, key=lambda target: target.name)
-    text = "\n".join(f"{t.name} {t.in_features} {t.out_features} {t.kind}" for t in ordered)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    rows = sorted(f"{t.name} {t.in_features} {t.out_features} {t.kind}" for t in targets)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
 def fused_experts(model: nn.Module) -> list[str]:
     """Parameters that hold several experts in one 3-D tensor, as transformers 5 stores Mixtral's. No adapter here takes them."""
-    found = []
+    found = {}
     for name, module in base_modules(model):
         layer = base_layer(module)
-        for weight, parameter in layer.named_parameters(recurse=False):
-            words = f"{type(layer).__name__} {name.rpartition('.')[2]} {weight}"
-            if parameter.ndim == 3 and re.search("expert|moe", words, re.IGNORECASE):
-                found.append(f"{name}.{weight}".removeprefix("."))
-    return found
+        for weight, parameter in layer.named_parameters(prefix=name, recurse=False):
+            if parameter.ndim == 3:
+                found[weight] = f"{type(layer).__name__} {'.'.join(weight.split('.')[-2:])}"
+    return [weight for weight, words in found.items() if re.search("expert|moe", words, re.IGNORECASE)]
 
-
-# --- the base model inside its wrappers ---------------------------------------------------------------------------
 
 _SHARDED = "_fsdp_wrapped_module"
 _INNER = {  # the attribute by which each wrapper class holds its module
@@ -134,10 +128,7 @@ def unwrapped(model: nn.Module, *, keep: str = _SHARDED) -> nn.Module:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name in the base model, in the order of `named_modules`, without `modules_to_save`.
-
-    Wrappers leave no trace in the names. A PEFT layer stands for the layer that it wraps.
-    """
+    """Names in the base model and modules, PEFT layers for those they wrap, as `named_modules`, without `modules_to_save`."""
     yield from ((name, module) for name, module, saved in _walk(_base_model(model)) if not saved)
 
 
@@ -160,71 +151,59 @@ def _classes(module: nn.Module) -> list[str]:
 
 def _base_model(model: nn.Module) -> nn.Module:
     model = unwrapped(model, keep="")
-    if hasattr(model, "peft_config"):
-        if hasattr(model, "get_base_model"):
-            return unwrapped(cast(Any, model).get_base_model(), keep="")
-        if "base_model" in model._modules:  # PeftMixedModel
-            return unwrapped(cast(Any, model).base_model.model, keep="")
-    return model
+    if hasattr(model, "peft_config") and "base_model" in model._modules:
+        peft: Any = model
+        model = peft.get_base_model() if hasattr(peft, "get_base_model") else peft.base_model.model  # PeftMixedModel
+    return unwrapped(model, keep="")
 
 
-def _walk(
-    module: nn.Module, name: str = "", saved: bool = False, seen: set[nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module, bool]]:
+def _walk(base: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Names, modules, and whether PEFT trains the module itself instead of an adapter on it."""
-    seen = set() if seen is None else seen
-    module = unwrapped(module, keep="")
-    parts = module._modules
-    if "original_module" in parts and ("modules_to_save" in parts or "token_adapter" in parts):
-        yield from _walk(cast(Any, module).original_module, name, True, seen)  # a property where tokens are trained
-    elif module not in seen:
-        seen.add(module)
-        yield name, module, saved
-        for key, child in base_layer(module)._modules.items():
-            if child is not None:
-                yield from _walk(child, f"{name}.{key}" if name else key, saved, seen)
+    seen, pending = set(), [("", base, False)]
+    while pending:
+        name, module, saved = pending.pop()
+        module = unwrapped(module, keep="")
+        parts = module._modules
+        if "original_module" in parts and ("modules_to_save" in parts or "token_adapter" in parts):
+            pending.append((name, cast(Any, module).original_module, True))  # a property where tokens are trained
+        elif module not in seen:
+            seen.add(module)
+            yield name, module, saved
+            children = reversed(base_layer(module)._modules.items())
+            pending += [(f"{name}.{key}".lstrip("."), child, saved) for key, child in children if child is not None]
 
 
-class _Candidate(NamedTuple):
-    """A module that may carry an adapter by its type, why it is left out by default, and why it can be no target."""
-
-    target: TargetModule
-    left_out: LeftOut | None
-    idle: str | None
-
-
-def _candidates(base: nn.Module) -> dict[str, _Candidate]:
+def _candidates(base: nn.Module) -> tuple[dict[str, TargetModule], dict[str, str]]:
+    """Modules that may carry an adapter by their type, and why some are left out by default, or cannot be targets at all."""
     walked = {name: (base_layer(module), saved) for name, module, saved in _walk(base)}
     found = {name: facts for name, (layer, _) in walked.items() if (facts := _kind_and_shape(layer))}
     weights = {name: walked[name][0]._parameters.get("weight") for name in found}
     owners = Counter(id(weight) for weight in weights.values() if weight is not None)
     output = cast(Any, base).get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     heads = {name for name in found if output is not None and walked[name][0] is base_layer(output)} | find_heads(found)
-    left_out: dict[str, LeftOut] = {name: "tied" for name in found if owners[id(weights[name])] > 1}
-    left_out |= dict.fromkeys(heads, "heads")
-    left_out |= {name: "embeddings" for name, (kind, *_) in found.items() if kind == "embedding"}
-    idle: dict[str, str] = {}
+    why: dict[str, str] = {name: "tied" for name in found if owners[id(weights[name])] > 1}
+    why |= dict.fromkeys(heads, "heads")
+    why |= {name: "embeddings" for name, (kind, *_) in found.items() if kind == "embedding"}
     if hasattr(getattr(base, "config", None), "model_type"):
         from rankscope.lora import refused_by_peft
 
-        idle |= {name: f"PEFT refuses it ({why})" for name, why in refused_by_peft(base, found).items()}
-    candidates = {}
+        why |= {name: f"PEFT refuses it ({reason})" for name, reason in refused_by_peft(base, found).items()}
+    targets = {}
     for name, (tower, block, role) in describe_modules(list(found)).items():
         layer, saved = walked[name]
         kind, rows, columns = found[name]
         above, _, child = name.rpartition(".")
         if saved:
-            idle[name] = _SAVED
+            why[name] = _SAVED
         elif not rows or not columns:
-            idle[name] = "the module has no weights (a width of 0)"
+            why[name] = "the module has no weights (a width of 0)"
         elif NOT_LINEAR.fullmatch(type(layer).__name__):
-            idle[name] = f"{type(layer).__name__} computes more than a linear map"
+            why[name] = f"{type(layer).__name__} computes more than a linear map"
         elif name and above in walked and _reads_weight(walked[above][0], child):
-            idle[name] = f"{type(walked[above][0]).__name__} reads its weight without calling it"
+            why[name] = f"{type(walked[above][0]).__name__} reads its weight without calling it"
         sides = {"in_features": rows, "out_features": columns}
-        target = TargetModule(name=name, **sides, tower=tower, block=block, role=role, kind=kind)
-        candidates[name] = _Candidate(target, left_out.get(name), idle.get(name))
-    return candidates
+        targets[name] = TargetModule(name=name, **sides, tower=tower, block=block, role=role, kind=kind)
+    return targets, why
 
 
 def _kind_and_shape(layer: Any) -> tuple[Kind, int, int] | None:
@@ -243,93 +222,91 @@ def _kind_and_shape(layer: Any) -> tuple[Kind, int, int] | None:
 
 
 def _reads_weight(parent: Any, child: str) -> bool:
-    if child in ("linear1", "linear2") and "activation_relu_or_gelu" in vars(parent):
-        # nn.TransformerEncoderLayer, whose fast path serves every evaluation
-        return bool(parent.activation_relu_or_gelu and parent.self_attn.batch_first)
-    return reads_weight(_classes(parent), child)
+    if child in ("linear1", "linear2") and getattr(parent, "activation_relu_or_gelu", False):
+        return bool(parent.self_attn.batch_first)  # nn.TransformerEncoderLayer, whose fast path serves every evaluation
+    return any(READS_WEIGHT.fullmatch(f"{kind}.{child}") for kind in _classes(parent))
 
 
-# --- selection ----------------------------------------------------------------------------------------------------
-
-
-def _checked(selection: Any) -> str | tuple[str, ...]:
+def _checked(selection: Any) -> Selection:
     listed = isinstance(selection, Iterable) and not isinstance(selection, str | bytes | Mapping)
     names = tuple(selection) if listed else (selection,)
-    if not all(isinstance(name, str) for name in names):
+    if not names or not all(isinstance(name, str) and name for name in names):
         what = f'"{ALL_LINEAR}", a regex, a list of names or a peft.LoraConfig'
-        raise ModelError(f'`selection` must be {what}, but is {_brief(selection)}; pass "{ALL_LINEAR}" for all.')
-    if not names or not all(names):
-        raise ModelError(f'`selection` must name at least one module, but is empty; pass "{ALL_LINEAR}" for all.')
+        raise ModelError(f'`selection` must be {what}, but is {shown(selection)}; pass "{ALL_LINEAR}" for all.')
     return names if listed else names[0]
 
 
 def _selected(
-    selection: str | tuple[str, ...], model: str, candidates: Mapping[str, _Candidate], include: Collection[LeftOut]
+    selection: Selection,
+    model: str,
+    targets: Mapping[str, TargetModule],
+    why: Mapping[str, str],
+    include: Collection[LeftOut],
 ) -> set[str]:
     """What a regex or a list selects, without what is left out."""
-    matched = _match(selection, candidates)
-    idle = {name: why for name, candidate in candidates.items() if name in matched and (why := candidate.idle)}
+    matched = _match(selection, targets)
+    idle = {name: why[name] for name in targets if name in matched and why.get(name) not in (None, *_LEFT_OUT)}
     usable = matched - set(idle)
     in_full = set() if isinstance(selection, str) else set(selection)
-    if kept := {name for name in usable if name in in_full or candidates[name].left_out in {None, *include}}:
+    if kept := {name for name in usable if name in in_full or why.get(name) in (None, *include)}:
         if idle and selection != ALL_LINEAR:
-            name, why = next(iter(idle.items()))
-            logger.warning("`%s` is no target: %s (%d such modules)", name, why, len(idle))
+            name, reason = next(iter(idle.items()))
+            logger.warning("`%s` is no target: %s (%d such modules)", name, reason, len(idle))
         return kept
-    if selection == ALL_LINEAR and any(candidate.target.kind == "conv2d" for candidate in candidates.values()):
+    if selection == ALL_LINEAR and any(target.kind == "conv2d" for target in targets.values()):
         must = f"must name the convolutions of {model}, which has no linear modules outside its head"
         raise ModelError(f'`selection` {must}, but is "{ALL_LINEAR}"; pass a regex or a list.')
     if usable:
-        reasons = sorted({str(candidates[name].left_out) for name in usable})
+        reasons = sorted({why[name] for name in usable})
         what = f"only {' and '.join(reasons)} in {model}; pass `include={reasons}` to adapt them all the same."
     elif matched:
         what = f"only modules like `{min(matched)}`, where {idle[min(matched)]}; select others."
     else:
         what = f"none in {model}, which has no linear modules; name others."
-    must = f"must match a module that may carry an adapter, but {_brief(selection)} matches"
+    must = f"must match a module that may carry an adapter, but {shown(selection)} matches"
     raise ModelError(f"`selection` {must} {what}")
 
 
-def _selected_by_peft(config: Any, model: nn.Module, candidates: Mapping[str, _Candidate]) -> set[str]:
+def _selected_by_peft(
+    config: Any, model: nn.Module, targets: Mapping[str, TargetModule], why: Mapping[str, str]
+) -> set[str]:
     """What PEFT adapts under a LoraConfig and an allocation can give ranks to."""
     from rankscope.lora import adapted_modules
 
     adapted = [plain_name(name) for name in adapted_modules(config, _base_model(model))]
-    kept = {name for name in adapted if name in candidates and candidates[name].idle != _SAVED}
+    kept = {name for name in adapted if name in targets and why.get(name) != _SAVED}
     if not kept:
-        what = f"PEFT adapts only {_brief(adapted)}" if adapted else "PEFT adapts none"
-        raise ModelError(
-            f"`selection` must select linear modules, convolutions or embeddings of {type(model).__name__}, but {what}; "
-            "check `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`."
-        )
+        what = f"PEFT adapts only {shown(adapted)}" if adapted else "PEFT adapts none"
+        must = f"select linear modules, convolutions or embeddings of {type(model).__name__}, but {what}"
+        remedy = "check `target_modules`, `exclude_modules`, `layers_to_transform` and `modules_to_save`"
+        raise ModelError(f"`selection` must {must}; {remedy}.")
     for name in adapted:
-        if name not in candidates and not {"original_module", "modules_to_save"} & set(name.split(".")):
-            logger.warning("PEFT adapts `%s` under this config, but ranks cannot be given to it", name)
-        elif name in kept and candidates[name].idle:
-            logger.warning("PEFT adapts `%s` under this config, but %s", name, candidates[name].idle)
+        reason = why.get(name) if name in targets else "ranks cannot be given to it"
+        if reason not in (None, _SAVED, *_LEFT_OUT) and not {"original_module", "modules_to_save"} & set(
+            name.split(".")
+        ):
+            logger.warning("PEFT adapts `%s` under this config, but %s", name, reason)
     return kept
 
 
-def _match(selection: str | tuple[str, ...], candidates: Mapping[str, _Candidate]) -> set[str]:
+def _match(selection: Selection, targets: Mapping[str, TargetModule]) -> set[str]:
     """The names that a selection matches, by PEFT's rules: a regex for the whole name, or names or the ends of names."""
     if selection == ALL_LINEAR:
-        return {name for name, candidate in candidates.items() if candidate.target.kind in ("linear", "conv1d")}
-    if isinstance(selection, str) and (matched := _match_regex(selection, candidates)):
+        return {name for name, target in targets.items() if target.kind in ("linear", "conv1d")}
+    if isinstance(selection, str) and (matched := _match_regex(selection, targets)):
         return matched
     by_end: dict[str, set[str]] = defaultdict(set)
-    for name in candidates:
-        end, dot = name, "."
-        while dot:
-            by_end[end].add(name)
-            _, dot, end = end.partition(".")
-    entries = [selection] if isinstance(selection, str) else selection
-    missing = next((entry for entry in entries if entry not in by_end or entry is selection), None)
-    if missing is None:
-        return set().union(*(by_end[entry] for entry in entries))
-    if missing in by_end:
+    for name in targets:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            by_end[".".join(parts[start:])].add(name)
+    unknown = [selection] if isinstance(selection, str) else [entry for entry in selection if entry not in by_end]
+    if not unknown:
+        return set().union(*(by_end[entry] for entry in selection))
+    if (missing := unknown[0]) in by_end:
         remedy = f"a string is a regex for the whole name, so pass [{missing!r}]"
     else:
-        ends = list(dict.fromkeys(end for name in candidates if not (end := name.rpartition(".")[2]).isdigit()))
+        ends = list(dict.fromkeys(end for name in targets if not (end := name.rpartition(".")[2]).isdigit()))
         wanted = missing.rpartition(".")[2] if missing.replace(".", "").isidentifier() else missing
         close = difflib.get_close_matches(wanted, ends[:1000], n=3, cutoff=0.5) or ends[:6]
         remedy = f"did you mean {', '.join(map(repr, close))}" if close else "the model has no such modules"
@@ -347,12 +324,5 @@ def _match_regex(pattern: str, names: Iterable[str]) -> set[str]:
     except (re.error, regex.error, OverflowError, RecursionError) as error:
         raise ModelError(f"`selection` must be a valid regex, but {pattern!r} is not: {error}.") from None
     except TimeoutError:
-        raise ModelError(
-            f"`selection` must be a regex that matches quickly, but {pattern!r} takes over {_REGEX_SECONDS} s for one name; "
-            "avoid nested repeats such as `(a+)+`."
-        ) from None
-
-
-def _brief(value: Any) -> str:
-    """A repr of one short line."""
-    return " ".join(reprlib.repr(value).split())
+        found = f"{pattern!r} takes over {_REGEX_SECONDS} s for one name; avoid nested repeats such as `(a+)+`"
+        raise ModelError(f"`selection` must be a regex that matches quickly, but {found}.") from None

@@ -339,7 +339,7 @@ def test_one_tower_of_several_keeps_its_name() -> None:
         (["q_proj", "up_prj"], "`selection` must match modules of the model, but 'up_prj' matches none; did you mean 'up_proj', 'v_proj', 'q_proj'."),
         ("q_proj", "`selection` must match modules of the model, but 'q_proj' matches none; a string is a regex for the whole name, so pass ['q_proj']."),
         ("(", "`selection` must be a valid regex, but '(' is not: missing ), unterminated subpattern at position 0."),
-        ([], '`selection` must name at least one module, but is empty; pass "all-linear" for all.'),
+        ([], '`selection` must be "all-linear", a regex, a list of names or a peft.LoraConfig, but is []; pass "all-linear" for all.'),
         (".*lm_head", "`selection` must match a module that may carry an adapter, but '.*lm_head' matches only heads in LlamaForCausalLM; pass `include=['heads']` to adapt them all the same."),
     ],
 )  # fmt: skip
@@ -351,9 +351,9 @@ def test_mistakes_name_near_misses(selection: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"include": ["head"]}, "`include` must be among ('heads', 'embeddings', 'tied'), but got ['head']."),
-        ({"include": "heads"}, "`include` must be a list of ('heads', 'embeddings', 'tied'), but is 'heads'."),
-        ({"include": None}, "`include` must be a list of ('heads', 'embeddings', 'tied'), but is None."),
+        ({"include": ["head"]}, "`include` must be a list of any of ('heads', 'embeddings', 'tied'), but is ['head']."),
+        ({"include": "heads"}, "`include` must be a list of any of ('heads', 'embeddings', 'tied'), but is 'heads'."),
+        ({"include": None}, "`include` must be a list of any of ('heads', 'embeddings', 'tied'), but is None."),
         ({"model": "gpt2"}, "`model` must be a torch module, but is 'gpt2'; load it first."),
     ],
 )

@@ -22,7 +22,7 @@ from rankscope.budget import ParameterBudget
 from rankscope.control.decisions import Decision, Proposal, effect_of_move, predict_effect, propose, screen
 from rankscope.control.ranks import LiveRanks
 from rankscope.control.signals import GradientWindow, LossHistory, Signals
-from rankscope.distributed import from_first_process, gathered
+from rankscope.distributed import gathered
 from rankscope.errors import ModelError, SettingsError, one_line
 from rankscope.lora import RankMasks, unwrap_optimizer
 from rankscope.performance import PerformanceModel, rank_features
@@ -350,7 +350,7 @@ class RankController:
         if proposal.action == "moved":
             online = predict_effect(self._features, self._decisions, present.vector, after.vector)
             proposal = screen(proposal, present, self._offline, online)
-        return from_first_process(proposal)
+        return gathered(proposal)[0]
 
     def _measure_last_move(self) -> None:
         """Measure what the previous decision did to the loss, now that as many steps lie after it as before."""

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankscope.errors import ModelError, SettingsError, one_line
 from rankscope.files import AnyPath, write_json
-from rankscope.naming import is_output_embedding
+from rankscope.naming import OUTPUT_EMBEDDING
 from rankscope.targets import TargetModule
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dic
     config.target_modules = config.target_modules or []
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = (target.name for target in targets if target.kind in ("linear", "conv1d"))
-        config.target_modules = {name for name in linear if not is_output_embedding(name)}
+        config.target_modules = {name for name in linear if not OUTPUT_EMBEDDING.fullmatch(name)}
     with _applied_by_peft():
         names = [target.name for target in targets if check_target_module_exists(config, target.name)]
     ranks = dict.fromkeys(_not_saved(names, config), config.r)

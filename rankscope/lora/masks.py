@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from rankscope.distributed import check_same, from_first_process, is_first, whole
+from rankscope.distributed import check_same, gathered, is_first, whole
 from rankscope.errors import ModelError
 from rankscope.files import AnyPath
 from rankscope.lora.config import PEFT_PREFIX, check_config
@@ -213,9 +213,9 @@ class _Keep(NamedTuple):
 
 def _from_first_process(resizes: Sequence[Resize]) -> Sequence[Resize]:
     """Sent through the CPU, since other processes have other devices."""
-    return from_first_process(
+    return gathered(
         [each if each.directions is None else replace(each, directions=each.directions.cpu()) for each in resizes]
-    )
+    )[0]
 
 
 def _mask_output(inner: Any, _: Any, output: Tensor) -> Tensor:

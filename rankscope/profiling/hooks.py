@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from rankscope.distributed import gathered, sum_over_processes, whole
+from rankscope.distributed import sum_over_processes, whole
 from rankscope.errors import ModelError
 from rankscope.profiling.sketch import GradientAccumulator, Increment, InputSketch, RandomMatrices
 from rankscope.targets import TargetModule, base_layer
@@ -53,7 +53,7 @@ class GradientHooks:
         self._mask: Tensor | None = None
         self._calls: Counter[str] = Counter()  # in the present forward pass
         self._pending: dict[str, Increment] = {}  # of modules called several times: their energy is that of the sum
-        self._last: tuple[Tensor, InputSketch] | None = None
+        self._last: tuple[Tensor | None, InputSketch | None] = None, None
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -72,9 +72,15 @@ class GradientHooks:
         """Stop recording."""
         for name, increment in self._pending.items():
             self.accumulators[name].add(increment, self._weight)
-        self._last, self._mask, self._active = None, None, False
+        self._last, self._mask, self._active = (None, None), None, False
         self._calls.clear()
         self._pending.clear()
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self.inputs.clear()
+        for sums in self.accumulators.values():
+            sums.clear()
 
     def peak(self) -> float:
         """The largest absolute entry of all that is kept."""
@@ -83,9 +89,6 @@ class GradientHooks:
     def sum_over_processes(self) -> None:
         """Sum over processes, whichever modules the batches of each one reached."""
         sum_over_processes(tensor for each in self.accumulators.values() for tensor in each.tensors())
-        batches = gathered([each.batches for each in self.accumulators.values()])
-        for accumulator, counts in zip(self.accumulators.values(), zip(*batches, strict=True), strict=True):
-            accumulator.batches = sum(counts)
         for target in self._modules if self._see_inputs else ():
             device = self.accumulators[target.name].squares.device
             mine = self.inputs.pop(target.name, None) or self._new_inputs(target.in_features, device)
@@ -103,10 +106,11 @@ class GradientHooks:
             return None
         # If an output changes in place later on, a hook on a view of it would be lost, and a leaf may not change.
         replaced = first._is_view() or not first.requires_grad
-        if not first.requires_grad:  # nothing before the first modules needs a gradient
-            first = first.detach().requires_grad_()
-        if replaced:
-            first = torch.ops.aten._unsafe_view(first, first.shape)  # the same memory, which nothing else refers to
+        if (
+            replaced
+        ):  # nothing before the first modules needs a gradient; a new view is of memory that nothing else refers to
+            first = first if first.requires_grad else first.detach().requires_grad_()
+            first = torch.ops.aten._unsafe_view(first, first.shape)
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         if self._copied and name in self._copied:
             inputs = inputs.detach().clone()
@@ -135,22 +139,22 @@ class GradientHooks:
         increment = self.accumulators[name].increment(rows.to(dtype), deltas)
         if self._calls[name] == 1:
             self.accumulators[name].add(increment, self._weight)
-        elif name in self._pending:
-            self._pending[name] = tuple(a + b for a, b in zip(self._pending[name], increment, strict=True))
         else:
-            self._pending[name] = increment
+            others = self._pending.get(name)
+            self._pending[name] = tuple(map(torch.add, others, increment)) if others else increment
 
     def _add_inputs(self, name: str, inputs: Tensor, rows: Tensor) -> None:
-        sketch = self.inputs.get(name)
-        if self._last is not None and self._last[0] is inputs and sketch in (None, self._last[1]):
-            self.inputs[name] = self._last[1]
+        sketch, (last, of_last) = self.inputs.get(name), self._last
+        if last is inputs and of_last and sketch in (None, of_last):
+            self.inputs[name] = of_last
             return
         if sketch is None:
             sketch = self.inputs[name] = self._new_inputs(rows.shape[1], rows.device)
-        masked = self._mask is not None and inputs.ndim == 3 and inputs.shape[:2] == self._mask.shape
-        mask = self._mask if masked else None
-        sketch.add(rows, None if mask is None else mask.flatten().to(rows.device))
-        self._last = (inputs, sketch)
+        mask = self._mask if self._mask is not None and inputs.ndim == 3 else None
+        sketch.add(
+            rows, mask.flatten().to(rows.device) if mask is not None and mask.shape == inputs.shape[:2] else None
+        )
+        self._last = inputs, sketch
 
     def _new_inputs(self, in_features: int, device: torch.device) -> InputSketch:
         return InputSketch(self._matrices.omega(in_features, device)[:, : self._matrices.k // 2])
@@ -195,13 +199,11 @@ def dense_weight(module: nn.Module) -> Tensor | None:
     module = base_layer(module)
     with align_module_device(module):
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor):
-            return None
-        dense = whole(weight.detach())
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-            dense = dequantize_bnb_weight(weight, state=getattr(module, "state", None)).detach()
-    if not dense.is_floating_point() or dense.is_meta:
+            weight = dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+        dense = whole(weight.detach()) if isinstance(weight, Tensor) else None
+    if dense is None or not dense.is_floating_point() or dense.is_meta:
         return None
     return dense.T if type(module).__name__ == "Conv1D" else dense.flatten(1)

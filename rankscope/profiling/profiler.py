@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain, islice, repeat
@@ -119,28 +120,29 @@ class _Run:
 
     def behind_heads(self, batches: Iterable[Any], head: Sequence[str], others: Iterable[Any] | None) -> Generator[Any]:
         """Yield the batches, each behind a head that was trained on others."""
-        warm = bool(head and self.settings.head_steps)
-        rounds: list[tuple[Iterable[Any], Iterable[Any]]] = [(batches, () if others is None else others)]
-        if warm and others is None:
+        steps = self.settings.head_steps if head else 0
+        rounds = [(batches, others or ())]
+        if steps and others is None:
             held = list(batches)
             rounds = [(held[0::2], held[1::2]), (held[1::2], held[0::2])] if len(held) > 1 else []
         for mine, rest in rounds:
-            with head_warmed(self.model, head, rest, self.loss, self.settings.head_steps) if warm else nullcontext():
+            with head_warmed(self.model, head, rest, self.loss, steps) if steps else nullcontext():
                 yield from mine
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch that may lie on another device, if it can be differentiated; it may not be finite."""
         loss: Any = self.loss_fn(model, send_to_device(batch, batch_device(model)))
         if not isinstance(loss, Tensor) or loss.ndim:
-            found = f"{type(loss).__name__}; return the loss alone."
-            if loss is None:
-                found = "None; do the batches have labels?"
-            elif isinstance(loss, Tensor):
-                found = f"a tensor of shape {tuple(loss.shape)}; take its mean or sum."
-            raise ModelError(f"`loss_fn` must return a scalar tensor, but returned {found}")
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            remedy = (
+                "do the batches have labels?" if loss is None else "return the loss alone, one number for the batch."
+            )
+            raise ModelError(
+                f"`loss_fn` must return a scalar tensor, but returned {type(loss).__name__}{shape}; {remedy}"
+            )
         if not loss.requires_grad and bool(loss.isfinite()):
-            remedy = "check `targets` and `loss_fn`"
-            raise ModelError(f"the loss must depend on a target module, but depends on none; {remedy}.")
+            must = "the loss must depend on a target module, but depends on none"
+            raise ModelError(f"{must}; check `targets` and `loss_fn`.")
         return loss
 
     def see(self, batch: Any) -> None:
@@ -154,38 +156,32 @@ class _Run:
             return
         self.unit = self.unit or size
         loss = self._backward(batch, size / self.unit, mask)
-        if loss is None:
+        if not math.isfinite(loss):
             self.skipped += 1
             return
         if not self.seen and (scale := in_range(self.hooks.peak())) != 1.0:
             self.scale = scale
-            self.hooks.inputs.clear()
-            for sums in self.hooks.accumulators.values():
-                sums.clear()
+            self.hooks.clear()
             self._backward(batch, size / self.unit, mask)
         tokens = 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
         text = "".join(repr((tuple(t.shape), float(t.cpu().double().sum()))) for _, t in tensors)  # MPS has no doubles
         self.seen.append(SeenBatch(size, loss, tokens, hashlib.sha256(text.encode()).hexdigest()))
 
-    def _backward(self, batch: Any, weight: float, mask: Tensor | None) -> float | None:
-        """The loss, None if it is not finite; the hooks see its backward pass."""
-        self.hooks.begin_batch(weight, None if mask is None else mask.to(batch_device(self.model)))
+    def _backward(self, batch: Any, weight: float, mask: Tensor | None) -> float:
+        """The loss; if it is finite, the hooks see its backward pass."""
+        self.hooks.begin_batch(weight, mask)
         loss = self.loss(self.model, batch)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            self.hooks.end_batch()
-            return None
-        (loss * (weight * self.scale)).backward()
+        if math.isfinite(value):
+            (loss * (weight * self.scale)).backward()
         self.hooks.end_batch()
         return value
 
     def converged(self) -> bool:
         """Whether the leading 8 singular values have stopped moving; looks after 4 batches, then after half as many again."""
-        if self.settings.tolerance is None:
-            return False
-        if n_processes() > 1:
+        if self.settings.tolerance is not None and n_processes() > 1:
             raise ModelError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
-        if len(self.seen) < self.next_look:
+        if self.settings.tolerance is None or len(self.seen) < self.next_look:
             return False
         self.next_look, unit = int(len(self.seen) * 1.5) + 1, 1.0 / sum(batch.size / self.unit for batch in self.seen)
         now = {name: sums.decompose().values[:8] * unit for name, sums in self.hooks.accumulators.items()}
@@ -230,32 +226,35 @@ class _Run:
         n, total, most = len(self.seen), self.skipped + len(self.seen), self.settings.max_skipped
         if self.skipped > most * total:
             found = f"is not in {self.skipped} of {total} batches (at most {most:.0%} are skipped)"
-            remedy = "look at these batches, or use float32 or bfloat16"
-            raise ModelError(f"the loss must be finite, but {found}; {remedy}.")
+            raise ModelError(
+                f"the loss must be finite, but {found}; look at these batches, or use float32 or bfloat16."
+            )
         if n < 2:
             held = f"so that signal can be told from noise, but held {n}; pass more, or smaller ones"
             raise ModelError(f"`batches` must hold at least 2 batches, {held}.")
-        silent = [name for name, sums in self.hooks.accumulators.items() if not sums.batches]
-        if len(silent) == len(self.modules):
-            others = f"`{silent[0]}` and every other target"
-            raise ModelError(f"{others} must get a gradient from the loss, but none does; check `targets`.")
+        sums, inputs = self.hooks.accumulators, self.hooks.inputs
+        silent = [name for name in sums if not sums[name].batches]
+        if len(silent) == len(sums):
+            must = f"`{silent[0]}` and every other target must get a gradient from the loss"
+            raise ModelError(f"{must}, but none does; check `targets`.")
         if silent:
-            found = f"{len(silent)} of {len(self.modules)} modules"
-            logger.warning("%s got no gradient and count as zero, as `%s`", found, silent[0])
-        for name, sums in self.hooks.accumulators.items():
-            if not all(tensor.isfinite().all() for tensor in sums.tensors()):
-                remedy = "check the loss, or use float32 or bfloat16"
-                raise ModelError(f"the gradient at `{name}` must be finite, but is not; {remedy}.")
-            if name in self.hooks.inputs and not self.hooks.inputs[name].squares.isfinite():
+            logger.warning(
+                "%d of %d modules got no gradient and count as zero, as `%s`", len(silent), len(sums), silent[0]
+            )
+        for name in sums:
+            if not all(tensor.isfinite().all() for tensor in sums[name].tensors()):
+                must = f"the gradient at `{name}` must be finite, but is not"
+                raise ModelError(f"{must}; check the loss, or use float32 or bfloat16.")
+            if name in inputs and not inputs[name].squares.isfinite():
                 raise ModelError(f"the inputs of `{name}` must be finite and below 1e18, but are not; check the data.")
         return silent
 
     def _measure(self, target: TargetModule) -> Measured:
         sums, sizes = self.hooks.accumulators[target.name], [batch.size for batch in self.seen]
         total = sum(size / self.unit for size in sizes)
-        gradient, squares = sums.decompose(), float(sums.squares) * self.unit
+        gradient = sums.decompose()
         energy, measured = max(gradient.energy, 0.0) / total**2, float(sums.measure(sums.kept)) / total**2
-        split = split_energy(energy, squares, sizes, measured)
+        split = split_energy(energy, float(sums.squares) * self.unit, sizes, measured)
         inputs, weight = self.hooks.inputs.get(target.name), dense_weight(self.modules[target])
         return Measured(target, sums.exact, gradient, total, split, inputs, weight, self.settings.keep_directions)
 
@@ -271,8 +270,8 @@ def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, Mapping):
-        found = f"got a {type(batch).__name__}"
-        raise ModelError(f"batches must be mappings of the model's inputs, but {found}; pass `loss_fn`.")
+        found = type(batch).__name__
+        raise ModelError(f"batches must be mappings of the model's inputs, but got a {found}; pass `loss_fn`.")
     outputs = model(**batch)
     if not hasattr(outputs, "loss"):
         raise ModelError(f"the model must return a `loss`, but returned a {type(outputs).__name__}; pass `loss_fn`.")
@@ -291,7 +290,7 @@ def head_warmed(
     parameters = list(modules.parameters())
     if any(parameter.is_meta for parameter in parameters):
         raise ModelError(f"`head` must name modules in memory, but `{head[0]}` is offloaded; keep it on a device.")
-    before, done = [parameter.detach().clone() for parameter in parameters], 0
+    before, done = deepcopy(modules.state_dict()), 0
     try:
         modules.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -309,24 +308,24 @@ def head_warmed(
         modules.requires_grad_(False).zero_grad()
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+        modules.load_state_dict(before)
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Run the model frozen, in evaluation mode and not compiled; restore its training modes and `requires_grad` flags."""
-    training = {name: module.training for name, module in model.named_modules()}
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training = [(module, module.training) for module in model.modules()]
+    required = {
+        name: parameter.requires_grad for name, parameter in model.named_parameters()
+    }  # accelerate replaces some
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()  # it ignores new hooks
     model.eval().requires_grad_(False)
     try:
         with eager, torch.enable_grad():  # a caller may be inside no_grad
             yield
     finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
+        for module, mode in training:
+            module.training = mode
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
 

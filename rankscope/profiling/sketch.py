@@ -70,7 +70,8 @@ class GradientAccumulator:
         self.exact = 2 * (matrices.k * long + matrices.l * short) > short * long
         shapes = [(out_features, in_features)] if self.exact else [(long, matrices.k), (matrices.l, short)]
         self.kept: Increment = tuple(like.new_zeros(shape) for shape in shapes)
-        self.squares, self.batches, self.transposed = like.new_zeros(()), 0, in_features > out_features
+        self.squares, self.transposed = like.new_zeros(()), in_features > out_features
+        self.batches = like.new_zeros((), dtype=torch.int64)
         if not self.exact:
             self.omega, self.signs = matrices.omega(short, like.device), matrices.signs(long, like.device)
 
@@ -95,11 +96,10 @@ class GradientAccumulator:
 
     def tensors(self) -> Increment:
         """All that is summed over batches and processes."""
-        return (*self.kept, self.squares)
+        return (*self.kept, self.squares, self.batches)
 
     def clear(self) -> None:
         """Forget all batches."""
-        self.batches = 0
         for tensor in self.tensors():
             tensor.zero_()
 

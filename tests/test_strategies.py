@@ -22,7 +22,7 @@ def make_profile(targets: tuple[rs.TargetModule, ...], spectra: dict[str, list[f
             "module": t.name, "tower": t.tower, "block": t.block, "role": t.role, "kind": t.kind,
             "in_features": t.in_features, "out_features": t.out_features, "rank_cost": t.rank_cost,
             "gradient_norm": float(np.linalg.norm(spectra[t.name])), "signal_energy": 0.0, "noise_energy": 0.0,
-            "singular_values": spectra[t.name], "signal_values": [v / 2 for v in spectra[t.name]], "exact": True,
+            "singular_values": spectra[t.name], "exact": True,
             "signal_share": 0.25, "fisher_trace": spectra[t.name][0] ** 2, "sensitivity": spectra[t.name][-1],
             "activation_variance": float(np.sum(spectra[t.name])), "activation_values": spectra[t.name], "weight_norm": 1.0,
         }
@@ -108,7 +108,7 @@ def test_one_shot_by_hand() -> None:
 def test_one_shot_options_by_hand() -> None:
     """Raw values: energies 16/20 against 9/40 and 9/40, then values 4/20 against 3/40; agreed values: the wide one's."""
     profile = make_profile(TWO, {"narrow": [4.0, 1.0], "wide": [3.0, 3.0]})
-    profile.table["signal_values"] = [[1.0, 0.0], [3.0, 3.0]]
+    profile.table["signal_share"] = [1 / 16, 1.0]  # agreed values 1 and 1/4, 3 and 3
 
     def found(limit: int, **options: object) -> tuple[int, ...]:
         budget = rs.ParameterBudget(limit)
@@ -121,7 +121,7 @@ def test_one_shot_options_by_hand() -> None:
     assert found(80, signal=False, power=2) == (2, 1)  # 9/40 comes twice before 1/20, but only once fits
     assert found(100, signal=False, power=2) == (1, 2)
     assert found(100, signal=True, power=1) == (1, 2)
-    assert found(80, signal=True, power=0.1) == (2, 1)  # 1/20, then 3 ** 0.1 / 40 once; the rest takes what fits
+    assert found(80, signal=True, power=0.1) == (2, 1)  # 1/20, then 0.25 ** 0.1 / 20, then 3 ** 0.1 / 40
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e-20, 1.0, 1e20, 1e150])
@@ -206,7 +206,6 @@ def test_mistakes_are_named() -> None:
 def without_signal() -> rs.Profile:
     profile = random_profile(2)
     profile.table["signal_share"] = 0.0
-    profile.table["signal_values"] = [[0.0] * len(values) for values in profile.table["signal_values"]]
     return rs.Profile(profile.table, {**profile.metadata, "batches": 2})
 
 

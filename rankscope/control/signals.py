@@ -84,14 +84,14 @@ class GradientWindow:
     def watch(self, weight: float = 1.0) -> None:
         """Record gradients until `end_step`. The weight, a GradScaler's scale, is divided out; batches are weighted by it."""
         self.close()
-        observer = self._hooks(factor=self._factor or 1.0, copied=self._copied)
+        observer, factor = self._hooks(copied=self._copied), self._factor or 1.0  # no cycle: see `remove`
         passes: list[float] = []
 
         def begin_pass(model: nn.Module, _: Any) -> None:
             observer.end_batch()  # the backward pass of the one before is over
             if model.training and torch.is_grad_enabled():
                 passes.append(weight)
-                observer.begin_batch(weight)
+                observer.begin_batch(weight, factor=factor)
 
         hooks = ExitStack()
         if self._compiled:

@@ -32,8 +32,8 @@ class LocalHook(partial[Any]):
 class GradientHooks:
     """Hooks on modules, and the sums that they feed: `accumulators` of gradients, and `inputs`, shared by q, k and v.
 
-    Gradients are multiplied by `factor` before they are kept (see `in_range`). Inputs of modules in `copied` are copied, since
-    they change in place later on. A module found to need it is added, its present gradient lost; None: it raises.
+    Inputs of modules in `copied` are copied, since they change in place later on. A module found to need it is added, its
+    present gradient lost; None: it raises.
     """
 
     def __init__(
@@ -42,14 +42,13 @@ class GradientHooks:
         matrices: RandomMatrices,
         *,
         inputs: bool = True,
-        factor: float = 1.0,
         copied: set[str] | None = None,
     ) -> None:
         self.accumulators = {target.name: _accumulator(target, module, matrices) for target, module in modules.items()}
         self.inputs: dict[str, InputSketch] = {}
         self._modules, self._matrices = modules, matrices
-        self._see_inputs, self._factor, self._copied = inputs, factor, copied
-        self._active, self._weight = False, 1.0
+        self._see_inputs, self._copied = inputs, copied
+        self._active, self._weight, self._factor = False, 1.0, 1.0
         self._mask: Tensor | None = None
         self._calls: Counter[str] = Counter()  # in the present forward pass
         self._pending: dict[str, Increment] = {}  # of modules called several times: their energy is that of the sum
@@ -64,9 +63,9 @@ class GradientHooks:
                 handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
-    def begin_batch(self, weight: float, mask: Tensor | None = None) -> None:
-        """Start recording; gradients are multiplied by `weight` already, and padding in inputs shaped as `mask` is left out."""
-        self._weight, self._mask, self._active = weight, mask, True
+    def begin_batch(self, weight: float, mask: Tensor | None = None, *, factor: float = 1.0) -> None:
+        """Start recording gradients that `factor` multiplies by the batch's weight, and inputs without padding, by the mask."""
+        self._weight, self._factor, self._mask, self._active = weight, factor, mask, True
 
     def end_batch(self) -> None:
         """Stop recording."""
@@ -106,11 +105,9 @@ class GradientHooks:
             return None
         # If an output changes in place later on, a hook on a view of it would be lost, and a leaf may not change.
         replaced = first._is_view() or not first.requires_grad
-        if (
-            replaced
-        ):  # nothing before the first modules needs a gradient; a new view is of memory that nothing else refers to
+        if replaced:  # nothing before the first modules needs a gradient
             first = first if first.requires_grad else first.detach().requires_grad_()
-            first = torch.ops.aten._unsafe_view(first, first.shape)
+            first = torch.ops.aten._unsafe_view(first, first.shape)  # the same memory, which nothing else refers to
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         if self._copied and name in self._copied:
             inputs = inputs.detach().clone()
@@ -135,8 +132,9 @@ class GradientHooks:
         if self._see_inputs:
             self._add_inputs(name, inputs, rows)
         dtype = torch.float32 if deltas.dtype == torch.float16 else deltas.dtype  # sums of float16 overflow
-        deltas = deltas.to(dtype) if self._factor == 1.0 else deltas.to(dtype) * self._factor
-        increment = self.accumulators[name].increment(rows.to(dtype), deltas)
+        increment = self.accumulators[name].increment(rows.to(dtype), deltas.to(dtype))
+        for part in increment if self._factor != 1.0 else ():
+            part *= self._factor
         if self._calls[name] == 1:
             self.accumulators[name].add(increment, self._weight)
         else:
@@ -150,10 +148,8 @@ class GradientHooks:
             return
         if sketch is None:
             sketch = self.inputs[name] = self._new_inputs(rows.shape[1], rows.device)
-        mask = self._mask if self._mask is not None and inputs.ndim == 3 else None
-        sketch.add(
-            rows, mask.flatten().to(rows.device) if mask is not None and mask.shape == inputs.shape[:2] else None
-        )
+        fits = self._mask is not None and inputs.ndim == 3 and inputs.shape[:2] == self._mask.shape
+        sketch.add(rows, self._mask if fits else None)
         self._last = inputs, sketch
 
     def _new_inputs(self, in_features: int, device: torch.device) -> InputSketch:

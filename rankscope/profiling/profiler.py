@@ -26,7 +26,7 @@ from rankscope.distributed import batch_device, gathered, n_processes, sum_over_
 from rankscope.errors import ModelError
 from rankscope.profiling.hooks import SUPPORTED, GradientHooks, dense_weight, in_range, is_compiled
 from rankscope.profiling.sketch import RandomMatrices, bytes_of_weights, choose_sketch_size
-from rankscope.profiling.statistics import split_energy
+from rankscope.profiling.statistics import sensitivity, split_energy
 from rankscope.profiling.table import SCHEMA_VERSION, Measured, Profile, tabulate
 from rankscope.settings import ProfileSettings
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
@@ -113,15 +113,14 @@ class _Run:
     settings: ProfileSettings
     seen: list[SeenBatch] = field(default_factory=list)
     skipped: int = 0  # batches without a finite loss
-    unit: int = 0  # examples in the first batch; a batch weighs its own over these
-    scale: float = 1.0  # the factor on every loss; see `in_range`
+    scale: float = 1.0  # the factor on all gradients; see `in_range`
     next_look: int = 4  # in batches; see `converged`
     last_look: dict[str, Tensor] = field(default_factory=dict)
 
     def behind_heads(self, batches: Iterable[Any], head: Sequence[str], others: Iterable[Any] | None) -> Generator[Any]:
         """Yield the batches, each behind a head that was trained on others."""
         steps = self.settings.head_steps if head else 0
-        rounds = [(batches, others or ())]
+        rounds: list[Any] = [(batches, others)]
         if steps and others is None:
             held = list(batches)
             rounds = [(held[0::2], held[1::2]), (held[1::2], held[0::2])] if len(held) > 1 else []
@@ -154,26 +153,25 @@ class _Run:
         size = next((len(tensor) for _, tensor in tensors if tensor.ndim), 1)
         if not size:
             return
-        self.unit = self.unit or size
-        loss = self._backward(batch, size / self.unit, mask)
+        loss = self._backward(batch, size, mask)
         if not math.isfinite(loss):
             self.skipped += 1
             return
         if not self.seen and (scale := in_range(self.hooks.peak())) != 1.0:
             self.scale = scale
             self.hooks.clear()
-            self._backward(batch, size / self.unit, mask)
+            self._backward(batch, size, mask)
         tokens = 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
         text = "".join(repr((tuple(t.shape), float(t.cpu().double().sum()))) for _, t in tensors)  # MPS has no doubles
         self.seen.append(SeenBatch(size, loss, tokens, hashlib.sha256(text.encode()).hexdigest()))
 
-    def _backward(self, batch: Any, weight: float, mask: Tensor | None) -> float:
+    def _backward(self, batch: Any, size: int, mask: Tensor | None) -> float:
         """The loss; if it is finite, the hooks see its backward pass."""
-        self.hooks.begin_batch(weight, mask)
+        self.hooks.begin_batch(size, mask, factor=size * self.scale)
         loss = self.loss(self.model, batch)
         value = float(loss.detach())
         if math.isfinite(value):
-            (loss * (weight * self.scale)).backward()
+            loss.backward()
         self.hooks.end_batch()
         return value
 
@@ -183,8 +181,8 @@ class _Run:
             raise ModelError("`tolerance` must be None under torch.distributed; give `n_batches` instead.")
         if self.settings.tolerance is None or len(self.seen) < self.next_look:
             return False
-        self.next_look, unit = int(len(self.seen) * 1.5) + 1, 1.0 / sum(batch.size / self.unit for batch in self.seen)
-        now = {name: sums.decompose().values[:8] * unit for name, sums in self.hooks.accumulators.items()}
+        self.next_look, total = int(len(self.seen) * 1.5) + 1, sum(batch.size for batch in self.seen)
+        now = {name: sums.decompose().values[:8] / total for name, sums in self.hooks.accumulators.items()}
         last, self.last_look = self.last_look, now
         moved = [(now[name] - last[name]).norm() / now[name].norm() for name in last if now[name].any()]
         return bool(moved) and float(torch.stack(moved).mean()) <= self.settings.tolerance
@@ -193,33 +191,32 @@ class _Run:
         """The profile of all processes' batches; `facts` are further metadata."""
         if n_processes() > 1:
             self._sum_over_processes()
-        sizes, digests = [batch.size for batch in self.seen], sorted(batch.digest for batch in self.seen)
+        silent, digests = self._check(), sorted(batch.digest for batch in self.seen)  # whichever process saw them
+        table = tabulate(map(self._measure, self.modules), len(self.seen))
         metadata = {
-            "without_gradient": self._check(),  # first, since it may raise
             "schema": SCHEMA_VERSION,
             "model": fingerprint_targets(tuple(self.modules)),
             "weights": _fingerprint_weights(self.model),
-            "data": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],  # whichever process saw them
+            "data": hashlib.sha256("".join(digests).encode()).hexdigest()[:16],
             "targets": len(self.modules),
+            "without_gradient": silent,
             "batches": len(self.seen),
             "skipped_batches": self.skipped,
             "tokens": sum(batch.tokens for batch in self.seen),
-            "loss": sum(batch.size * batch.loss for batch in self.seen) / sum(sizes),
+            "loss": sum(batch.size * batch.loss for batch in self.seen) / sum(batch.size for batch in self.seen),
             "versions": {"rankscope": rankscope.__version__, **{n: version(n) for n in ("torch", "transformers")}},
         }
-        return Profile(tabulate(map(self._measure, self.modules), len(sizes), self.scale), {**metadata, **facts})
+        return Profile(table, {**metadata, **facts})
 
     def _sum_over_processes(self) -> None:
-        """In units of the first process that has a batch: its first batch's size, and its scale."""
-        everyone = gathered((self.seen, self.skipped, self.unit, self.scale))
-        _, _, unit, scale = next((each for each in everyone if each[0]), everyone[0])
-        for sums in self.hooks.accumulators.values() if self.seen else ():
-            for kept in sums.kept:
-                kept *= self.unit / unit * (scale / self.scale)
-            sums.squares *= self.unit / unit * (scale / self.scale) ** 2
+        """Sum in the scale of the first process that has a batch."""
+        everyone = gathered((self.seen, self.skipped, self.scale))
+        scale = next((scale for seen, _, scale in everyone if seen), 1.0)
+        for sums in self.hooks.accumulators.values():
+            sums.rescale(scale / self.scale)
         self.hooks.sum_over_processes()
         self.seen = [batch for seen, *_ in everyone for batch in seen]
-        self.skipped, self.unit, self.scale = sum(each[1] for each in everyone), unit, scale
+        self.skipped, self.scale = sum(skipped for _, skipped, _ in everyone), scale
 
     def _check(self) -> list[str]:
         """Modules without a gradient. Gradients are looked at in the end: on the way, each look would make a GPU wait."""
@@ -234,9 +231,6 @@ class _Run:
             raise ModelError(f"`batches` must hold at least 2 batches, {held}.")
         sums, inputs = self.hooks.accumulators, self.hooks.inputs
         silent = [name for name in sums if not sums[name].batches]
-        if len(silent) == len(sums):
-            must = f"`{silent[0]}` and every other target must get a gradient from the loss"
-            raise ModelError(f"{must}, but none does; check `targets`.")
         if silent:
             logger.warning(
                 "%d of %d modules got no gradient and count as zero, as `%s`", len(silent), len(sums), silent[0]
@@ -251,12 +245,15 @@ class _Run:
 
     def _measure(self, target: TargetModule) -> Measured:
         sums, sizes = self.hooks.accumulators[target.name], [batch.size for batch in self.seen]
-        total = sum(size / self.unit for size in sizes)
-        gradient = sums.decompose()
-        energy, measured = max(gradient.energy, 0.0) / total**2, float(sums.measure(sums.kept)) / total**2
-        split = split_energy(energy, float(sums.squares) * self.unit, sizes, measured)
+        found, total, unit = sums.decompose(), sum(sizes), 1.0 / self.scale
+        energies = max(found.energy, 0.0) / total**2, float(sums.squares), float(sums.measure(sums.kept)) / total**2
+        energy, squares, measured = (each * unit * unit for each in energies)
+        values, error = (found.values / total).double() * unit, found.error / total * unit
         inputs, weight = self.hooks.inputs.get(target.name), dense_weight(self.modules[target])
-        return Measured(target, sums.exact, gradient, total, split, inputs, weight, self.settings.keep_directions)
+        change = None if weight is None else sensitivity(weight, found.left, found.values[:, None] * found.right)
+        gradient = found._replace(values=values, energy=energy, error=error)
+        split, change = split_energy(energy, squares, sizes, measured), change and change / total * unit
+        return Measured(target, sums.exact, gradient, split, inputs, weight, change, self.settings.keep_directions)
 
 
 def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
@@ -334,37 +331,42 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _interrupt(enabled: bool) -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, to be looked at after each batch; the second interrupts at once."""
     event, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
 
     def request(*_: Any) -> None:
         event.set()
         signal.signal(signal.SIGINT, before)
 
-    if enabled and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, request)
+    signal.signal(signal.SIGINT, request)
     try:
         yield event
     finally:
-        if signal.getsignal(signal.SIGINT) is request:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def _find_modules(model: nn.Module, targets: Sequence[TargetModule] | None) -> tuple[Modules, dict[str, str]]:
     """The modules that can be profiled, and why other targets, and the model's fused experts, cannot."""
-    if fixed := [name for name, parameter in model.named_parameters() if parameter.is_inference()]:
-        found = f"`{fixed[0]}` was made in torch.inference_mode; load the model outside it"
-        raise ModelError(f"the model's weights must take part in a backward pass, but {found}.")
-    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if meta and not any(hasattr(module, "_hf_hook") for module in model.modules()):  # else accelerate loads them
-        raise ModelError(f"the model's weights must be loaded, but `{meta[0]}` is on the meta device; load them first.")
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            found = f"`{name}` was made in torch.inference_mode; load the model outside it"
+            raise ModelError(f"the model's weights must take part in a backward pass, but {found}.")
+        if parameter.is_meta and not any(
+            hasattr(module, "_hf_hook") for module in model.modules()
+        ):  # accelerate loads it
+            raise ModelError(
+                f"the model's weights must be loaded, but `{name}` is on the meta device; load them first."
+            )
     targets = find_targets(model) if targets is None else targets
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
     skipped |= {t.name: "modules without inputs or outputs have no rank" for t in targets if not t.full_rank}
     if len(skipped) == len(targets):
         raise ModelError(f"`targets` must hold a module of kind {', '.join(SUPPORTED)}, but hold none; find others.")
     skipped |= dict.fromkeys(fused_experts(model), "experts fused into one 3-D weight cannot be profiled")
+    names = {reason: name for name, reason in reversed(skipped.items())}  # the first of each
     for reason, count in Counter(skipped.values()).items():
-        first = next(name for name in skipped if skipped[name] == reason)
-        logger.warning("`%s` is left out: %s (%d such)", first, reason, count)
+        logger.warning("`%s` is left out: %s (%d such)", names[reason], reason, count)
     present, wanted = dict(base_modules(model)), [target for target in targets if target.name not in skipped]
     if missing := [target.name for target in wanted if target.name not in present]:
         raise ModelError(f"`targets` must be modules of this model, but it has no `{missing[0]}`; find them again.")
@@ -375,9 +377,7 @@ def _fingerprint_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, _ in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        with align_module_device(module):
-            parameter = getattr(module, attribute)
-            corner = whole(parameter.detach()).flatten()[:16].tolist()
-            digest.update(repr((name, tuple(parameter.shape), corner)).encode())
+        with align_module_device(module := model.get_submodule(owner)):
+            parameter = whole(getattr(module, attribute).detach())
+            digest.update(repr((name, tuple(parameter.shape), parameter.flatten()[:16].tolist())).encode())
     return digest.hexdigest()[:16]

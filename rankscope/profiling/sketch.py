@@ -53,9 +53,7 @@ class RandomMatrices:
             return torch.Generator().manual_seed(2 * (int(seed) * 1_000_003 + size) + which)
 
         self.omega = cache(lambda size, device: torch.randn(size, k, generator=generator(size, 0)).to(device))
-        self.signs = cache(
-            lambda size, device: torch.randint(2, (size,), generator=generator(size, 1)).to(device) * 2.0 - 1
-        )
+        self.signs = cache(lambda n, device: torch.randint(2, (n,), generator=generator(n, 1)).to(device) * 2.0 - 1)
 
 
 class GradientAccumulator:
@@ -93,6 +91,11 @@ class GradientAccumulator:
         for total, part in zip(self.kept, increment, strict=True):
             total += part
         self.batches += 1
+
+    def rescale(self, factor: float) -> None:
+        """Multiply all gradients so far."""
+        for tensor in (*self.kept, self.squares.mul_(factor)):
+            tensor *= factor
 
     def tensors(self) -> Increment:
         """All that is summed over batches and processes."""
@@ -180,8 +183,8 @@ class InputSketch:
         self.product = torch.zeros_like(omega)  # sum (x - m) (x - m)^T Omega
 
     def add(self, inputs: Tensor, mask: Tensor | None = None) -> None:
-        """Add rows, (n, in), of any floating type; those with 0 in the mask, (n,), are padding and do not count."""
-        masks = repeat(None) if mask is None else mask.eq(0)[:, None].split(2048)
+        """Add rows, (n, in), of any floating type; those with 0 in the mask, of n entries, are padding and do not count."""
+        masks = repeat(None) if mask is None else mask.to(inputs.device).eq(0).view(-1, 1).split(2048)
         for part, padding in zip(inputs.split(2048), masks, strict=False):  # since rows become float32
             n = torch.full_like(self.count, len(part)) - (0 if padding is None else padding.sum())
             rows = part.float() if padding is None else part.float().masked_fill(padding, 0.0)
@@ -213,11 +216,6 @@ class InputSketch:
     def variance(self) -> float:
         """Tr C."""
         return float(self.squares / self.count.clamp_min(1))
-
-    def effective_rank(self) -> float:
-        """(tr C)^2 / ||C||_F^2 (the participation ratio), with ||C||_F^2 = E ||C Omega||_F^2 / k."""
-        squared = float((self.product / self.count.clamp_min(1)).square().sum()) / self.omega.shape[1]
-        return self.variance() ** 2 / squared if squared else 0.0
 
     def variances(self) -> Tensor:
         """Leading eigenvalues of C, descending, at least 0 (Nystrom: Halko, Martinsson, Tropp 2011, sec. 5.5): EVA's signal."""

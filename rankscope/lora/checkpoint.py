@@ -27,10 +27,7 @@ _FACTOR_A = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.*)\.lora_(?:A\.weight|e
 
 
 def save_ranks(model: PeftModel, folder: AnyPath, *, adapter_name: str | None = None) -> Path:
-    """Write the adapter's ranks (0 included) into the folder of its weights, atomically; return the path of `ranks.json`.
-
-    For a model that carries masks these are the active ranks; capacity and active components are written, too.
-    """
+    """Write the adapter's ranks, of a masked model the active ones, to `ranks.json` beside its weights; return the path."""
     adapter, path = LiveAdapter(model, adapter_name), Path(folder) / RANKS_FILE
     value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": adapter.ranks}
     if (masks := masks_on(adapter.model)) is not None:
@@ -45,11 +42,8 @@ def restore_ranks(
     """Give the model a checkpoint's ranks, so that the checkpoint's weights and optimizer state can be loaded.
 
     The model, and the optimizer if there is one, may be at any ranks; its scaling stays. Masked ranks need a model of the same
-    capacity; `restore_ranks_on_load` places their weights.
-
-    Raises:
-        FileError: There is no `ranks.json`, or it is of another schema.
-        ModelError: It is of another model, or disagrees with the weights beside it; nothing is changed.
+    capacity; `restore_ranks_on_load` places their weights. Nothing is changed if `ranks.json` is broken (a FileError), is of
+    another model, or disagrees with the weights beside it (a ModelError).
     """
     adapter = LiveAdapter(model, adapter_name)
     saved = _read(Path(folder) / RANKS_FILE)
@@ -121,9 +115,7 @@ def load_adapter(model: nn.Module, folder: AnyPath) -> PeftModel:
     """Wrap `model` (in place) with the adapter that `PeftModel.save_pretrained` left in a folder, trained modules included.
 
     An adapter whose `task_type` names one of rankscope's own classes, which plain PEFT rejects, is loaded into that class only.
-
-    Raises:
-        FileError: The folder does not hold an adapter of this model.
+    A FileError if the folder does not hold an adapter of this model.
     """
     path = Path(folder) / "adapter_config.json"
     values = read_json(path, what="an adapter's config")

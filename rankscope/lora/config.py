@@ -41,14 +41,9 @@ PEFT_PREFIX = "base_model.model."  # of the base model's names inside a PeftMode
 def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
     """Return a plain `peft.LoraConfig` with exactly the allocation's ranks; modules of rank 0 are left out.
 
-    Args:
-        allocation: At least one rank must be above 0.
-        scaling: Of every module's update, whatever its rank (default 2): alpha is `scaling * r`, or `scaling * sqrt(r)` with
-            `use_rslora=True` (Kalajdzievski, arXiv 2312.03732). `lora_alpha` gives PEFT's own rule instead, one alpha for all.
-        **peft_kwargs: Other fields of `LoraConfig`.
-
-    Raises:
-        SettingsError: All ranks are 0, or an argument contradicts the allocation.
+    `scaling` is that of every module's update, whatever its rank (default 2): alpha is `scaling * r`, or `scaling * sqrt(r)` with
+    `use_rslora=True` (Kalajdzievski, arXiv 2312.03732). `lora_alpha` gives PEFT's own rule instead, one alpha for all. The other
+    arguments are fields of `LoraConfig`. A SettingsError if one contradicts the allocation, or if all ranks are 0.
     """
     adapted = {name: rank for name, rank in allocation.ranks.items() if rank > 0}
     if not adapted:

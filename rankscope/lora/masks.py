@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -31,11 +31,10 @@ class RankMasks:
     DDP and FSDP2 may wrap the model before or after, and `torch.compile` does not recompile. On several processes the first
     one's plan is broadcast. While the masks are on, `model.save_pretrained` writes the adapter at its true ranks.
 
-    Modules that `ranks` does not name begin at their capacity; `adapter_name` may be left out if there is only one adapter.
+    Modules that `ranks` does not name begin at their capacity; `adapter_name` may be left out if there is only one adapter. A
+    ModelError if the model carries masks already or adapts an embedding, a resize cannot be followed, or processes differ.
 
-    Raises:
-        ModelError: The model carries masks already, or adapts an embedding; a resize cannot be followed; processes differ.
-
+    >>> from torch import nn
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(target_modules=["0", "1"], r=4))
     >>> masks = RankMasks(model, {"0": 1})
@@ -89,9 +88,10 @@ class RankMasks:
         self, resizes: Sequence[Resize], optimizer: Optimizer | None = None, *, generator: torch.Generator | None = None
     ) -> None:
         """As `resize_adapters`, within the capacity. Every process must call it at the same step."""
-        asked = _from_first_process(resizes)
+        on_cpu = [r if r.directions is None else replace(r, directions=r.directions.cpu()) for r in resizes]
+        asked = gathered(on_cpu)[0]  # other processes have other devices
         self._check(asked, self.ranks)
-        drawn = _from_first_process([self._with_rows(resize, generator) for resize in asked])
+        drawn = gathered([self._with_rows(resize, generator) for resize in asked])[0]
         plan = [(resize, *self._modules[resize.name].factors, *self._switched(resize)) for resize in drawn]
         check_same([mask.tolist() for *_, mask, _ in plan], what="the masks")
         carried = [Replacement(f, f, dim, keep) for _, a, b, _, keep in plan for dim, f in enumerate((a, b))]
@@ -110,11 +110,8 @@ class RankMasks:
 
     def restore(self, active: Mapping[str, Sequence[int]]) -> None:
         """Set the masks alone, to what `active` was in a checkpoint of this capacity whose weights are loaded."""
-        if set(active) != set(self._modules):
+        if active.keys() != self._modules.keys():
             raise ModelError("`active` must name exactly the modules that are masked; it is of another model.")
-        for name, indices in active.items():
-            if not all(0 <= index < (capacity := len(self._inner[name].rank_mask)) for index in indices):
-                raise ModelError(f"`active` must hold components of `{name}` below {capacity}, but holds {indices}.")
         for name, indices in active.items():
             self._inner[name].rank_mask.zero_()[list(indices)] = 1
 
@@ -178,8 +175,7 @@ class RankMasks:
         added = resize.rank - int(self._inner[resize.name].rank_mask.sum())
         if resize.directions is not None or added <= 0:
             return resize
-        like = torch.empty(0, a.shape[1:].numel(), device=a.device)
-        return replace(resize, directions=kaiming_rows(added, like, generator))
+        return replace(resize, directions=kaiming_rows(added, torch.empty(0, a.shape[1:].numel()), generator))
 
     def _switched(self, resize: Resize) -> tuple[Tensor, _Keep]:
         """A module's next mask, and the map for B, gradients and moments; nothing is changed yet."""
@@ -211,19 +207,10 @@ class _Keep(NamedTuple):
         return _like(torch.where(stays, values, torch.zeros_like(values)), tensor)
 
 
-def _from_first_process(resizes: Sequence[Resize]) -> Sequence[Resize]:
-    """Sent through the CPU, since other processes have other devices."""
-    return gathered(
-        [each if each.directions is None else replace(each, directions=each.directions.cpu()) for each in resizes]
-    )[0]
-
-
 def _mask_output(inner: Any, _: Any, output: Tensor) -> Tensor:
     """Components stand last in a linear's output, and second in a convolution's."""
     mask: Tensor = inner.rank_mask.to(output.dtype)
-    if isinstance(inner, nn.modules.conv._ConvNd):
-        mask = mask.reshape(-1, *[1] * len(inner.kernel_size))
-    return output * mask
+    return output * mask.reshape(-1, *[1] * len(getattr(inner, "kernel_size", ())))
 
 
 def _like(value: Tensor, reference: Tensor) -> Tensor:

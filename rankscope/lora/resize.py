@@ -51,25 +51,16 @@ def resize_adapters(
     shrink: Literal["svd", "drop"] = "drop",
     generator: torch.Generator | None = None,
 ) -> None:
-    """Give modules of a live LoRA model new ranks: all of them or, on any error, none.
+    """Give modules of a live LoRA model new ranks: all of them or, on any error (a ModelError), none.
 
     Growing does not change the function: new components are zero in B (in embeddings without directions, in A). The scaling
     stays, and the config follows, so that `save_pretrained` writes what plain PEFT loads; rank 0 is no adapter there.
 
     Parameters are replaced, in the optimizer too. Other references, such as an EMA copy, keep pointing at the old ones; hooks on
-    modules survive. Call it between steps. `torch.compile` recompiles after every call; use `RankMasks` there.
+    modules survive. Call it between steps. Under `torch.compile`, which would recompile, DDP or FSDP use `RankMasks`.
 
-    Args:
-        model: Not wrapped by DDP or FSDP, adapters not merged.
-        optimizer: The one that trains the adapter; None if there is none yet.
-        resizes: One for each module that changes.
-        adapter_name: May be left out if there is only one.
-        shrink: `"drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit.
-            `"svd"` finds the closest factors, which mixes components and their moments.
-        generator: For rows of A that are drawn.
-
-    Raises:
-        ModelError: The model, a resize that it cannot follow, or an optimizer whose state cannot be carried.
+    `shrink="drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit; `"svd"` finds
+    the closest factors, which mixes components and their moments. The generator is for rows of A that are drawn.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(target_modules=["0", "1"], r=2))
@@ -124,10 +115,7 @@ _INACTIVE = "dormant_adapters"
 
 
 class InactiveAdapter(nn.Module):
-    """A LoRA layer's entries of an adapter at rank 0, which PEFT does not have: hidden from it, but owned by the optimizer.
-
-    Its parameters, of size zero, keep their place in `parameters()`; `state_dict` leaves them out.
-    """
+    """A layer's adapter at rank 0: hidden from PEFT and `state_dict`, but its parameters keep their place in the model."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         super().__init__()
@@ -250,7 +238,7 @@ class LoraModule(NamedTuple):
         if isinstance(layer, MultiheadAttention):
             yield f"{form} a MultiheadAttention."
         if any(parameter.is_meta for parameter in layer.parameters()):
-            yield f"the weights of `{name}` must be in memory for its rank to change, but are offloaded; load the model without."
+            yield f"the weights of `{name}` must be in memory, but are offloaded; load the model without."
         whole, remedy = "the adapter's parameters must be whole in this process, but", "masked ranks (RankMasks)"
         if any(hasattr(parameter, "ds_id") for parameter in self.factors):
             why = "DeepSpeed ZeRO-3 partitions them and keeps its own flat copies"

@@ -33,10 +33,7 @@ def apply_allocation(
     """Wrap the base `model` (in place) with LoRA of exactly these ranks, and check that PEFT built what was asked.
 
     With `dormant`, modules of rank 0 get an inactive adapter, which `resize_adapters` can activate. The other arguments are
-    those of `to_lora_config`.
-
-    Raises:
-        SettingsError: The allocation is for another model, or PEFT cannot build it.
+    those of `to_lora_config`. A SettingsError if the allocation is for another model, or PEFT cannot build it.
     """
     if dormant and "lora_alpha" in peft_kwargs:
         raise SettingsError("`dormant` needs one scaling at every rank, which `lora_alpha` is not; pass `scaling`.")

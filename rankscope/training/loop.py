@@ -184,6 +184,8 @@ def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path
     """
     options = dict(getattr(task, "model_kwargs", {}))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = f"{type(base).__module__}.{type(base).__name__}"
+    how = [f"Build the base model, a `{kind}`, then `rankscope.lora.load_adapter(base, folder)`."]
     if loader := _LOADERS.get(getattr(task, "task_type", None) or ""):
         code = [f"from peft import {loader}", ""]
         if options:
@@ -192,9 +194,6 @@ def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path
             code.append('options["id2label"] = {int(code): label for code, label in options["id2label"].items()}')
         code.append(f"model = {loader}.from_pretrained(folder{', **options' if options else ''})")
         how = ["With `folder` the path of this folder:", "", "```python", *code, "```"]
-    else:
-        kind = f"{type(base).__module__}.{type(base).__name__}"
-        how = [f"Build the base model, a `{kind}`, then `rankscope.lora.load_adapter(base, folder)`."]
     source = json.dumps(getattr(base, "name_or_path", "") or "")
     readme = ["---", f"base_model: {source}", "library_name: peft", "---", f"# LoRA for `{task.name}`", "", *how, ""]
     with replacing(folder, folder=True) as temporary:

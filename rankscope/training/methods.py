@@ -139,7 +139,6 @@ class AdaLora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of the initial rank."""
-        self.check(task, settings)
         options: Any = {"alpha": self.alpha, "steps": settings.steps, "share": self.share, "settled": self.settled}
         options |= {"rank": self.rank, "initial_rank": self.initial_rank, **_peft_options(task, settings)}
         return cast(nn.Module, wrap_with_adalora(model, self.targets, **options))
@@ -199,8 +198,7 @@ class HeadOnly(Method):
     def check(self, task: Task, settings: TrainingSettings) -> None:
         """Raise a TrainingError if the task has no head."""
         if not getattr(task, "head_modules", ()):
-            must = f"`{task.name}` must have `head_modules` to train the head only"
-            raise TrainingError(f"{must}, but has none; leave it out.")
+            raise TrainingError(f"`{task.name}` must have `head_modules` to train them, but has none; leave it out.")
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Freeze all but the head."""

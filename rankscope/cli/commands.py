@@ -354,13 +354,14 @@ def _belief(session: Session) -> PerformanceModel | None:
     if not session.has_search:
         return None
     study = searching.load_study(session.study_name, session.storage)
-    facts = {key: each for key, each in session.facts.items() if key != "targets"}
+    facts = {"model" if key == "targets" else key: each for key, each in session.facts.items()}
+    facts["budget"] = session.budget.limit
     kept = {key: study.user_attrs[searching.STUDY_KEY].get(key) for key in facts}
     what, remedy = f"study `{study.study_name}`", "search again, or use another output folder."
     require_same(kept, facts, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
     limits = RankLimits(session.study.allocation.min_rank, session.study.allocation.max_rank)
     space = searching.make_space(session.profile, session.targets, session.budget, session.study.search, limits)
-    return searching.belief_of(study, space)
+    return searching.PerformanceModelSampler(space).believed(study)
 
 
 def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:

@@ -2,12 +2,12 @@
 
 from rankscope.searching.confirmation import CONFIDENCE, FEWEST_PAIRS, Finalist, Interval, t_interval
 from rankscope.searching.runner import SearchResult, search
-from rankscope.searching.sampler import START_TRIALS, PerformanceModelSampler, belief_of, suggest_allocation
+from rankscope.searching.sampler import START_TRIALS, PerformanceModelSampler, suggest_allocation
 from rankscope.searching.space import HierarchicalSpace, group_by_depth, make_space
 from rankscope.searching.storage import STUDY_KEY, Trial, load_study, read_trials
 
 __all__ = [
     "CONFIDENCE", "FEWEST_PAIRS", "START_TRIALS", "STUDY_KEY", "Finalist", "HierarchicalSpace", "Interval",
-    "PerformanceModelSampler", "SearchResult", "Trial", "belief_of", "group_by_depth", "load_study", "make_space", "read_trials",
-    "search", "suggest_allocation", "t_interval",
+    "PerformanceModelSampler", "SearchResult", "Trial", "group_by_depth", "load_study", "make_space", "read_trials", "search",
+    "suggest_allocation", "t_interval",
 ]  # fmt: skip

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import optuna
+import pandas as pd
 from numpy.typing import ArrayLike
 
-from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError, TrainingError
 from rankscope.performance import PerformanceModel
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Trial
@@ -50,10 +50,9 @@ class Interval(NamedTuple):
 
 
 def t_interval(mean: float, variance: float, n: int, *, freedom: int, confidence: float = CONFIDENCE) -> Interval:
-    """Student's interval of the mean of n paired differences: mean ± t(1 - (1 - confidence) / 2; freedom) sqrt(variance / n).
+    """Student's interval of the mean of n paired differences of this variance, with `freedom` degrees of freedom.
 
-    `variance` is that of one difference, with `freedom` degrees of freedom. There is no interval for fewer than 3 pairs, nor
-    where all differences are equal: their variance of zero is estimated from too few or too coarse values.
+    There is no interval for fewer than 3 pairs, nor where all differences are equal: too few or too coarse values.
 
     >>> t_interval(0.5, 0.04, 4, freedom=3).text()
     '+0.500 [+0.182, +0.818]'
@@ -112,18 +111,17 @@ def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tu
 def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = None) -> list[Trial]:
     """Uniform, one-shot, and three others: a believed model's posterior mean and best prediction, and the best observed."""
     ranked = sorted((t for t in trials if t.reused is None), key=lambda t: (-t.metric, t.loss, t.number))
-    starts = [next((t for t in ranked if t.origin == origin), None) for origin in (UNIFORM, ONE_SHOT)]
-    chosen = [t for t in starts if t is not None]
+    starts = {t.origin: t for t in reversed(ranked) if not t.proposed}
+    chosen = [starts[origin] for origin in (UNIFORM, ONE_SHOT) if origin in starts]
     others = [t for t in ranked if t.proposed]
     if belief is not None and others:
         best = max(others, key=lambda t: float(belief.predict([t.allocation.vector])[0]))
-        newest = sorted((t for t in others if t.origin == POSTERIOR_MEAN), key=lambda t: -t.number)[:1]
-        others = [*newest, best, *others]
-    different: dict[RankAllocation, Trial] = {}
+        newest = max((t for t in others if t.origin == POSTERIOR_MEAN), key=lambda t: t.number, default=best)
+        others = [newest, best, *others]
     for trial in others:
-        if trial.allocation not in [start.allocation for start in chosen]:
-            different.setdefault(trial.allocation, trial)
-    return [*chosen, *list(different.values())[:N_SAMPLED]]
+        if trial.allocation not in [each.allocation for each in chosen]:
+            chosen.append(trial)
+    return chosen[: len(starts) + N_SAMPLED]
 
 
 def confirm(
@@ -136,18 +134,15 @@ def confirm(
 ) -> tuple[tuple[Finalist, ...], str | None]:
     """Train the finalists on fresh seeds, the same for each; returns them, and why there are none.
 
-    Runs that the study already holds are not repeated, and those of earlier finalists count in `n_runs`. A finalist that
-    diverges on a fresh seed is dropped. Processes that share a study share the runs: each goes through them in an order of its
-    own and skips what another has stored.
+    Runs that the study already holds are not repeated, so that processes share them: each has an order of its own. Those of
+    earlier finalists count in `n_runs`. A finalist that diverges on a fresh seed is dropped.
     """
     if len(finalists) < 2:
         return (), "there are fewer than two allocations to compare; raise `n_trials`."
     seeds = [str(FIRST_SEED + i) for i in range(affordable_seeds(study, finalists, n_runs))]
     if not seeds:
-        return (), (
-            f"{n_runs} trainings are left, too few to confirm {len(finalists)} finalists on a fresh seed each; "
-            "raise `n_trials` or `confirm_fraction`."
-        )
+        few = f"{n_runs} trainings are left, too few to confirm {len(finalists)} finalists on a fresh seed each"
+        return (), f"{few}; raise `n_trials` or `confirm_fraction`."
     runs = [(trial, seed) for trial in finalists for seed in seeds]
     random.Random().shuffle(runs)
     for done, (trial, seed) in enumerate(runs, start=1):
@@ -162,10 +157,10 @@ def confirm(
         on_run(done, len(runs))
     known = study.user_attrs
     metrics = [{seed: known[confirmation_key(trial, seed)] for seed in seeds} for trial in finalists]
-    steady = [(t, m) for t, m in zip(finalists, metrics, strict=True) if None not in m.values()]
+    steady = [i for i, by_seed in enumerate(metrics) if None not in by_seed.values()]
     if not steady:
         return (), "every finalist diverged on a fresh seed; lower `learning_rate`."
-    return judge(*zip(*steady, strict=True)), None
+    return judge([finalists[i] for i in steady], [metrics[i] for i in steady]), None
 
 
 def confirmation_key(trial: Trial, seed: str) -> str:
@@ -180,38 +175,34 @@ def confirmed_keys(study: optuna.Study) -> set[str]:
 
 def affordable_seeds(study: optuna.Study, finalists: Sequence[Trial], n_runs: int) -> int:
     """The most fresh seeds on which each finalist can be trained; what is known costs nothing more."""
-    known = confirmed_keys(study)
-    seeds, left = 0, n_runs - len(known)
-    while True:
-        missing = sum(confirmation_key(trial, str(FIRST_SEED + seeds)) not in known for trial in finalists)
-        if missing > max(left, 0):
-            return seeds
-        seeds, left = seeds + 1, left - missing
+    known, seeds = confirmed_keys(study), 0
+    left = max(n_runs - len(known), 0)
+    while (left := left - sum(confirmation_key(t, str(FIRST_SEED + seeds)) not in known for t in finalists)) >= 0:
+        seeds += 1
+    return seeds
 
 
 def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tuple[Finalist, ...]:
     """Finalists from their trials and their metrics on the same fresh seeds: differences to uniform, with intervals.
 
-    The interval of a mean paired difference d over n seeds is
+    The interval of a mean paired difference d of k finalists over n seeds is
 
         d ± t(1 - 0.05 / 2m; (k - 1)(n - 1)) · sqrt(2 s² / n),
 
-    s² being what k finalists and n seeds leave unexplained in a two-way layout, and m = k - 1 the number of differences
-    (Dunn, Multiple comparisons among means, JASA 1961): all intervals hold at once with 95 %, and so does that of whichever
-    finalist is chosen afterwards, on these very seeds.
+    s² being the residual variance, and m = k - 1 the number of differences (Dunn, Multiple comparisons among means, JASA 1961):
+    all intervals hold at once with 95 %, and so does that of whichever finalist is chosen on these very seeds.
     """
     uniform = next((m for t, m in zip(trials, metrics, strict=True) if t.origin == UNIFORM), None)
     table = np.array([list(m.values()) for m in metrics])
-    others, n_seeds = len(table) - 1, table.shape[1]
+    variance, others, n_seeds = 2.0 * residual_variance(table), len(table) - 1, table.shape[1]
     finalists = []
     for trial, mine in zip(trials, metrics, strict=True):
         difference = interval = None
         if uniform is not None and trial.origin != UNIFORM:
             difference = fmean(mine[seed] - uniform[seed] for seed in mine)
             freedom, confidence = others * (n_seeds - 1), 1.0 - (1.0 - CONFIDENCE) / others
-            variance = 2.0 * residual_variance(table)
-            _, *ends = t_interval(difference, variance, n_seeds, freedom=freedom, confidence=confidence)
-            interval = None if math.isnan(ends[0]) else (ends[0], ends[1])
+            _, low, high = t_interval(difference, variance, n_seeds, freedom=freedom, confidence=confidence)
+            interval = None if math.isnan(low) else (low, high)
         finalists.append(Finalist(trial=trial, metrics_by_seed=mine, difference=difference, interval=interval))
     return tuple(finalists)
 
@@ -219,9 +210,8 @@ def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tu
 def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = None) -> Finalist:
     """The finalist that trials and fresh seeds together value most.
 
-    A model to believe combines its posterior with the fresh seeds. Without one it is the simplest finalist within a standard
-    error of the best (uniform, then one-shot, then the rest): the one-standard-error rule (Breiman, Friedman, Olshen, Stone
-    1984, §3.4.3), with the pooled standard error of a paired difference, which is 0 with one seed.
+    A model to believe combines its posterior with the fresh seeds. Without one it is the simplest finalist (uniform, then
+    one-shot) within a standard error of the best (Breiman, Friedman, Olshen, Stone 1984, §3.4.3). With one seed that is 0.
     """
     metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
     means, n_seeds = metrics.mean(axis=1), metrics.shape[1]
@@ -256,18 +246,14 @@ def agreements(trials: Sequence[Trial], finalists: Sequence[Finalist], steps: in
     """
     from scipy.stats import kendalltau
 
-    trained = [t for t in trials if t.reused is None]
-    common = set.intersection(*(set(t.history) for t in trained)) if trained else set()
-    last, rates = max(common, default=0), {t.learning_rate for t in trained}
-
-    def less_rate_mean(values: Sequence[float]) -> list[float]:
-        by_rate = {r: fmean(v for t, v in zip(trained, values, strict=True) if t.learning_rate == r) for r in rates}
-        return [value - by_rate[t.learning_rate] for t, value in zip(trained, values, strict=True)]
-
-    pairs: list[tuple[int, int, bool, Sequence[float], Sequence[float]]] = []
-    for step in sorted({min(common, key=lambda s: abs(s - share * last)) for share in (0.25, 0.5) if common} - {last}):
-        early, late = less_rate_mean([t.history[step] for t in trained]), less_rate_mean([t.metric for t in trained])
-        pairs.append((step, last, False, early, late))
+    pairs = []
+    if trained := [t for t in trials if t.reused is None]:
+        table = pd.DataFrame([{**t.history, "end": t.metric} for t in trained]).dropna(axis=1)
+        table -= table.groupby([t.learning_rate for t in trained]).transform("mean")
+        common = set(trained[0].history).intersection(table)
+        last = max(common, default=0)
+        short = {min(common, key=lambda step: abs(step - share * last)) for share in (0.25, 0.5) if common} - {last}
+        pairs += [(step, last, False, table[step].tolist(), table["end"].tolist()) for step in sorted(short)]
     if steps < of_steps:
         pairs.append((steps, of_steps, True, [f.trial.metric for f in finalists], [f.metric for f in finalists]))
     return [

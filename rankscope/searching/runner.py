@@ -73,8 +73,8 @@ class SearchResult:
     @property
     def steps(self) -> int:
         """Optimizer steps that the search took in all, without those that a killed process lost."""
-        exploring: int = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
-        return exploring + self.confirming_runs * int(self.study.user_attrs[storage.STUDY_KEY]["training"]["steps"])
+        exploring = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
+        return int(exploring + self.confirming_runs * self.study.user_attrs[storage.STUDY_KEY]["training"]["steps"])
 
     @property
     def recommendation(self) -> confirmation.Finalist | None:
@@ -95,9 +95,8 @@ class SearchResult:
         """The best observed trial of one origin, as in `"uniform"`, or of any; SettingsError where there is none."""
         trials = [trial for trial in self.trials if origin in (None, trial.origin)]
         if not trials:
-            raise SettingsError(
-                f"study `{self.study.study_name}` must hold a completed trial, but holds none; run the search."
-            )
+            name = self.study.study_name
+            raise SettingsError(f"study `{name}` must hold a completed trial, but holds none; run the search.")
         return min(trials, key=lambda trial: (-trial.metric, trial.loss, trial.number))
 
     def to_frame(self) -> pd.DataFrame:
@@ -134,8 +133,7 @@ def search(
         task: Where model, data, loss and metric come from.
         budget: The limit in adapter parameters.
         profile: A profile of the task's model, whose spectra are tilted.
-        settings: How to search. `sampler`, `pruner` and `storage` may be Optuna's objects; without a storage the study is
-            kept in memory.
+        settings: How to search. `sampler`, `pruner` and `storage` may be Optuna's objects. No storage: memory.
         training: The full schedule.
         targets: The target modules; default: the profile's.
         min_rank: The least rank, for all modules or by name.
@@ -156,12 +154,11 @@ def search(
     >>> [trial.origin for trial in result.trials], [len(f.metrics_by_seed) for f in result.finalists]
     (['uniform', 'one-shot', 'sampler'], [1, 1, 1])
     """
-    settings, training = SearchSettings.of(settings, **overrides), training or TrainingSettings()
-    targets = tuple(targets or profile.targets)
+    settings, targets = SearchSettings.of(settings, **overrides), tuple(targets or profile.targets)
     profile.require(targets)
     space = make_space(profile, targets, budget, settings, RankLimits(min_rank, max_rank))
+    run = _Search(task, space, settings, training or TrainingSettings(), profile)
     on_progress = on_progress or (lambda stage, done, total: None)
-    run = _Search(task, space, settings, training, profile)
     run.explore(on_progress)
     return run.result(on_progress)
 
@@ -170,22 +167,16 @@ class _Search:
     """One process's work on a study: it asks for allocations, trains them, and tells Optuna what came out."""
 
     def __init__(
-        self,
-        task: Task,
-        space: HierarchicalSpace,
-        settings: SearchSettings,
-        training: TrainingSettings,
-        profile: Profile,
+        self, task: Task, space: HierarchicalSpace, settings: SearchSettings, full: TrainingSettings, profile: Profile
     ) -> None:
         """Opens the study, or resumes it if its trials are comparable."""
-        self.task, self.space, self.settings, self.full = task, space, settings, training
-        self.n_trials, self.n_confirming = confirmation.split_budget(
-            settings.n_trials, settings.confirm_fraction, settings.n_seeds
-        )
-        self.training = TrainingSettings.of(training, steps=max(1, round(settings.fidelity * training.steps)))
+        self.task, self.space, self.settings, self.full = task, space, settings, full
+        n_seeds, share = settings.n_seeds, settings.confirm_fraction
+        self.n_trials, self.n_confirming = confirmation.split_budget(settings.n_trials, share, n_seeds)
+        self.training = TrainingSettings.of(full, steps=max(1, round(settings.fidelity * full.steps)))
         pruner = make_pruner(settings.pruner, self.training)
         space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
-        rates, bounds = training.learning_rates, (space.limits.min_rank, space.limits.max_rank)
+        bounds = space.limits.min_rank, space.limits.max_rank
         lowest, highest = (digest(dict(bound)) if isinstance(bound, Mapping) else bound for bound in bounds)
         about = {
             "format": FORMAT,
@@ -193,10 +184,10 @@ class _Search:
             "metric": task.metric,
             "model": fingerprint_targets(space.targets),
             "budget": space.budget.limit,
-            "training": training.at(rates[0]).model_dump(),
+            "training": full.at(full.learning_rates[0]).model_dump(),
             "trial_steps": self.training.steps,
-            "learning_rates": list(rates),
-            "n_seeds": settings.n_seeds,
+            "learning_rates": list(full.learning_rates),
+            "n_seeds": n_seeds,
             "tilts": [tilt.name for tilt in space.tilts],
             "profile": {key: profile.metadata.get(key) for key in PROFILE_TERMS},
             "grouping": settings.grouping,
@@ -205,7 +196,7 @@ class _Search:
             "max_rank": highest,
         }
         self.study = storage.open_study(settings.study_name or task.name, settings.storage, about)
-        seed = (settings.seed or 0) + len(self.study.get_trials(deepcopy=False))
+        seed = (settings.seed or 0) + len(self._trials())
         self.study.sampler, self.study.pruner = make_sampler(settings.sampler, space, seed), pruner
         storage.fail_orphans(self.study)
 
@@ -215,20 +206,17 @@ class _Search:
         def run(n_trials: int) -> None:
             """Runs trials one by one. `optimize` asks and tells, and keeps up heartbeats where the storage has them."""
             for _ in range(n_trials):
-                if not self._waiting():
-                    self._queue({}, None)
+                if not self._trials(TrialState.WAITING):
+                    self._queue({})
                 self.study.optimize(self._evaluate, n_trials=1, catch=(TrainingError,))
-                done = len(self.study.get_trials(deepcopy=False))
-                on_progress("searching", done * self.settings.n_seeds, self.settings.n_trials)
+                on_progress("searching", len(self._trials()) * self.settings.n_seeds, self.settings.n_trials)
 
         for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):  # uniform alone: other trials are paired with it
             self._queue_start(origin, self.space.point(tau=tau))
-            run(min(self._waiting(), self._left()))
-        if not self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, *UNDER_WAY)):
-            raise TrainingError(
-                f"study `{self.study.study_name}` must have a trial that completes, but every one failed; "
-                "lower `learning_rate`."
-            )
+            run(min(len(self._trials(TrialState.WAITING)), self._left()))
+        if not self._trials(TrialState.COMPLETE, *UNDER_WAY):
+            what = f"study `{self.study.study_name}` must have a trial that completes"
+            raise TrainingError(f"{what}, but every one failed; lower `learning_rate`.")
         run(self._left() - 1)
         if self._left():
             self._queue_posterior_mean()
@@ -242,29 +230,25 @@ class _Search:
             validation = study.sampler.validate(study)
             belief = believable(model, validation)
         if validation is not None and not validation.trustworthy:
-            instead = "nothing but fresh seeds" if belief is None else "the profile alone"
-            logger.warning(
-                "the performance model does not beat the profile alone, so %s chooses: %s", instead, validation
-            )
+            chooser = "nothing but fresh seeds" if belief is None else "the profile alone"
+            warning = "the performance model does not beat the profile alone, so %s chooses: %s"
+            logger.warning(warning, chooser, validation)
         trials = storage.read_trials(study, targets)
         if not any(trial.origin == UNIFORM for trial in trials):
             logger.warning("uniform completed no trial: differences to it are not known")
-        chosen = confirmation.choose_finalists(trials, belief)
-        finalists, unconfirmed = confirmation.confirm(
-            study, self.task, chosen, self.full, self.n_confirming, partial(on_progress, "confirming")
-        )
+        chosen, on_run = confirmation.choose_finalists(trials, belief), partial(on_progress, "confirming")
+        finalists, unconfirmed = confirmation.confirm(study, self.task, chosen, self.full, self.n_confirming, on_run)
         if unconfirmed and self.settings.confirm_fraction:
             logger.warning("nothing is confirmed: %s", unconfirmed)
         return SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
 
     def _queue_start(self, origin: str, tilts: dict[str, float]) -> None:
         """Queues a start point at each rate at which it is neither finished nor under way."""
-        rates, trials = self.training.learning_rates, self.study.get_trials(deepcopy=False)
-        mine = [trial for trial in trials if trial.user_attrs.get("origin") == origin]
+        mine = [trial for trial in self._trials() if trial.user_attrs.get("origin") == origin]
         known = {trial.user_attrs["rate"] for trial in mine if _finished(trial) or trial.state in UNDER_WAY}
-        for rate in rates:
+        for rate in self.training.learning_rates:
             if rate not in known:
-                self._queue(tilts, rate if len(rates) > 1 else None, origin=origin, rate=rate)
+                self._queue(tilts | {LEARNING_RATE: rate}, origin=origin, rate=rate)
 
     def _queue_posterior_mean(self) -> None:
         """Queues the allocation that the performance model values most, if there is a model and it was not tried yet."""
@@ -272,33 +256,29 @@ class _Search:
         if isinstance(sampler, PerformanceModelSampler) and sampler.model(self.study) is not None:
             allocation, tilts, rate = sampler.best(self.study)
             if allocation not in [trial.allocation for trial in storage.read_trials(self.study, self.space.targets)]:
-                self._queue(tilts, rate, origin=POSTERIOR_MEAN, ranks=list(allocation.vector))
+                self._queue(tilts | {LEARNING_RATE: rate}, origin=POSTERIOR_MEAN, ranks=list(allocation.vector))
 
-    def _queue(self, tilts: dict[str, float], learning_rate: float | None, **attributes: Any) -> None:
+    def _queue(self, parameters: dict[str, Any], **attributes: Any) -> None:
         """Queues a trial, signed first, so that none ever runs unsigned. The sampler chooses what is not given."""
-        parameters = tilts | ({} if learning_rate is None else {LEARNING_RATE: learning_rate})
-        self.study.enqueue_trial(parameters, user_attrs={**attributes, **storage.worker()})
+        self.study.enqueue_trial(parameters, user_attrs={**attributes, storage.WORKER_KEY: storage.this_worker()})
 
-    def _waiting(self) -> int:
-        return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _left(self) -> int:
-        return max(0, self.n_trials - sum(map(_finished, self.study.get_trials(deepcopy=False))))
+        return max(0, self.n_trials - sum(map(_finished, self._trials())))
 
     def _evaluate(self, running: optuna.Trial) -> float:
         """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""
-        for key, value in storage.worker().items():  # a trial that waited may have been queued by another process
-            running.set_user_attr(key, value)
+        running.set_user_attr(storage.WORKER_KEY, storage.this_worker())  # another process may have queued it
         allocation, rates = suggest_allocation(running, self.space), self.training.learning_rates
         rate = rates[0] if len(rates) == 1 else float(running.suggest_categorical(LEARNING_RATE, list(rates)))
         origin = running.user_attrs.get("origin", SAMPLER)
         earlier = storage.read_trials(self.study, self.space.targets)
         same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
-            reused = same.number if same.reused is None else same.reused
-            trial = replace(
-                same, number=running.number, origin=origin, difference=None, wall_seconds=0.0, reused=reused
-            )
+            first, number = same.number if same.reused is None else same.reused, running.number
+            trial = replace(same, number=number, origin=origin, difference=None, wall_seconds=0.0, reused=first)
             for step, value in self.study.trials[same.number].intermediate_values.items():
                 running.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
@@ -307,30 +287,29 @@ class _Search:
         if uniform is not None and origin != UNIFORM:  # compare with uniform at its best learning rate
             mine, theirs = trial.metrics_by_seed, uniform.metrics_by_seed
             trial = replace(trial, difference=fmean(mine[seed] - theirs[seed] for seed in mine))
-        storage.store_trial(running, trial)
+        row = {key: value for key, value in trial.to_row().items() if key != storage.RANKS_KEY}
+        running.set_user_attr(storage.TRIAL_KEY, row)
         return trial.metric
 
     def _train(self, running: optuna.Trial, origin: str, allocation: RankAllocation, rate: float) -> storage.Trial:
         """One training a seed; pruned on the first one's way, or between seeds where the pruner compares those."""
         metric, by_seed = self.task.metric, isinstance(self.study.pruner, optuna.pruners.WilcoxonPruner)
         last = self.settings.n_seeds if by_seed else self.training.steps
-        steps: list[int] = []
-        results: list[TrainingResult] = []
+        schedule, steps, results = self.training.at(rate), list[int](), list[TrainingResult]()
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
             running.report(metrics[metric], step)
             if origin == SAMPLER and step < last and running.should_prune():
                 raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
 
-        schedule, on_step = self.training.at(rate), steps.append
         try:
             for seed in range(self.settings.n_seeds):
                 watch = None if by_seed or seed else report
-                # No name for the model: it would live through the next seed's training.
-                result = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=on_step)[1]
-                results.append(result)
+                trained = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=steps.append)
+                results.append(trained[1])
+                del trained  # its model would live through the next seed's training
                 if by_seed:
-                    report(seed + 1, result.metrics)
+                    report(seed + 1, results[-1].metrics)
         except (TrainingError, optuna.TrialPruned) as error:
             if isinstance(error, TrainingError):
                 running.set_user_attr("failure", str(error))

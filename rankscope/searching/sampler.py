@@ -7,11 +7,10 @@ solves it exactly, by water-filling. The tilts in Optuna's records then only sum
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from threading import RLock
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -24,15 +23,13 @@ from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError
-from rankscope.files import require_same
 from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
 from rankscope.searching.confirmation import residual_variance
 from rankscope.searching.space import HierarchicalSpace
-from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, STUDY_KEY, TRIAL_KEY
+from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.settings import TrainingSettings
-from rankscope.targets import fingerprint_targets
 
-T = TypeVar("T")
+Trials = Sequence[FrozenTrial]
 
 START_TRIALS = 8  # with a metric, before the model proposes
 DRAWS = 10  # until one is an allocation that was not tried yet
@@ -50,20 +47,15 @@ class Proposal(NamedTuple):
 class PerformanceModelSampler(BaseSampler):
     """Proposes allocations, in any study whose objective calls `suggest_allocation`.
 
-    Threads may share it. A pruned trial counts by its last intermediate value, with less weight; failed trials, and trials whose
-    ranks are not of these modules, do not count. Where tilts are fixed from outside, as by Optuna's `PartialFixedSampler`, the
-    allocation is that of the tilts. The first eight trials with a metric are drawn around one-shot, on the tilts; the space's
-    gains carry the model's prior. Copies and pickles learn again from the study.
+    The first eight trials with a metric are drawn around one-shot, on the tilts; the space's gains carry the model's prior. A
+    pruned trial counts by its last intermediate value, with less weight; failed and foreign trials do not count. Where tilts are
+    fixed from outside, as by `PartialFixedSampler`, the allocation is that of the tilts. Threads may share a sampler.
 
-    >>> from rankscope.budget import ParameterBudget
-    >>> from rankscope.targets import TargetModule
-    >>> targets = tuple(TargetModule(name=f"h.{i}.fc1", in_features=8, out_features=8, block=i) for i in range(4))
-    >>> space = HierarchicalSpace(
-    ...     targets=targets,
-    ...     gains={t.name: np.ones(8) / np.arange(1, 9) for t in targets},
-    ...     budget=ParameterBudget.uniform(targets, 2),
-    ...     groups={t.name: f"model/{t.block // 2}" for t in targets},
-    ... )
+    >>> import rankscope as rs
+    >>> targets = tuple(rs.TargetModule(name=f"h.{i}.fc1", in_features=8, out_features=8, block=i) for i in range(4))
+    >>> gains, groups = {t.name: 1.0 / np.arange(1, 9) for t in targets}, {t.name: f"model/{t.block // 2}" for t in targets}
+    >>> budget = rs.ParameterBudget.uniform(targets, 2)
+    >>> space = HierarchicalSpace(targets=targets, gains=gains, budget=budget, groups=groups)
     >>> study = optuna.create_study(direction="maximize", sampler=PerformanceModelSampler(space, seed=0))
     >>> study.optimize(lambda trial: suggest_allocation(trial, space).vector[3], n_trials=15)
     >>> sum(study.trials[-1].user_attrs["ranks"]), study.trials[-1].user_attrs["ranks"][3] > 2
@@ -88,9 +80,8 @@ class PerformanceModelSampler(BaseSampler):
 
     def reseed_rng(self) -> None:
         """Draw from a new seed."""
-        with self._lock:
-            self._rng = np.random.default_rng()
-            self._independent.reseed_rng()
+        self._rng = np.random.default_rng()
+        self._independent.reseed_rng()
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The tilts."""
@@ -104,17 +95,16 @@ class PerformanceModelSampler(BaseSampler):
         ours = self.infer_relative_search_space(study, trial)
         if RANKS_KEY in trial.user_attrs or set(ours) & set(trial.system_attrs.get("fixed_params", {})):
             return {}
+        mine = [name for name, distribution in search_space.items() if ours.get(name) == distribution]
         found: dict[str, Any] = {}
-        if mine := [name for name, distribution in search_space.items() if ours.get(name) == distribution]:
+        if mine:
             allocation, tilts, rate = self.propose(study)
             found = {name: tilts[name] for name in mine}
             if len(mine) == len(ours):  # else ranks of the full space would not keep to what is fixed
                 stored = {"ranks": list(allocation.vector), "learning_rate": rate}
                 study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, stored)
-        for name, distribution in search_space.items():
-            if name not in mine:
-                found[name] = self._independent.sample_independent(study, trial, name, distribution)
-        return found
+        others = {name: each for name, each in search_space.items() if name not in mine}
+        return found | {name: self._independent.sample_independent(study, trial, name, others[name]) for name in others}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -148,10 +138,8 @@ class PerformanceModelSampler(BaseSampler):
         with self._lock:
             model = self.believed(study) or self._model
             if not self._seen:
-                raise SettingsError(
-                    f"study `{study.study_name}` must hold at least 2 trials with ranks of these modules and a metric, but "
-                    "holds fewer; run more trials."
-                )
+                what = "at least 2 trials with ranks of these modules and a metric"
+                raise SettingsError(f"study `{study.study_name}` must hold {what}, but holds fewer; run more trials.")
             best = self._one_shot if self._model.constant else self._solve(model.utilities())
             return Proposal(best, self._tilts_of(best), self._model.best_condition)
 
@@ -182,16 +170,12 @@ class PerformanceModelSampler(BaseSampler):
 
     def _tilts_of(self, allocation: RankAllocation) -> dict[str, float]:
         """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
-        least = min(target.rank_cost for target in self.space.targets)
-        mine, theirs = Counter[str](), Counter[str]()
-        for target, rank, one_shot in zip(self.space.targets, allocation.vector, self._one_shot.vector, strict=True):
-            for name in (f"group/{self.space.groups[target.name]}", f"role/{target.role}"):
-                mine[name] += rank * target.rank_cost
-                theirs[name] += one_shot * target.rank_cost
-        tilts = self.space.point(tau=1.0)
+        targets, tilts = self.space.targets, self.space.point(tau=1.0)
+        costs = np.array([target.rank_cost for target in targets])
         for name, low, high in self.space.tilts[1:]:
-            offset = math.log((mine[name] + least) / (theirs[name] + least))
-            tilts[name] = float(np.clip(offset, low, high))
+            inside = costs * [name in (f"group/{self.space.groups[t.name]}", f"role/{t.role}") for t in targets]
+            mine, one_shots = (inside @ each.vector + costs.min() for each in (allocation, self._one_shot))
+            tilts[name] = float(np.clip(math.log(mine / one_shots), low, high))
         return tilts
 
     def _solve(self, gains: Mapping[str, np.ndarray[Any, Any]]) -> RankAllocation:
@@ -211,9 +195,7 @@ class PerformanceModelSampler(BaseSampler):
             self._seen |= dict(zip(numbers, map(tuple, observed["ranks"]), strict=True))
             self._model.update(**observed)
 
-    def _observations(
-        self, study: optuna.Study, trials: Sequence[FrozenTrial], complete: Sequence[FrozenTrial]
-    ) -> tuple[list[int], dict[str, Any]]:
+    def _observations(self, study: optuna.Study, trials: Trials, complete: Trials) -> tuple[list[int], dict[str, Any]]:
         """The numbers of trials that tell something, and these as `PerformanceModel.update` takes them."""
         by_seed = isinstance(study.pruner, WilcoxonPruner)  # intermediate values are those of seeds
         sign = 1.0 if study.direction == StudyDirection.MAXIMIZE else -1.0
@@ -228,26 +210,24 @@ class PerformanceModelSampler(BaseSampler):
     def _measured(self, study: optuna.Study) -> tuple[list[FrozenTrial], list[FrozenTrial]]:
         """Complete trials of these modules that are no copies of equal ones, and pruned trials of these modules."""
         self._raise_error_if_multi_objective(study)
+        found: dict[TrialState, list[FrozenTrial]] = {TrialState.COMPLETE: [], TrialState.PRUNED: []}
+        for trial in study.get_trials(deepcopy=False, states=tuple(found)):
+            copied = trial.user_attrs.get(TRIAL_KEY, {}).get("reused") is not None
+            if self._fits(trial.user_attrs.get(RANKS_KEY)) and not copied and math.isfinite(trial.value or 0.0):
+                found[trial.state].append(trial)
+        return found[TrialState.COMPLETE], found[TrialState.PRUNED]
+
+    def _fits(self, ranks: Any) -> bool:
         full = [target.full_rank for target in self.space.targets]
-
-        def fits(ranks: Any) -> bool:
-            good = isinstance(ranks, list | tuple) and len(ranks) == len(full)
-            return good and all(isinstance(r, int) and 0 <= r <= most for r, most in zip(ranks, full, strict=True))
-
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        ours = [trial for trial in trials if fits(trial.user_attrs.get(RANKS_KEY))]
-        complete = [t for t in ours if t.state == TrialState.COMPLETE and math.isfinite(float(t.value or 0.0))]
-        own = [t for t in complete if t.user_attrs.get(TRIAL_KEY, {}).get("reused") is None]
-        return own, [t for t in ours if t.state == TrialState.PRUNED]
+        good = isinstance(ranks, list | tuple) and len(ranks) == len(full)
+        return good and all(isinstance(r, int) and 0 <= r <= most for r, most in zip(ranks, full, strict=True))
 
 
 def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) -> RankAllocation:
-    """The allocation of a trial under any sampler; stores the realised ranks as the trial's attribute `ranks`.
+    """The allocation of a trial under any sampler; a finished trial gives its own again.
 
-    A finished trial gives its own allocation again.
-
-    Raises:
-        SettingsError: The trial was queued with ranks above the budget or of other modules, or with something else.
+    Stores the ranks as the trial's attribute `ranks`. SettingsError where a trial was queued with ranks that are above the budget
+    or of other modules.
     """
     tilts = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in space.tilts}
     ranks = trial.user_attrs.get(RANKS_KEY)
@@ -255,14 +235,13 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
         ranks = trial.storage.get_trial_system_attrs(trial._trial_id).get(PROPOSAL_KEY, {}).get("ranks")
     if ranks is None:
         allocation = space.allocation(tilts)
-    elif isinstance(ranks, list | tuple):
-        allocation = RankAllocation(space.targets, tuple(ranks), budget=space.budget.limit)
     else:
-        raise SettingsError(f"the trial's attribute `{RANKS_KEY}` must list a rank for each module, but is {ranks!r}.")
+        vector = tuple(ranks) if isinstance(ranks, list | tuple) else (ranks,)
+        allocation = RankAllocation(space.targets, vector, budget=space.budget.limit)
     if allocation.parameters > space.budget.limit:
+        within = f"the budget of {space.budget.limit:,} parameters"
         raise SettingsError(
-            f"the trial's ranks must keep within the budget of {space.budget.limit:,} parameters, but take "
-            f"{allocation.parameters:,}; queue lower ones."
+            f"the trial's ranks must keep within {within}, but take {allocation.parameters:,}; queue lower ones."
         )
     trial.set_user_attr(RANKS_KEY, list(allocation.vector))
     return allocation
@@ -271,9 +250,8 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
 def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: bool) -> tuple[float, float] | None:
     """A trial's final metric, and how many training runs it counts as; None where it tells nothing.
 
-    A pruned trial is expected to gain from where it was seen last (or from its seeds, if intermediate values are `by_seed`) what
-    the complete trials at its learning rate gained on average. It counts as the share of the run that it was given, or as its
-    seeds.
+    A pruned trial is expected to gain, from where it was seen last (`by_seed`: from its seeds), what complete trials at its rate
+    gained on average. It counts as the share of the run that it was given, or as its seeds.
     """
     if trial.state == TrialState.COMPLETE and trial.value is not None:
         return trial.value, float(max(1, len(_seeds(trial))))
@@ -293,32 +271,21 @@ def observe(trial: FrozenTrial, complete: Sequence[FrozenTrial], *, by_seed: boo
     return (value, float(runs)) if math.isfinite(value) and runs > 0 else None
 
 
-def belief_of(study: optuna.Study, space: HierarchicalSpace) -> PerformanceModel | None:
-    """What an earlier search believes of a space; SettingsError where it was of other modules or another budget."""
-    ours = {"model": fingerprint_targets(space.targets), "budget": space.budget.limit}
-    require_same(
-        {key: study.user_attrs[STUDY_KEY][key] for key in ours}, ours, what=f"study `{study.study_name}`",
-        remedy="search again, or use another output folder.", holds="its trials are", error=SettingsError,
-    )  # fmt: skip
-    return PerformanceModelSampler(space).believed(study)
-
-
 def make_sampler(sampler: str | BaseSampler, space: HierarchicalSpace, seed: int) -> BaseSampler:
     """The sampler of a name; a sampler object is passed through."""
-    if isinstance(sampler, BaseSampler):
-        return sampler
     known: dict[str, Callable[[], BaseSampler]] = {
         "performance-model": lambda: PerformanceModelSampler(space, seed=seed),
         "tpe": lambda: TPESampler(seed=seed, multivariate=True),
         "random": lambda: RandomSampler(seed=seed),
     }
-    return _known("sampler", sampler, known)()
+    made: BaseSampler = _made("sampler", sampler, BaseSampler, known)
+    return made
 
 
 def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePruner:
     """The pruner of a name; a pruner object is passed through. SettingsError where trials give it nothing to judge by."""
     known = {"none": NopPruner, "median": MedianPruner, "hyperband": HyperbandPruner}
-    made = pruner if isinstance(pruner, BasePruner) else _known("pruner", pruner, known)()
+    made: BasePruner = _made("pruner", pruner, BasePruner, known)
     nothing = training.evaluate_every is None or training.evaluate_every >= training.steps
     if nothing and not isinstance(made, NopPruner | WilcoxonPruner):
         raise SettingsError(
@@ -328,10 +295,10 @@ def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePru
     return made
 
 
-def _known(what: str, value: str, known: Mapping[str, T]) -> T:
-    if value not in known:
+def _made(what: str, value: Any, base: Any, known: Mapping[str, Callable[[], Any]]) -> Any:
+    if not isinstance(value, base) and value not in known:
         raise SettingsError(f"`{what}` must be one of {', '.join(known)} or an Optuna {what}, but got {value!r}.")
-    return known[value]
+    return value if isinstance(value, base) else known[value]()
 
 
 def _seeds(trial: FrozenTrial) -> list[float]:

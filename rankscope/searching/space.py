@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -54,10 +54,9 @@ class HierarchicalSpace:
         if not self.targets:
             raise SettingsError("`targets` must hold at least one target module, but is empty; find others.")
         for name in (target.name for target in self.targets):
-            if name not in self.groups:
-                raise SettingsError(f"`groups` must name a group for every target module, but lacks `{name}`.")
-            if name not in self.gains:
-                raise SettingsError(f"`gains` must hold every target module, but lacks `{name}`; profile it too.")
+            for what, known in (("groups", self.groups), ("gains", self.gains)):
+                if name not in known:
+                    raise SettingsError(f"`{what}` must hold every target module, but lacks `{name}`; add it.")
             gains = np.asarray(self.gains[name], dtype=np.float64)
             if not (np.isfinite(gains) & (gains >= 0)).all():
                 raise SettingsError(f"`gains` of `{name}` must be finite and not negative; take the profile again.")
@@ -77,10 +76,9 @@ class HierarchicalSpace:
     def allocation(self, point: Mapping[str, float]) -> RankAllocation:
         """The allocation at a point; SettingsError where it lacks a finite number, all gains are zero, or nothing is feasible."""
         for name, _, _ in self.tilts:
-            if name not in point:
-                raise SettingsError(f"`point` must give every tilt a value, but lacks {name!r}.")
-            if not (isinstance(point[name], Real) and math.isfinite(point[name])):
-                raise SettingsError(f"`point` must hold finite numbers, but {name!r} is {point[name]!r}.")
+            value: Any = point.get(name)
+            if not (isinstance(value, Real) and math.isfinite(value)):
+                raise SettingsError(f"`point` must hold a finite number for each tilt, but {name!r} is {value!r}.")
         # Gradients may be tiny, and their powers must not underflow.
         scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets) or 1.0
         tau, tilted = point["tau"], {}
@@ -122,8 +120,6 @@ def group_by_depth(targets: Sequence[TargetModule], n_groups: int = 3) -> dict[s
     >>> list(group_by_depth(targets).values())
     ['model/0', 'model/0', 'model/1', 'model/1', 'model/2', 'model/2']
     """
-    if n_groups != int(n_groups) or n_groups < 1:
-        raise SettingsError(f"`n_groups` must be a whole number of at least 1, but got {n_groups!r}.")
     groups = {}
     for target in targets:
         blocks = sorted({t.block for t in targets if t.tower == target.tower and t.block is not None})
@@ -142,22 +138,14 @@ def group_by_gradient(
     from sklearn.cluster import KMeans
 
     groups = group_by_depth(targets, n_groups)
-    for target in targets:
-        if not 0 <= energies.get(target.name, math.nan) < math.inf:
-            raise SettingsError(
-                f"`energies` must hold a finite number from 0 on for every target module, but `{target.name}` has "
-                f"{energies.get(target.name)}; take the profile again."
-            )
-    for tower in sorted({t.tower for t in targets}):
-        members = [t for t in targets if t.tower == tower and t.block is not None]
-        if len({t.block for t in members}) < 2:
-            continue
+    inside = [t for t in targets if t.block is not None]
+    for tower in {t.tower for t in inside}:
+        members = [t for t in inside if t.tower == tower]
         floor = max(energies[t.name] for t in members) * 1e-12 or 1.0
-        cells = [{"block": t.block, "role": t.role, "log": np.log(max(energies[t.name], floor))} for t in members]
-        table = pd.DataFrame(cells).pivot_table("log", "block", "role", aggfunc="last", fill_value=np.log(floor))
-        features = table.to_numpy()
-        labels = KMeans(min(n_groups, len(table)), n_init=10, random_state=0).fit_predict(features)
-        by_energy = np.argsort(np.argsort([features[labels == label].mean() for label in range(labels.max() + 1)]))
-        of_block = dict(zip(table.index, by_energy[labels], strict=True))
+        logs = pd.Series({(t.block, t.role): np.log(max(energies[t.name], floor)) for t in members})
+        features = logs.unstack(fill_value=np.log(floor))
+        labels = KMeans(min(n_groups, len(features)), n_init=10, random_state=0).fit_predict(features.to_numpy())
+        places = features.mean(axis=1).groupby(labels).mean().rank(method="first").astype(int) - 1
+        of_block = dict(zip(features.index, places[labels], strict=True))
         groups |= {t.name: f"{tower}/{of_block[t.block]}" for t in members}
     return groups

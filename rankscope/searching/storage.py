@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rankscope.files import require_same
 from rankscope.targets import TargetModule
 
 STUDY_KEY = "rankscope"  # study attribute: what the search is about
-TRIAL_KEY = "rankscope"  # trial attribute: `Trial.to_row` without number and ranks
+TRIAL_KEY = "rankscope"  # trial attribute: `Trial.to_row` without the ranks
 RANKS_KEY = "ranks"  # trial attribute: ranks in the order of the targets
 STEPS_KEY = "steps"  # trial attribute: optimizer steps taken over all seeds, however the trial ended
 WORKER_KEY = "worker"  # trial attribute: the process that runs it
@@ -46,7 +47,7 @@ class Trial:
 
     @property
     def proposed(self) -> bool:
-        """Whether the search proposed it; start points it only compares with."""
+        """Whether the search proposed it; start points are only compared with."""
         return self.origin not in (UNIFORM, ONE_SHOT)
 
     def to_row(self) -> dict[str, Any]:
@@ -65,12 +66,6 @@ class Trial:
         return cls(**{**known, "number": row["trial"], "allocation": allocation, "history": history})
 
 
-def store_trial(running: optuna.Trial, trial: Trial) -> None:
-    """Keep a trial's row in the attributes of Optuna's trial, which has number and ranks already."""
-    row = trial.to_row()
-    running.set_user_attr(TRIAL_KEY, {key: row[key] for key in row if key not in ("trial", "ranks", "fingerprint")})
-
-
 def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_foreign: bool = False) -> list[Trial]:
     """The completed trials, in order; SettingsError for one that rankscope did not make, unless those are skipped."""
     trials = []
@@ -78,9 +73,8 @@ def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_
         if (stored := frozen.user_attrs.get(TRIAL_KEY)) is not None:
             trials.append(Trial.from_row({**frozen.user_attrs, **stored, "trial": frozen.number}, targets))
         elif not skip_foreign:
-            raise SettingsError(
-                f"the study must hold trials of rankscope only, but trial {frozen.number} is foreign; use another study name."
-            )
+            what = "the study must hold trials of rankscope only"
+            raise SettingsError(f"{what}, but trial {frozen.number} is foreign; use another study name.")
     return trials
 
 
@@ -91,10 +85,8 @@ def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, abo
     with _openable(storage):
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     what, remedy = f"study `{name}`", "use another study name or storage."
-    if STUDY_KEY in study.user_attrs:
-        require_same(
-            study.user_attrs[STUDY_KEY], about, what=what, remedy=remedy, holds="its trials are", error=SettingsError
-        )
+    if kept := study.user_attrs.get(STUDY_KEY):
+        require_same(kept, about, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
     elif study.get_trials(deepcopy=False):
         raise SettingsError(f"{what} must be rankscope's, but holds foreign trials; {remedy}")
     else:
@@ -105,44 +97,38 @@ def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, abo
 def load_study(name: str, url: str) -> optuna.Study:
     """The study of an earlier search; SettingsError where there is none of this name, or rankscope did not make it."""
     if (file := _sqlite_file(url)) and not file.exists():
-        raise SettingsError(
-            f"`storage` must hold an earlier search, but there is no file `{file}`; run `rankscope search` first."
-        )
+        what = "`storage` must hold an earlier search"
+        raise SettingsError(f"{what}, but there is no file `{file}`; run `rankscope search` first.")
     with _openable(url):
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
         known = optuna.get_all_study_names(storage)
     if name not in known:
-        raise SettingsError(
-            f"`storage` must hold a search of study `{name}`, but its studies are: {', '.join(known) or 'none'}; "
-            "run `rankscope search` first."
-        )
+        what, held = f"`storage` must hold a search of study `{name}`", ", ".join(known) or "none"
+        raise SettingsError(f"{what}, but its studies are: {held}; run `rankscope search` first.")
     study = optuna.load_study(study_name=name, storage=storage)
     if STUDY_KEY not in study.user_attrs:
         raise SettingsError(f"study `{name}` must be rankscope's, but is foreign; use another study name or storage.")
     return study
 
 
-def worker() -> dict[str, Any]:
-    """The trial attribute that names the process which runs the trial, for `fail_orphans`."""
-    return {WORKER_KEY: {"host": socket.gethostname(), "pid": os.getpid()}}
+def this_worker() -> dict[str, Any]:
+    """What names this process, for `fail_orphans`."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def fail_orphans(study: optuna.Study) -> None:
-    """Fail running trials whose process is gone: by its id on this machine, by Optuna's heartbeats where the storage has them."""
+    """Fail running trials whose process is gone: by its id on this machine, or by heartbeats where the storage has them."""
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         runs_on = trial.user_attrs.get(WORKER_KEY, {})
-        if runs_on.get("host") == socket.gethostname() and not _alive(runs_on["pid"]):
-            study.tell(trial.number, state=TrialState.FAIL)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # another user's process cannot be signalled
-    return True
+        if runs_on.get("host") == socket.gethostname():
+            try:
+                os.kill(runs_on["pid"], 0)
+            except ProcessLookupError:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except PermissionError:
+                pass  # it lives, as another user's
 
 
 def _sqlite_file(storage: object) -> Path | None:
@@ -155,16 +141,12 @@ def _sqlite_file(storage: object) -> Path | None:
 @contextmanager
 def _openable(storage: object) -> Iterator[None]:
     """Says in one line, without the password, why Optuna cannot open a storage."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (ValueError, RuntimeError, optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-        shown = storage
-        with suppress(ArgumentError):
-            shown = make_url(storage).render_as_string(hide_password=True) if isinstance(storage, str) else storage
+        shown = re.sub(r"(//[^/:@]*:).*@", r"\1***@", repr(storage))
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingsError(
-            f"`storage` must be a database that Optuna can open, but {shown!r} is not: {reason}"
-        ) from None
+        message = f"`storage` must be a database that Optuna can open, but {shown} is not: {reason}"
+        raise SettingsError(message) from None

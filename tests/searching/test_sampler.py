@@ -429,7 +429,7 @@ def test_a_finished_or_fixed_trial_gives_its_allocation_again() -> None:
     [
         ([9] * 12, SettingsError,
          "the trial's ranks must keep within the budget of 1,536 parameters, but take 3,456; queue lower ones."),
-        (7, SettingsError, "the trial's attribute `ranks` must list a rank for each module, but is 7."),
+        (7, SettingsError, "`vector` must hold one rank for each of the 12 targets, but holds 1."),
         ([1] * 5, SettingsError, "`vector` must hold one rank for each of the 12 targets, but holds 5."),
     ],
 )  # fmt: skip

@@ -92,10 +92,12 @@ def test_every_point_is_feasible_and_tight(data: st.DataObject, limit: int) -> N
 
 def test_mistakes_are_named() -> None:
     found = space(6_912)
-    with pytest.raises(SettingsError, match=r"^`point` must give every tilt a value, but lacks 'tau'\.$"):
+    with pytest.raises(SettingsError, match=r"^`point` must hold a finite number for each tilt, but 'tau' is None\.$"):
         found.allocation({})
     partly = {name: value for name, value in found.point(tau=1.0).items() if name != "role/fc2"}
-    with pytest.raises(SettingsError, match=r"^`point` must give every tilt a value, but lacks 'role/fc2'\.$"):
+    with pytest.raises(
+        SettingsError, match=r"^`point` must hold a finite number for each tilt, but 'role/fc2' is None\.$"
+    ):
         found.allocation(partly)
     zero = HierarchicalSpace(
         targets=VIT, gains={t.name: np.zeros(3) for t in VIT}, budget=found.budget, groups=found.groups
@@ -125,8 +127,6 @@ def test_groups_by_depth_within_towers_and_outside_blocks() -> None:
     assert list(group_by_depth(targets, 2).values()) == [
         "vision/0", "vision/1", "projector/-", "language/0", "language/0", "language/1", "language/1",
     ]  # fmt: skip
-    with pytest.raises(SettingsError, match=r"^`n_groups` must be a whole number of at least 1, but got 0\.$"):
-        group_by_depth(targets, 0)
 
 
 GOOD = {t.name: 1.0 / np.arange(1, 9) for t in VIT}
@@ -136,8 +136,8 @@ GOOD = {t.name: 1.0 / np.arange(1, 9) for t in VIT}
     ("change", "message"),
     [
         ({"targets": ()}, "`targets` must hold at least one target module, but is empty; find others."),
-        ({"groups": {}}, f"`groups` must name a group for every target module, but lacks `{VIT[0].name}`."),
-        ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`; profile it too."),
+        ({"groups": {}}, f"`groups` must hold every target module, but lacks `{VIT[0].name}`; add it."),
+        ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`; add it."),
         *(
             ({"gains": GOOD | {VIT[1].name: np.array([1.0, wrong])}},
              f"`gains` of `{VIT[1].name}` must be finite and not negative; take the profile again.")
@@ -157,7 +157,7 @@ def test_a_point_holds_finite_numbers(value: object) -> None:
     space = rs.HierarchicalSpace(
         targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=group_by_depth(VIT)
     )
-    message = f"`point` must hold finite numbers, but 'tau' is {value!r}."
+    message = f"`point` must hold a finite number for each tilt, but 'tau' is {value!r}."
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         space.allocation(space.point(tau=1.0) | {"tau": value})
 
@@ -166,16 +166,3 @@ def test_a_group_without_modules_is_no_dimension() -> None:
     groups = {**group_by_depth(VIT), "elsewhere": "model/9"}
     space = rs.HierarchicalSpace(targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=groups)
     assert "group/model/9" not in {tilt.name for tilt in space.tilts}
-
-
-@pytest.mark.parametrize("energy", [np.nan, -1.0, np.inf, None])
-def test_energies_are_checked_before_they_are_grouped(energy: float | None) -> None:
-    energies = dict.fromkeys([t.name for t in VIT], 1.0) | {VIT[0].name: energy}
-    if energy is None:
-        del energies[VIT[0].name]
-    message = (
-        f"`energies` must hold a finite number from 0 on for every target module, but `{VIT[0].name}` has {energy}; "
-        "take the profile again."
-    )
-    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        group_by_gradient(VIT, energies)

@@ -29,6 +29,7 @@ FIRST_SEED = 500  # trials train on seeds 0, 1, …
 N_SAMPLED = 3  # finalists beside uniform and one-shot
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 3  # with two, the t interval is 4.5 times as wide as with three: it says nothing
+OnRun = Callable[[int, int], None]  # runs done and runs in all
 MIN_TRIALS = 5  # with fewer, a rank correlation says nothing
 
 
@@ -68,11 +69,9 @@ def t_interval(mean: float, variance: float, n: int, *, freedom: int, confidence
 def residual_variance(metrics: ArrayLike) -> float:
     """Variance of one measurement that rows (allocations) and columns (seeds) leave unexplained; 0 with fewer than two."""
     table = np.asarray(metrics, dtype=np.float64)
-    n, n_seeds = table.shape
-    if n < 2 or n_seeds < 2:
-        return 0.0
+    freedom = math.prod(length - 1 for length in table.shape)
     residuals = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
-    return float(np.square(residuals).sum() / ((n - 1) * (n_seeds - 1)))
+    return float(np.square(residuals).sum() / freedom) if freedom > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +97,12 @@ def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tu
     """
     if n_trials < n_seeds:
         raise SettingsError(f"`n_trials` must cover one trial of {n_seeds} seeds, but got {n_trials}; raise it.")
-
-    def whole_seeds(confirming: int) -> bool:
-        finalists = min(2 + N_SAMPLED, (n_trials - confirming) // n_seeds)
-        return finalists > 1 and confirming % finalists == 0
-
-    share = math.floor(confirm_fraction * n_trials + 1e-9)
-    confirming = next(filter(whole_seeds, range(share, 0, -1)), 0)
-    return (n_trials - confirming) // n_seeds, confirming
+    for confirming in range(math.floor(confirm_fraction * n_trials + 1e-9), 0, -1):
+        exploring = (n_trials - confirming) // n_seeds
+        n_finalists = min(2 + N_SAMPLED, exploring)
+        if n_finalists > 1 and confirming % n_finalists == 0:
+            return exploring, confirming
+    return n_trials // n_seeds, 0
 
 
 def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = None) -> list[Trial]:
@@ -125,12 +122,7 @@ def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = 
 
 
 def confirm(
-    study: optuna.Study,
-    task: Task,
-    finalists: Sequence[Trial],
-    training: TrainingSettings,
-    n_runs: int,
-    on_run: Callable[[int, int], None],
+    study: optuna.Study, task: Task, finalists: Sequence[Trial], training: TrainingSettings, n_runs: int, on_run: OnRun
 ) -> tuple[tuple[Finalist, ...], str | None]:
     """Train the finalists on fresh seeds, the same for each; returns them, and why there are none.
 

@@ -23,7 +23,7 @@ from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError
-from rankscope.performance import PerformanceModel, Validation, believable, rank_features, validate
+from rankscope.performance import PerformanceModel, Validation, believable, validate
 from rankscope.searching.confirmation import residual_variance
 from rankscope.searching.space import HierarchicalSpace
 from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
@@ -64,10 +64,9 @@ class PerformanceModelSampler(BaseSampler):
 
     def __init__(self, space: HierarchicalSpace, *, seed: int | None = None) -> None:
         self.space = space
-        features = rank_features(space.targets, space.budget, gains=space.gains, groups=space.groups)
         self._rng, self._independent = np.random.default_rng(seed), RandomSampler(seed)
         self._one_shot = space.allocation(space.point(tau=1.0))
-        self._model, self._seen = PerformanceModel(features), dict[int, tuple[int, ...]]()
+        self._model, self._seen = PerformanceModel(space.features), dict[int, tuple[int, ...]]()
         self._learned_from: tuple[Any, int] | None = None  # storage and study
         self._lock = RLock()
 

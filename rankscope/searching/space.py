@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
 from rankscope.errors import SettingsError
+from rankscope.performance import RankFeatures, rank_features
 from rankscope.profiling import Profile
 from rankscope.settings import SearchSettings
 from rankscope.targets import TargetModule
@@ -49,17 +50,11 @@ class HierarchicalSpace:
     budget: ParameterBudget
     groups: Mapping[str, str]  # by module: its block group, as in `model/0`
     limits: RankLimits = NO_LIMITS
+    features: RankFeatures = field(init=False)  # for the performance model
 
     def __post_init__(self) -> None:
-        if not self.targets:
-            raise SettingsError("`targets` must hold at least one target module, but is empty; find others.")
-        for name in (target.name for target in self.targets):
-            for what, known in (("groups", self.groups), ("gains", self.gains)):
-                if name not in known:
-                    raise SettingsError(f"`{what}` must hold every target module, but lacks `{name}`; add it.")
-            gains = np.asarray(self.gains[name], dtype=np.float64)
-            if not (np.isfinite(gains) & (gains >= 0)).all():
-                raise SettingsError(f"`gains` of `{name}` must be finite and not negative; take the profile again.")
+        features = rank_features(self.targets, self.budget, gains=self.gains, groups=self.groups)
+        object.__setattr__(self, "features", features)
 
     @property
     def tilts(self) -> tuple[Tilt, ...]:
@@ -128,9 +123,7 @@ def group_by_depth(targets: Sequence[TargetModule], n_groups: int = 3) -> dict[s
     return groups
 
 
-def group_by_gradient(
-    targets: Sequence[TargetModule], energies: Mapping[str, float], n_groups: int = 3
-) -> dict[str, str]:
+def group_by_gradient(targets: Sequence[TargetModule], energies: Mapping[str, float], n_groups: int) -> dict[str, str]:
     """Block groups by k-means over the blocks' gradients, within each tower: HyDRA's coarse stage.
 
     A block is described by the log energy (squared gradient norm) of each of its roles; group 0 has the least.

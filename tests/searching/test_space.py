@@ -136,8 +136,8 @@ GOOD = {t.name: 1.0 / np.arange(1, 9) for t in VIT}
     ("change", "message"),
     [
         ({"targets": ()}, "`targets` must hold at least one target module, but is empty; find others."),
-        ({"groups": {}}, f"`groups` must hold every target module, but lacks `{VIT[0].name}`; add it."),
-        ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`; add it."),
+        ({"groups": {}}, f"`groups` must hold every target module, but lacks `{VIT[0].name}`."),
+        ({"gains": {}}, f"`gains` must hold every target module, but lacks `{VIT[0].name}`."),
         *(
             ({"gains": GOOD | {VIT[1].name: np.array([1.0, wrong])}},
              f"`gains` of `{VIT[1].name}` must be finite and not negative; take the profile again.")

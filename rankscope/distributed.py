@@ -126,8 +126,7 @@ def one_gpu_each(n_jobs: int) -> Iterator[None]:
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     n_gpus = torch.cuda.device_count()
     gpus = tuple(named[:n_gpus] or map(str, range(n_gpus)))
-    several = n_jobs > 1 and n_gpus > 1
-    options: dict[str, Any] = {"initializer": _take_gpu, "initargs": (gpus, _claims().name)} if several else {}
+    options: Any = {"initializer": _take_gpu, "initargs": (gpus, _claims().name)} if min(n_jobs, n_gpus) > 1 else {}
     with parallel_config(backend="loky", **options):
         yield
 

@@ -8,9 +8,9 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rankscope.errors import ModelError, shown
 from rankscope.naming import NOT_LINEAR, READS_WEIGHT, describe_modules, find_heads
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Kind = Literal["linear", "conv1d", "conv2d", "embedding"]
-LeftOut = Literal["heads", "embeddings", "tied"]
 Selection = str | tuple[str, ...]
 ALL_LINEAR = "all-linear"
 
-_LEFT_OUT: tuple[LeftOut, ...] = get_args(LeftOut)
+_LEFT_OUT = ("heads", "embeddings", "tied")  # unless they are named in full
 _REGEX_SECONDS = 1.0  # for one name
 _SAVED = "PEFT trains the module itself (`modules_to_save`)"
 
@@ -59,21 +58,18 @@ class TargetModule:
         return min(self.in_features, self.out_features)
 
 
-def find_targets(
-    model: nn.Module, selection: str | Iterable[str] | Any = ALL_LINEAR, *, include: Collection[LeftOut] = ()
-) -> tuple[TargetModule, ...]:
+def find_targets(model: nn.Module, selection: str | Iterable[str] | Any = ALL_LINEAR) -> tuple[TargetModule, ...]:
     """Finds the target modules of a model, in the model's order.
 
     Linear modules (also quantised), transformers' Conv1D, convolutions without groups and embeddings may carry an adapter.
-    Output heads, embeddings and modules that share their weight are left out unless they are named in full or included;
-    always those where PEFT supports none, whose parent reads the weight without calling them (nn.MultiheadAttention, parts of
-    Mamba), or that PEFT trains in full (`modules_to_save`).
+    Output heads, embeddings and modules that share their weight are left out unless a list names them in full. Always left out
+    are modules where PEFT supports no adapter, those whose parent reads the weight without calling them (nn.MultiheadAttention,
+    parts of Mamba), and those that PEFT trains in full (`modules_to_save`).
 
     Args:
         model: Any torch module. Names are those of the base model inside PEFT, torch.compile, DDP and FSDP.
         selection: `"all-linear"`; a regex for the full name; full names or last parts of names, as PEFT takes them; or a
             `peft.LoraConfig`. What matches nothing raises a `ModelError` that lists near misses.
-        include: Any of `"heads"`, `"embeddings"`, `"tied"`.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, 2))
@@ -82,13 +78,11 @@ def find_targets(
     """
     if not hasattr(model, "named_modules"):
         raise ModelError(f"`model` must be a torch module, but is {shown(model)}; load it first.")
-    if isinstance(include, str) or not isinstance(include, Collection) or any(e not in _LEFT_OUT for e in include):
-        raise ModelError(f"`include` must be a list of any of {_LEFT_OUT}, but is {shown(include)}.")
     targets, why = _candidates(_base_model(model))
     if hasattr(selection, "peft_type"):
         kept = _selected_by_peft(selection, model, targets, why)
     else:
-        kept = _selected(_checked(selection), type(model).__name__, targets, why, include)
+        kept = _selected(_checked(selection), type(model).__name__, targets, why)
     return tuple(target for name, target in targets.items() if name in kept)
 
 
@@ -237,18 +231,14 @@ def _checked(selection: Any) -> Selection:
 
 
 def _selected(
-    selection: Selection,
-    model: str,
-    targets: Mapping[str, TargetModule],
-    why: Mapping[str, str],
-    include: Collection[LeftOut],
+    selection: Selection, model: str, targets: Mapping[str, TargetModule], why: Mapping[str, str]
 ) -> set[str]:
     """What a regex or a list selects, without what is left out."""
     matched = _match(selection, targets)
     idle = {name: why[name] for name in targets if name in matched and why.get(name) not in (None, *_LEFT_OUT)}
     usable = matched - set(idle)
     in_full = set() if isinstance(selection, str) else set(selection)
-    if kept := {name for name in usable if name in in_full or why.get(name) in (None, *include)}:
+    if kept := {name for name in usable if name in in_full or name not in why}:
         if idle and selection != ALL_LINEAR:
             name, reason = next(iter(idle.items()))
             logger.warning("`%s` is no target: %s (%d such modules)", name, reason, len(idle))
@@ -258,7 +248,7 @@ def _selected(
         raise ModelError(f'`selection` {must}, but is "{ALL_LINEAR}"; pass a regex or a list.')
     if usable:
         reasons = sorted({why[name] for name in usable})
-        what = f"only {' and '.join(reasons)} in {model}; pass `include={reasons}` to adapt them all the same."
+        what = f"only {' and '.join(reasons)} in {model}; name them in full to adapt them all the same."
     elif matched:
         what = f"only modules like `{min(matched)}`, where {idle[min(matched)]}; select others."
     else:

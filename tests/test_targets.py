@@ -135,7 +135,8 @@ def test_from_lora_config_needs_named_target_modules() -> None:
 
 
 def test_all_linear_leaves_the_output_embedding_out_also_without_a_model() -> None:
-    targets = find_targets(build("llama"), include=["heads"])
+    model = build("llama")
+    targets = find_targets(model, [*(target.name for target in find_targets(model)), "lm_head"])
     ranks = rs.RankAllocation.from_lora_config(LoraConfig(target_modules="all-linear", r=4), targets).ranks
     assert (ranks["lm_head"], set(ranks.values())) == (0, {0, 4})
 
@@ -313,18 +314,19 @@ def test_bad_selections_are_one_line(selection: object) -> None:
         find_targets(build("llama"), selection)
 
 
-def test_heads_embeddings_and_tied_modules_only_when_asked_for() -> None:
+def test_heads_embeddings_and_tied_modules_only_when_named_in_full() -> None:
     model = build("llama")
     assert "lm_head" not in {t.name for t in find_targets(model)}
-    assert "lm_head" in {t.name for t in find_targets(model, include=["heads"])}
     assert [t.name for t in find_targets(model, ["lm_head"])] == ["lm_head"]
-    embedding = find_targets(model, ["embed_tokens"], include=["embeddings"])[0]
+    with pytest.raises(ModelError, match="matches only embeddings in LlamaForCausalLM; name them in full"):
+        find_targets(model, ["embed_tokens"])
+    embedding = find_targets(model, ["model.embed_tokens"])[0]
     assert (embedding.kind, embedding.in_features, embedding.out_features) == ("embedding", 50, 32)
 
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
     assert [t.name for t in find_targets(tied)] == ["1"]
-    assert [t.name for t in find_targets(tied, include=["tied"])] == ["0", "1", "2"]
+    assert [t.name for t in find_targets(tied, ["0", "1", "2"])] == ["0", "1", "2"]
     assert [t.name for t in find_targets(tied, ["2", "1"])] == ["1", "2"]
 
 
@@ -340,7 +342,7 @@ def test_one_tower_of_several_keeps_its_name() -> None:
         ("q_proj", "`selection` must match modules of the model, but 'q_proj' matches none; a string is a regex for the whole name, so pass ['q_proj']."),
         ("(", "`selection` must be a valid regex, but '(' is not: missing ), unterminated subpattern at position 0."),
         ([], '`selection` must be "all-linear", a regex, a list of names or a peft.LoraConfig, but is []; pass "all-linear" for all.'),
-        (".*lm_head", "`selection` must match a module that may carry an adapter, but '.*lm_head' matches only heads in LlamaForCausalLM; pass `include=['heads']` to adapt them all the same."),
+        (".*lm_head", "`selection` must match a module that may carry an adapter, but '.*lm_head' matches only heads in LlamaForCausalLM; name them in full to adapt them all the same."),
     ],
 )  # fmt: skip
 def test_mistakes_name_near_misses(selection: object, message: str) -> None:
@@ -351,9 +353,6 @@ def test_mistakes_name_near_misses(selection: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"include": ["head"]}, "`include` must be a list of any of ('heads', 'embeddings', 'tied'), but is ['head']."),
-        ({"include": "heads"}, "`include` must be a list of any of ('heads', 'embeddings', 'tied'), but is 'heads'."),
-        ({"include": None}, "`include` must be a list of any of ('heads', 'embeddings', 'tied'), but is None."),
         ({"model": "gpt2"}, "`model` must be a torch module, but is 'gpt2'; load it first."),
     ],
 )

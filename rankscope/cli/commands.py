@@ -65,7 +65,7 @@ def run_profile(session: Session, *, as_json: bool) -> None:
     print_line(
         f"the best {limit:,} parameters (this study's budget) capture "
         f"{np.interp(limit, *profiling.cumulative_energy(taken)):.0%} of the gradient's energy; "
-        f"signal is {profiling.pooled_signal(taken):.0%} of it"
+        f"signal is {taken.pooled_signal():.0%} of it"
     )
     for kind, names in {"skipped": facts["skipped"], "without a gradient": facts["without_gradient"]}.items():
         if names:

@@ -18,6 +18,7 @@ from rankscope.errors import ModelError
 from rankscope.profiling.sketch import GradientAccumulator, Increment, InputSketch, RandomMatrices
 from rankscope.targets import TargetModule, base_layer
 
+Modules = Mapping[TargetModule, nn.Module]
 SUPPORTED = ("linear", "conv1d", "conv2d")
 SAFE_EXPONENT = 30  # of two: squares of gradients beyond, or of a thousandth of one below, may leave float32's range
 
@@ -37,12 +38,7 @@ class GradientHooks:
     """
 
     def __init__(
-        self,
-        modules: Mapping[TargetModule, nn.Module],
-        matrices: RandomMatrices,
-        *,
-        inputs: bool = True,
-        copied: set[str] | None = None,
+        self, modules: Modules, matrices: RandomMatrices, *, inputs: bool = True, copied: set[str] | None = None
     ) -> None:
         self.accumulators = {target.name: _accumulator(target, module, matrices) for target, module in modules.items()}
         self.inputs: dict[str, InputSketch] = {}

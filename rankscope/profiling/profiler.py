@@ -24,14 +24,13 @@ import rankscope
 from rankscope.budget import ParameterBudget
 from rankscope.distributed import batch_device, gathered, n_processes, sum_over_processes, whole
 from rankscope.errors import ModelError
-from rankscope.profiling.hooks import SUPPORTED, GradientHooks, dense_weight, in_range, is_compiled
+from rankscope.profiling.hooks import SUPPORTED, GradientHooks, Modules, dense_weight, in_range, is_compiled
 from rankscope.profiling.sketch import RandomMatrices, bytes_of_weights, choose_sketch_size
 from rankscope.profiling.statistics import sensitivity, split_energy
 from rankscope.profiling.table import SCHEMA_VERSION, Measured, Profile, tabulate
 from rankscope.settings import ProfileSettings
 from rankscope.targets import TargetModule, base_modules, find_targets, fingerprint_targets, fused_experts, unwrapped
 
-Modules = dict[TargetModule, nn.Module]
 LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
 
@@ -75,10 +74,8 @@ def profile(
     """
     settings, model = ProfileSettings.of(settings, **overrides), unwrapped(model)
     modules, skipped = _find_modules(model, targets)
-    if budget is not None and not isinstance(budget, ParameterBudget):
-        raise ModelError(f"`budget` must be a ParameterBudget, but got {budget!r}; pass `ParameterBudget({budget!r})`.")
-    limit, size = budget.limit if budget else None, settings.sketch_size
-    wanted, size = (size, size) if size else choose_sketch_size(tuple(modules), limit, bytes_of_weights(model))
+    limit, wanted = budget.limit if budget else None, settings.sketch_size
+    wanted, size = (wanted, wanted) if wanted else choose_sketch_size(tuple(modules), limit, bytes_of_weights(model))
     hooks = GradientHooks(modules, RandomMatrices(k=size, seed=seed))
     run = _Run(model, loss_fn or _model_loss, modules, hooks, settings)
     stream = run.behind_heads(islice(batches, settings.n_batches), head, head_batches)
@@ -132,13 +129,9 @@ class _Run:
         """The loss of a batch that may lie on another device, if it can be differentiated; it may not be finite."""
         loss: Any = self.loss_fn(model, send_to_device(batch, batch_device(model)))
         if not isinstance(loss, Tensor) or loss.ndim:
-            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-            remedy = (
-                "do the batches have labels?" if loss is None else "return the loss alone, one number for the batch."
-            )
-            raise ModelError(
-                f"`loss_fn` must return a scalar tensor, but returned {type(loss).__name__}{shape}; {remedy}"
-            )
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            remedy = "do the batches have labels?" if loss is None else "return one number for the batch."
+            raise ModelError(f"`loss_fn` must return a scalar tensor, but returned {found}; {remedy}")
         if not loss.requires_grad and bool(loss.isfinite()):
             must = "the loss must depend on a target module, but depends on none"
             raise ModelError(f"{must}; check `targets` and `loss_fn`.")

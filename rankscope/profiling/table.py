@@ -143,6 +143,11 @@ class Profile:
         logger.warning("the %s batches of the profile agree on nothing: %s", self.metadata.get("batches", ""), found)
         return dict.fromkeys(self.table["module"], 1.0)
 
+    def pooled_signal(self) -> float:
+        """The share of signal in the gradient energy of all modules together, at least 0."""
+        signal, noise = self.table["signal_energy"].sum(), self.table["noise_energy"].sum()
+        return max(float(signal / (signal + noise)), 0.0)
+
     def directions(self, module: str) -> tuple[np.ndarray, np.ndarray]:
         """Leading left (r, out) and right (r, in) singular vectors of one module's gradient."""
         row = next((row for row in self.table.to_dict("records") if row["module"] == module), {})
@@ -232,12 +237,6 @@ def group_energy(profile: Profile) -> pd.DataFrame:
     )
     groups[["share", "parameters"]] /= groups[["share", "parameters"]].sum()
     return groups.sort_values("share", ascending=False, kind="stable").reset_index()
-
-
-def pooled_signal(profile: Profile) -> float:
-    """The share of signal in the gradient energy of all modules together, at least 0."""
-    signal, noise = profile.table["signal_energy"].sum(), profile.table["noise_energy"].sum()
-    return max(float(signal / (signal + noise)), 0.0)
 
 
 def cumulative_energy(profile: Profile) -> tuple[Floats, Floats]:

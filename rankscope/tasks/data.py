@@ -50,12 +50,12 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, fil
             hint = did_you_mean(column, names, f"it has {', '.join(names)}.")
             raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
         if nested := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
-            must = f"{what} must hold texts or numbers in column {column!r}"
-            raise TaskError(f"{must}, but holds {shown(nested[0])}; convert it.")
+            found = f"in column {column!r}, but holds {shown(nested[0])}"
+            raise TaskError(f"{what} must hold texts or numbers {found}; convert it.")
         n_blank = int((table[column].isna() | table[column].astype(str).str.strip().eq("")).sum())
         if filled and n_blank:
-            must = f"the column {column!r} must hold a value in every row"
-            raise TaskError(f"{must}, but {n_blank:,} of {len(table):,} have none; drop those rows.")
+            found = f"{n_blank:,} of {len(table):,} have none"
+            raise TaskError(f"the column {column!r} must hold a value in every row, but {found}; drop those rows.")
     return table
 
 

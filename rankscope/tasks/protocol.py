@@ -64,12 +64,10 @@ def check_task(candidate: object) -> Task:
 
 
 def check_counts(**counts: int) -> None:
-    """Raise a TaskError unless all options, given by name, are whole numbers from 1 to 2^31 - 1."""
+    """Raise a TaskError unless all options, given by name, are whole numbers that torch and tokenizers can count to."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise TaskError(f"`{name}` must be a whole number above 0, but got {shown(value)}.")
-        if value >= 2**31:  # tokenizers and torch count up to here
-            raise TaskError(f"`{name}` must be at most {2**31 - 1:,}, but got {shown(value)}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise TaskError(f"`{name}` must be a whole number from 1 to {2**31 - 1:,}, but got {shown(value)}.")
 
 
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:

@@ -176,7 +176,7 @@ def test_one_pass_iterators_are_accepted(model: Body, targets: tuple[rs.TargetMo
         ({"loss_fn": lambda model, batch: loss_fn(model, batch) * 0.0},
          "the gradient must not be zero at every target module, but is; check the loss and the labels."),
         ({"loss_fn": lambda model, batch: model(batch["x"])},
-         "`loss_fn` must return a scalar tensor, but returned Tensor of shape (10, 4); return the loss alone, one number for the batch."),
+         "`loss_fn` must return a scalar tensor, but returned a tensor of shape (10, 4); return one number for the batch."),
         ({"loss_fn": lambda model, batch: batch["x"].sum()},
          "the loss must depend on a target module, but depends on none; check `targets` and `loss_fn`."),
     ],

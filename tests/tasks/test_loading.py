@@ -106,7 +106,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
                                "positional argument: 'x'; --debug shows the traceback."),
         ("mine.py:torch", "`mine.py:torch` must name a function, but is module; name one that gives a task."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "max_length": 10**5000},
-         "`max_length` must be at most 2,147,483,647, but got an integer of about 5000 digits."),
+         "`max_length` must be a whole number from 1 to 2,147,483,647, but got an integer of about 5000 digits."),
         ({"type": "causal-lm", "model": "bert", "data": "row.parquet"},
          "`{folder}/row.parquet` must hold the task's data, but there is no such file; did you mean `rows.parquet`?"),
         ({"type": "causal-lm", "model": "", "data": "rows.parquet"}, "`model` must be a model folder or hub id, but is empty."),

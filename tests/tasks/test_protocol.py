@@ -60,8 +60,8 @@ def test_metrics_must_hold_the_metric_and_the_loss() -> None:
 @pytest.mark.parametrize(
     ("batch_size", "must"),
     [
-        (0, "must be a whole number above 0"),
-        (-1, "must be a whole number above 0"),
+        (0, "must be a whole number from 1 to 2,147,483,647"),
+        (-1, "must be a whole number from 1 to 2,147,483,647"),
         (2.5, "of task 'digits-shift' must be a whole number"),
         ("many", "of task 'digits-shift' must be a whole number"),
     ],

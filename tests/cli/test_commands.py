@@ -270,7 +270,7 @@ def test_one_seed_is_reported_without_an_interval(made: Path) -> None:
     status, _, stderr = invoke("compare", made / "edited.yaml", "--out", out, "--set", "compare.budgets=0.25")
     assert (status, stderr) == (
         2,
-        "rankscope: `budgets` must hold the factor 1, the study's own budget, but holds 0.25; add 1, or change `budget`.\n",
+        "rankscope: `budgets` must hold the factor 1, the study's own budget; add it, or change `budget`.\n",
     )
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -124,19 +123,9 @@ def random(request: Request, concentration: float = 1.0) -> Scores:
     return dict(zip(names, np.maximum(shares, _TINY).tolist(), strict=True))
 
 
-def gradient_norm(request: Request, signal: bool = False) -> Scores:
-    """The gradient's Frobenius norm; with `signal`, without the noise between batches."""
-    _check("signal", signal, isinstance(signal, bool), "be true or false")
-    norms = request.profiled.column("gradient_norm")
-    if not signal:
-        return norms
-    shares = request.profiled.signal_shares()
-    return {name: norm * math.sqrt(shares[name]) for name, norm in norms.items()}
-
-
-def fisher(request: Request) -> Scores:
-    """The root of the empirical Fisher trace: the scale of single examples' gradients."""
-    return {name: math.sqrt(max(trace, 0.0)) for name, trace in request.profiled.column("fisher_trace").items()}
+def gradient_norm(request: Request) -> Scores:
+    """The gradient's Frobenius norm."""
+    return request.profiled.column("gradient_norm")
 
 
 def sensitivity(request: Request) -> Scores:
@@ -177,37 +166,9 @@ def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains
     return {t.name: (spectra[t.name] / top) ** power for t in request.targets}  # only ratios count
 
 
-def blend(request: Request, weights: Mapping[str, float] | None = None) -> Scores:
-    """A weighted geometric mean of the gradient signal's norm, the root Fisher trace and the sensitivity, each over its mean.
-
-    The default `weights` are `{"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}`; those left out are 0.
-    """
-    default = {"gradient": 0.5, "fisher": 0.25, "sensitivity": 0.25}
-    given: Any = default if weights is None else weights
-    powers = {**dict.fromkeys(default, 0.0), **(given if isinstance(given, Mapping) else {"": given})}
-    valid = set(powers) == set(default) and all(_is_number(power) and power >= 0 for power in powers.values())
-    _check("weights", given, valid, f"give {', '.join(default)} numbers of 0 or more")
-    sensitivities = request.profiled.column("sensitivity")
-    views: dict[str, Scores] = {
-        "gradient": gradient_norm(request, signal=True),
-        "fisher": fisher(request),
-        "sensitivity": {name: 0.0 if math.isnan(value) else value for name, value in sensitivities.items()},
-    }
-    scores = dict.fromkeys((target.name for target in request.targets), 1.0)
-    for view, values in views.items():
-        mean = max(float(np.mean([values[name] for name in scores])), _TINY)
-        with np.errstate(over="ignore"):  # infinite scores are refused where scores are checked
-            scores = {name: s * float(np.float64(values[name] / mean) ** powers[view]) for name, s in scores.items()}
-    return scores
-
-
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return real and bool(abs(value) < sys.float_info.max)
-
-
 def _check_positive(option: str, value: Any) -> None:
-    _check(option, value, _is_number(value) and value > 0, "be a number above 0 and finite")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    _check(option, value, number and 0 < float(value) < math.inf, "be a number above 0 and finite")
 
 
 def _check(option: str, value: Any, valid: bool, must: str) -> None:
@@ -215,6 +176,6 @@ def _check(option: str, value: Any, valid: bool, must: str) -> None:
         raise SettingsError(f"`{option}` must {must}, but got {shown(value)}.")
 
 
-_ALL = (uniform, random, gradient_norm, fisher, sensitivity, activation, one_shot, blend)
+_ALL = (uniform, random, gradient_norm, sensitivity, activation, one_shot)
 STRATEGIES: Mapping[str, Strategy] = {function.__name__.replace("_", "-"): function for function in _ALL}
 NEEDS_PROFILE = frozenset(STRATEGIES) - {"uniform", "random"}

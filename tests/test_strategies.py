@@ -40,12 +40,9 @@ def random_profile(seed: int) -> rs.Profile:
 CASES = [
     ("uniform", {}),
     *[("random", {"concentration": c}) for c in (0.1, 1.0, 10.0)],
-    *[("gradient-norm", {"signal": s}) for s in (True, False)],
-    ("fisher", {}),
+    ("gradient-norm", {}),
     ("sensitivity", {}),
     ("activation", {}),
-    ("blend", {}),
-    ("blend", {"weights": {"fisher": 2.0}}),
     *[("one-shot", {"power": p, "signal": s}) for p in (1.0, 2.0) for s in (True, False)],
 ]
 
@@ -142,7 +139,7 @@ def test_gradient_norm_by_hand() -> None:
 
 
 def test_rules_on_single_features_by_hand() -> None:
-    """Of 280 parameters: Fisher roots 3 : 4 and sensitivities 1 : 6 in parameters; input variance shares 3/4, 1/4 and 4/10, 6/10."""
+    """Of 280 parameters: sensitivities 1 : 6 in parameters; input variance shares 3/4, 1/4 and 4/10, 6/10."""
     profile = make_profile(TWO, {"narrow": [3.0, 1.0], "wide": [4.0, 6.0]})
     profile.table["activation_values"] = [[3.0, 1.0], [6.0, 4.0]]
 
@@ -150,13 +147,9 @@ def test_rules_on_single_features_by_hand() -> None:
         budget = rs.ParameterBudget(limit)
         return rs.allocate(strategy, targets=TWO, budget=budget, profile=profile, **options).vector
 
-    assert found("fisher") == (6, 4)
     assert found("sensitivity") == (2, 6)
     assert found("activation", 60) == (1, 1)  # per parameter: 75/20, 25/20; 60/40, 40/40
     assert found("activation", 80) == (2, 1)
-    assert found("blend", weights={"fisher": 1.0}) == found("fisher")
-    assert found("blend", weights={"sensitivity": 1}) == found("sensitivity")
-    assert found("blend") not in (found("fisher"), found("sensitivity"))
 
 
 def test_uniform_is_uniform_and_random_is_not() -> None:
@@ -172,24 +165,20 @@ def test_uniform_is_uniform_and_random_is_not() -> None:
 def test_mistakes_are_named() -> None:
     budget = rs.ParameterBudget(1_000)
     cases = [
-        (SettingsError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'one-shoot'; did you mean 'one-shot'?"),
+        (SettingsError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'one-shoot'; did you mean 'one-shot'?"),
         (SettingsError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
         (SettingsError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
         (SettingsError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
         (SettingsError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
         (SettingsError, "random", {"seed": -1}, "`seed` must be a whole number of 0 or more, but got -1."),
         (SettingsError, "random", {"seed": True}, "`seed` must be a whole number of 0 or more, but got True."),
-        (SettingsError, [], {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got []."),
+        (SettingsError, [], {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got []."),
         (SettingsError, "one-shot", {"power": "abc", "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got 'abc'."),
         (SettingsError, "one-shot", {"power": None, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got None."),
         (SettingsError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
-        (SettingsError, "gradient-norm", {"signal": 1, "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 1."),
-        (SettingsError, "blend", {"weights": 3, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got 3."),
-        (SettingsError, "blend", {"weights": {"gradient": "x"}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'gradient': 'x'}."),
         (SettingsError, "random", {"concentration": float("inf")}, "`concentration` must be a number above 0 and finite, but got inf."),
         (SettingsError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got -1."),
-        (SettingsError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'bayes'."),
-        (SettingsError, "blend", {"weights": {"fish": 1}, "profile": make_profile(TWO, SPECTRA)}, "`weights` must give gradient, fisher, sensitivity numbers of 0 or more, but got {'fish': 1}."),
+        (SettingsError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'bayes'."),
         (ModelError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ModelError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),
     ]  # fmt: skip
@@ -209,12 +198,11 @@ def without_signal() -> rs.Profile:
     return rs.Profile(profile.table, {**profile.metadata, "batches": 2})
 
 
-@pytest.mark.parametrize("strategy", ["one-shot", "gradient-norm"])
-def test_without_signal_the_raw_gradient_stands_in_and_is_said(strategy: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_signal_the_raw_gradient_stands_in_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     arguments = {"targets": VIT, "budget": rs.ParameterBudget.uniform(VIT, 2), "profile": without_signal()}
-    raw = rs.allocate(strategy, signal=False, **arguments)
+    raw = rs.allocate("one-shot", signal=False, **arguments)
     assert not caplog.text
-    assert rs.allocate(strategy, signal=True, **arguments) == raw
+    assert rs.allocate("one-shot", signal=True, **arguments) == raw
     assert "the 2 batches of the profile agree on nothing: the estimated signal is 0 in every module" in caplog.text
 
 
@@ -226,11 +214,6 @@ def test_a_sketch_too_narrow_for_the_budget_is_said(caplog: pytest.LogCaptureFix
     assert not caplog.text
     rs.allocate("one-shot", targets=VIT, budget=rs.ParameterBudget.uniform(VIT, 8), profile=sketched)
     assert "the profile's sketches have 4 columns, but the budget's mean rank is 8: gains beyond 4 are" in caplog.text
-
-
-def test_blend_works_without_signal() -> None:
-    found = rs.allocate("blend", targets=VIT, budget=rs.ParameterBudget.uniform(VIT, 2), profile=without_signal())
-    assert len(set(found.vector)) > 1
 
 
 def test_targets_without_any_score_are_named() -> None:
@@ -247,7 +230,7 @@ def test_targets_without_any_score_are_named() -> None:
 
 
 def test_a_strategy_may_be_a_function_of_scores_or_gains() -> None:
-    """Scores share parameters out, gains are filled up: as `fisher` and `one-shot` do by hand above."""
+    """Scores share parameters out, gains are filled up: as `gradient-norm` and `one-shot` do by hand above."""
     profile = make_profile(TWO, {"narrow": [3.0, 1.0], "wide": [4.0, 6.0]})
 
     def squares(request: Request, power: float = 1.0) -> dict[str, float]:

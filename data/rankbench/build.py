@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ import pandas as pd
 import rankscope as rs
 from rankscope.files import replacing
 from rankscope.profiling import profile
-from rankscope.searching.space import HierarchicalSpace, group_by_depth
+from rankscope.searching import HierarchicalSpace, group_by_depth
+from rankscope.strategies import Request
 from rankscope.tasks import evaluate
 
 HERE = Path(__file__).parent
 RUNS = HERE.parents[1] / ".cache" / "rankbench.jsonl"
-PROFILED = ("uniform", "one-shot", "gradient-norm", "fisher", "sensitivity", "activation", "blend")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,26 @@ def take_profile(name: str) -> rs.Profile:
     return rs.read_profile(path)
 
 
+def fisher(request: Request) -> dict[str, float]:
+    """The root of the empirical Fisher trace: the scale of single examples' gradients."""
+    return {name: math.sqrt(max(trace, 0.0)) for name, trace in request.profiled.column("fisher_trace").items()}
+
+
+def blend(request: Request) -> dict[str, float]:
+    """A geometric mean of the gradient signal's norm (weight 1/2), the root Fisher trace and the sensitivity (1/4 each)."""
+    norms, shares = request.profiled.column("gradient_norm"), request.profiled.signal_shares()
+    views = (
+        ({name: norm * math.sqrt(shares[name]) for name, norm in norms.items()}, 0.5),
+        (fisher(request), 0.25),
+        (request.profiled.column("sensitivity"), 0.25),
+    )
+    scores = dict.fromkeys(norms, 1.0)
+    for values, weight in views:
+        mean = float(np.mean([values[name] for name in scores]))
+        scores = {name: score * (values[name] / mean) ** weight for name, score in scores.items()}
+    return scores
+
+
 def draw_allocations(taken: rs.Profile, budget: rs.ParameterBudget) -> Iterator[rs.RankAllocation]:
     """Different allocations without end: what the strategies give, then tilts, tilts with noise, and Dirichlet shares.
 
@@ -92,10 +113,13 @@ def draw_allocations(taken: rs.Profile, budget: rs.ParameterBudget) -> Iterator[
 
 def _candidates(taken: rs.Profile, budget: rs.ParameterBudget) -> Iterator[rs.RankAllocation]:
     targets, rng = taken.targets, np.random.default_rng(0)
-    for strategy in PROFILED:
-        yield rs.allocate(strategy, targets=targets, budget=budget, profile=taken)
+    given = {"targets": targets, "budget": budget, "profile": taken}
+    yield rs.allocate("uniform", **given)
+    yield rs.allocate("one-shot", **given, power=2.0)
+    for strategy in ("gradient-norm", fisher, "sensitivity", "activation", blend):
+        yield rs.allocate(strategy, **given)
     for power in (0.5, 1.0):
-        yield rs.allocate("one-shot", targets=targets, budget=budget, profile=taken, power=power)
+        yield rs.allocate("one-shot", **given, power=power)
     gains = {name: values**2 for name, values in taken.spectra().items()}
     groups = group_by_depth(targets)
     for index in count():

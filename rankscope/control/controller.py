@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import count
+from statistics import fmean
 from typing import Any, Self
 
 import numpy as np
@@ -19,23 +20,19 @@ from torch.utils.hooks import RemovableHandle
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.control.decisions import Decision, Proposal, effect_of_move, predict_effect, propose, screen
+from rankscope.control.decisions import Decision, ModuleSignals, Proposal, propose
 from rankscope.control.ranks import LiveRanks
-from rankscope.control.signals import GradientWindow, LossHistory, Signals
+from rankscope.control.signals import GradientWindow, Signals
 from rankscope.distributed import gathered
 from rankscope.errors import ModelError, SettingsError, one_line
 from rankscope.lora import RankMasks, unwrap_optimizer
-from rankscope.performance import PerformanceModel, rank_features
+from rankscope.performance import PerformanceModel
 from rankscope.settings import ControllerSettings
 from rankscope.targets import fingerprint_targets
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-_NO_LOSS = (
-    "no loss was passed to `step`, and the model returned none that is minimised, so the effect of moves is not measured; pass "
-    "the loss, or in a Trainer call `callback.bind(trainer)` before `trainer.train()`"
-)
+SCHEMA = 2
 _NOT_FINITE = "the gradients of {} sampled steps were not finite; lower the learning rate or the loss scale"
 _NOT_SEEN = (
     "no training forward pass of the PEFT model was seen, or none with gradients; train the model that was passed, and with "
@@ -72,7 +69,7 @@ class RankController:
             ranks: for those that start at rank 0, pass `start` or use `apply_allocation(..., dormant=True)`.
         optimizer: The one that trains the adapter, also as accelerate wraps it.
         start: Initial ranks: an allocation, or the name of a strategy that needs no profile. None: those of the model.
-        performance_model: A study's. It refuses moves that it expects to do harm.
+        performance_model: A study's, that says what the present gradient's ranks are worth. None: their energy.
         scaler: The `torch.amp.GradScaler` that scales the loss; accelerate's is found on the optimizer.
 
     Raises:
@@ -110,12 +107,11 @@ class RankController:
         self._settings = settings = ControllerSettings.of(settings, **overrides)
         self._every, self._freeze = schedule_of(settings, total_steps)
         self._last_decision = self._freeze // self._every * self._every
-        self._last_look = min(self._last_decision + self._every, total_steps)  # at what the last decision did
         check_budget(budget)
         self._budget, self._seed = budget, settings.seed
         self._ranks = LiveRanks(model, optimizer, settings)
         begin = self._ranks.initial(start, budget)
-        self._features, self._offline = rank_features(begin.targets, budget), performance_model
+        self._model = performance_model
         if performance_model and {target.name for target in performance_model.features.targets} != set(begin.ranks):
             raise ModelError(
                 "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
@@ -129,10 +125,10 @@ class RankController:
         self._window = self._new_window(sketch_size=self._sketch_size, seed=self._seed)
         self._decisions: list[Decision] = []
         self._moved_at: dict[str, int] = {}
+        self._losses: list[Tensor | float] = []  # since the last decision
         self._step, self._closed = 0, False
         self._ranks.begin(begin, self._generator())
         # Nothing may fail from here on, where hooks are registered; `close` removes them.
-        self._losses = LossHistory(self._ranks.model)
         self._reminder = _remind_of_steps(unwrap_optimizer(optimizer), after=self._every)
         self._go_on()
 
@@ -171,18 +167,17 @@ class RankController:
         """Tell the controller that the optimizer has stepped.
 
         Args:
-            loss: The loss that is minimised, by which moves are judged. None: the model's own, if it is minimised.
+            loss: For the record: a decision's row holds the mean since the one before.
         """
         self._step += 1
         self._reminder.remove()
         if self._closed:
             return
         self._window.end_step()
-        self._losses.end_step(loss)
+        if loss is not None:
+            self._losses.append(torch.as_tensor(loss).detach())
         if self._step % self._every == 0:
-            self._measure_last_move()
-            if self._step <= self._last_decision:
-                self._decide()
+            self._decide()
         self._go_on()
 
     def close(self) -> None:
@@ -196,7 +191,6 @@ class RankController:
         self._closed = True
         self._reminder.remove()
         self._window.close()
-        self._losses.close()
 
     def state_dict(self) -> dict[str, Any]:
         """All that later decisions depend on: numbers, lists and tensors. Every process must call it."""
@@ -210,7 +204,7 @@ class RankController:
             "moved_at": dict(self._moved_at),
             "decisions": [asdict(decision) for decision in self._decisions],
             "window": self._window.state_dict(),
-            "losses": list(self._losses.values()),
+            "losses": self._mean_losses(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,7 +222,7 @@ class RankController:
             step, moved_at = int(state["step"]), dict(state["moved_at"])
             decisions = [Decision(**row) for row in state["decisions"]]
             sketch_size, seed = (int(value) for value in state["sketch"])
-            losses = [float(loss) for loss in state["losses"]]
+            losses: list[Tensor | float] = [float(loss) for loss in state["losses"]]
             window = self._new_window(sketch_size=sketch_size, seed=seed)
             window.load_state_dict(state["window"])
         except ModelError:
@@ -243,9 +237,8 @@ class RankController:
         else:
             self._ranks.change(ranks, self._generator())
         self._window.close()
-        self._step, self._moved_at, self._decisions = step, moved_at, decisions
+        self._step, self._moved_at, self._decisions, self._losses = step, moved_at, decisions, losses
         self._sketch_size, self._seed, self._window = sketch_size, seed, window
-        self._losses.restore(losses)
         self._go_on()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
@@ -274,10 +267,9 @@ class RankController:
 
     def _go_on(self) -> None:
         """Close after the last step, or register the hooks for the next one if it is one of those before a decision."""
-        step = self._step + 1
-        if step > self._last_look:
+        if self.frozen:
             self.close()
-        elif step <= self._last_decision and -step % self._every < self._settings.samples:
+        elif -(self._step + 1) % self._every < self._settings.samples:
             self._window.watch(1.0 if self._scaler is None else float(self._scaler.get_scale()))
 
     # --- a decision --------------------------------------------------------------------------------------------------
@@ -286,16 +278,13 @@ class RankController:
         before = after = self.allocation
         coarse = self._step <= self._settings.coarse_fraction * self._freeze
         signals = self._window.measure(self._ranks.factors())
-        proposal = self._propose(signals, coarse)
-        losses = self._losses.values()
-        first = all(decision.action == "skipped" for decision in self._decisions)
-        if signals.batches and first and self._losses.watching and np.isnan(losses).all():
-            logger.warning(_NO_LOSS)
+        proposal = gathered(self._propose(signals, coarse))[0]
         if proposal.action == "moved":
-            after = proposal.allocation
+            ranks = {**before.ranks, **proposal.ranks}  # modules that are not watched keep theirs
+            after = RankAllocation.from_ranks(before.targets, ranks, strategy="controller", budget=self._budget.limit)
             self._moved_at.update(dict.fromkeys(after.difference(before), self._step))
             self._ranks.change(after, self._generator(), signals.directions)
-        edges = {s.target.name: ((s.values or (0.0,))[-1], (s.gains or (0.0,))[0]) for s in signals.modules}
+        edges = {s.target.name: (s.worth[s.rank - 1] if s.rank else 0.0, s.gain(s.rank + 1)) for s in signals.modules}
         values, gains = zip(*(edges.get(name, (math.nan, math.nan)) for name in before.ranks), strict=True)
         decision = Decision(
             step=self._step,
@@ -306,20 +295,16 @@ class RankController:
             batches=signals.batches,
             broken=sum(gathered(self._window.broken)),
             signal_share=signals.signal_share,
-            loss=float(np.mean(losses[-self._every :])),
+            loss=fmean(self._mean_losses() or [math.nan]),
             predicted=proposal.predicted,
-            offline=proposal.offline.mean,
-            offline_error=proposal.offline.error,
-            online=proposal.online.mean,
-            online_error=proposal.online.error,
             modules=tuple(before.ranks),
             ranks_before=before.vector,
             ranks_after=after.vector,
-            ranks_proposed=proposal.allocation.vector,
             values=values,
             gains=gains,
         )
         self._decisions.append(decision)
+        self._losses = []
         logger.info(
             "step %d: %s, %s; %d ranks went elsewhere, %s of %s parameters in use",
             *(self._step, decision.action, decision.reason, decision.n_moved),
@@ -327,36 +312,32 @@ class RankController:
         )
 
     def _propose(self, signals: Signals, coarse: bool) -> Proposal:
-        """The first process's proposal, which performance models may refuse. Modules that are not watched keep their ranks."""
-        present = self.allocation
+        """What this process would do with the modules that are watched."""
         if not signals.batches:
-            reason = "no finite gradient to decide on"
-            return Proposal(allocation=present, action="skipped", reason=reason, predicted=math.nan)
-        watched = [each.target for each in signals.modules]
+            return Proposal({}, "skipped", "no finite gradient to decide on")
+        present, watched = self.allocation, [each.target for each in signals.modules]
         fixed = present.parameters - sum(target.rank_cost * present.ranks[target.name] for target in watched)
         cooled = self._step - (self._settings.cooldown + 1) * self._every
-        proposal = propose(
-            signals.modules,
+        return propose(
+            self._valued(signals.modules),
             ParameterBudget(max(self._budget.limit - fixed, 1)),
             self._settings,
             coarse=coarse,
             signal_share=signals.signal_share,
-            energy=signals.energy,
             limits=self._ranks.limits(watched, {name for name, step in self._moved_at.items() if step > cooled}),
         )
-        ranks = {**present.ranks, **proposal.allocation.ranks}
-        after = RankAllocation.from_ranks(present.targets, ranks, strategy="controller", budget=self._budget.limit)
-        proposal = replace(proposal, allocation=after)
-        if proposal.action == "moved":
-            online = predict_effect(self._features, self._decisions, present.vector, after.vector)
-            proposal = screen(proposal, present, self._offline, online)
-        return gathered(proposal)[0]
 
-    def _measure_last_move(self) -> None:
-        """Measure what the previous decision did to the loss, now that as many steps lie after it as before."""
-        if self._decisions:
-            effect = effect_of_move(self._losses.values()[-2 * self._every :])
-            self._decisions[-1] = replace(self._decisions[-1], realised=effect.mean, realised_error=effect.error)
+    def _valued(self, signals: Sequence[ModuleSignals]) -> list[ModuleSignals]:
+        """The signals, with ranks worth what the performance model says."""
+        if self._model is None:
+            return list(signals)
+        worth = self._model.utilities({s.target.name: s.worth for s in signals})
+        return [replace(s, worth=(*worth[s.target.name].tolist(), *[0.0] * s.rank)) for s in signals]
+
+    def _mean_losses(self) -> list[float]:
+        """Of the losses given since the last decision, each the mean over all processes."""
+        found: list[float] = np.mean(gathered([float(loss) for loss in self._losses]), axis=0).tolist()
+        return found
 
 
 def _remind_of_steps(optimizer: Optimizer, *, after: int) -> RemovableHandle:

@@ -1,4 +1,4 @@
-"""What the controller sees: losses, and gradients of a few steps before each decision, sketched by the profile's hooks.
+"""What the controller sees: gradients of a few steps before each decision, sketched by the profile's hooks.
 
 The j-th rank of a module is worth sigma_j^2 of the present gradient, whatever its component points at: components turn to the
 leading directions within a few steps. (Crediting ranks with what their tangent space holds of the gradient moved nearly all
@@ -47,7 +47,6 @@ class Signals:
     directions: Callable[[str], Tensor] | None = field(default=None, repr=False)  # see `residual_directions`; by name
     batches: int = 0
     signal_share: float = math.nan  # of the gradient energy of all modules, what the batches agree on
-    energy: float = 0.0  # of all modules, of the leading values that ranks can reach or that were sketched
 
 
 class GradientWindow:
@@ -160,20 +159,17 @@ class GradientWindow:
         # Late in a run a few batches may hold noise alone: without a floor, shares near 0 would differ by large factors.
         shares = signal_shares(energy - noise, energy, len(weights), pooled=max(pooled, 0.5))
         reach = 2 * max(len(factors[target.name][0]) for target in self._targets)
-        modules, within = [], 0.0
+        modules = []
         for target, share in zip(self._targets, shares, strict=True):
             gradient, rank = found[target.name], len(factors[target.name][0])
             spectrum = full_spectrum(gradient, total, float(share), target.full_rank, factor=self._factor or 1.0)
-            values, gains = spectrum[:rank], spectrum[rank:]
-            within += sum(values) + sum(gains[: max(reach, len(gradient.values)) - rank])
-            values += [0.0] * (rank - len(values))  # beyond full rank
-            modules.append(ModuleSignals(target=target, values=tuple(values), gains=tuple(gains)))
+            worth = (*spectrum, *[0.0] * (rank - len(spectrum)))  # beyond full rank
+            modules.append(ModuleSignals(target=target, rank=rank, worth=worth, reach=max(reach, len(gradient.values))))
         return Signals(
             modules=tuple(modules),
             directions=lambda name: residual_directions(found[name], *factors[name]),  # for the few modules that grow
             batches=len(weights),
             signal_share=pooled,
-            energy=within,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,62 +194,9 @@ class GradientWindow:
     def _read(self) -> None:
         """Learn which steps were finite, in one copy from the device."""
         unread, self._unread = self._unread, []
-        finite = _numbers([flag for flag, _ in unread])
+        finite = torch.stack([flag.cpu() for flag, _ in unread]).tolist() if unread else []
         self._broken += finite.count(False)
         self._weights += [w for fine, (_, weights) in zip(finite, unread, strict=True) if fine for w in weights]
-
-
-def _numbers(scalars: Sequence[Tensor]) -> list[Any]:
-    """Scalars from a device, in one copy."""
-    return torch.stack([scalar.to(scalars[-1].device) for scalar in scalars]).tolist() if scalars else []
-
-
-class LossHistory:
-    """The training loss of each step: the one that is passed, or, as long as none was, what the model returns as `loss`.
-
-    A returned loss counts if it is minimised, which shows by a gradient that reaches it; TRL's DPO minimises another. Nothing is
-    copied from the device before `values`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._handle, self.watching = model.register_forward_hook(LocalHook(self._see)), True
-        self._present: list[Tensor] = []
-        self._unread: list[Tensor] = []
-        self._read: list[float] = []
-
-    def end_step(self, loss: Tensor | float | None) -> None:
-        """Take the loss of an optimizer step."""
-        seen, self._present = self._present, []
-        if loss is not None:
-            self.close()
-            seen = [torch.as_tensor(loss).detach().float()]
-        self._unread.append(torch.stack(seen).mean() if seen else torch.tensor(math.nan))
-
-    def values(self) -> list[float]:
-        """One loss a step since the beginning, the mean over processes; NaN where there was none."""
-        fresh, self._unread = _numbers(self._unread), []
-        self._read += np.mean(gathered(fresh), axis=0).tolist() if fresh else []
-        return self._read
-
-    def restore(self, values: Sequence[float]) -> None:
-        """Go on from the losses of an earlier run."""
-        self._read, self._unread, self._present = list(values), [], []
-
-    def close(self) -> None:
-        """Remove the hook, and stop what `torch.compile` made of it."""
-        self._handle.remove()
-        self.watching = False
-
-    def _see(self, model: nn.Module, _: Any, output: Any) -> None:
-        if not self.watching:
-            return
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if model.training and isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-            value = loss.detach().float().reshape(())
-            if torch.compiler.is_compiling():  # a compiled graph takes no such hook
-                self._present.append(value)
-            else:
-                loss.register_hook(lambda _: self._present.append(value))
 
 
 def full_spectrum(found: Decomposition, weight: float, share: float, size: int, *, factor: float = 1.0) -> list[float]:

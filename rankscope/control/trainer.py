@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control.controller import RankController, check_budget
 from rankscope.errors import ModelError, SettingsError
@@ -29,13 +26,13 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     `resume_from_checkpoint` and `load_best_model_at_end` give the model the checkpoint's ranks before its weights. The
     scalars of each decision go to the log history. With `torch_compile` ranks are masked.
 
-    A Trainer does not show itself to callbacks. `bind(trainer)` adds what needs it: moves are judged by the loss that the Trainer
-    minimises, not by the one that the model returns (label smoothing, DPO, own losses); the scalars also go to TensorBoard, W&B
-    and other reporters; a model that `model_init` makes can be resumed.
+    A Trainer does not show itself to callbacks. `bind(trainer)` adds what needs it: the scalars also go to TensorBoard, W&B and
+    other reporters; a model that `model_init` makes can be resumed.
 
     Args:
         budget: The most adapter parameters at any time.
-        **options: `start` or `performance_model` of `RankController`, or single `ControllerSettings`.
+        start: As `RankController` takes it.
+        **overrides: Single `ControllerSettings`.
 
     >>> callback = RankControllerCallback(budget=ParameterBudget(2_000_000), every=50)
     >>> trainer = Trainer(model, args, callbacks=[callback])  # doctest: +SKIP
@@ -44,16 +41,20 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     controller: RankController  # once training has begun
 
-    def __init__(self, *, budget: ParameterBudget, settings: ControllerSettings | None = None, **options: Any) -> None:
-        if clash := {"total_steps", "model", "optimizer"} & set(options):
+    def __init__(
+        self,
+        *,
+        budget: ParameterBudget,
+        settings: ControllerSettings | None = None,
+        start: RankAllocation | str | None = None,
+        **overrides: Any,
+    ) -> None:
+        if clash := {"total_steps", "model", "optimizer"} & set(overrides):
             raise SettingsError(f"`{min(clash)}` comes from the Trainer and cannot be passed; leave it out.")
         check_budget(budget)
-        self._options: dict[str, Any] = {"budget": budget}
-        self._options |= {name: options.pop(name) for name in ("start", "performance_model") if name in options}
-        self._settings = ControllerSettings.of(settings, **options)
+        self._budget, self._start = budget, start
+        self._settings = ControllerSettings.of(settings, **overrides)
         self._trainer: Trainer | None = None
-        self._losses: list[Tensor] = []
-        self._cleanup = ExitStack()  # closes the controller and takes the patch off the Trainer
 
     def bind(self, trainer: Trainer) -> Self:
         """Use what only the Trainer has, and join its callbacks; call it before `trainer.train()`."""
@@ -74,29 +75,26 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Start the controller: the optimizer and the number of steps are known."""
-        self._cleanup.close()  # what a run that raised left behind
+        self.on_train_end(args, state, control)  # a run before may have raised
         self._prepared(model)  # again, if the Trainer was given the callback later
-        settings, options, resumed = self._settings, self._options, state.global_step > 0
+        settings, start, saved = self._settings, self._start, None
         if args.torch_compile and settings.rank_change == "auto":
             settings = ControllerSettings.of(settings, rank_change="mask")
-        if resumed:
-            saved, options = (
-                _saved_state(loaded_from(model, self._adapter), state.global_step),
-                {**options, "start": None},
-            )
-        with ExitStack() as stack:
-            controller = RankController(model, optimizer, settings=settings, total_steps=state.max_steps, **options)
-            stack.enter_context(controller)
-            if resumed:
-                controller.load_state_dict(saved)
-            if self._trainer is not None:
-                stack.callback(self._record_losses(self._trainer))
-            self.controller, self._losses, self._cleanup = controller, [], stack.pop_all()
+        if state.global_step > 0:
+            start, saved = None, _saved_state(loaded_from(model, self._adapter), state.global_step)
+        self.controller = RankController(
+            model, optimizer, budget=self._budget, settings=settings, total_steps=state.max_steps, start=start
+        )
+        if saved is not None:
+            try:
+                self.controller.load_state_dict(saved)
+            except BaseException:
+                self.controller.close()
+                raise
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped and gradients are zero."""
-        losses, self._losses = self._losses, []
-        self.controller.step(torch.stack(losses).sum() if losses else None)
+        self.controller.step()
         decision = self.controller.last_decision
         if decision is None or decision.step != state.global_step:
             return
@@ -119,26 +117,15 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             torch.save(values, temporary)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave nothing of the controller on model and Trainer but masks, if ranks are masked."""
-        self._cleanup.close()
+        """Leave nothing of the controller on the model but masks, if ranks are masked."""
+        if hasattr(self, "controller"):
+            self.controller.close()
 
     def _prepared(self, model: Any) -> Any:
         """The model, which has the adapter to control and whose later loads restore ranks first."""
         self._adapter = LiveAdapter(model, self._settings.adapter_name).name  # raises unless there is one to control
         restore_ranks_on_load(model)
         return model
-
-    def _record_losses(self, trainer: Trainer) -> Callable[[], None]:
-        """Patch `training_step`, which returns each micro-batch's share of the loss that is minimised; returns the undoing."""
-        step, own = trainer.training_step, "training_step" in vars(trainer)
-
-        def training_step(*args: Any, **kwargs: Any) -> Tensor:
-            loss: Tensor = step(*args, **kwargs)
-            self._losses.append(loss.detach().float())
-            return loss
-
-        trainer.training_step = training_step
-        return partial(setattr, trainer, "training_step", step) if own else partial(delattr, trainer, "training_step")
 
 
 def _saved_state(folder: Path | None, step: int) -> Any:

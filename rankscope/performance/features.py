@@ -73,6 +73,11 @@ class RankFeatures:
         total = np.minimum.accumulate(np.maximum(total, 0.0), axis=1)
         return {target.name: total[i, : target.full_rank] for i, target in enumerate(self.targets)}
 
+    def of_gradient(self, gains: Mapping[str, ArrayLike]) -> RankFeatures:
+        """These features with other gradient energies sigma^2 in place of the profile's; modules not in `gains` have none."""
+        known = {target.name: gains.get(target.name, ()) for target in self.targets}
+        return replace(self, curves={**self.curves, **_curves(self.targets, known, self.curves["log"].shape[1] - 1)})
+
     def without(self, *levels: str) -> RankFeatures:
         """The features of all other levels."""
         kept = [place for place, level in enumerate(self.levels) if level not in levels]
@@ -135,7 +140,7 @@ def rank_features(
     rows = np.array([[each == key for each in members[level]] for level, key in features], dtype=np.float64)
     curves = {"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0)}
     if gains is not None:
-        curves |= {name: _captured(targets, gains, highest, power) for name, power in (("energy", 1.0), ("norm", 0.5))}
+        curves |= _curves(targets, gains, highest)
     of_profile = list(curves)[1:]
     uniform = allocate_proportional(targets, dict.fromkeys((t.name for t in targets), 1.0), budget)
     return RankFeatures(
@@ -145,6 +150,11 @@ def rank_features(
         names=tuple(f"{level}/{key}" for level, key in [*features, *(("profile", name) for name in of_profile)]),
         weights=np.vstack([rows * (costs / costs.mean()), np.ones((len(of_profile), len(targets)))]),
     )
+
+
+def _curves(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], highest: int) -> dict[str, Floats]:
+    """The curves of spectra, by name."""
+    return {name: _captured(targets, gains, highest, power) for name, power in (("energy", 1.0), ("norm", 0.5))}
 
 
 def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], highest: int, power: float) -> Floats:

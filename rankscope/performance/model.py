@@ -16,7 +16,7 @@ from scipy.stats import kendalltau, norm, spearmanr
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import PowerTransformer
-from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from rankscope.errors import SettingsError
 from rankscope.performance.features import Floats, Ints, RankFeatures, as_numbers
@@ -40,8 +40,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     The metric is made normal first (Yeo and Johnson 2000): otherwise a few allocations that starve a module would outweigh
     all differences among good ones. The regression is linear in concave gains of the ranks (`RankFeatures`), so water-filling
-    on `utilities()` finds the allocation of the highest value. `regressor_` is the fitted regression, `conditions_` are the
-    conditions seen, in order.
+    on `utilities()` finds the allocation of the highest value.
     """
 
     regressor_: HierarchicalRegressor
@@ -88,14 +87,6 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         half = norm.ppf(0.5 + confidence / 2.0) * deviation
         return self._back(mean - half), self._back(mean + half)
 
-    def difference(self, ranks: ArrayLike, reference: ArrayLike) -> Pair:
-        """Posterior mean and standard deviation of how much better the ranks are than the reference's, (n,) and (n,).
-
-        In standard deviations of the transformed metric over the observations.
-        """
-        found: Pair = self._fitted.predict(self._rows(ranks) - self._rows(reference), return_std=True)
-        return found
-
     def score(self, ranks: ArrayLike, y: ArrayLike, sample_weight: None = None) -> float:
         """Spearman's rank correlation of prediction and metric."""
         return float(spearmanr(self.predict(ranks), y)[0])
@@ -123,12 +114,16 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def coefficients(self) -> pd.DataFrame:
         """Each feature's `name`, `level`, and posterior `mean` and `std`, in standard deviations of the metric."""
         names, levels = self.features.names, self.features.levels
-        mean, deviation = self._fitted.predict(np.eye(len(names), self.regressor_.n_features_in_), return_std=True)
+        mean, deviation = self._fitted.predict(np.eye(len(names), len(self._fitted.coef_)), return_std=True)
         return pd.DataFrame({"name": names, "level": levels, "mean": mean, "std": deviation})
 
-    def utilities(self) -> dict[str, Floats]:
-        """Posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
-        return self._read(self._fitted.coef_)[0]
+    def utilities(self, gains: Mapping[str, ArrayLike] | None = None) -> dict[str, Floats]:
+        """Posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling.
+
+        `gains`, the energies sigma^2 of the present gradient's ranks by module name, take the place of the profile's.
+        """
+        features = self.features if gains is None else self.features.of_gradient(gains)
+        return features.gains(self._fitted.coef_[: len(features.names)])
 
     def sample(self, rng: np.random.Generator) -> tuple[dict[str, Floats], Any]:
         """One posterior draw of the utilities, and the condition that is best in it."""
@@ -174,23 +169,24 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             self._scaler = PowerTransformer().fit(y[:, None]) if np.ptp(y) > 1e-12 * np.abs(y).max() else None
         target = y * 0.0 if self._scaler is None else self._scaler.transform(y[:, None]).ravel()
         self.conditions_ = list(dict.fromkeys(conditions))
-        columns = np.array([[c == condition for condition in self.conditions_] for c in conditions], dtype=np.float64)
-        rows = self.features.transform(ranks)
-        spread, levels = rows.std(axis=0), [*self.features.levels, "intercept", *["condition"] * columns.shape[1]]
-        helps = (np.array(self.features.levels) == "profile") & (spread > 0)  # of nothing else any help is expected
-        means = np.zeros(len(levels))
-        means[: len(helps)][helps] = PROFILE_MEAN / spread[helps]
-        self.regressor_ = HierarchicalRegressor(
-            levels, means, {"profile": PROFILE_SHARE}, None if due else self.regressor_.variances_
-        ).fit(np.hstack([rows, np.ones((len(rows), 1)), columns]), target, weight)
+        levels = [*self.features.levels, "intercept", *["condition"] * len(self.conditions_)]
+        rows = self._rows(ranks, [[each == condition for condition in self.conditions_] for each in conditions])
+        spread = rows.std(axis=0)
+        helps = (np.array(levels) == "profile") & (spread > 0)  # of nothing else any help is expected
+        means = np.divide(PROFILE_MEAN, spread, out=np.zeros(len(levels)), where=helps)
+        variances = None if due else self.regressor_.variances_
+        self.regressor_ = HierarchicalRegressor(levels, means, {"profile": PROFILE_SHARE}, variances)
+        self.regressor_.fit(rows, target, weight)
         if due and not self.constant:
             self._estimated_at = len(y)
         return self
 
-    def _rows(self, ranks: ArrayLike) -> Floats:
-        """The regressor's columns; conditions count evenly."""
+    def _rows(self, ranks: ArrayLike, shares: ArrayLike | None = None) -> Floats:
+        """The regressor's columns: features, intercept, and the share of each condition, by default all the same."""
         rows, n = self.features.transform(ranks), len(self.conditions_)
-        return np.hstack([rows, np.ones((len(rows), 1)), np.full((len(rows), n), 1.0 / n)])
+        return np.hstack(
+            [rows, np.ones((len(rows), 1)), np.full((len(rows), n), 1.0 / n) if shares is None else shares]
+        )
 
     @property
     def _fitted(self) -> HierarchicalRegressor:
@@ -217,8 +213,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 class Validation:
     """Scores of predictions for left-out allocations, of the model and of what needs no model; without a profile, None.
 
-    A constant prediction would score 0. Regret is how far the best of the five predicted best falls short of the best, over
-    how far the mean does.
+    A constant prediction would score 0.
     """
 
     allocations: int  # number of different ones
@@ -227,8 +222,6 @@ class Validation:
     kendall: float
     spearman: float
     profile: float | None  # Kendall's tau of the captured norm, which needs no trial
-    top_regret: float
-    profile_top_regret: float | None  # of the captured norm
     ceiling: float | None  # the highest Spearman correlation that the metric's own noise allows; None if unknown
     coverage: float | None  # share of measurements in the 80 % intervals; None under several conditions
 
@@ -292,8 +285,6 @@ def validate(
         kendall=float(kendalltau(predicted, even)[0]),
         spearman=float(spearmanr(predicted, even)[0]),
         profile=None if captured is None else float(kendalltau(captured, even)[0]),
-        top_regret=_top_regret(predicted, even),
-        profile_top_regret=None if captured is None else _top_regret(captured, even),
         ceiling=None if noise_variance is None else float(np.sqrt(max(0.0, 1.0 - noise_variance / even.var()))),
         coverage=float(inside.mean()) if len(set(labels)) == 1 else None,
     )
@@ -307,16 +298,6 @@ def believable(model: PerformanceModel, validation: Validation | None) -> Perfor
     return model.of_profile() if (by_profile or 0.0) > 0.0 else None
 
 
-def _top_regret(predicted: Floats, metric: Floats, k: int = 5) -> float:
-    """Regret of the best of the k predicted best.
-
-    >>> _top_regret(np.array([1, 2, 3, 4]), np.array([0.5, 0.9, 0.7, 0.5]), k=2)
-    0.8
-    """
-    chosen, gap = np.argsort(-predicted, kind="stable")[:k], metric.max() - metric.mean()
-    return round(float((metric.max() - metric[chosen].max()) / gap), 12) if gap > 0 else 0.0
-
-
 def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
     """1 - variance of the errors over that of the metric made normal, as the model sees it; a common shift is no error."""
     scaler = PowerTransformer().fit(metric[:, None])
@@ -325,8 +306,8 @@ def _explained(predicted: Floats, metric: Floats, weight: Floats) -> float:
     return float(1.0 - spread[0] / spread[1])
 
 
-@dataclass(eq=False, repr=False)
-class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+@dataclass(eq=False)
+class HierarchicalRegressor:
     """Bayesian linear regression without intercept whose coefficients share one prior variance a level.
 
         y = X beta + noise,   beta_j ~ N(mean_j, v_level(j)),   noise_t ~ N(0, s^2 / weight_t)
@@ -351,11 +332,10 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
     shares: Mapping[str, float] | None = None
     variances: Mapping[str, float] | None = None
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: Weights = None) -> Self:
-        """Estimate the variances and the posterior; `sample_weight` are the repeats behind each observation, (n,) or one."""
-        table, observed = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
-        weights = _checked_weights(sample_weight, len(table))
-        table, observed, roots = table[weights > 0], observed[weights > 0], np.sqrt(weights[weights > 0])
+    def fit(self, X: Floats, y: Floats, sample_weight: Weights = None) -> Self:
+        """Estimate the variances and the posterior; `sample_weight` are the repeats behind each observation, (n,)."""
+        weights = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        table, observed, roots = X[weights > 0], y[weights > 0], np.sqrt(weights[weights > 0])
         levels = np.asarray(self.levels if self.levels is not None else ["all"] * table.shape[1])
         means = np.zeros(table.shape[1]) if self.means is None else np.asarray(self.means, dtype=np.float64)
         names, index = np.unique(levels, return_inverse=True)
@@ -376,23 +356,20 @@ class HierarchicalRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc
         self.coef_ = means + self._prior * (rows.T @ cho_solve(self._factor, target))
         return self
 
-    def predict(self, X: ArrayLike, return_std: bool = False, return_cov: bool = False) -> Any:
+    def predict(self, X: Floats, return_std: bool = False, return_cov: bool = False) -> Any:
         """Posterior mean at X, (n,); also its standard deviation, (n,), or covariance, (n, n), without observations' noise."""
-        check_is_fitted(self)
-        table = validate_data(self, X, dtype=np.float64, reset=False)
-        mean = table @ self.coef_
+        mean = X @ self.coef_
         if not (return_std or return_cov):
             return mean
-        scaled = table * self._prior
+        scaled = X * self._prior
         across = scaled @ self._rows.T
         if return_cov:
-            return mean, scaled @ table.T - across @ cho_solve(self._factor, across.T)
+            return mean, scaled @ X.T - across @ cho_solve(self._factor, across.T)
         explained = np.einsum("ij,ji->i", across, cho_solve(self._factor, across.T))
-        return mean, np.sqrt(np.maximum(np.einsum("ij,ij->i", scaled, table) - explained, 0.0))
+        return mean, np.sqrt(np.maximum(np.einsum("ij,ij->i", scaled, X) - explained, 0.0))
 
     def sample(self, rng: np.random.Generator) -> Floats:
         """One draw of the coefficients from the posterior, (n_features,), by Matheron's rule: a prior draw, corrected."""
-        check_is_fitted(self)
         drawn = rng.normal(size=len(self._prior)) * np.sqrt(self._prior)
         seen = self._rows @ drawn + rng.normal(size=len(self._rows)) * np.sqrt(self._noise)
         correction = self._rows.T @ cho_solve(self._factor, self._target - seen)

@@ -93,16 +93,11 @@ def first_decision(task: Any, base: Any, start: str, policy: rs.ControllerSettin
     exact = []
     for signals in measured.modules:
         energies = torch.linalg.svdvals(weights[signals.target.name].grad).double().square()
-        scale = (sum(signals.values) + sum(signals.gains)) / float(energies.sum())
-        spectrum = (energies * scale).tolist()
-        exact.append(
-            ModuleSignals(
-                target=signals.target, values=tuple(spectrum[: signals.rank]), gains=tuple(spectrum[signals.rank :])
-            )
-        )
+        spectrum = (energies * (sum(signals.worth) / float(energies.sum()))).tolist()
+        exact.append(ModuleSignals(target=signals.target, rank=signals.rank, worth=tuple(spectrum)))
     proposal = propose(exact, budget, policy, coarse=True, signal_share=measured.signal_share)
     decision = controller.decisions.iloc[0]
-    after = proposal.allocation.vector
+    after = list(proposal.ranks.values())
     return {
         "modules": len(targets),
         "action": decision["action"],
@@ -119,9 +114,8 @@ def first_decision(task: Any, base: Any, start: str, policy: rs.ControllerSettin
 
 def captured(signals: list[ModuleSignals], ranks: Any) -> float:
     """The share of the energy of all modules within the ranks."""
-    spectra = [(*each.values, *each.gains) for each in signals]
-    total = sum(sum(spectrum) for spectrum in spectra)
-    return sum(sum(spectrum[:rank]) for spectrum, rank in zip(spectra, ranks, strict=True)) / total
+    total = sum(sum(each.worth) for each in signals)
+    return sum(sum(each.worth[:rank]) for each, rank in zip(signals, ranks, strict=True)) / total
 
 
 if __name__ == "__main__":

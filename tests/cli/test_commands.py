@@ -367,7 +367,7 @@ print(json.dumps([ranks, count]))
         (["allocate", "--set", "allocation.max_rank=null"], STUDY,
          "`--set` must give `allocation.max_rank` a value, but got 'allocation.max_rank=null'; for its default, leave the key out."),
         (["allocate", "--strategy", "oneshot"], STUDY,
-         "`strategy` must be one of uniform, random, gradient-norm, fisher, sensitivity, activation, one-shot, blend, but got 'oneshot'; did you mean 'one-shot'?"),
+         "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'oneshot'; did you mean 'one-shot'?"),
         (["profile"], STUDY.replace("task: digits-shift", "task: digits-shift\ntargets: [q_prj]"),
          "`selection` must match modules of the model, but 'q_prj' matches none; did you mean 'q_proj', 'v_proj', 'o_proj'."),
         (["profile"], STUDY.replace("digits-shift", "digit-shift"),

@@ -226,7 +226,7 @@ def test_a_compiled_model_gets_masks() -> None:
     assert controller.allocation.parameters <= BUDGET
 
 
-def test_decisions_are_written_with_what_came_of_them(tmp_path: Path) -> None:
+def test_decisions_are_written(tmp_path: Path) -> None:
     model = net()
     optimizer = adamw(model)
     controller = control(model, optimizer)
@@ -234,43 +234,34 @@ def test_decisions_are_written_with_what_came_of_them(tmp_path: Path) -> None:
     write_decisions(controller.decisions, tmp_path / "decisions.parquet")
     written = pd.read_parquet(tmp_path / "decisions.parquet")
     assert written["step"].tolist() == [4, 8, 12, 16, 20]
-    assert written["realised"].notna().all()
-    assert (written["realised_error"] > 0).all()
     assert written["modules"].iloc[0].tolist() == [t.name for t in controller.allocation.targets]
     assert written["ranks_after"].iloc[-1].tolist() == list(controller.allocation.vector)
     assert list(tmp_path.iterdir()) == [tmp_path / "decisions.parquet"]
 
 
-# --- performance models --------------------------------------------------------------------------------------------
+# --- the performance model -----------------------------------------------------------------------------------------
 
 
-def offline(model: PeftModel, slope: float) -> rs.PerformanceModel:
+def believing(model: PeftModel, slope: float) -> rs.PerformanceModel:
     """A model to which first and second layer matter by `slope`, negative or positive, and the others not."""
     targets = rs.find_targets(model, LAYERS)
-    features = rs.rank_features(targets, rs.ParameterBudget(BUDGET))
+    gains = {target.name: np.ones(target.full_rank) for target in targets}
+    features = rs.rank_features(targets, rs.ParameterBudget(BUDGET), gains=gains)
     rng = np.random.default_rng(0)
     ranks = rng.integers(0, 5, (80, 4))
     y = slope * np.log1p(ranks[:, :2]).sum(axis=1) - slope * np.log1p(ranks[:, 2:]).sum(axis=1)
     return rs.PerformanceModel(features).fit(ranks, y + rng.normal(0.0, 0.01, 80))
 
 
-def test_the_studys_model_refuses_what_it_believes_to_be_harmful() -> None:
-    actions = set()
+def test_the_studys_model_says_what_ranks_are_worth() -> None:
     for slope in (1.0, -1.0):
         model = net()
         optimizer = adamw(model)
-        controller = control(model, optimizer, performance_model=offline(model, slope))
+        controller = control(model, optimizer, performance_model=believing(model, slope))
         run(model, optimizer, controller, range(TOTAL))
-        for d in controller.decisions.itertuples():
-            if d.action in ("moved", "refused"):
-                actions.add(d.action)
-                assert d.ranks_proposed != d.ranks_before
-            if d.action == "refused" and d.reason.startswith("the study's model"):
-                assert d.offline + d.offline_error < 0
-                assert d.ranks_after == d.ranks_before
-            if d.action == "moved":
-                assert d.offline + d.offline_error >= 0
-    assert actions == {"moved", "refused"}
+        early, late = np.split(np.array(controller.allocation.vector), 2)
+        assert (early.sum() > late.sum()) == (slope > 0)
+        assert controller.decisions["action"].iloc[0] == "moved"
 
 
 def test_a_model_of_other_modules_is_refused() -> None:
@@ -549,7 +540,7 @@ def test_states_of_others_are_refused() -> None:
     controller = control(model, adamw(model))
     state = controller.state_dict()
     for change, message in (
-        ({"schema": 0}, "the controller's state must have schema 1, but has 0."),
+        ({"schema": 0}, "the controller's state must have schema 2, but has 0."),
         ({"targets": "?"}, "the controller's state must be of this model's adapted modules, but is of others."),
         (
             {"active": {}},

@@ -1,7 +1,9 @@
 """The policy against its promises: the budget, hysteresis, cool-down, and the best single transfer by brute force."""
 
 import re
+from collections.abc import Sequence
 from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 import rankscope as rs
 from rankscope.budget import RankLimits
-from rankscope.control.decisions import ModuleSignals, Proposal, propose
+from rankscope.control import decisions
+from rankscope.control.decisions import ModuleSignals
 from rankscope.errors import SettingsError
 
 POLICY = rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.0)
@@ -17,11 +20,27 @@ POLICY = rs.ControllerSettings(hysteresis=0.0, min_gain_ratio=0.0)
 
 def module(name: str, values: list[float], gains: list[float], *, size: int = 32, out: int = 32) -> ModuleSignals:
     target = rs.TargetModule(name=name, in_features=size, out_features=out)
-    return ModuleSignals(target=target, values=tuple(values), gains=tuple(gains))
+    return ModuleSignals(target=target, rank=len(values), worth=(*values, *gains))
+
+
+class Proposal(NamedTuple):
+    ranks: dict[str, int]
+    changes: dict[str, tuple[int, int]]  # ranks before and after
+    parameters: int
+    predicted: float
+
+
+def propose(signals: Sequence[ModuleSignals], *arguments: Any, **options: Any) -> Proposal:
+    """What the policy does, and that as changes."""
+    found = decisions.propose(signals, *arguments, **options)
+    changes = {n: (s.rank, found.ranks[n]) for s in signals if found.ranks[n := s.target.name] != s.rank}
+    assert found.action == ("moved" if changes else "kept")
+    parameters = sum(s.target.rank_cost * found.ranks[s.target.name] for s in signals)
+    return Proposal(dict(found.ranks), changes, parameters, found.predicted)
 
 
 def changes(proposal: Proposal) -> dict[str, tuple[int, int]]:
-    return dict(proposal.changes)
+    return proposal.changes
 
 
 def held(signals: list[ModuleSignals], name: str) -> RankLimits:
@@ -52,12 +71,8 @@ def test_within_the_budget_and_never_for_less(
 ) -> None:
     budget = rs.ParameterBudget(max(spent(signals), 40) + slack)
     proposal = propose(signals, budget, rs.ControllerSettings(hysteresis=margin, min_gain_ratio=0.0), coarse=coarse)
-    assert proposal.allocation.parameters <= budget.limit
+    assert proposal.parameters <= budget.limit
     assert proposal.predicted > 0 or not proposal.changes
-    ranks = dict(proposal.allocation.ranks)
-    assert changes(proposal) == {
-        s.target.name: (s.rank, ranks[s.target.name]) for s in signals if ranks[s.target.name] != s.rank
-    }
 
 
 @settings(max_examples=100, deadline=None)
@@ -66,19 +81,10 @@ def test_what_was_moved_is_not_moved_back(signals: list[ModuleSignals], coarse: 
     """With the same spectra, the second proposal never undoes the first."""
     budget = rs.ParameterBudget(max(spent(signals), 64))
     first = propose(signals, budget, POLICY, coarse=coarse)
-    spectra = {s.target.name: [*s.values, *s.gains] for s in signals}
-    ranks = first.allocation.ranks
-    moved = [
-        ModuleSignals(
-            target=s.target,
-            values=tuple((spectra[n] + [0.0] * 99)[: ranks[n]]),
-            gains=tuple(spectra[n][ranks[n] :]),
-        )
-        for s in signals
-        for n in [s.target.name]
-    ]
+    ranks = first.ranks
+    moved = [ModuleSignals(target=s.target, rank=ranks[s.target.name], worth=(*s.worth, *[0.0] * 99)) for s in signals]
     second = propose(moved, budget, POLICY, coarse=coarse)
-    assert second.allocation != propose(signals, budget, POLICY, coarse=coarse) or not second.changes
+    assert second.ranks != first.ranks or not second.changes
     assert not second.changes or second.predicted > 0
 
 
@@ -87,7 +93,9 @@ def test_what_was_moved_is_not_moved_back(signals: list[ModuleSignals], coarse: 
 def test_the_fine_transfer_is_the_best_of_all(signals: list[ModuleSignals], slack: int) -> None:
     """Of one rank more for one module and the greedy choice of donors, equal costs: by brute force over all allocations."""
     signals = [
-        module(s.target.name, list(s.values), list(s.gains))  # equal costs, so that greedy donors are optimal
+        module(
+            s.target.name, list(s.worth[: s.rank]), list(s.worth[s.rank :])
+        )  # equal costs: greedy donors are optimal
         for s in signals
     ]
     budget = rs.ParameterBudget(max(spent(signals), 64) + slack)
@@ -99,10 +107,11 @@ def test_the_fine_transfer_is_the_best_of_all(signals: list[ModuleSignals], slac
         if spent(signals) + sum(64 * d for d in deltas) > budget.limit:
             continue
         net = sum(
-            s.gains[0] if d == 1 else -s.values[-1] if d == -1 else 0.0 for s, d in zip(signals, deltas, strict=True)
+            s.worth[s.rank] if d == 1 else -s.worth[s.rank - 1] if d == -1 else 0.0
+            for s, d in zip(signals, deltas, strict=True)
         )
         best = max(best, net)
-    total = sum(sum(s.values) + sum(s.gains) for s in signals) or 1.0
+    total = sum(sum(s.worth) for s in signals) or 1.0
     assert proposal.predicted == pytest.approx(best / total, abs=1e-12)
 
 

@@ -43,7 +43,6 @@ for step in range(40):
     optimizer.step()
     controller.step()
     optimizer.zero_grad()
-assert len(controller.state_dict()["losses"]) == 24
 found = [list(row) for row in controller.decisions["ranks_after"]]
 everyone = [None] * 2
 dist.all_gather_object(everyone, found)

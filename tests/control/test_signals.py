@@ -39,8 +39,8 @@ def gradients(model: PeftModel, batches: list[Mapping[str, Tensor]]) -> dict[str
 
 
 def shape(found: Signals) -> np.ndarray:
-    """All values and gains, free of the common share of signal."""
-    return np.concatenate([[*s.values, *s.gains] for s in found.modules])
+    """What all ranks are worth, free of the common share of signal."""
+    return np.concatenate([s.worth for s in found.modules])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -65,7 +65,7 @@ def test_the_spectrum_is_that_of_the_mean_gradient(checkpointing: bool, scale: f
     shares = []
     for signals in found.modules:
         spectrum = torch.linalg.svdvals(expected[signals.target.name]).square().numpy()
-        got = np.array([*signals.values, *signals.gains])
+        got = np.array(signals.worth)
         keep = spectrum[: len(got)] > 1e-6 * spectrum[0]
         shares.append(got[0] / spectrum[0])
         np.testing.assert_allclose(got[keep], shares[-1] * spectrum[: len(got)][keep], rtol=1e-3)
@@ -160,7 +160,7 @@ def test_bfloat16() -> None:
             seen.end_step()
         found.append(measured(seen, each))
     for exact, rough in zip(found[0].modules, found[1].modules, strict=True):
-        assert rough.values[0] == pytest.approx(exact.values[0], rel=0.1)
+        assert rough.worth[0] == pytest.approx(exact.worth[0], rel=0.1)
 
 
 def test_the_noise_of_a_mean_is_the_u_statistic() -> None:

@@ -20,7 +20,7 @@ from rankscope.control.trainer import STATE_FILE
 from rankscope.errors import ModelError, SettingsError
 from rankscope.lora import count_adapter_parameters, masks_on
 from rankscope.tasks import Task
-from tests.control.trainers import MASKED, NO_LOSS, Rows, build, controller_of, ends_the_same, trainer, weights
+from tests.control.trainers import MASKED, Rows, build, controller_of, ends_the_same, trainer, weights
 
 RESIZED: dict[str, Any] = {}
 
@@ -433,35 +433,6 @@ def test_an_adapter_that_peft_loaded(digits: Task, tmp_path: Path, checkpoint: P
     with refuses(ModelError, message):
         run.train(resume_from_checkpoint=str(checkpoint))
     run.train()
-    assert len(controller_of(run).decisions) == 3
-
-
-class Scaled(Trainer):
-    """Minimises another loss than the model's."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return 3.0 - super().compute_loss(model, inputs)
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.3}], ids=str)
-def test_the_loss_is_the_one_that_is_minimised(digits: Task, tmp_path: Path, options: dict[str, Any]) -> None:
-    run = trainer(digits, tmp_path, kind=Scaled, save_strategy="no", logging_steps=3, bind=True, **options)
-    run.train()
-    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    decisions = controller_of(run).decisions
-    assert decisions["loss"].tolist() == pytest.approx(logged[:3], abs=1e-3)
-    assert decisions["realised"].notna().sum() == 0  # too few steps for an effect
-    assert run.training_step.__func__ is Trainer.training_step
-
-
-def test_one_warning_names_bind_where_the_model_returns_no_loss(
-    digits: Task, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With label smoothing the Trainer keeps the labels; the first decision says so, whatever it moves."""
-    run = trainer(digits, tmp_path, save_strategy="no", label_smoothing_factor=0.3)
-    with caplog.at_level("WARNING", logger="rankscope"):
-        run.train()
-    assert [record.getMessage() for record in caplog.records] == [NO_LOSS]
     assert len(controller_of(run).decisions) == 3
 
 

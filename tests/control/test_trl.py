@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import rankscope as rs
 from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
-from tests.control.trainers import NO_LOSS, controller_of, ends_the_same
+from tests.control.trainers import controller_of, ends_the_same
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "red", "old", "house", "tree"]
 
@@ -121,23 +121,11 @@ def dpo(folder: Path, *, bind: bool) -> Any:
 
 
 @pytest.mark.slow
-def test_dpo_without_bind_is_warned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = dpo(tmp_path, bind=False)
-    with caplog.at_level("WARNING", logger="rankscope"):
-        run.train()
-    assert [record.getMessage() for record in caplog.records] == [NO_LOSS]
-
-
-@pytest.mark.slow
-def test_dpo_judges_by_its_own_loss_and_saves_both_adapters(tmp_path: Path) -> None:
+def test_dpo_saves_both_adapters(tmp_path: Path) -> None:
     """TRL adds a frozen reference adapter with the config of the first; plain PEFT loads both."""
     run = dpo(tmp_path, bind=True)
     run.train()
-    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    decisions = controller_of(run).decisions
-    assert decisions["action"].iloc[0] == "moved"
-    assert decisions["loss"].tolist() == pytest.approx(logged[:2], abs=1e-3)
-    assert decisions["realised"].notna().all()
+    assert controller_of(run).decisions["action"].iloc[0] == "moved"
     assert sorted(run.model.peft_config) == ["default", "ref"]
 
     run.model.save_pretrained(str(tmp_path))

@@ -35,10 +35,6 @@ def build(task: Task, rank: int = 1, **options: Any) -> PeftModel:
     return apply_allocation(model, uniform, modules_to_save=["classifier"], **options)
 
 
-NO_LOSS = (
-    "no loss was passed to `step`, and the model returned none that is minimised, so the effect of moves is not measured; pass "
-    "the loss, or in a Trainer call `callback.bind(trainer)` before `trainer.train()`"
-)
 MASKED = {"rank_change": "mask", "start": "uniform"}  # of a model that is built at a larger rank
 
 

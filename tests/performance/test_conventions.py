@@ -11,7 +11,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from sklearn.utils.validation import check_is_fitted
 
 import rankscope as rs
-from rankscope.performance import HierarchicalRegressor, PerformanceModel, rank_features
+from rankscope.performance import PerformanceModel, rank_features
 
 
 def model_of(n_modules: int) -> PerformanceModel:
@@ -52,7 +52,6 @@ class OfAnyMatrix(RegressorMixin, BaseEstimator):
 REPEATS = "a mean of repeats tells less of the noise than as many observations"
 SPARSE = "ranks are never sparse; scikit-learn 1.6 checks it all the same"
 EXPECTED = {
-    HierarchicalRegressor: {"check_sample_weight_equivalence_on_dense_data": REPEATS},
     OfAnyMatrix: {
         "check_sample_weight_equivalence_on_sparse_data": SPARSE,
         "check_sample_weight_equivalence_on_dense_data": REPEATS,
@@ -101,8 +100,6 @@ EXPECTED = {
 }
 
 
-@parametrize_with_checks(
-    [HierarchicalRegressor(), OfAnyMatrix(), model_of(2)], expected_failed_checks=lambda model: EXPECTED[type(model)]
-)
+@parametrize_with_checks([OfAnyMatrix(), model_of(2)], expected_failed_checks=lambda model: EXPECTED[type(model)])
 def test_scikit_learn_conventions(estimator: Any, check: Any) -> None:
     check(estimator)

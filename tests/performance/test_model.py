@@ -234,7 +234,6 @@ def test_bad_observations(features: RankFeatures, change: dict, message: str) ->
     ("call", "message"),
     [
         (lambda m: m.predict([[-1] * 12]), WHOLE.format("-1")),
-        (lambda m: m.difference([[1.5] * 12], [[1] * 12]), WHOLE.format("1.5")),
         (lambda m: m.interval(OK_RANKS, 1.0), "`confidence` must lie between 0 and 1, but is 1."),
         (lambda m: m.interval(OK_RANKS, repeats=0), "`repeats` must be above 0, but is 0."),
         (lambda m: m.posterior_given_retests(OK_RANKS, OK_Y, -1), "`repeats` must be above 0, but is -1."),
@@ -267,22 +266,6 @@ def test_the_mean_of_several_runs_has_less_noise_and_the_same_posterior(
         single.posterior_given_retests(ranks[:4], fresh, 1),
         rtol=1e-3,
     )  # as many fresh runs weigh as much as one trial
-
-
-def test_a_difference_is_that_of_the_posterior() -> None:
-    """Against draws of the coefficients: mean and spread of what two allocations differ by."""
-    rng = np.random.default_rng(0)
-    targets = [rs.TargetModule(name=f"h.{i}.fc", in_features=32, out_features=32, block=i) for i in range(6)]
-    ranks = rng.integers(0, 6, (20, 6))
-    y = np.log1p(ranks[:, :2]).sum(axis=1) + rng.normal(0.0, 0.3, 20)
-    model = rs.PerformanceModel(rs.rank_features(targets, rs.ParameterBudget.uniform(targets, 3))).fit(ranks, y)
-    better, worse = np.array([[5, 5, 2, 2, 2, 2]]), np.array([[1, 1, 4, 4, 4, 4]])
-    mean, deviation = model.difference(better, worse)
-    change = (model.features.transform(better) - model.features.transform(worse))[0]
-    draws = [model.regressor_.sample(rng)[: len(change)] @ change for _ in range(4000)]
-    assert mean[0] == pytest.approx(np.mean(draws), abs=0.05)
-    assert deviation[0] == pytest.approx(np.std(draws), rel=0.05)
-    assert mean[0] > deviation[0]
 
 
 @pytest.mark.parametrize(

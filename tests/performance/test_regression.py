@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import BayesianRidge
 
-from rankscope.performance import HierarchicalRegressor
+from rankscope.performance.model import HierarchicalRegressor
 
 
 @pytest.fixture

@@ -104,9 +104,6 @@ def _find(strategy: Any) -> tuple[str, Strategy]:
     raise SettingsError(f"`strategy` must be one of {', '.join(known)}, but got {got}")
 
 
-# --- the strategies -----------------------------------------------------------------------------------------------
-
-
 def uniform(request: Request) -> Scores:
     """The same rank everywhere, as even as the budget allows: plain LoRA."""
     return {target.name: float(target.rank_cost) for target in request.targets}
@@ -133,8 +130,7 @@ def sensitivity(request: Request) -> Scores:
     values = request.profiled.column("sensitivity")
     if unread := [target.name for target in request.targets if math.isnan(values[target.name])]:
         raise ModelError(
-            f"the profile must hold the sensitivity of every target, but lacks that of `{unread[0]}`, whose weight "
-            "cannot be read; use another strategy."
+            f"the profile must hold every sensitivity, but lacks that of `{unread[0]}`; use another strategy."
         )
     return values
 
@@ -148,9 +144,8 @@ def activation(request: Request) -> Gains:
 def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains:
     """The gradient energy that the r-th rank captures, sigma_r ** 2; with `signal`, of what the profile's batches agree on.
 
-    The first step of LoRA with B = 0 and A along the gradient's leading right singular vectors moves the weight along
-    the best rank-r part of the gradient, whose energy is the sum of its r leading squared singular values
-    (Eckart and Young 1936; LoRA-GA, arXiv 2407.05000, Thm 3.1).
+    The first step of LoRA with B = 0 and A along the gradient's leading right singular vectors moves the weight along the best
+    rank-r part of the gradient, whose energy is the sum of its r leading sigma^2 (LoRA-GA, arXiv 2407.05000, Thm 3.1).
     """
     _check_positive("power", power)
     _check("signal", signal, isinstance(signal, bool), "be true or false")
@@ -168,7 +163,7 @@ def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains
 
 def _check_positive(option: str, value: Any) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    _check(option, value, number and 0 < float(value) < math.inf, "be a number above 0 and finite")
+    _check(option, value, number and 0 < value < math.inf, "be a number above 0 and finite")
 
 
 def _check(option: str, value: Any, valid: bool, must: str) -> None:

@@ -113,9 +113,7 @@ class RankController:
         begin = self._ranks.initial(start, budget)
         self._model = performance_model
         if performance_model and {target.name for target in performance_model.features.targets} != set(begin.ranks):
-            raise ModelError(
-                "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
-            )
+            raise ModelError("`performance_model` must be of the adapted modules, but is of others; fit it on these.")
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
             raise SettingsError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")

@@ -129,7 +129,7 @@ def propose(
     low, high = (limits or RankLimits()).arrays(targets)
     low, high = np.minimum(low, present), np.maximum(np.minimum(high, settings.max_rank or high), present)
     move, margin = _refill if coarse else _best_transfer, settings.hysteresis / max(signal_share, 1e-3)
-    ranks = move(signals, low.tolist(), high.tolist(), budget, margin)
+    ranks = move(signals, low.tolist(), high.tolist(), budget.limit, margin)
     total = sum(sum(s.worth[: s.reach]) for s in signals) or 1.0
     predicted = sum(s.gain(rank) / total for s, rank in zip(signals, ranks, strict=True))
     more = np.maximum(np.subtract(ranks, present), 0)
@@ -141,26 +141,22 @@ def propose(
     return Proposal(dict(zip(names, ranks, strict=True)), "moved", reason, predicted)
 
 
-def _refill(
-    signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, budget: ParameterBudget, margin: float
-) -> list[int]:
+def _refill(signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, limit: int, margin: float) -> Ranks:
     """Water-filling on all ranks together; those in place count `1 + margin` times their worth."""
     targets = [s.target for s in signals]
-    if budget.limit < min(target.rank_cost for target in targets) or not any(any(s.worth) for s in signals):
+    if limit < min(target.rank_cost for target in targets) or not any(any(s.worth) for s in signals):
         return [s.rank for s in signals]
     gains = {s.target.name: np.array(s.worth) for s in signals}
     for s in signals:
         gains[s.target.name][: s.rank] *= 1.0 + margin
     limits = RankLimits(dict(zip(gains, low, strict=True)), dict(zip(gains, high, strict=True)))
-    return list(allocate_marginal(targets, gains, budget, limits).vector)
+    return allocate_marginal(targets, gains, ParameterBudget(limit), limits).vector
 
 
-def _best_transfer(
-    signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, budget: ParameterBudget, margin: float
-) -> list[int]:
+def _best_transfer(signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, limit: int, margin: float) -> Ranks:
     """One rank more where it brings most, net of the cheapest ranks elsewhere that make room for it."""
     ranks, costs = [s.rank for s in signals], [s.target.rank_cost for s in signals]
-    left = budget.limit - sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
+    left = limit - sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
     donors = [(index, value) for index, s in enumerate(signals) for value in reversed(s.worth[low[index] : s.rank])]
     donors.sort(key=lambda donor: donor[1] / costs[donor[0]])  # stable: in each module the last rank goes first
     best, best_net = ranks, 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits
 from rankscope.distributed import n_processes, whole
-from rankscope.errors import ModelError, SettingsError
+from rankscope.errors import ModelError, SettingsError, shown
 from rankscope.lora import (
     LiveAdapter,
     RankMasks,
@@ -40,9 +40,7 @@ class LiveRanks:
     def __init__(self, model: Any, optimizer: Any, settings: ControllerSettings) -> None:
         mode = settings.rank_change
         if mode == "resize" and is_ddp(model):
-            raise ModelError(
-                "`rank_change` must be 'mask' in DistributedDataParallel, which keeps its parameters, but is 'resize'; change it."
-            )
+            raise ModelError("`rank_change` must be 'mask' in DistributedDataParallel, but is 'resize'; change it.")
         self._live = LiveAdapter(unwrapped(model), settings.adapter_name)
         self.model, self.adapter = self._live.model, self._live.name
         self.masks = masks_on(self.model)
@@ -77,22 +75,17 @@ class LiveRanks:
         if isinstance(start, str):
             start = allocate(start, targets=present.targets, budget=budget, max_rank=self.capacity)
         if start is not None and not isinstance(start, RankAllocation):
-            raise SettingsError(
-                f"`start` must be a RankAllocation or a strategy's name, but is a {type(start).__name__}."
-            )
+            raise SettingsError(f"`start` must be a RankAllocation or a strategy's name, but got {shown(start)}.")
         given = {name: rank for name, rank in (start or present).ranks.items() if rank}
         if unknown := set(given) - set(present.ranks):
             raise ModelError(
-                f"`start` must give ranks to adapted modules only, but gives `{min(unknown)}` some; adapt it when the model is "
-                "wrapped."
+                f"`start` must give ranks to adapted modules only, but gives `{min(unknown)}` some; adapt it as well."
             )
         if not self.masked:  # `begin` cuts what is above the full rank
             given = {t.name: min(given.get(t.name, 0), t.full_rank) for t in present.targets}
         begin = RankAllocation.from_ranks(present.targets, given)
         if not begin.parameters:
-            raise SettingsError(
-                "`start` must give at least one module a rank, but gives none; PEFT has no empty adapter."
-            )
+            raise SettingsError("`start` must give at least one module a rank, but gives none; raise one.")
         if begin.parameters > budget.limit:
             raise SettingsError(
                 f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "

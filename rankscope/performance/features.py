@@ -61,9 +61,7 @@ class RankFeatures:
         if table.ndim != 2 or table.shape[1] != n:
             raise SettingsError(f"`ranks` must have a column for each of {n} modules, but has shape {table.shape}.")
         if len(odd := table[~((table >= 0) & (table == np.floor(table)) & np.isfinite(table))]):
-            raise SettingsError(
-                f"`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {odd[0]:g}; correct them."
-            )
+            raise SettingsError(f"`ranks` must be whole numbers from 0 on, but hold {odd[0]:g}; correct them.")
         return table.astype(np.int64)
 
     def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:
@@ -76,7 +74,7 @@ class RankFeatures:
     def of_gradient(self, gains: Mapping[str, ArrayLike]) -> RankFeatures:
         """These features with other gradient energies sigma^2 in place of the profile's; modules not in `gains` have none."""
         known = {target.name: gains.get(target.name, ()) for target in self.targets}
-        return replace(self, curves={**self.curves, **_curves(self.targets, known, self.curves["log"].shape[1] - 1)})
+        return replace(self, curves={**self.curves, **_captured(self.targets, known, self.curves["log"].shape[1] - 1)})
 
     def without(self, *levels: str) -> RankFeatures:
         """The features of all other levels."""
@@ -138,35 +136,28 @@ def rank_features(
     kept = [level for level, keys in members.items() if level == "model" or len(set(keys)) > 1]
     features = [(level, key) for level in kept for key in dict.fromkeys(members[level])]
     rows = np.array([[each == key for each in members[level]] for level, key in features], dtype=np.float64)
-    curves = {"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0)}
-    if gains is not None:
-        curves |= _curves(targets, gains, highest)
-    of_profile = list(curves)[1:]
+    of_profile = {} if gains is None else _captured(targets, gains, highest)
     uniform = allocate_proportional(targets, dict.fromkeys((t.name for t in targets), 1.0), budget)
     return RankFeatures(
         targets=targets,
         reference=np.array(uniform.vector, dtype=np.int64),
-        curves=curves,
-        names=tuple(f"{level}/{key}" for level, key in [*features, *(("profile", name) for name in of_profile)]),
+        curves={"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0), **of_profile},
+        names=(*(f"{level}/{key}" for level, key in features), *(f"profile/{name}" for name in of_profile)),
         weights=np.vstack([rows * (costs / costs.mean()), np.ones((len(of_profile), len(targets)))]),
     )
 
 
-def _curves(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], highest: int) -> dict[str, Floats]:
-    """The curves of spectra, by name."""
-    return {name: _captured(targets, gains, highest, power) for name, power in (("energy", 1.0), ("norm", 0.5))}
-
-
-def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], highest: int, power: float) -> Floats:
-    """Cumulative powers of each module's gains, over the modules' mean total, (n_modules, highest + 1)."""
-    curve = np.zeros((len(targets), highest + 1))
-    for row, target in zip(curve, targets, strict=True):
+def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], highest: int) -> dict[str, Floats]:
+    """By name, cumulative powers of each module's gains, over the modules' mean total, (n_modules, highest + 1)."""
+    gained = np.zeros((len(targets), highest + 1))
+    for row, target in zip(gained, targets, strict=True):
         values = as_numbers(gains[target.name], "gains")
         if not (np.isfinite(values) & (values >= 0)).all():
             raise SettingsError(f"`gains` of `{target.name}` must be finite and not negative; take the profile again.")
-        row[1 : len(values) + 1] = values[:highest] ** power
-    captured: Floats = np.cumsum(curve, axis=1) / max(curve.sum(axis=1).mean(), np.finfo(np.float64).tiny)
-    return captured
+        row[1 : len(values) + 1] = values[:highest]
+    tiny = np.finfo(np.float64).tiny
+    curves = {"energy": gained, "norm": np.sqrt(gained)}
+    return {name: np.cumsum(each, axis=1) / max(each.sum(axis=1).mean(), tiny) for name, each in curves.items()}
 
 
 def as_numbers(values: ArrayLike, name: str) -> Floats:

@@ -146,9 +146,7 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _checked(self, ranks: ArrayLike, y: ArrayLike, weight: Weights, conditions: Labels) -> Data:
         if y is None:
-            raise SettingsError(
-                "PerformanceModel requires y to be passed, but the target y is None; pass the metric of each allocation."
-            )
+            raise SettingsError("PerformanceModel requires y to be passed, but the target y is None; pass metrics.")
         table, metric = self.features.checked(ranks), column_or_1d(as_numbers(y, "y"), warn=True)
         labels, n = list(conditions or [None] * len(metric)), len(metric)
         if len(table) != n:
@@ -257,9 +255,7 @@ def validate(
     Observations are as `PerformanceModel.fit` takes them; `noise_variance` is that of one, from repeats, for the ceiling
     sqrt(1 - noise / variance) (Spearman 1904). None with fewer than 10 different allocations or a constant metric.
     """
-    table, metric = np.atleast_2d(np.asarray(ranks)), np.asarray(y, dtype=np.float64)
-    weight = np.ones(len(metric)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-    labels = list(conditions) if conditions is not None else [None] * len(metric)
+    table, metric, weight, labels = model._checked(ranks, y, sample_weight, conditions)
     groups = np.unique(table, axis=0, return_inverse=True)[1].ravel()
     if groups.max(initial=0) + 1 < MIN_ALLOCATIONS or np.ptp(metric) == 0:
         return None
@@ -382,9 +378,7 @@ def _checked_weights(weights: Weights, n: int) -> Floats:
     found = as_numbers(1.0 if weights is None else weights, "sample_weight")
     found = np.full(n, float(found)) if found.ndim == 0 else found
     if found.shape != (n,):
-        raise SettingsError(
-            f"`sample_weight` must hold one weight for each of {n} observations, but has shape {found.shape}."
-        )
+        raise SettingsError(f"`sample_weight` must hold a weight for each of {n} metrics, but has shape {found.shape}.")
     if len(odd := found[~(np.isfinite(found) & (found >= 0))]):
         raise SettingsError(f"`sample_weight` must be finite and not negative, but holds {odd[0]:g}.")
     if n and not found.any():

@@ -78,7 +78,7 @@ class Lora(Method):
     allocation: RankAllocation
     controller: ControllerSettings | None = None
     rank_stabilised: bool = False
-    performance_model: PerformanceModel | None = None  # refuses the controller's moves that it expects to do harm
+    performance_model: PerformanceModel | None = None  # says what the controller takes ranks to be worth
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@
 digits-shift at a quarter of rank 1 and at rank 1. From one-shot's and from uniform's ranks, each at its own best learning rate:
 ranks that stay; the controller by the gradient alone; and by the model of all of RankBench's trials at that budget, far more than
 a study has. `planned` are the ranks of that model's posterior mean, which stay. Two seeds of their own choose the rate on
-validation; 12 others are reported, compared seed by seed. Runs are kept in .cache/controller_model, so an interrupted study
+validation; 8 others are reported, compared seed by seed. Runs are kept in .cache/controller_model, so an interrupted study
 resumes. About half an hour on one core. `--quick`: rank 1, from one-shot, two seeds.
 """
 
@@ -27,7 +27,7 @@ from rankscope.training import Lora, Method
 
 KEPT = Path(__file__).parents[2] / ".cache" / "controller_model"
 BUDGETS = (1 / 4, 1)  # times rank 1
-RATES = [0.005, 0.01, 0.02, 0.04]
+RATES = {1 / 4: [0.01, 0.02, 0.04], 1: [0.0025, 0.005, 0.01, 0.02]}  # by budget
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
@@ -47,9 +47,9 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
 def compare_arms(task: Task, factor: float, quick: bool) -> list[dict[str, Any]]:
     """All arms at one budget."""
     arms = methods(factor, ("one-shot",) if quick else ("one-shot", "uniform"))
-    training = rs.TrainingSettings(steps=84, learning_rate=RATES[1:3] if quick else RATES)
+    training = rs.TrainingSettings(steps=84, learning_rate=RATES[factor][1:3] if quick else RATES[factor])
     grids = [make_grid(method, training, name=name, factor=factor) for name, method in arms.items()]
-    seeds, tuning = range(2 if quick else 12), range(10_000, 10_001 if quick else 10_002)
+    seeds, tuning = range(2 if quick else 8), range(10_000, 10_001 if quick else 10_002)
     results = run_tuned(task, grids, seeds=seeds, tuning_seeds=tuning, kept_in=None if quick else KEPT)
     reported = {arm: [run for run in runs if run.role == "reported"] for arm, runs in zip(arms, results, strict=True)}
     tests = {arm: [float(run.test or 0.0) for run in runs] for arm, runs in reported.items()}

@@ -90,7 +90,6 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
     decisions = pd.read_parquet(out / "decisions.parquet")
     assert decisions["step"].tolist() == [3, 6, 9, 12]
     assert "moved" in set(decisions["action"])
-    assert decisions["offline"].isna().all()
     assert {"trajectories.png", "flow.png"} < {path.name for path in out.iterdir()}
 
     assert invoke("allocate", study, "--out", out)[0] == 0

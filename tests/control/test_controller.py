@@ -268,7 +268,7 @@ def test_a_model_of_other_modules_is_refused() -> None:
     model = net()
     targets = [rs.TargetModule(name="other", in_features=8, out_features=8)]
     stranger = rs.PerformanceModel(rs.rank_features(targets, rs.ParameterBudget(64))).fit([[1], [2]], [0.0, 1.0])
-    message = "`performance_model` must be of the adapted modules, but is of others; fit it on this model's."
+    message = "`performance_model` must be of the adapted modules, but is of others; fit it on these."
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         control(model, adamw(model), performance_model=stranger)
 
@@ -407,15 +407,15 @@ def test_plain_peft_loads_the_result(tmp_path: Path) -> None:
         ({"scaler": True}, "`scaler` must be a torch.amp.GradScaler, but is a bool."),
         ({"sketch_size": 0}, "`sketch_size`: input should be greater than or equal to 2, but got 0."),
         ({"seed": -1}, "`seed`: input should be greater than or equal to 0, but got -1."),
-        ({"start": {"first": 2}}, "`start` must be a RankAllocation or a strategy's name, but is a dict."),
+        ({"start": {"first": 2}}, "`start` must be a RankAllocation or a strategy's name, but got {'first': 2}."),
         (
             {"start": rs.RankAllocation(rs.find_targets(net(), LAYERS), (0,) * 4)},
-            "`start` must give at least one module a rank, but gives none; PEFT has no empty adapter.",
+            "`start` must give at least one module a rank, but gives none; raise one.",
         ),
         ({"rank_change": "masks"}, "`rank_change`: input should be 'auto', 'resize' or 'mask', but got 'masks'."),
         (
             {"start": rs.RankAllocation((rs.TargetModule(name="other", in_features=8, out_features=8),), (1,))},
-            "`start` must give ranks to adapted modules only, but gives `other` some; adapt it when the model is wrapped.",
+            "`start` must give ranks to adapted modules only, but gives `other` some; adapt it as well.",
         ),
     ],
 )

@@ -194,7 +194,7 @@ def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
     np.testing.assert_allclose(much, [0.5, 0.0, 0.0, -0.5], atol=0.1)
 
 
-WHOLE = "`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {}; correct them."
+WHOLE = "`ranks` must be whole numbers from 0 on, but hold {}; correct them."
 WEIGHTS = "`sample_weight` must be finite and not negative, but holds {}."
 OK_RANKS, OK_Y = [[4] * 12, [5] * 12, [3] * 12], [0.5, 0.6, 0.4]
 
@@ -206,7 +206,7 @@ OK_RANKS, OK_Y = [[4] * 12, [5] * 12, [3] * 12], [0.5, 0.6, 0.4]
         ({"ranks": np.zeros((0, 12)), "y": []}, "`y` must hold at least 2 metrics, but holds 0 samples; run more trials."),
         ({"y": [0.5, np.nan, 0.4]}, "`y` must be finite, but 1 of 3 metrics are not; drop them."),
         ({"y": [0.5, 0.4]}, "`ranks` must have a row for each of 2 metrics, but has 3."),
-        ({"y": None}, "PerformanceModel requires y to be passed, but the target y is None; pass the metric of each allocation."),
+        ({"y": None}, "PerformanceModel requires y to be passed, but the target y is None; pass metrics."),
         ({"ranks": [[4] * 5] * 3}, "`ranks` must have a column for each of 12 modules, but has shape (3, 5)."),
         ({"ranks": [[[4] * 12]] * 3}, "`ranks` must have a column for each of 12 modules, but has shape (3, 1, 12)."),
         ({"ranks": [[np.nan] + [4] * 11] * 3}, WHOLE.format("nan")),
@@ -215,7 +215,7 @@ OK_RANKS, OK_Y = [[4] * 12, [5] * 12, [3] * 12], [0.5, 0.6, 0.4]
         ({"ranks": [[1.9] + [4] * 11] * 3}, WHOLE.format("1.9")),
         ({"ranks": [["many"] * 12] * 3}, "`ranks` must be a dense array of real numbers, but: could not convert string to float: 'many'."),
         ({"ranks": csr_array(OK_RANKS)}, "`ranks` must be a dense array of real numbers, but: a sparse matrix."),
-        ({"sample_weight": [1.0, 2.0]}, "`sample_weight` must hold one weight for each of 3 observations, but has shape (2,)."),
+        ({"sample_weight": [1.0, 2.0]}, "`sample_weight` must hold a weight for each of 3 metrics, but has shape (2,)."),
         ({"sample_weight": [1.0, np.nan, 1.0]}, WEIGHTS.format("nan")),
         ({"sample_weight": [1.0, -1.0, 1.0]}, WEIGHTS.format("-1")),
         ({"sample_weight": [0, 0, 0]}, "`sample_weight` must not be zero for every observation, but is; weigh some."),

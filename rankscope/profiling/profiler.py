@@ -215,19 +215,18 @@ class _Run:
         """Modules without a gradient. Gradients are looked at in the end: on the way, each look would make a GPU wait."""
         n, total, most = len(self.seen), self.skipped + len(self.seen), self.settings.max_skipped
         if self.skipped > most * total:
-            found = f"is not in {self.skipped} of {total} batches (at most {most:.0%} are skipped)"
-            raise ModelError(
-                f"the loss must be finite, but {found}; look at these batches, or use float32 or bfloat16."
+            found = (
+                f"is not in {self.skipped} of {total} batches (at most {most:.0%} are skipped); look at these batches"
             )
+            raise ModelError(f"the loss must be finite, but {found}, or use float32 or bfloat16.")
         if n < 2:
             held = f"so that signal can be told from noise, but held {n}; pass more, or smaller ones"
             raise ModelError(f"`batches` must hold at least 2 batches, {held}.")
         sums, inputs = self.hooks.accumulators, self.hooks.inputs
         silent = [name for name in sums if not sums[name].batches]
         if silent:
-            logger.warning(
-                "%d of %d modules got no gradient and count as zero, as `%s`", len(silent), len(sums), silent[0]
-            )
+            n_silent = f"{len(silent)} of {len(sums)}"
+            logger.warning("%s modules got no gradient and count as zero, as `%s`", n_silent, silent[0])
         for name in sums:
             if not all(tensor.isfinite().all() for tensor in sums[name].tensors()):
                 must = f"the gradient at `{name}` must be finite, but is not"
@@ -260,8 +259,9 @@ def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, Mapping):
-        found = type(batch).__name__
-        raise ModelError(f"batches must be mappings of the model's inputs, but got a {found}; pass `loss_fn`.")
+        raise ModelError(
+            f"batches must be the model's inputs by name, but got a {type(batch).__name__}; pass `loss_fn`."
+        )
     outputs = model(**batch)
     if not hasattr(outputs, "loss"):
         raise ModelError(f"the model must return a `loss`, but returned a {type(outputs).__name__}; pass `loss_fn`.")
@@ -305,9 +305,7 @@ def head_warmed(
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Run the model frozen, in evaluation mode and not compiled; restore its training modes and `requires_grad` flags."""
     training = [(module, module.training) for module in model.modules()]
-    required = {
-        name: parameter.requires_grad for name, parameter in model.named_parameters()
-    }  # accelerate replaces some
+    required = {name: p.requires_grad for name, p in model.named_parameters()}  # by name: accelerate replaces some
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()  # it ignores new hooks
     model.eval().requires_grad_(False)
     try:
@@ -341,16 +339,14 @@ def _interrupt(enabled: bool) -> Iterator[threading.Event]:
 
 def _find_modules(model: nn.Module, targets: Sequence[TargetModule] | None) -> tuple[Modules, dict[str, str]]:
     """The modules that can be profiled, and why other targets, and the model's fused experts, cannot."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # then accelerate loads them
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             found = f"`{name}` was made in torch.inference_mode; load the model outside it"
             raise ModelError(f"the model's weights must take part in a backward pass, but {found}.")
-        if parameter.is_meta and not any(
-            hasattr(module, "_hf_hook") for module in model.modules()
-        ):  # accelerate loads it
-            raise ModelError(
-                f"the model's weights must be loaded, but `{name}` is on the meta device; load them first."
-            )
+        if parameter.is_meta and not offloaded:
+            must = f"the model's weights must be loaded, but `{name}` is on the meta device"
+            raise ModelError(f"{must}; load them first.")
     targets = find_targets(model) if targets is None else targets
     skipped = {t.name: f"{t.kind} modules cannot be profiled" for t in targets if t.kind not in SUPPORTED}
     skipped |= {t.name: "modules without inputs or outputs have no rank" for t in targets if not t.full_rank}

@@ -319,7 +319,7 @@ def test_modules_of_no_width_are_left_out() -> None:
         ({"loss_fn": lambda m, b: (m(b).sum(), m(b))}, "`loss_fn` must return a scalar tensor, but returned tuple; return one number for the batch."),
         ({"loss_fn": lambda m, b: None}, "`loss_fn` must return a scalar tensor, but returned NoneType; do the batches have labels?"),
         ({"loss_fn": lambda m, b: (m(b), b), "head": ("layers.0",)}, "`loss_fn` must return a scalar tensor, but returned tuple; return one number for the batch."),
-        ({"loss_fn": None}, "batches must be mappings of the model's inputs, but got a Tensor; pass `loss_fn`."),
+        ({"loss_fn": None}, "batches must be the model's inputs by name, but got a Tensor; pass `loss_fn`."),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_one_line(options: dict, message: str) -> None:

@@ -49,6 +49,11 @@ class ParameterBudget:
         object.__setattr__(self, "limit", limit)
 
     @classmethod
+    def of(cls, budget: ParameterBudget | int) -> ParameterBudget:
+        """The budget itself, or one of so many parameters."""
+        return budget if isinstance(budget, cls) else cls(budget)  # type: ignore[arg-type]
+
+    @classmethod
     def uniform(cls, targets: Sequence[TargetModule], rank: int) -> ParameterBudget:
         """What plain LoRA of this rank uses on every target module. Above a module's full rank, its full rank counts.
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RankscopeError(Exception):
@@ -54,3 +61,50 @@ def shown(value: object, most: int = 80) -> str:
         return f"an integer of about {round(value.bit_length() * math.log10(2))} digits"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
     return text if len(text) <= most else text[:most] + "…"
+
+
+# --- types of arguments -------------------------------------------------------------------------------------------
+
+_GIVEN_BY = {"TargetModule": "find_targets", "Profile": "read_profile", "RankAllocation": "allocate"}
+_NUMBERS: dict[Any, Any] = {int: Integral, float: Real}  # NumPy's included
+_type_hints = functools.cache(get_type_hints)
+
+
+def checked(public: F) -> F:
+    """Decorate a function, or a dataclass, so that an argument which is not of its annotated type is a SettingsError."""
+    if isinstance(public, type):
+        public.__init__ = checked(public.__init__)  # type: ignore[misc]
+        return public
+    parameters = inspect.signature(public).parameters
+
+    @functools.wraps(public)
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        hints = _type_hints(public)
+        for name, value in {**dict(zip(parameters, args, strict=False)), **kwargs}.items():
+            if name in hints and not _fits(value, hints[name]):
+                hint = parameters[name].annotation
+                gives = [f"`rankscope.{giver}` gives it" for kind, giver in _GIVEN_BY.items() if kind in hint]
+                remedy = gives[0] if gives else f"see `help(rankscope.{public.__qualname__.removesuffix('.__init__')})`"
+                raise SettingsError(f"`{name}` must be {hint}, but got {shown(value)}; {remedy}.")
+        return public(*args, **kwargs)
+
+    return checking  # type: ignore[return-value]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, and its elements are of theirs; a protocol takes anything."""
+    if type(value) is hint:
+        return True
+    kind, parts, held = get_origin(hint) or hint, get_args(hint), value
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind in _NUMBERS:
+        return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
+    if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return True
+    if not isinstance(value, kind) or (parts and isinstance(value, str | bytes)):  # a text is no list of letters
+        return False
+    if kind is Mapping:
+        return all(_fits(key, parts[0]) and _fits(each, parts[1]) for key, each in held.items())
+    looked_into = kind in (Iterable, Sequence, tuple) and parts[0] is not Any and not isinstance(value, Iterator)
+    return not looked_into or all(_fits(each, parts[0]) for each in held)

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
-from rankscope.errors import FileError, SettingsError, shown
+from rankscope.errors import FileError, SettingsError, checked, shown
 from rankscope.files import read_yaml
 
 MAX_COUNT = 10**9  # of anything that is counted
@@ -55,6 +55,11 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, int | float | str):
         return (value,)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_url(value: Any) -> Any:
+    """An SQLite URL of a path."""
+    return f"sqlite:///{os.fspath(value)}" if isinstance(value, os.PathLike) else value
 
 
 def _as_mode(value: Any) -> Any:
@@ -98,13 +103,13 @@ class Settings(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # sections of a study are validated without it
 
     @classmethod
-    def of(cls, settings: Self | None = None, /, **overrides: Any) -> Self:
-        """Settings with some values replaced; without settings, of the defaults.
+    def of(cls, settings: Self | Mapping[str, Any] | None = None, /, **overrides: Any) -> Self:
+        """Settings, or values by name, with some values replaced; without any, of the defaults.
 
         >>> SearchSettings.of(SearchSettings(n_trials=20), fidelity=0.5).n_trials
         20
         """
-        if settings is not None and not isinstance(settings, cls):
+        if not isinstance(settings, cls | Mapping | None):
             raise SettingsError(f"`settings` must be {cls.__name__}, but got {shown(settings)}.")
         return cls(**{**(dict(settings) if settings else {}), **_renamed(cls, overrides)})
 
@@ -221,7 +226,7 @@ class SearchSettings(Settings):
         "depth", description="Groups of blocks: by depth, or by their gradients."
     )
     n_groups: Count = Field(3, description="Block groups in each tower.")
-    storage: Annotated[str | None, OrObject] = Field(
+    storage: Annotated[str | None, OrObject, BeforeValidator(_as_url)] = Field(
         None, description="Optuna's storage URL; relative SQLite paths start from the study file. Default: `search.db` in the "
         "output folder; in Python, memory.",
     )  # fmt: skip
@@ -345,6 +350,7 @@ class StudySettings(Settings):
         return self._base_dir
 
 
+@checked
 def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySettings:
     """Read and check a study file.
 

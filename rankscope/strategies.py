@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
-from rankscope.errors import ModelError, SettingsError, did_you_mean, shown
+from rankscope.errors import ModelError, SettingsError, checked, did_you_mean, shown
 from rankscope.plugins import entry_points, load_entry_point
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
@@ -50,11 +50,12 @@ class Request:
         return self.profile
 
 
+@checked
 def allocate(
     strategy: str | Strategy,
     *,
     targets: Sequence[TargetModule],
-    budget: ParameterBudget,
+    budget: ParameterBudget | int,
     profile: Profile | None = None,
     seed: int = 0,
     min_rank: Bound = 0,
@@ -71,7 +72,7 @@ def allocate(
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
     {'fc1': 4, 'fc2': 4}
     """
-    name, function = _find(strategy)
+    (name, function), budget = _find(strategy), ParameterBudget.of(budget)
     taken = list(inspect.signature(function).parameters)[1:]
     if unknown := sorted(set(options) - set(taken)):
         raise SettingsError(f"`{name}` takes {', '.join(taken) or 'no options'}, but got {unknown[0]!r}.")
@@ -80,7 +81,9 @@ def allocate(
         must = "must return a score, or the gains of ranks, by module name"
         raise SettingsError(f"`{name}` {must}, but returned a {type(worth).__name__}.")
     by_rank = np.ndim(next(iter(worth.values()), 0.0)) > 0
-    worth = {t.name: worth[t.name] if by_rank else worth[t.name] / t.rank_cost for t in targets if t.name in worth}
+    worth = {
+        t.name: _numbers(name, t, worth[t.name]) / (1 if by_rank else t.rank_cost) for t in targets if t.name in worth
+    }
     if worth and not any(np.max(value, initial=0.0) > 0 for value in worth.values()):
         raise SettingsError(
             f"`targets` must hold a module that the profile gives a score above 0, but all {len(targets)} have 0, as "
@@ -88,6 +91,18 @@ def allocate(
         )
     project = allocate_marginal if by_rank else allocate_proportional
     return project(targets, worth, budget, RankLimits(min_rank, max_rank)).renamed(name)
+
+
+def _numbers(strategy: str, target: TargetModule, worth: Any) -> NDArray[np.float64]:
+    """A score, or gains, as a strategy returned it; a SettingsError where a strategy of the user's own returned none."""
+    try:
+        found = np.asarray(worth, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):  # a text, a list of lists, a tensor that requires a gradient
+        found = np.array(math.nan)
+    if strategy not in STRATEGIES and not (np.isfinite(found) & (found >= 0)).all():
+        must = "must return finite numbers that are not negative"
+        raise SettingsError(f"`{strategy}` {must}, but for `{target.name}` returned {shown(worth)}; mend the function.")
+    return found
 
 
 def _find(strategy: Any) -> tuple[str, Strategy]:
@@ -112,11 +127,9 @@ def uniform(request: Request) -> Scores:
 def random(request: Request, concentration: float = 1.0) -> Scores:
     """A symmetric Dirichlet draw. A small `concentration` favours few modules; a large one approaches equal shares."""
     _check_positive("concentration", concentration)
-    seed: Any = request.seed
-    whole = not isinstance(seed, bool) and isinstance(seed, Integral) and int(seed) >= 0
-    _check("seed", seed, whole, "be a whole number of 0 or more")
+    _check("seed", request.seed, request.seed >= 0, "be a whole number of 0 or more")
     names = sorted(target.name for target in request.targets)  # the draw must not depend on the targets' order
-    shares = np.random.default_rng(int(seed)).gamma(concentration, size=len(names))
+    shares = np.random.default_rng(int(request.seed)).gamma(concentration, size=len(names))
     return dict(zip(names, np.maximum(shares, _TINY).tolist(), strict=True))
 
 

@@ -200,8 +200,9 @@ def test_overrides_of_settings_in_python() -> None:
             make(n_trails=3)
     with pytest.raises(SettingsError, match=r"^`steps`: input should be greater than 0, but got 0\.$"):
         rs.TrainingSettings(steps=0)
-    with pytest.raises(SettingsError, match=r"^`settings` must be SearchSettings, but got {}\.$"):
-        rs.SearchSettings.of({})
+    assert rs.SearchSettings.of({"n_trials": 20}, fidelity=0.5) == rs.SearchSettings(n_trials=20, fidelity=0.5)
+    with pytest.raises(SettingsError, match=r"^`settings` must be SearchSettings, but got 3\.$"):
+        rs.SearchSettings.of(3)  # type: ignore[arg-type]
     rates = rs.TrainingSettings(learning_rate=[0.1, 0.2])
     assert (rates.learning_rates, rates.at(0.2).peak_learning_rate) == ((0.1, 0.2), 0.2)
     with pytest.raises(

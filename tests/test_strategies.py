@@ -1,11 +1,13 @@
 """One conformance suite for all strategies, and each rule worked by hand."""
 
+import math
 import re
 from importlib.metadata import EntryPoint
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import rankscope as rs
 from rankscope.errors import ModelError, SettingsError
@@ -171,8 +173,8 @@ def test_mistakes_are_named() -> None:
         (SettingsError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
         (SettingsError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
         (SettingsError, "random", {"seed": -1}, "`seed` must be a whole number of 0 or more, but got -1."),
-        (SettingsError, "random", {"seed": True}, "`seed` must be a whole number of 0 or more, but got True."),
-        (SettingsError, [], {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got []."),
+        (SettingsError, "random", {"seed": True}, "`seed` must be int, but got True; see `help(rankscope.allocate)`."),
+        (SettingsError, [], {}, "`strategy` must be str | Strategy, but got []; see `help(rankscope.allocate)`."),
         (SettingsError, "one-shot", {"power": "abc", "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got 'abc'."),
         (SettingsError, "one-shot", {"power": None, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got None."),
         (SettingsError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
@@ -250,6 +252,10 @@ def test_a_strategy_may_be_a_function_of_scores_or_gains() -> None:
     ("strategy", "options", "message"),
     [
         (lambda request: None, {}, "`<lambda>` must return a score, or the gains of ranks, by module name, but returned a NoneType."),
+        (lambda request: dict.fromkeys(("narrow", "wide"), math.nan), {}, "`<lambda>` must return finite numbers that are not negative, but for `narrow` returned nan; mend the function."),
+        (lambda request: {"narrow": "1", "wide": "a"}, {}, "`<lambda>` must return finite numbers that are not negative, but for `wide` returned 'a'; mend the function."),
+        (lambda request: {"narrow": torch.ones(1, requires_grad=True), "wide": torch.ones(1)}, {},
+         "`<lambda>` must return finite numbers that are not negative, but for `narrow` returned tensor([1.], requires_grad=True); mend the function."),
         (lambda request: {"narrow": 1.0}, {}, "`scores` must cover every target module, but `wide` is missing."),
         (lambda request: {"narrow": [1.0]}, {}, "`gains` must cover every target module, but `wide` is missing."),
         (lambda request, tau=1: {}, {"power": 1}, "`<lambda>` takes tau, but got 'power'."),

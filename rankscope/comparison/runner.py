@@ -23,7 +23,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
-from rankscope.errors import FileError, SettingsError, TaskError, did_you_mean
+from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
 from rankscope.files import FORMAT, AnyPath, digest, read_json, read_parquet, replacing, require_same, write_json
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
@@ -31,7 +31,7 @@ from rankscope.searching import SearchResult
 from rankscope.settings import CompareSettings, ControllerSettings, TrainingSettings
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
-from rankscope.tasks import Task, evaluate, fingerprint_task, profile_task
+from rankscope.tasks import Task, evaluate, fingerprint_task, load_task, profile_task
 from rankscope.training import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, save_adapter, train
 
 SCHEMA = 2
@@ -305,7 +305,8 @@ class Contender:
                 return self.searched.best_allocation.renamed(SEARCHED)
             raise SettingsError("`searched` needs a search at this budget, but there is none; run `rankscope search`.")
 
-        modules, rank = tuple(targets), max(1, budget.limit // sum(target.rank_cost for target in targets))
+        modules, cost = tuple(targets), sum(target.rank_cost for target in targets)
+        rank = max(1, budget.limit // max(cost, 1))
         match self.source:
             case "full":
                 return FullFineTuning()
@@ -384,16 +385,17 @@ class Comparison:
         return Path(path)
 
 
+@checked
 def compare(
-    task: Task,
-    methods: Iterable[str | Function | Contender] | None = None,
+    task: Task | str | Mapping[str, Any],
+    methods: str | Iterable[str | Function | Contender] | None = None,
     *,
-    budget: ParameterBudget,
+    budget: ParameterBudget | int,
     targets: Sequence[TargetModule] | None = None,
     profile: Profile | None = None,
     seeds: Sequence[int] | None = None,
-    training: TrainingSettings | None = None,
-    settings: CompareSettings | None = None,
+    training: TrainingSettings | Mapping[str, Any] | None = None,
+    settings: CompareSettings | Mapping[str, Any] | None = None,
     kept_in: AnyPath | None = None,
     on_run: Callable[[int, int], object] = lambda done, total: None,
     **overrides: Any,
@@ -404,7 +406,7 @@ def compare(
     method is trained on the same `seeds`, and the test split is read once.
 
     Args:
-        task: Where model, data, loss and metric come from.
+        task: Where model, data, loss and metric come from, or what `load_task` takes.
         methods: As `find_methods` takes them; default: those of the settings.
         budget: Variants that end above it are not chosen.
         targets: Default: the profile's, or all that are found.
@@ -422,11 +424,12 @@ def compare(
     >>> found.runs.groupby("method", sort=False).size().to_dict()
     {'uniform': 2, 'head': 2}
     """
-    settings, training = CompareSettings.of(settings, **overrides), training or TrainingSettings()
+    settings, training = CompareSettings.of(settings, **overrides), TrainingSettings.of(training)
+    task, budget = load_task(task), ParameterBudget.of(budget)
+    methods = settings.methods if methods is None else (methods,) if isinstance(methods, str) else methods
     seeds = range(settings.n_seeds) if seeds is None else seeds
     tuning_seeds = check_terms(settings, budget, seeds)
-    asked = [REFERENCE, *(settings.methods if methods is None else methods)]
-    contenders = {each.name: each for each in find_methods(asked, seed=min(seeds))}
+    contenders = {each.name: each for each in find_methods([REFERENCE, *methods], seed=min(seeds))}
     if profile is None and any(each.needs_profile for each in contenders.values()):
         profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:

@@ -24,7 +24,7 @@ from rankscope.control.decisions import Decision, ModuleSignals, Proposal, propo
 from rankscope.control.ranks import LiveRanks
 from rankscope.control.signals import GradientWindow, Signals
 from rankscope.distributed import gathered
-from rankscope.errors import ModelError, SettingsError, one_line
+from rankscope.errors import ModelError, SettingsError, checked, one_line
 from rankscope.lora import RankMasks, unwrap_optimizer
 from rankscope.performance import PerformanceModel
 from rankscope.settings import ControllerSettings
@@ -49,12 +49,6 @@ def schedule_of(settings: ControllerSettings, total_steps: int) -> tuple[int, in
             "it, or raise `freeze_fraction`."
         )
     return every, freeze
-
-
-def check_budget(budget: Any) -> None:
-    """Raise a SettingsError unless it is a budget."""
-    if not isinstance(budget, ParameterBudget):
-        raise SettingsError(f"`budget` must be a ParameterBudget, but is {budget!r:.60}.")
 
 
 class RankController:
@@ -91,13 +85,14 @@ class RankController:
     ([2, 4, 6], True)
     """
 
+    @checked
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module,
         optimizer: Any,
         *,
-        budget: ParameterBudget,
-        settings: ControllerSettings | None = None,
+        budget: ParameterBudget | int,
+        settings: ControllerSettings | Mapping[str, Any] | None = None,
         total_steps: int = 1000,
         start: RankAllocation | str | None = None,
         performance_model: PerformanceModel | None = None,
@@ -107,8 +102,7 @@ class RankController:
         self._settings = settings = ControllerSettings.of(settings, **overrides)
         self._every, self._freeze = schedule_of(settings, total_steps)
         self._last_decision = self._freeze // self._every * self._every
-        check_budget(budget)
-        self._budget, self._seed = budget, settings.seed
+        self._budget, self._seed = (budget := ParameterBudget.of(budget)), settings.seed
         self._ranks = LiveRanks(model, optimizer, settings)
         begin = self._ranks.initial(start, budget)
         self._model = performance_model

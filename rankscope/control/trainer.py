@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,8 +11,8 @@ from transformers import Trainer, TrainerCallback
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
-from rankscope.control.controller import RankController, check_budget
-from rankscope.errors import ModelError, SettingsError
+from rankscope.control.controller import RankController
+from rankscope.errors import ModelError, SettingsError, checked
 from rankscope.files import replacing
 from rankscope.lora import LiveAdapter, loaded_from, restore_ranks_on_load, save_ranks
 from rankscope.settings import ControllerSettings
@@ -41,18 +42,18 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
 
     controller: RankController  # once training has begun
 
+    @checked
     def __init__(
         self,
         *,
-        budget: ParameterBudget,
-        settings: ControllerSettings | None = None,
+        budget: ParameterBudget | int,
+        settings: ControllerSettings | Mapping[str, Any] | None = None,
         start: RankAllocation | str | None = None,
         **overrides: Any,
     ) -> None:
         if clash := {"total_steps", "model", "optimizer"} & set(overrides):
             raise SettingsError(f"`{min(clash)}` comes from the Trainer and cannot be passed; leave it out.")
-        check_budget(budget)
-        self._budget, self._start = budget, start
+        self._budget, self._start = ParameterBudget.of(budget), start
         self._settings = ControllerSettings.of(settings, **overrides)
         self._trainer: Trainer | None = None
 

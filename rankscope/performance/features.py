@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import issparse
 
 from rankscope.budget import ParameterBudget, allocate_proportional
-from rankscope.errors import SettingsError
+from rankscope.errors import SettingsError, checked
 from rankscope.targets import TargetModule
 
 Floats = NDArray[np.float64]
@@ -98,9 +98,10 @@ class RankFeatures:
         return sums
 
 
+@checked
 def rank_features(
     targets: Sequence[TargetModule],
-    budget: ParameterBudget,
+    budget: ParameterBudget | int,
     *,
     gains: Mapping[str, ArrayLike] | None = None,
     groups: Mapping[str, str] | None = None,
@@ -116,7 +117,7 @@ def rank_features(
         gains: The gradient energy sigma^2 of each rank, by module name, for the profile's terms.
         groups: The block group of each module by name.
     """
-    targets = tuple(targets)
+    targets, budget = tuple(targets), ParameterBudget.of(budget)
     if not targets:
         raise SettingsError("`targets` must hold at least one target module, but is empty; find others.")
     for what, known in (("gains", gains), ("groups", groups)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import rankscope
 from rankscope.budget import ParameterBudget
 from rankscope.distributed import batch_device, gathered, n_processes, sum_over_processes, whole
-from rankscope.errors import ModelError
+from rankscope.errors import ModelError, checked
 from rankscope.profiling.hooks import SUPPORTED, GradientHooks, Modules, dense_weight, in_range, is_compiled
 from rankscope.profiling.sketch import RandomMatrices, bytes_of_weights, choose_sketch_size
 from rankscope.profiling.statistics import sensitivity, split_energy
@@ -35,18 +35,19 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 logger = logging.getLogger(__name__)
 
 
+@checked
 def profile(
     model: nn.Module,
     batches: Iterable[Any],
     *,
     targets: Sequence[TargetModule] | None = None,
     loss_fn: LossFunction | None = None,
-    budget: ParameterBudget | None = None,
+    budget: ParameterBudget | int | None = None,
     head: Sequence[str] = (),
     head_batches: Iterable[Any] | None = None,
     seed: int = 0,
     on_batch: Callable[[int, float], None] | None = None,
-    settings: ProfileSettings | None = None,
+    settings: ProfileSettings | Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Profile:
     """Profile the gradient of the loss, and the inputs, at every target module.
@@ -74,7 +75,7 @@ def profile(
     """
     settings, model = ProfileSettings.of(settings, **overrides), unwrapped(model)
     modules, skipped = _find_modules(model, targets)
-    limit, wanted = budget.limit if budget else None, settings.sketch_size
+    limit, wanted = None if budget is None else ParameterBudget.of(budget).limit, settings.sketch_size
     wanted, size = (wanted, wanted) if wanted else choose_sketch_size(tuple(modules), limit, bytes_of_weights(model))
     hooks = GradientHooks(modules, RandomMatrices(k=size, seed=seed))
     run = _Run(model, loss_fn or _model_loss, modules, hooks, settings)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from rankscope.errors import FileError, ModelError, shown
+from rankscope.errors import FileError, ModelError, checked, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
 from rankscope.profiling.sketch import Decomposition, InputSketch
 from rankscope.profiling.statistics import EnergySplit, Floats, energy_tail, frobenius_norm, signal_shares
@@ -174,6 +174,7 @@ class Profile:
         return Path(path)
 
 
+@checked
 def read_profile(path: str | os.PathLike[str]) -> Profile:
     """Read what `Profile.to_parquet` wrote; raise a FileError if the file is anything else."""
     table = read_parquet(path, what="a profile")

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits
-from rankscope.errors import SettingsError, TrainingError
+from rankscope.errors import SettingsError, TrainingError, checked
 from rankscope.files import FORMAT, digest, replacing
 from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
@@ -27,7 +27,7 @@ from rankscope.searching.space import HierarchicalSpace, make_space
 from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, SAMPLER, STEPS_KEY, UNIFORM
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
-from rankscope.tasks import Task, fingerprint_task
+from rankscope.tasks import Task, fingerprint_task, load_task
 from rankscope.training import TrainingResult, train
 
 logger = logging.getLogger(__name__)
@@ -110,13 +110,14 @@ class SearchResult:
         return Path(path)
 
 
+@checked
 def search(
-    task: Task,
+    task: Task | str | Mapping[str, Any],
     *,
-    budget: ParameterBudget,
+    budget: ParameterBudget | int,
     profile: Profile,
-    settings: SearchSettings | None = None,
-    training: TrainingSettings | None = None,
+    settings: SearchSettings | Mapping[str, Any] | None = None,
+    training: TrainingSettings | Mapping[str, Any] | None = None,
     targets: Sequence[TargetModule] | None = None,
     min_rank: Bound = 0,
     max_rank: Bound = None,
@@ -130,7 +131,7 @@ def search(
     `n_trials`, and trains nothing again. Several processes may work on one study.
 
     Args:
-        task: Where model, data, loss and metric come from.
+        task: Where model, data, loss and metric come from, or what `load_task` takes.
         budget: The limit in adapter parameters.
         profile: A profile of the task's model, whose spectra are tilted.
         settings: How to search. `sampler`, `pruner` and `storage` may be Optuna's objects. No storage: memory.
@@ -155,9 +156,10 @@ def search(
     (['uniform', 'one-shot', 'sampler'], [1, 1, 1])
     """
     settings, targets = SearchSettings.of(settings, **overrides), tuple(targets or profile.targets)
+    task, budget = load_task(task), ParameterBudget.of(budget)
     profile.require(targets)
     space = make_space(profile, targets, budget, settings, RankLimits(min_rank, max_rank))
-    run = _Search(task, space, settings, training or TrainingSettings(), profile)
+    run = _Search(task, space, settings, TrainingSettings.of(training), profile)
     on_progress = on_progress or (lambda stage, done, total: None)
     run.explore(on_progress)
     return run.result(on_progress)

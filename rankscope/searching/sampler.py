@@ -22,12 +22,12 @@ from optuna.trial import FrozenTrial, TrialState
 from sklearn.base import clone
 
 from rankscope.allocation import RankAllocation
-from rankscope.errors import SettingsError
+from rankscope.errors import SettingsError, checked
 from rankscope.performance import PerformanceModel, Validation, believable, validate
 from rankscope.searching.confirmation import residual_variance
 from rankscope.searching.space import HierarchicalSpace
 from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
-from rankscope.settings import TrainingSettings
+from rankscope.settings import SearchSettings, TrainingSettings
 
 Trials = Sequence[FrozenTrial]
 
@@ -62,8 +62,9 @@ class PerformanceModelSampler(BaseSampler):
     (8, True)
     """
 
+    @checked
     def __init__(self, space: HierarchicalSpace, *, seed: int | None = None) -> None:
-        self.space = space
+        self.space, seed = space, SearchSettings.of(seed=seed).seed
         self._rng, self._independent = np.random.default_rng(seed), RandomSampler(seed)
         self._one_shot = space.allocation(space.point(tau=1.0))
         self._model, self._seen = PerformanceModel(space.features), dict[int, tuple[int, ...]]()
@@ -222,6 +223,7 @@ class PerformanceModelSampler(BaseSampler):
         return good and all(isinstance(r, int) and 0 <= r <= most for r, most in zip(ranks, full, strict=True))
 
 
+@checked
 def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) -> RankAllocation:
     """The allocation of a trial under any sampler; a finished trial gives its own again.
 
@@ -295,7 +297,7 @@ def make_pruner(pruner: str | BasePruner, training: TrainingSettings) -> BasePru
 
 
 def _made(what: str, value: Any, base: Any, known: Mapping[str, Callable[[], Any]]) -> Any:
-    if not isinstance(value, base) and value not in known:
+    if not isinstance(value, base) and (not isinstance(value, str) or value not in known):
         raise SettingsError(f"`{what}` must be one of {', '.join(known)} or an Optuna {what}, but got {value!r}.")
     return value if isinstance(value, base) else known[value]()
 

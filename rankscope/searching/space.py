@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
-from rankscope.errors import SettingsError
+from rankscope.errors import SettingsError, checked
 from rankscope.performance import RankFeatures, rank_features
 from rankscope.profiling import Profile
 from rankscope.settings import SearchSettings
@@ -41,6 +41,7 @@ class Tilt(NamedTuple):
     high: float
 
 
+@checked
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchicalSpace:
     """Tilts of marginal gains under one budget."""

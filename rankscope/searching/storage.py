@@ -16,7 +16,7 @@ import optuna
 from optuna.trial import TrialState
 
 from rankscope.allocation import RankAllocation
-from rankscope.errors import SettingsError
+from rankscope.errors import SettingsError, checked
 from rankscope.files import require_same
 from rankscope.targets import TargetModule
 
@@ -78,6 +78,7 @@ def read_trials(study: optuna.Study, targets: tuple[TargetModule, ...], *, skip_
     return trials
 
 
+@checked
 def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, about: Mapping[str, Any]) -> optuna.Study:
     """Create the study, or open it again if what it is about is the same; else, or with a broken storage, SettingsError."""
     if file := _sqlite_file(storage):

@@ -106,7 +106,7 @@ def profile_task(
     *,
     seed: int = 0,
     on_start: Callable[[int], None] | None = None,
-    settings: ProfileSettings | None = None,
+    settings: ProfileSettings | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Profile:
     """Profile a task's model on an epoch of training batches, on the device and in the precision of training.

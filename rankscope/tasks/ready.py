@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rankscope.errors import TaskError, did_you_mean, shown
+from rankscope.errors import TaskError, checked, did_you_mean, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.pretrained import PretrainedTask, check_source, dequantised, load_model, looks_like_path
@@ -22,14 +22,16 @@ from rankscope.tasks.protocol import Split, Task, check_counts, check_task
 from rankscope.tasks.text import CausalLM, TextClassification
 
 
-def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = None) -> Task:
+@checked
+def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | None = None) -> Task:
     """Load a task; relative paths start from `base_dir`, by default the working directory. `spec` is one of
 
     - the name of a ready task (`"digits-shift"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`), or of an entry
       point in `rankscope.tasks`; with options: `{"name": name, **options}`;
     - `{"type": "sequence-classification", "model": …, "data": …, **options}`, see `TextClassification`;
     - `{"type": "causal-lm", "model": …, "data": …, **options}`, see `CausalLM`;
-    - `"path/to/file.py:factory"` or `"package.module:factory"`.
+    - `"path/to/file.py:factory"` or `"package.module:factory"`;
+    - a task, which is returned as it is.
 
     >>> load_task("digits-shift").metric
     'accuracy'
@@ -41,7 +43,9 @@ def load_task(spec: str | Mapping[str, Any], *, base_dir: str | Path | None = No
                 return check_task(factory())
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise TaskError(f"`task` must be a name, a mapping or `path/to/file.py:factory`, but got {shown(spec)}.")
+        if type(spec).__module__ != "builtins":
+            return check_task(spec)
+        raise TaskError(f"`task` must be a task, a name, options or `path/to/file.py:factory`, but got {shown(spec)}.")
     options = {str(key): value for key, value in spec.items()}
     if "type" in options:
         kind = options.pop("type")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
-from rankscope.errors import TrainingError
+from rankscope.errors import TrainingError, checked
 from rankscope.files import replacing, write_json
 from rankscope.settings import ControllerSettings, TrainingSettings
-from rankscope.tasks import Batch, Task, evaluate
+from rankscope.tasks import Batch, Task, evaluate, load_task
 from rankscope.training.methods import Lora, Method
 
 _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
@@ -45,13 +45,14 @@ class TrainingResult:
         return self.history[max(self.history)]
 
 
+@checked
 def train(
-    task: Task,
+    task: Task | str | Mapping[str, Any],
     method: RankAllocation | Method,
-    settings: TrainingSettings | None = None,
+    settings: TrainingSettings | Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
-    controller: ControllerSettings | None = None,
+    controller: ControllerSettings | Mapping[str, Any] | None = None,
     on_evaluation: Callable[[int, Mapping[str, float]], None] | None = None,
     on_step: Callable[[int], None] | None = None,
     **overrides: Any,
@@ -71,9 +72,10 @@ def train(
     6912
     """
     require_one_process("a training")
-    settings = TrainingSettings.of(settings, **overrides)
+    task, settings = load_task(task), TrainingSettings.of(settings, **overrides)
     if isinstance(method, RankAllocation):
-        method = Lora(method, controller)
+        moving = None if controller is None else ControllerSettings.of(controller)
+        method = Lora(method, None if moving and moving.mode == "off" else moving)
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     method.check(task, settings)
@@ -160,9 +162,9 @@ def _trained_in_float32(model: nn.Module) -> Iterator[None]:
 
 def _body_and_head(task: Task, model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters outside and inside the head."""
-    names, trained = set(getattr(task, "head_modules", ())), [p for p in model.named_parameters() if p[1].requires_grad]
-    head = [parameter for name, parameter in trained if names & set(name.split("."))]
-    return [parameter for name, parameter in trained if not names & set(name.split("."))], head
+    names, trained = getattr(task, "head_modules", ()), [p for p in model.named_parameters() if p[1].requires_grad]
+    head = {name for name, _ in trained if any(f".{part}." in f".{name}." for part in names)}
+    return [p for name, p in trained if name not in head], [p for name, p in trained if name in head]
 
 
 def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:

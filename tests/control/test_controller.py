@@ -403,11 +403,17 @@ def test_plain_peft_loads_the_result(tmp_path: Path) -> None:
             "`freeze_fraction`: input should be greater than 0, but got 0.0.",
         ),
         ({"samples": 0}, "`samples`: input should be greater than 0, but got 0."),
-        ({"budget": 5000}, "`budget` must be a ParameterBudget, but is 5000."),
+        (
+            {"budget": "5000"},
+            "`budget` must be ParameterBudget | int, but got '5000'; see `help(rankscope.RankController)`.",
+        ),
         ({"scaler": True}, "`scaler` must be a torch.amp.GradScaler, but is a bool."),
         ({"sketch_size": 0}, "`sketch_size`: input should be greater than or equal to 2, but got 0."),
         ({"seed": -1}, "`seed`: input should be greater than or equal to 0, but got -1."),
-        ({"start": {"first": 2}}, "`start` must be a RankAllocation or a strategy's name, but got {'first': 2}."),
+        (
+            {"start": {"first": 2}},
+            "`start` must be RankAllocation | str | None, but got {'first': 2}; `rankscope.allocate` gives it.",
+        ),
         (
             {"start": rs.RankAllocation(rs.find_targets(net(), LAYERS), (0,) * 4)},
             "`start` must give at least one module a rank, but gives none; raise one.",

@@ -479,5 +479,8 @@ def test_what_the_trainer_says_cannot_be_passed(digits_budget: rs.ParameterBudge
         rs.RankControllerCallback(budget=digits_budget, total_steps=10)
     with refuses(SettingsError, "unknown key `evry`; did you mean `every`?"):
         rs.RankControllerCallback(budget=digits_budget, evry=5)
-    with refuses(SettingsError, "`budget` must be a ParameterBudget, but is 5000."):
-        rs.RankControllerCallback(budget=5000)  # type: ignore[arg-type]
+    with refuses(
+        SettingsError,
+        "`budget` must be ParameterBudget | int, but got '5000'; see `help(rankscope.RankControllerCallback)`.",
+    ):
+        rs.RankControllerCallback(budget="5000")  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
          "`{folder}/rows.parquet` must have a column 'lable', but has none; did you mean 'label'?"),
         ({"type": "sequence-classification", "model": "bert", "data": "/gone/rows.csv"},
          "`/gone/rows.csv` must hold the task's data, but there is no such file; check the path."),
-        (3, "`task` must be a name, a mapping or `path/to/file.py:factory`, but got 3."),
+        (3, "`task` must be a task, a name, options or `path/to/file.py:factory`, but got 3."),
         ({"name": []}, "`task` must be one of digits-shift, supersense, sentiment, word-order, glosses, but got []; a task of your own is \"path/to/file.py:factory\"."),
         ({"type": []}, "`task.type` must be one of sequence-classification, causal-lm, but got []."),
         ({"type": "causal-lm", "model": "bert", "data": 1}, "`data` of task type 'causal-lm' must be a text, but got 1."),

@@ -161,9 +161,12 @@ class RankController:
         Args:
             loss: For the record: a decision's row holds the mean since the one before.
         """
+        if self._closed:
+            must = "the controller must be open to step, but was closed"
+            raise ModelError(f"{must} after step {self._step}; make a new one for another training.")
         self._step += 1
         self._reminder.remove()
-        if self._closed:
+        if self._step > self._last_decision:
             return
         self._window.end_step()
         if loss is not None:
@@ -173,14 +176,19 @@ class RankController:
         self._go_on()
 
     def close(self) -> None:
-        """Remove all hooks; ranks stay from now on. Warns if no decision had a gradient to rest on."""
-        if not self._closed and self._decisions and all(each.action == "skipped" for each in self._decisions):
+        """Remove all hooks; ranks stay, and there are no further steps."""
+        if not self.frozen:
+            self._end()
+        self._closed = True
+
+    def _end(self) -> None:
+        """Remove all hooks. Warns if no decision had a gradient to rest on."""
+        if self._decisions and all(each.action == "skipped" for each in self._decisions):
             broken = self._decisions[-1].broken
             logger.warning(
                 "no rank was moved, for none of the %d decisions had gradients to rest on: %s",
                 *(len(self._decisions), _NOT_FINITE.format(broken) if broken else _NOT_SEEN),
             )
-        self._closed = True
         self._reminder.remove()
         self._window.close()
 
@@ -258,9 +266,9 @@ class RankController:
         return torch.Generator().manual_seed(self._seed * 1_000_003 + self._step)
 
     def _go_on(self) -> None:
-        """Close after the last step, or register the hooks for the next one if it is one of those before a decision."""
+        """Remove the hooks after the last decision; else register them if the next step is one of those before a decision."""
         if self.frozen:
-            self.close()
+            self._end()
         elif -(self._step + 1) % self._every < self._settings.samples:
             self._window.watch(1.0 if self._scaler is None else float(self._scaler.get_scale()))
 

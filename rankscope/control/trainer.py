@@ -64,7 +64,15 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
             self._prepared(trainer.model)  # `on_init_end` has passed, and a checkpoint loads before training begins
-        self._trainer = trainer
+        self._trainer, train = trainer, trainer.train
+
+        def train_and_close(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:  # `on_train_end` does not come where a training raises
+                self.on_train_end(None, None, None)
+
+        trainer.train = train_and_close
         if trainer.model_init is not None:
             make = trainer.call_model_init
             trainer.call_model_init = lambda trial=None: self._prepared(make(trial))

@@ -447,6 +447,7 @@ def test_a_second_training_after_one_that_failed(digits: Task, tmp_path: Path) -
     run = trainer(digits, tmp_path, callbacks=(failing := Fails(),), save_strategy="no", bind=True)
     with pytest.raises(KeyError):
         run.train()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
     run.remove_callback(failing)
     run.train()
     assert controller_of(run).decisions["step"].tolist() == [3, 6, 9]

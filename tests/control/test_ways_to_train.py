@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import rankscope as rs
+from rankscope.errors import ModelError
 from rankscope.lora import count_adapter_parameters
 from tests.architectures import build
 from tests.control.small_models import BUDGET, Net, adamw, batch, control, net, run
@@ -171,7 +172,10 @@ def test_a_compiled_model_is_masked_and_seen() -> None:
         run(runs, optimizer, controller, range(8))
         controllers.append(controller)
     controller.close()
-    run(runs, optimizer, controller, range(8, 12))
+    with pytest.raises(
+        ModelError, match=r"^the controller must be open to step, but was closed after step 8; make a new"
+    ):
+        run(runs, optimizer, controller, range(8, 12))
     eager, compiled = (controller.decisions for controller in controllers)
     assert controllers[1].masks is not None
     assert compiled["batches"].tolist() == [3, 3]

@@ -18,11 +18,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 fetch: setup
 	$(BIN)/python -c "import rankscope as rs; [rs.load_task(name) for name in ('supersense', 'sentiment', 'glosses')]"
 
-# The main job on real input: profile, one-shot allocation, search, and a fair comparison with uniform LoRA.
+# The main job on real input: where the gradient is, the ranks that follow from it, a small search, and whether 1,664 placed parameters
+# do what uniform LoRA needs more for. Every command resumes.
 demo: setup
-	$(BIN)/rankscope profile studies/digits.yaml --out out/digits
-	$(BIN)/rankscope search studies/digits.yaml --out out/digits
-	$(BIN)/rankscope train studies/digits.yaml --out out/digits --baseline --seeds 8 --jobs 2
+	$(BIN)/rankscope profile studies/demo.yaml
+	$(BIN)/rankscope allocate studies/demo.yaml --force
+	$(BIN)/rankscope search studies/demo.yaml
+	$(BIN)/rankscope compare studies/demo.yaml --jobs 2
+	@echo
+	@echo "Next, with your own model and data:"
+	@echo "  $(BIN)/rankscope init my             # writes my.yaml: name model and data there"
+	@echo "  $(BIN)/rankscope profile my.yaml     # where the gradient is"
+	@echo "  $(BIN)/rankscope allocate my.yaml    # ranks within its budget, as a plain PEFT config in out/my"
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

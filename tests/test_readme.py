@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python example, its study file, its figures."""
+"""What the README and the Makefile show is run or exists: the Python example, the study file, the figures, the commands."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from rankscope.cli import app
 from rankscope.comparison import insert_table, read_comparison, summarise, to_markdown
 from rankscope.settings import read_study
 from tests.architectures import build
 
 README = Path("README.md").read_text(encoding="utf-8")
+MAKEFILE = Path("Makefile").read_text(encoding="utf-8")
 
 
 def block(language: str) -> str:
@@ -43,3 +45,11 @@ def test_the_table_is_that_of_the_committed_runs() -> None:
         [read_comparison(f"studies/results/{task}/comparison.parquet") for task in tasks], ignore_index=True
     )
     assert insert_table(README, to_markdown(summarise(runs)), where="README.md") == README
+
+
+def test_commands_and_files_exist() -> None:
+    commands = re.findall(r"(?:\$ |`|\$\(BIN\)/)rankscope ([a-z]+)", README + MAKEFILE)
+    assert {"profile", "search", "compare"} <= set(commands) <= {command.name for command in app.registered_commands}
+    files = re.findall(r"\bstudies/[\w/-]+\.(?:yaml|py|json|png)", README + MAKEFILE)
+    assert files
+    assert all(Path(file).exists() for file in files)

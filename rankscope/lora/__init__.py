@@ -12,7 +12,15 @@ from rankscope.lora.config import (
 from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
-from rankscope.lora.wrapping import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_eva
+from rankscope.lora.wrapping import (
+    apply_allocation,
+    ia3_config,
+    ranks_of_adalora,
+    vera_config,
+    wrap_with_adalora,
+    wrap_with_config,
+    wrap_with_eva,
+)
 
 __all__ = [
     "LiveAdapter",
@@ -24,6 +32,7 @@ __all__ = [
     "count_adapter_parameters",
     "from_lora_config",
     "from_peft_model",
+    "ia3_config",
     "is_ddp",
     "load_adapter",
     "loaded_from",
@@ -37,6 +46,8 @@ __all__ = [
     "save_ranks",
     "to_lora_config",
     "unwrap_optimizer",
+    "vera_config",
     "wrap_with_adalora",
+    "wrap_with_config",
     "wrap_with_eva",
 ]

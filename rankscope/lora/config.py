@@ -81,7 +81,7 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dic
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = (target.name for target in targets if target.kind in ("linear", "conv1d"))
         config.target_modules = {name for name in linear if not OUTPUT_EMBEDDING.fullmatch(name)}
-    with _applied_by_peft():
+    with applied_by_peft("config"):
         names = [target.name for target in targets if check_target_module_exists(config, target.name)]
     ranks = dict.fromkeys(_not_saved(names, config), config.r)
     if not ranks:
@@ -160,19 +160,19 @@ def adapted_modules(config: LoraConfig, model: nn.Module) -> list[str]:
     if not isinstance(config, LoraConfig):
         raise ModelError(f"`selection` must be a peft.LoraConfig, but is a {type(config).__name__}; name the modules.")
     matching = _Matching(model, _prepared(config))
-    with _applied_by_peft(), suppress(_MatchingDone, NoMatchingPeftModuleError), warnings.catch_warnings():
+    with applied_by_peft("selection"), suppress(_MatchingDone, NoMatchingPeftModuleError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns again when it wraps
         matching.inject_adapter(model, "default")
     return _not_saved(matching.found, matching.peft_config["default"])
 
 
 @contextmanager
-def _applied_by_peft() -> Iterator[None]:
-    """Turn what PEFT raises for a config that it cannot apply into a ModelError."""
+def applied_by_peft(argument: str) -> Iterator[None]:
+    """Turn what PEFT raises for a config that it cannot apply, which the caller was given as `argument`, into a ModelError."""
     try:
         yield
     except (ValueError, OverflowError, re.error) as error:
-        raise ModelError(f"`selection` must be a config that PEFT can apply, but {one_line(error)}") from None
+        raise ModelError(f"`{argument}` must be a config that PEFT can apply, but {one_line(error)}") from None
 
 
 def _prepared(config: LoraConfig) -> LoraConfig:

@@ -1,7 +1,8 @@
-"""Base models wrapped with adapters: LoRA of an allocation, and PEFT's AdaLoRA and EVA to compare with."""
+"""Base models wrapped with adapters: LoRA of an allocation, and what PEFT has to compare with."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from rankscope.errors import ModelError, SettingsError
 from rankscope.lora.config import (
     PEFT_PREFIX,
     alpha_for,
+    applied_by_peft,
     check_block_names,
     check_config,
     name_fields,
+    names_regex,
     taken_for_experts,
     to_lora_config,
 )
@@ -73,6 +76,41 @@ def _wrap(model: nn.Module, config: peft.PeftConfig, ranks: Mapping[str, int], *
             peft_model.unload()
             raise SettingsError(f"PEFT must build rank {asked} for `{name}`, but built {got}; leave it out.")
     return peft_model
+
+
+def wrap_with_config(model: nn.Module, config: peft.PeftConfig, heads: Sequence[str] = ()) -> peft.PeftModel:
+    """Wrap `model` (in place) with any adapter of PEFT, as `get_peft_model` does; `heads` are trained as well.
+
+    The config is copied. A ModelError if PEFT cannot apply it to this model.
+    """
+    if not isinstance(config, peft.PeftConfig):
+        raise ModelError(f"`config` must be a peft.PeftConfig, but is a {type(config).__name__}.")
+    config = copy.deepcopy(config)
+    if heads:
+        config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads})
+    with applied_by_peft("config"):
+        return peft.get_peft_model(unwrapped(model), config)
+
+
+def vera_config(targets: Sequence[TargetModule], r: int) -> peft.VeraConfig:
+    """VeRA (Kopiczko et al., arXiv 2310.11454) on the linear modules among the targets, which share two random projections.
+
+    Each module trains a vector of `r` and one of its outputs.
+    """
+    linear = [target.name for target in targets if target.kind in ("linear", "conv1d")]
+    if not linear:
+        raise SettingsError(f"VeRA needs linear modules, but none of the {len(targets)} targets is one; leave it out.")
+    return peft.VeraConfig(r=r, target_modules=names_regex(linear))
+
+
+def ia3_config(targets: Sequence[TargetModule]) -> peft.IA3Config:
+    """(IA)³ (Liu et al., arXiv 2205.05638) on all targets: a factor for each output, in the last module of an MLP each input.
+
+    In the paper it is on keys, values and that last module only.
+    """
+    inputs = [target.name for target in targets if target.role in ("fc2", "down_proj")]
+    feedforward = names_regex(inputs) if inputs else []  # None: PEFT's own choice
+    return peft.IA3Config(target_modules=names_regex(t.name for t in targets), feedforward_modules=feedforward)
 
 
 def wrap_with_adalora(

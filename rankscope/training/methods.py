@@ -15,7 +15,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankController, schedule_of
 from rankscope.errors import ModelError, TrainingError
-from rankscope.lora import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_eva
+from rankscope.lora import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_config, wrap_with_eva
 from rankscope.performance import PerformanceModel
 from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.targets import TargetModule
@@ -44,6 +44,8 @@ class Method(ABC):
     @abstractmethod
     def name(self) -> str:
         """The name in tables and plots."""
+
+    rate_factor: float = 1.0  # the learning rates that suit it, over LoRA's
 
     @property
     def variant(self) -> str:
@@ -179,10 +181,33 @@ class Eva(Method):
 
 
 @dataclass(frozen=True, slots=True)
+class PeftAdapter(Method):
+    """Any adapter of PEFT, such as VeRA, (IA)³ or DoRA, at its own size: what `get_peft_model(model, config)` gives.
+
+    The task's head is trained as well. For ranks that differ between modules, use `Lora`.
+    """
+
+    config: Any  # a peft.PeftConfig
+    name: str
+    variant: str = ""
+    rate_factor: float = 1.0
+
+    def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
+        """Add the adapters."""
+        return cast(nn.Module, wrap_with_config(model, self.config, getattr(task, "head_modules", ())))
+
+    def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
+        """Let an adapter that asks for it, such as PEFT's AdaLoRA, see each step."""
+        update, steps = getattr(cast(Any, model).base_model, "update_and_allocate", None), count(1)
+        return Running(step=lambda loss: update(next(steps))) if update else Running()
+
+
+@dataclass(frozen=True, slots=True)
 class FullFineTuning(Method):
     """All weights are trained, without adapters."""
 
     name = "full fine-tuning"
+    rate_factor = 1 / 30  # all weights want far lower rates than adapters
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Unfreeze the model."""

@@ -298,8 +298,8 @@ class CompareSettings(Settings):
 
     methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
         ("uniform", "one-shot", "random", "controller", "adalora", "eva"), min_length=1,
-        description="Strategies, `uniform-rslora`, `qv-only`, `searched`, `controller`, `controller-STRATEGY`, `adalora`, "
-        "`eva`, `full`, `head`, or `path/to/file.py:function`.",
+        description="Strategies, `uniform-rslora`, `qv-only`, `last-blocks`, `searched`, `controller`, `controller-STRATEGY`, "
+        "`adalora`, `eva`, `vera`, `ia3`, `full`, `head`, or `path/to/file.py:function`.",
     )  # fmt: skip
     n_seeds: Count = Field(8, description="Reported runs of each method.")
     n_tuning_seeds: Count = Field(2, description="Runs that choose each method's learning rate.")

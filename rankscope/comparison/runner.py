@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -25,6 +26,7 @@ from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
 from rankscope.files import FORMAT, AnyPath, digest, read_json, read_parquet, replacing, require_same, write_json
+from rankscope.lora import ia3_config, vera_config
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
 from rankscope.searching import SearchResult
@@ -32,13 +34,14 @@ from rankscope.settings import CompareSettings, ControllerSettings, TrainingSett
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, evaluate, fingerprint_task, load_task, profile_task
-from rankscope.training import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, save_adapter, train
+from rankscope.training import AdaLora, Eva, FullFineTuning, HeadOnly, Lora, Method, PeftAdapter, save_adapter, train
 
 SCHEMA = 2
 REFERENCE, CONTROLLER, SEARCHED = "uniform", "controller", "searched"
 REPORTED, TUNING = "reported", "tuning"
 FIRST_TUNING_SEED = 10_000
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters
+VERA = ("vera-16", "vera-64", "vera-256")  # by their r, at sizes of their own, as (IA)³
 RATE_FACTORS = {"full": 1 / 30}  # all weights want far lower rates than adapters
 N_RANDOM = 3
 SCHEDULES = ((32.0, 0.7), (128.0, 0.7), (512.0, 0.7), (128.0, 0.4))  # of AdaLoRA: alpha, and when ranks settle
@@ -219,8 +222,10 @@ def make_grid(
     """Every variant of a method at every learning rate of the schedule; `labels` are fields of `RunSpec`."""
     each = variants if isinstance(variants, Sequence) else [variants]
     methods = [Lora(variant) if isinstance(variant, RankAllocation) else variant for variant in each]
-    schedules = [training.at(rate_factor * rate) for rate in training.learning_rates]
-    return [RunSpec(method=method, training=schedule, **labels) for method in methods for schedule in schedules]
+    rates = [
+        (method, rate_factor * method.rate_factor * rate) for method in methods for rate in training.learning_rates
+    ]
+    return [RunSpec(method=method, training=training.at(rate), **labels) for method, rate in rates]
 
 
 def run_tuned(
@@ -271,9 +276,27 @@ def _best(grid: Sequence[RunSpec], tried: Sequence[Sequence[RunResult]]) -> RunS
     return grid[max(within, key=lambda place: fmean(run.validation for run in tried[place]))]
 
 
+def _query_value(targets: Sequence[TargetModule]) -> list[TargetModule]:
+    """Queries and values, as in LoRA's first paper."""
+    return [target for target in targets if target.role in ("q_proj", "v_proj")]
+
+
+def _last_blocks(targets: Sequence[TargetModule]) -> list[TargetModule]:
+    """The last third of each tower's blocks."""
+    blocks: dict[str, set[int]] = {target.tower: set() for target in targets}
+    for target in targets:
+        blocks[target.tower] |= set() if target.block is None else {target.block}
+    last = {tower: sorted(found)[-math.ceil(len(found) / 3) :] for tower, found in blocks.items()}
+    return [target for target in targets if target.block in last[target.tower]]
+
+
+SUBSETS = {"qv-only": _query_value, "last-blocks": _last_blocks}  # with uniform ranks on them, none elsewhere
+_NEEDS = {"qv-only": "modules of the roles q_proj and v_proj", "last-blocks": "modules in blocks"}
+
+
 def known_methods() -> tuple[str, ...]:
     """All names that `compare` takes, besides functions and entry points (`rankscope.methods`) of installed packages."""
-    others = ("uniform-rslora", "qv-only", CONTROLLER, "adalora", "eva", *UNLIMITED)
+    others = ("uniform-rslora", *SUBSETS, CONTROLLER, "adalora", "eva", "ia3", "vera", *VERA, *UNLIMITED)
     starts = [name for name in (*STRATEGIES, SEARCHED) if name not in ("random", REFERENCE)]
     return (*STRATEGIES, SEARCHED, *others, *(f"{CONTROLLER}-{name}" for name in starts))
 
@@ -283,7 +306,7 @@ class Contender:
     """A method to be compared, which is made for each budget."""
 
     name: str
-    source: str | Function
+    source: str | Function | PeftAdapter
     seed: int = 0
     controller: ControllerSettings | None = None  # of methods under a controller
     searched: SearchResult | None = None  # whose recommendation is compared
@@ -293,7 +316,13 @@ class Contender:
     def needs_profile(self) -> bool:
         """Whether it cannot be made without a profile."""
         name = self.source if isinstance(self.source, str) else ""
-        return name not in known_methods() or name.removeprefix(f"{CONTROLLER}-") in NEEDS_PROFILE
+        unknown = name not in known_methods() and not isinstance(self.source, PeftAdapter)
+        return unknown or name.removeprefix(f"{CONTROLLER}-") in NEEDS_PROFILE
+
+    @property
+    def own_size(self) -> bool:
+        """Whether no budget is for it."""
+        return self.source in (*UNLIMITED, "ia3", *VERA) or isinstance(self.source, PeftAdapter)
 
     def make(self, targets: Sequence[TargetModule], budget: ParameterBudget, profile: Profile | None) -> Variants:
         """The method at one budget, in several variants where they are to be chosen from."""
@@ -318,12 +347,20 @@ class Contender:
                 return [AdaLora(modules, rank, alpha, share, end) for alpha, end in SCHEDULES for share in SHARES]
             case "eva":
                 return [Eva(modules, rank, rho) for rho in RHOS]
-            case "qv-only":  # as LoRA's first paper
-                chosen = [target for target in targets if target.role in ("q_proj", "v_proj")]
-                if not chosen:
-                    raise SettingsError("`qv-only` needs modules of the roles q_proj and v_proj, but there are none.")
+            case PeftAdapter():
+                return self.source
+            case "ia3":
+                chosen = [target for target in targets if target.role in ("k_proj", "v_proj", "down_proj", "fc2")]
+                grids = {"keys, values, last of MLPs": chosen, "all modules": targets}
+                return [PeftAdapter(ia3_config(g), "(IA)³", name, 10.0) for name, g in grids.items() if g]
+            case str(name) if name in VERA:
+                r = int(name.removeprefix("vera-"))
+                return PeftAdapter(vera_config(targets, r), "VeRA", f"r {r}", rate_factor=10.0)
+            case str(name) if name in SUBSETS:
+                if not (chosen := SUBSETS[name](targets)):
+                    raise SettingsError(f"`{name}` needs {_NEEDS[name]}, but the targets have none; leave it out.")
                 ranks = allocate(REFERENCE, targets=chosen, budget=budget).ranks
-                return Lora(RankAllocation.from_ranks(targets, ranks, strategy="qv-only", budget=budget.limit))
+                return Lora(RankAllocation.from_ranks(targets, ranks, strategy=name, budget=budget.limit))
             case str(name) if name in known_methods():
                 start = name.removeprefix(CONTROLLER).removeprefix("-") or REFERENCE
                 moving = self.controller or ControllerSettings()
@@ -337,7 +374,7 @@ class Contender:
             with user_function(self.source, self.base_dir, gives=gives, error=SettingsError) as function:
                 found: Any = function(budget=budget, **terms)
         else:
-            found = self.source(budget=budget, **terms)
+            found = cast(Any, self.source)(budget=budget, **terms)
         if isinstance(found, RankAllocation):
             return Lora(replace(found, strategy=self.name.rpartition(":")[2], budget=budget.limit))
         if isinstance(found, Method):
@@ -345,11 +382,14 @@ class Contender:
         raise SettingsError(f"`{self.name}` must give a RankAllocation or a Method, but gave a {type(found).__name__}.")
 
 
-def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0, **options: Any) -> list[Contender]:
-    """The methods of a comparison by name; `random` is three, from `seed` on. `options` are fields of `Contender`.
+def find_methods(
+    methods: Iterable[str | Function | PeftAdapter | Contender], *, seed: int = 0, **options: Any
+) -> list[Contender]:
+    """The methods of a comparison by name; `options` are fields of `Contender`.
 
     A method is a name (`known_methods()`, or of an entry point), `path/to/file.py:function`, or a function, which gets `targets`,
-    `budget` and `profile` and gives a `RankAllocation` or a `rankscope.training.Method`.
+    `budget` and `profile` and gives a `RankAllocation` or a `rankscope.training.Method`; or a `PeftAdapter`. `random` is three
+    methods, from `seed` on, and `vera` one for each of its usual ranks.
     """
     found, installed = [], entry_points("methods")
     for method in methods:
@@ -357,6 +397,10 @@ def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0
             found.append(method)
         elif method == "random":
             found += [Contender(name=f"random {n + 1}", source=method, seed=seed + n) for n in range(N_RANDOM)]
+        elif method == "vera":
+            found += [Contender(name=name, source=name) for name in VERA]
+        elif isinstance(method, PeftAdapter):
+            found.append(Contender(name=method.name, source=method))
         elif not isinstance(method, str) or ":" in method or method in known_methods():
             name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
             found.append(Contender(name=name, source=method, seed=seed, **options))
@@ -366,7 +410,8 @@ def find_methods(methods: Iterable[str | Function | Contender], *, seed: int = 0
             hint = did_you_mean(method, known_methods(), f"known are {', '.join(known_methods())}.")
             raise SettingsError(f"`methods` must be known or `path/to/file.py:function`, but {method!r} is not; {hint}")
     for each in found:
-        if callable(each.source) and any(o.name == each.name and o.source is not each.source for o in found):
+        own = not isinstance(each.source, str)
+        if own and any(o.name == each.name and o.source is not each.source for o in found):
             raise SettingsError(f"`methods` must differ in name, but two are called `{each.name}`; rename one.")
     return found
 
@@ -388,7 +433,7 @@ class Comparison:
 @checked
 def compare(
     task: Task | str | Mapping[str, Any],
-    methods: str | Iterable[str | Function | Contender] | None = None,
+    methods: str | Iterable[str | Function | PeftAdapter | Contender] | None = None,
     *,
     budget: ParameterBudget | int,
     targets: Sequence[TargetModule] | None = None,
@@ -453,7 +498,7 @@ def _plan(
     for factor in sorted({*settings.budgets, *settings.uniform_budgets}):
         at = budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))
         for each in contenders:
-            limit = 0 if each.name in UNLIMITED else at.limit
+            limit = 0 if each.own_size else at.limit
             cost = each.searched.steps if each.searched and SEARCHED in each.name else 0
             labels = {"name": each.name, "budget": limit, "factor": factor, "cost_steps": cost}
             if each.name == REFERENCE or (factor in settings.budgets and (limit or factor == 1.0)):

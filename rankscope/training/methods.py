@@ -45,7 +45,7 @@ class Method(ABC):
     def name(self) -> str:
         """The name in tables and plots."""
 
-    rate_factor: float = 1.0  # the learning rates that suit it, over LoRA's
+    rate_factor: float = 1.0  # of the learning rates that it is tuned over, which suit LoRA
 
     @property
     def variant(self) -> str:
@@ -207,7 +207,6 @@ class FullFineTuning(Method):
     """All weights are trained, without adapters."""
 
     name = "full fine-tuning"
-    rate_factor = 1 / 30  # all weights want far lower rates than adapters
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Unfreeze the model."""

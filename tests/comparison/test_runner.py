@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import peft
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from rankscope.comparison.runner import RunResult, known_methods, run_one
 from rankscope.errors import FileError, SettingsError
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
-from rankscope.training import AdaLora, HeadOnly, Lora
+from rankscope.training import AdaLora, HeadOnly, Lora, PeftAdapter
 
 TRAINING = TrainingSettings(steps=10, learning_rate=0.02)
 
@@ -330,3 +331,52 @@ def test_a_function_with_the_name_of_another_method_is_refused() -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
         find_methods(["uniform", uniform])
     assert len(find_methods([uniform, uniform])) == 2  # the same method, given twice
+
+
+# --- adapters of their own size, and subsets of modules -----------------------------------------------------------
+
+
+def test_pefts_small_adapters_stand_beside_the_budget_at_their_own_sizes(digits: Task, options: dict[str, Any]) -> None:
+    loha = PeftAdapter(peft.LoHaConfig(r=1, target_modules=["q_proj"]), "LoHa", rate_factor=2.0)
+    short = options | {"kept_in": None, "seeds": range(2), "training": TrainingSettings(steps=1, learning_rate=0.02)}
+    found = compare(digits, ["vera", "ia3", loha], **short, budgets=[0.5, 1], n_tuning_seeds=1).runs
+    reported = found[found["role"] == "reported"]
+    beside = reported[reported["method"] != "uniform"]
+    sizes = {name: set(rows["parameters"]) for name, rows in beside.groupby("method", sort=False)}
+    (ia3,) = sizes.pop("ia3")
+    assert ia3 in (2_304, 4_608)  # queries, values and the last of each MLP, or all modules
+    assert sizes == {"vera-16": {4_032}, "vera-64": {5_760}, "vera-256": {12_672}, "LoHa": {6 * 2 * (64 + 64)}}
+    assert set(beside["budget"]) == {0}
+    assert set(beside["factor"]) == {1.0}
+    assert set(beside["variant"]) >= {"r 16", "r 64", "r 256"}
+    rates = beside.groupby("method")["learning_rate"].first().to_dict()
+    assert rates == pytest.approx({"LoHa": 0.04, "ia3": 0.2, "vera-16": 0.2, "vera-64": 0.2, "vera-256": 0.2})
+    assert not any(contender.needs_profile for contender in find_methods(["vera", "ia3", loha]))
+    with pytest.raises(SettingsError, match="^`methods` must differ in name, but two are called `LoHa`; rename one"):
+        find_methods([loha, PeftAdapter(peft.LoHaConfig(r=2), "LoHa")])
+
+
+def test_subsets_of_modules_get_uniform_ranks_within_the_budget(digits_profile: rs.Profile) -> None:
+    targets, budget = digits_profile.targets, rs.ParameterBudget(1_664)
+    for name, kept in (
+        ("last-blocks", {t.name for t in targets if t.block in (4, 5)}),
+        ("qv-only", {t.name for t in targets if t.role in ("q_proj", "v_proj")}),
+    ):
+        (contender,) = find_methods([name])
+        ranks = contender.make(targets, budget, None).allocation
+        assert (ranks.strategy, ranks.budget) == (name, 1_664)
+        assert {module for module, rank in ranks.ranks.items() if rank} <= kept
+        assert 1_664 - 128 < ranks.parameters <= 1_664
+    towers = [
+        rs.TargetModule(name=f"{tower}.{block}", in_features=8, out_features=8, tower=tower, block=block)
+        for tower, n in (("vision", 4), ("language", 7))
+        for block in range(n)
+    ]
+    head = rs.TargetModule(name="projector", in_features=8, out_features=8)
+    (contender,) = find_methods(["last-blocks"])
+    ranks = contender.make([*towers, head], rs.ParameterBudget(16 * 5), None).allocation.ranks
+    assert {name for name, rank in ranks.items() if rank} == {f"vision.{i}" for i in (2, 3)} | {
+        f"language.{i}" for i in (4, 5, 6)
+    }
+    with pytest.raises(SettingsError, match="^`last-blocks` needs modules in blocks, but the targets have none"):
+        contender.make([head], rs.ParameterBudget(16), None)

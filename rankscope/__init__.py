@@ -15,8 +15,10 @@ from rankscope.errors import RankscopeError
 if TYPE_CHECKING:
     from rankscope.allocation import RankAllocation as RankAllocation
     from rankscope.budget import ParameterBudget as ParameterBudget
+    from rankscope.comparison import BudgetPlan as BudgetPlan
     from rankscope.comparison import Comparison as Comparison
     from rankscope.comparison import compare as compare
+    from rankscope.comparison import plan_budget as plan_budget
     from rankscope.control import RankController as RankController
     from rankscope.control import RankControllerCallback as RankControllerCallback
     from rankscope.performance import PerformanceModel as PerformanceModel
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from rankscope.settings import BudgetSettings as BudgetSettings
     from rankscope.settings import CompareSettings as CompareSettings
     from rankscope.settings import ControllerSettings as ControllerSettings
+    from rankscope.settings import PlanSettings as PlanSettings
     from rankscope.settings import ProfileSettings as ProfileSettings
     from rankscope.settings import SearchSettings as SearchSettings
     from rankscope.settings import StudySettings as StudySettings
@@ -54,14 +57,14 @@ for _adviser in ("backends.cpu.ops", "autograd._functions"):
 _NAMES = {
     "allocation": ["RankAllocation"],
     "budget": ["ParameterBudget"],
-    "comparison": ["Comparison", "compare"],
+    "comparison": ["BudgetPlan", "Comparison", "compare", "plan_budget"],
     "control": ["RankController", "RankControllerCallback"],
     "performance": ["PerformanceModel", "rank_features"],
     "profiling": ["Profile", "profile", "read_profile"],
     "searching": ["HierarchicalSpace", "PerformanceModelSampler", "SearchResult", "search", "suggest_allocation"],
     "settings": [
-        "AllocationSettings", "BudgetSettings", "CompareSettings", "ControllerSettings", "ProfileSettings", "SearchSettings",
-        "StudySettings", "TrainingSettings", "read_study",
+        "AllocationSettings", "BudgetSettings", "CompareSettings", "ControllerSettings", "PlanSettings", "ProfileSettings",
+        "SearchSettings", "StudySettings", "TrainingSettings", "read_study",
     ],
     "strategies": ["allocate"],
     "targets": ["TargetModule", "find_targets"],

@@ -356,6 +356,35 @@ def plot_budgets(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_plan(table: pd.DataFrame, *, level: float, budget: int | None = None, metric: str = "metric") -> Figure:
+    """Validation metric against adapter parameters, uniform and placed, with 95 % bands; full fine-tuning and the head alone.
+
+    `table` is `BudgetPlan.table`'s, `level` what is enough, and `budget` the recommended one, which is ringed.
+    """
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    curves = table[table["budget"] > 0]
+    for colour, (method, mine) in zip(("black", "tab:orange"), curves.groupby("method", sort=False), strict=False):
+        axis.plot(mine["budget"], mine["validation"], "o-", color=colour, ms=4, lw=1.4, label=method)
+        axis.fill_between(mine["budget"], mine["low"], mine["high"], color=colour, alpha=0.12, lw=0)
+        chosen = mine[(mine["budget"] == budget) & (mine["method"] != REFERENCE)]
+        axis.plot(chosen["budget"], chosen["validation"], "o", color=colour, mfc="none", ms=12, mew=1.6)
+    styles = {"full": ("tab:blue", "full fine-tuning, {:,} weights"), "head": ("tab:grey", "the head alone")}
+    for row in table[table["budget"] == 0].to_dict("records"):
+        colour, label = styles[row["method"]]
+        axis.axhline(row["validation"], color=colour, lw=1.2, ls="--", label=label.format(row["parameters"]))
+        axis.axhspan(row["low"], row["high"], color=colour, alpha=0.08, lw=0)
+    axis.axhline(level, color="black", lw=0.7, ls=":", label="enough: the reference less the margin")
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(set(curves["budget"])))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.tick_params(axis="x", rotation=25)
+    _label(axis, x="adapter parameters", y=f"{metric} on validation")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return figure
+
+
 def _study_panels(table: pd.DataFrame, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with one panel of this height in inches for each study."""
     n = table["study"].nunique()

@@ -308,8 +308,41 @@ class CompareSettings(Settings):
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
 
 
+class PlanSettings(Settings):
+    """Which budgets `rankscope budget` tries, and what is enough."""
+
+    _free = frozenset({"n_jobs"})
+
+    strategy: str = Field("one-shot", description="What places ranks: a method of `compare`.")
+    reference: Literal["uniform", "full"] | Count = Field(
+        "uniform", description="What must be reached: `uniform` at its best budget of the grid, or at this many parameters; or "
+        "`full` fine-tuning.",
+    )  # fmt: skip
+    margin: Positive | None = Field(
+        None, description="What may be lost of the metric. Default: one seed's standard deviation at the reference."
+    )
+    lowest: Positive = Field(0.0625, description="Smallest budget, in parameters of uniform rank 1.")
+    highest: Positive = Field(16.0, description="Largest budget, in parameters of uniform rank 1.")
+    step: float = Field(2.0, ge=1.1, description="Factor from one budget of the grid to the next.")
+    n_seeds: AtLeast2 = Field(8, description="Runs of each budget.")
+    max_seeds: AtLeast2 = Field(16, description="Runs of a budget where the decision is open.")
+    n_tuning_seeds: Count = Field(2, description="Runs that choose each budget's learning rate.")
+    ceiling: bool = Field(True, description="Whether full fine-tuning is trained as the ceiling.")
+    n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.lowest >= self.highest:
+            raise ValueError(f"`lowest` must be below `highest`, but got {self.lowest:g} and {self.highest:g}")
+        if self.n_seeds > self.max_seeds:
+            raise ValueError(f"`n_seeds` must not exceed `max_seeds`, but got {self.n_seeds} and {self.max_seeds}")
+        return self
+
+
 _PROBLEMS = {"model_type": "must be a section of keys and values", "too_short": "must hold at least one value"}
-_UNION_MEMBER = re.compile(r"(str|float)$|function-|list\[|dict\[|tuple\(")  # a part of pydantic's locations
+_UNION_MEMBER = re.compile(
+    r"(str|float|constrained-int)$|function-|list\[|dict\[|tuple\(|literal\["
+)  # a part of pydantic's locations
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -341,6 +374,7 @@ class StudySettings(Settings):
     search: SearchSettings = SearchSettings()
     controller: ControllerSettings = ControllerSettings()
     compare: CompareSettings = CompareSettings()
+    plan: PlanSettings = PlanSettings()
 
     _base_dir: Path = PrivateAttr(Path())
 

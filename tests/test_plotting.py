@@ -15,6 +15,7 @@ from rankscope.plotting import (
     module_grids,
     plot_energy,
     plot_flow,
+    plot_plan,
     plot_ranks,
     plot_trajectories,
     save_figure,
@@ -158,3 +159,20 @@ def test_rank_plots_write_each_rank(tmp_path: Path) -> None:
 def test_energy_plot(digits_profile: rs.Profile) -> None:
     figure = plot_energy(digits_profile)
     assert figure.axes[0].get_title(loc="left") == "gradient energy per parameter of one rank, 7 batches"
+
+
+def test_a_plans_picture_rings_the_recommended_budget() -> None:
+    rows = [("uniform", 432, 0.8), ("uniform", 6912, 0.9), ("one-shot", 432, 0.9), ("one-shot", 6912, 0.91)]
+    rows += [("full", 0, 0.93), ("head", 0, 0.6)]
+    table = pd.DataFrame(rows, columns=["method", "budget", "validation"])
+    table = table.assign(
+        parameters=[400, 6912, 400, 6912, 301_504, 0], low=table["validation"] - 0.01, high=table["validation"] + 0.01
+    )
+    figure = plot_plan(table, level=0.88, budget=432, metric="accuracy")
+    axis = figure.axes[0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "uniform", "one-shot", "full fine-tuning, 301,504 weights", "the head alone", "enough: the reference less the margin",
+    ]  # fmt: skip
+    rings = [line for line in axis.lines if line.get_markersize() == 12 and len(line.get_xdata())]
+    assert [(ring.get_xdata().tolist(), ring.get_ydata().tolist()) for ring in rings] == [([432], [0.9])]
+    assert axis.get_ylabel() == "accuracy on validation"

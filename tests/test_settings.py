@@ -33,6 +33,7 @@ def test_defaults_are_those_of_python(tmp_path: Path) -> None:
     assert study.controller == rs.ControllerSettings()
     assert study.search == rs.SearchSettings()
     assert study.compare == rs.CompareSettings()
+    assert study.plan == rs.PlanSettings()
 
 
 def test_defaults_and_overrides(tmp_path: Path) -> None:
@@ -57,10 +58,10 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
          "but got 'many'."),
         (MINIMAL + "training: {learning_rate: -1}", "`training.learning_rate`: input should be greater than 0, but got -1."),
         (MINIMAL + "trials: 3", "unknown key `trials`; did you mean `search.n_trials`?"),
-        (MINIMAL + "training: {margin: 3}", "unknown key `training.margin`; did you mean `controller.hysteresis`?"),
+        (MINIMAL + "training: {margin: 3}", "unknown key `training.margin`; did you mean `controller.hysteresis` or `plan.margin`?"),
         (MINIMAL + "max_rank: 3", "unknown key `max_rank`; did you mean `allocation.max_rank` or `controller.max_rank`?"),
         (MINIMAL + "seeds: 3", "unknown key `seeds`; did you mean `seed`?"),
-        (MINIMAL + "base_dir: x", "unknown key `base_dir`; known keys are name, task, targets, budget, seed, profile, allocation, training, search, controller, compare."),
+        (MINIMAL + "base_dir: x", "unknown key `base_dir`; known keys are name, task, targets, budget, seed, profile, allocation, training, search, controller, compare, plan."),
         (MINIMAL + "search: 3", "`search`: must be a section of keys and values, but got 3."),
         (MINIMAL + "training: [1]", "`training`: must be a section of keys and values, but got [1]."),
         (MINIMAL + "training: {learning_rate: .nan}", "`training.learning_rate`: input should be a finite number, but got nan."),
@@ -128,7 +129,7 @@ def test_a_flag_into_what_is_no_section_is_told(text: str, value: str, tmp_path:
 def test_no_number_of_any_section_takes_what_is_none(value: object, tmp_path: Path) -> None:
     """Every numeric key of every section, as a flag may set it."""
     path = write(tmp_path, MINIMAL)
-    for section in ("profile", "training", "search", "controller", "compare", "allocation", "budget"):
+    for section in ("profile", "training", "search", "controller", "compare", "plan", "allocation", "budget"):
         for key, default in getattr(read_study(path), section):
             annotation = str(type(getattr(read_study(path), section)).model_fields[key].annotation)
             if not re.search(r"\b(int|float)\b", annotation) or isinstance(default, str):

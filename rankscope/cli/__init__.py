@@ -179,6 +179,14 @@ def _allocate(
     """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
 
 
+@_study_command("budget", "studies/digits.yaml --jobs 2", jobs="plan.n_jobs", margin="plan.margin")
+def _budget(
+    margin: float | None = typer.Option(None, help="Overrides `plan.margin`: what may be lost of the metric."),
+    jobs: int | None = typer.Option(None, help="Overrides `plan.n_jobs`: runs at a time."),
+) -> None:
+    """Find how few adapter parameters the task needs, and how many times fewer than uniform LoRA; resumes."""
+
+
 @_study_command("search", "studies/digits.yaml --trials 60", trials="search.n_trials", **BUDGET)
 def _search(
     trials: int | None = typer.Option(None, help="Overrides `search.n_trials`: trainings in all."),

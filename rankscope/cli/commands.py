@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
 from rankscope.budget import RankLimits
-from rankscope.cli.session import Session, print_files, print_json, print_line, print_table, progress, stderr
+from rankscope.cli.session import Session, finite, print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
 from rankscope.errors import FileError, SettingsError
@@ -374,6 +376,76 @@ def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
     return [written, *session.draw(trajectories=trajectories, flow=plotting.plot_flow(decisions, session.targets))]
 
 
+# --- budget -----------------------------------------------------------------------------------------------------
+
+
+def run_budget(session: Session, *, as_json: bool) -> None:
+    """`rankscope budget`."""
+    study, settings = session.study, session.study.plan
+    with progress("planning") as update:
+        plan = comparison.plan_budget(
+            session.task,
+            targets=session.targets,
+            profile=session.profile,
+            seeds=_reported_seeds(session, settings.max_seeds),
+            training=study.training,
+            settings=settings,
+            kept_in=session.out / "runs",
+            on_run=lambda done, total: update(completed=done, total=total),
+        )
+    table, found = plan.table(), plan.assessment
+    runs = comparison.Comparison(plan.all_runs().assign(study=study.name), {})
+    files = [runs.to_parquet(session.out / "plan.parquet")]
+    picture = plotting.plot_plan(table, level=found.level, budget=plan.budget, metric=session.task.metric)
+    files += session.draw(budget=picture)
+    facts: dict[str, Any] = {"study": study.name, "metric": session.task.metric, "budget": plan.budget}
+    facts |= {"reference": found.reference, "margin": found.margin, "saved": plan.saved, "answers": plan.answers()}
+    facts |= {"budgets": json.loads(table.to_json(orient="records"))}
+    if plan.budget is not None:
+        files.append(_write_study(session, plan.budget))
+    write_json(session.out / "plan.json", finite({**session.provenance("budget"), **facts}))
+    files.append(session.out / "plan.json")
+    if as_json:
+        print_json(facts, files)
+        return
+    columns = {"method": "{method}", "parameters": "{parameters:,}", "seeds": "{seeds}",
+               "validation": "{validation:.1%}", "to the reference": "{points}", "enough": "{verdict}"}  # fmt: skip
+    rows = table.to_dict("records")
+    for row in rows:
+        ends = (row["difference"], row["difference_low"], row["difference_high"])
+        own = (row["method"], row["budget"]) == found.reference
+        row["points"] = "reference" if own else Interval(*ends).text(scale=100, digits=1)
+        row["verdict"] = {True: "yes", False: "no"}.get(row["enough"], "open")
+    print_table(f"{study.name}: {session.task.metric} by parameters, points and 95 % intervals", columns, rows)
+    for name, text in plan.answers().items():
+        print_line(f"{name + ':':<11}{text}")
+    print_files(files)
+
+
+def _write_study(session: Session, budget: int) -> Path:
+    """The study at this budget, in the output folder; relative paths go on to name the same files."""
+    values = session.study.model_dump(mode="json", exclude_unset=True)
+    values |= {"name": f"{session.study.name}-{budget}"[-100:], "budget": {"parameters": budget}}
+    base, folder = session.study.base_dir, session.out
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict | list):
+            return (
+                {key: moved(each) for key, each in value.items()}
+                if isinstance(value, dict)
+                else list(map(moved, value))
+            )
+        if isinstance(value, str) and "." in value and (base / value.partition(":")[0]).is_file():
+            return os.path.relpath(base / value, folder)
+        return value
+
+    path = folder / "recommended.yaml"
+    with replacing(path) as temporary:
+        text = yaml.safe_dump({key: moved(each) for key, each in values.items()}, sort_keys=False, allow_unicode=True)
+        temporary.write_text(f"# By `rankscope budget {session.arguments}`.\n{text}", encoding="utf-8")
+    return path
+
+
 # --- compare and report -----------------------------------------------------------------------------------------
 
 
@@ -482,13 +554,11 @@ def _print_comparison(table: pd.DataFrame, files: list[Path], *, as_json: bool) 
             texts = [comparison.format_row(row) for _, row in uniform.iterrows()]
             columns = {"parameters": "{parameters}", "rate": "{rate}", "test": "{points}"}
             print_table(f"{texts[0]['study']}: uniform by parameters", columns, texts)
-    limited = comparison.at_budget(table).query("budget > 0 and uniform_budget_multiplier.notna()")
-    for study, group in limited.groupby("study", sort=False):
-        best = group.sort_values("test").iloc[-1]
-        if best["method"] != REFERENCE:
-            times = float(best["uniform_budget_multiplier"])
-            needs = "more parameters than were tried" if times == math.inf else f"{times:.2g} x the parameters"
-            print_line(f"{study}: uniform needs {needs} to match {best['method']}")
+    grown = table[table["uniform_budget_multiplier"].notna() & (table["method"] != REFERENCE)]
+    for study, group in grown.groupby("study", sort=False):
+        texts = [comparison.format_row(row) for _, row in group.iterrows()]
+        columns = {"method": "{method}", "parameters": "{parameters}", "uniform needs": "{needs}"}
+        print_table(f"{study}: how many times the parameters uniform needs to match, 95 % interval", columns, texts)
     print_files(files)
 
 

@@ -233,14 +233,15 @@ def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[A
 def print_json(values: Mapping[str, Any], files: Sequence[Path] | None = None) -> None:
     """One JSON object on stdout, with the files that were written; what is not finite becomes null."""
     listed = {} if files is None else {"files": [str(file) for file in files]}
-    stdout.print_json(json.dumps(_finite({**values, **listed}), allow_nan=False))
+    stdout.print_json(json.dumps(finite({**values, **listed}), allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value as JSON has it: what is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,5 +1,6 @@
 """Methods compared at equal terms: a learning rate tuned for each, the same seeds, paired differences on the test split."""
 
+from rankscope.comparison.planner import BudgetPlan, plan_budget
 from rankscope.comparison.report import write_report
 from rankscope.comparison.runner import (
     REFERENCE,
@@ -22,12 +23,12 @@ from rankscope.comparison.summary import (
     insert_table,
     read_comparison,
     summarise,
+    times,
     to_markdown,
 )
 
 __all__ = [
-    "REFERENCE", "REPORTED", "SEARCHED", "Comparison", "RunSpec", "allocations", "at_budget",
-    "check_terms", "compare", "find_methods", "format_row", "insert_table", "make_grid",
-    "paired_difference", "read_comparison", "run_all", "run_tuned", "summarise", "to_markdown",
-    "write_report",
+    "REFERENCE", "REPORTED", "SEARCHED", "BudgetPlan", "Comparison", "RunSpec", "allocations", "at_budget", "check_terms",
+    "compare", "find_methods", "format_row", "insert_table", "make_grid", "paired_difference", "plan_budget", "read_comparison",
+    "run_all", "run_tuned", "summarise", "times", "to_markdown", "write_report",
 ]  # fmt: skip

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 import numpy as np
-from scipy.stats import permutation_test
-from sklearn.isotonic import IsotonicRegression
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+from scipy.stats import norm, permutation_test, t
 
 from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
+
+N_DRAWS = 4_000  # of a bootstrap
+Floats = NDArray[np.float64]
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
@@ -60,22 +64,69 @@ def seed_noise(metric: Sequence[float]) -> float:
     return 1.96 * math.sqrt(2.0 / len(metric)) * stdev(metric) if len(metric) > 1 else math.nan
 
 
-def uniform_budget_multiplier(score: float, factors: Sequence[float], uniform: Sequence[float]) -> float:
-    """The factor of the budget at which uniform LoRA reaches a score.
+def resampled_means(scores: Floats, *, seed: int = 0) -> Floats:
+    """Mean scores of cells under resampling of the seeds that they share, (N_DRAWS + 1, n_cells); first the means as they are.
 
-    Uniform's scores at ascending `factors` are made monotone (isotonic regression) and joined by straight lines over log
-    parameters. The result is `factors[0]` where uniform is that good already, infinity where it never is, and NaN for one factor.
-
-    >>> uniform_budget_multiplier(0.85, [1, 2, 4], [0.8, 0.9, 0.95]).__round__(3)
-    1.414
+    `scores` are (n_cells, n_seeds), NaN where a cell was not measured on a seed. Every draw takes the same seeds for all cells.
     """
-    if len(factors) < 2:
-        return math.nan
-    logs = np.log(np.asarray(factors, dtype=float))
-    curve = IsotonicRegression().fit_transform(logs, np.asarray(uniform, dtype=float))
-    if score <= curve[0]:
-        return float(factors[0])
-    if score > curve[-1]:
-        return math.inf
-    after = int(np.searchsorted(curve, score))
-    return float(np.exp(np.interp(score, curve[after - 1 : after + 1], logs[after - 1 : after + 1])))
+    n = scores.shape[1]
+    weights = np.vstack([np.ones(n), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_DRAWS)])
+    known = ~np.isnan(scores)
+    counts = weights @ known.T
+    sums = weights @ np.where(known, scores, 0.0).T
+    means: Floats = np.where(counts > 0, sums / np.maximum(counts, 1), sums[0] / counts[0])
+    return means
+
+
+def monotone(curves: Floats) -> Floats:
+    """Each curve's isotonic regression on ascending budgets, (n, n_budgets)."""
+    return np.array([isotonic_regression(curve).x for curve in curves])
+
+
+def needed_budget(levels: Floats, budgets: Floats, rising: Floats) -> Floats:
+    """The budget at which each `monotone` curve reaches its level, (n,), joined by straight lines over log parameters.
+
+    The smallest budget where that is good enough already, and infinity where none is.
+
+    >>> needed_budget(np.array([0.85]), np.array([1.0, 2.0, 4.0]), np.array([[0.8, 0.9, 0.95]])).round(3)
+    array([1.414])
+    """
+    last, logs, row = len(budgets) - 1, np.log(budgets), np.arange(len(levels))
+    after = (rising < levels[:, None]).sum(axis=1)
+    low, high = np.maximum(after - 1, 0), np.minimum(after, last)
+    below, rise = rising[row, low], rising[row, high] - rising[row, low]
+    share = np.where(rise > 0, (levels - below) / np.where(rise > 0, rise, 1.0), 0.0)
+    found: Floats = np.where(after > last, np.inf, np.exp(logs[low] + share * (logs[high] - logs[low])))
+    return found
+
+
+def bootstrap_interval(draws: Floats, n: int) -> Interval:
+    """The first of the `draws` with the expanded percentile interval of the others, which covers 95 % also for few seeds.
+
+    Its quantiles are those at which a plain percentile interval would be Student's (Hesterberg, The American Statistician 69,
+    2015, section 5.3). NaN for fewer than 3 seeds.
+    """
+    if n < FEWEST_PAIRS or np.isnan(draws[0]):
+        return Interval(float(draws[0]), math.nan, math.nan)
+    tail = norm.cdf(-math.sqrt(n / (n - 1)) * t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+    low, high = np.quantile(draws[1:], [tail, 1 - tail], method="inverted_cdf")
+    return Interval(float(draws[0]), float(low), float(high))
+
+
+def uniform_budget_multipliers(scores: Floats, parameters: Sequence[float], uniform: Sequence[int]) -> list[Interval]:
+    """By how much uniform must grow to match each cell: the parameters it needs over the cell's, with a 95 % interval.
+
+    `scores` are (n_cells, n_seeds), of which the rows `uniform` are uniform's. Uniform's own factor is 1. NaN where uniform has
+    one budget only, or a cell no parameters.
+    """
+    factors, own = [Interval(math.nan, math.nan, math.nan)] * len(scores), np.asarray(parameters, dtype=float)
+    order = sorted(uniform, key=lambda cell: own[cell])
+    if len(order) < 2:
+        return factors
+    means = resampled_means(scores)
+    rising = monotone(means[:, order])
+    for cell in np.flatnonzero(own):
+        needed = needed_budget(means[:, cell], own[order], rising) / own[cell]
+        alone = Interval(1.0, math.nan, math.nan)
+        factors[cell] = alone if cell in order else bootstrap_interval(needed, scores.shape[1])
+    return factors

@@ -17,6 +17,7 @@ from rankscope.files import AnyPath, parse_json, read_parquet
 from rankscope.searching import FEWEST_PAIRS, Interval
 
 SIGNIFICANCE = 0.05
+MULTIPLIER = [f"uniform_budget_multiplier{end}" for end in ("", "_low", "_high")]
 NO_DIFFERENCE = "no difference"
 SAME_RUNS = "same runs as uniform"
 BEGIN, END = "<!-- rankscope report: begin -->", "<!-- rankscope report: end -->"
@@ -89,8 +90,9 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     and `test` (means), `deviation` of `test` over seeds; `difference` to uniform at the same factor, paired, its 95 % interval
     `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over the methods of a study and factor (NaN with fewer than 3
     seeds); `noise` (`seed_noise` of uniform), `relative` (difference over uniform's metric), `seconds` (median run), `verdict`
-    (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and `uniform_budget_multiplier` (how many
-    times the parameters uniform needs; NaN where it has one budget only).
+    (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and `uniform_budget_multiplier` (by how
+    much uniform must grow to match, with its 95 % interval `uniform_budget_multiplier_low`, `_high`; see
+    `uniform_budget_multipliers`).
     """
     reported = runs[runs["role"] == REPORTED]
     compared = set(at_budget(reported).query("method == @REFERENCE")["study"])
@@ -99,10 +101,13 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         raise SettingsError(f"`runs` {must}, but `{min(lacking)}` has none; compare again.")
     groups = [group for _, group in reported.groupby(["study", "factor"], sort=False)]
     table = pd.concat([_compared(group) for group in groups if REFERENCE in set(group["method"])], ignore_index=True)
-    uniform = table[table["method"] == REFERENCE].sort_values("factor").groupby("study")
-    curves = {study: (mine["factor"].tolist(), mine["test"].tolist()) for study, mine in uniform}
-    needed = [statistics.uniform_budget_multiplier(row["test"], *curves[row["study"]]) for _, row in table.iterrows()]
-    return table.assign(uniform_budget_multiplier=needed / table["factor"])
+    cells = reported.pivot(index=["study", "factor", "method"], columns="seed", values="test")
+    for _, mine in table.groupby("study"):
+        scores = cells.loc[mine[cells.index.names].apply(tuple, axis=1)].dropna(axis=1, how="all").to_numpy()
+        uniform = np.flatnonzero(mine["method"] == REFERENCE).tolist()
+        found = statistics.uniform_budget_multipliers(scores, mine["parameters"].tolist(), uniform)
+        table.loc[mine.index, MULTIPLIER] = found
+    return table
 
 
 def _compared(group: pd.DataFrame) -> pd.DataFrame:
@@ -148,9 +153,7 @@ def format_row(row: pd.Series) -> dict[str, str]:
     `points` is the difference to uniform in points with its interval; of uniform, the metric itself.
     """
     points = Interval(row["difference"], row["low"], row["high"]).text(scale=100, digits=1)
-    multiplier, verdict = row["uniform_budget_multiplier"], str(row["verdict"])
-    needs = "more than tried" if multiplier == math.inf else f"{multiplier:.2g} x the parameters"
-    study, seeds = str(row["study"]), int(row["seeds"])
+    study, seeds, verdict = str(row["study"]), int(row["seeds"]), str(row["verdict"])
     texts = {
         "study": study if row["task"] in study else f"{study}, {row['task']}",
         "name": f"{study}: {row['method']}",
@@ -168,20 +171,39 @@ def format_row(row: pd.Series) -> dict[str, str]:
         "interval": "-" if math.isnan(row["low"]) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
         "p": "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}",
         "verdict": verdict,
-        "needs": "" if math.isnan(multiplier) else needs,
+        "needs": times(Interval(*row[MULTIPLIER])),
         "seconds": f"{row['seconds']:.1f} s",
         "memory": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
         "search": f"{row['cost_steps']:,}" if row["cost_steps"] else "",
     }
-    own = {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": ""}
+    own = {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": "", "needs": ""}
     return texts | own if row["method"] == REFERENCE else texts
+
+
+def times(factor: Interval) -> str:
+    """A factor with its interval, to two digits; nothing where there is none.
+
+    >>> times(Interval(3.1, 2.2, 6.4)), times(Interval(math.inf, 4.2, math.inf)), times(Interval(3.1, math.nan, math.nan))
+    ('3.1 x [2.2, 6.4]', 'more than tried [4.2, more]', '3.1 x [-]')
+    """
+    if math.isnan(factor.mean):
+        return ""
+    mean = "more than tried" if math.isinf(factor.mean) else f"{_digits(factor.mean)} x"
+    ends = ", ".join("more" if math.isinf(end) else _digits(end) for end in factor[1:] if not math.isnan(end))
+    return f"{mean} [{ends or '-'}]"
+
+
+def _digits(value: float) -> str:
+    """To two digits, never as a power of ten."""
+    return f"{float(f'{value:.2g}'):,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def to_markdown(table: pd.DataFrame) -> str:
     """The table at the study's budget as Markdown, one column per study: uniform's metric, and the others' points over it.
 
     Bold: better or worse than uniform. In italics, and last: methods without a budget (full fine-tuning, the head alone). The
-    last column is the mean of `relative` over the studies, of methods that are within the budget in all of them.
+    last column is the mean of `relative` over the studies, of methods that are within the budget in all of them. Where uniform
+    was trained at several budgets, a second table says how many times the parameters it needs to match.
     """
     table = at_budget(table)
     seeds = table.groupby("study", sort=False)["seeds"].first()
@@ -198,7 +220,17 @@ def to_markdown(table: pd.DataFrame) -> str:
         mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(seeds) and method != REFERENCE else ""
         name = method.replace("|", r"\|")  # a user's own method is named after its file
         lines.append([f"*{name}*" if method in unlimited else name, *cells.values(), mean])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    grown = table[table["uniform_budget_multiplier"].notna() & (table["method"] != REFERENCE) & (table["budget"] > 0)]
+    if grown.empty:
+        return text
+    needs = grown.assign(needs=[format_row(row)["needs"] for _, row in grown.iterrows()])
+    needs = needs.pivot(index="method", columns="study", values="needs").fillna("")
+    lines = [["uniform needs, to match", *needs.columns], ["---", *["---:"] * len(needs.columns)]]
+    lines += [
+        [str(method).replace("|", r"\|"), *row] for method, row in zip(needs.index, needs.to_numpy(), strict=True)
+    ]
+    return "\n".join([text, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 def insert_table(text: str, table: str, *, where: str) -> str:

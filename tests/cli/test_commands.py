@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import rankscope as rs
 from rankscope.cli import app
 from rankscope.comparison.summary import BEGIN, END
+from rankscope.settings import read_study
 
 STUDY = """
 task: digits-shift
@@ -98,6 +99,37 @@ def test_a_controller_moves_ranks_while_it_trains(folder: Path) -> None:
     assert "controller off: the ranks of `one-shot` rest on gradients already" in errors
     assert "controller from" not in text
     assert not {"decisions.parquet", "trajectories.png", "flow.png"} & {path.name for path in out.iterdir()}
+
+
+def test_budget_plans_and_writes_a_study(folder: Path) -> None:
+    study, out = folder / "planned.yaml", folder / "planned"
+    plan = (
+        "n_seeds: 3, max_seeds: 3, n_tuning_seeds: 1, lowest: 0.25, highest: 4, step: 16, margin: 0.9, ceiling: false"
+    )
+    study.write_text(STUDY + f"plan: {{{plan}}}\n")
+    status, text, errors = invoke("budget", study, "--out", out)
+    assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
+    assert "planned: accuracy by parameters, points and 95 % intervals" in text
+    assert re.search(r"^enough: +one-shot at 1,728 parameters: [+-]", text, flags=re.MULTILINE)
+    assert re.search(r"^capacity: +does not limit the task: ", text, flags=re.MULTILINE)
+    assert re.search(r"^saved: +uniform needs 1,728 parameters; by the curves 1 x ", text, flags=re.MULTILINE)
+    assert "below:     it is the least budget of the grid" in text
+    assert (out / "budget.png").stat().st_size > 10_000
+    found = json.loads((out / "plan.json").read_text())
+    assert (found["budget"], found["margin"]) == (1728, 0.9)
+    recommended = read_study(out / "recommended.yaml")
+    assert (recommended.name, recommended.budget.parameters) == ("planned-1728", 1728)
+    assert recommended.training == read_study(study).training
+
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    status, text, _ = invoke("budget", study, "--out", out, "--json")
+    assert (status, json.loads(text)["budget"]) == (0, 1728)
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == kept
+    status, _, errors = invoke("budget", study, "--out", out, "--margin", "0.0001")
+    assert status == 2
+    assert re.fullmatch(
+        r"rankscope: `margin` must be at least [\d.]+, the noise of 3 seeds, but got 0\.0001; .*\n", errors
+    )
 
 
 def test_compare_resumes_and_reports(folder: Path) -> None:

@@ -117,10 +117,22 @@ def test_how_much_uniform_must_grow() -> None:
             *rows("uniform", 0.9, factor=4.0, parameters=400),
         ]
     )
-    table = summarise(runs).set_index(["method", "factor"])["uniform_budget_multiplier"]
-    assert table["good", 1.0] == pytest.approx(2.0, rel=0.1)
-    assert table["best", 1.0] == math.inf
-    assert table["uniform", 4.0] == pytest.approx(1.0)
+    table = summarise(runs).set_index(["method", "factor"], drop=False).sort_index()
+    factor = table["uniform_budget_multiplier"]
+    assert factor["good", 1.0] == pytest.approx(2.0, rel=0.1)
+    low, high = (table.loc[("good", 1.0), f"uniform_budget_multiplier_{end}"] for end in ("low", "high"))
+    assert 1.8 < low < factor["good", 1.0] < high < 2.2  # the seeds are shared, and what they share cancels
+    assert factor["best", 1.0] == math.inf
+    assert (factor["uniform", 4.0], math.isnan(table.loc[("uniform", 4.0), "uniform_budget_multiplier_low"])) == (
+        1.0,
+        True,
+    )
+    needs = [format_row(table.loc[each])["needs"] for each in (("good", 1.0), ("best", 1.0), ("uniform", 4.0))]
+    assert needs[0] == f"{factor['good', 1.0]:.2g} x [{low:.2g}, {high:.2g}]"
+    assert needs[1:] == ["more than tried [more, more]", ""]
+    markdown = to_markdown(table).split("\n\n")[1].splitlines()
+    assert markdown[0] == "| uniform needs, to match | t |"
+    assert markdown[2:] == [f"| best | {needs[1]} |", f"| good | {needs[0]} |"]
 
 
 def runs_of(task: str, methods: dict[str, float], spread: float, unlimited: tuple[str, ...] = ()) -> list[dict]:

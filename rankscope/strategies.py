@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
 from rankscope.errors import ModelError, SettingsError, checked, did_you_mean, shown
+from rankscope.performance import PRIOR_POWER, prior_gains
 from rankscope.plugins import entry_points, load_entry_point
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
@@ -154,7 +155,7 @@ def activation(request: Request) -> Gains:
     return {name: values / max(variance[name], _TINY) for name, values in request.profiled.input_variances().items()}
 
 
-def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains:
+def one_shot(request: Request, power: float = PRIOR_POWER, signal: bool = True) -> Gains:
     """The gradient energy that the r-th rank captures, sigma_r ** 2; with `signal`, of what the profile's batches agree on.
 
     The first step of LoRA with B = 0 and A along the gradient's leading right singular vectors moves the weight along the best
@@ -170,8 +171,7 @@ def one_shot(request: Request, power: float = 2.0, signal: bool = True) -> Gains
             f"{columns} are estimates; take the profile with `budget`"
         )
     spectra = profile.spectra(signal=signal)
-    top = max((float(np.max(spectra[t.name], initial=0.0)) for t in request.targets), default=0.0) or 1.0
-    return {t.name: (spectra[t.name] / top) ** power for t in request.targets}  # only ratios count
+    return prior_gains({target.name: spectra[target.name] for target in request.targets}, power)
 
 
 def _check_positive(option: str, value: Any) -> None:

@@ -26,7 +26,7 @@ from rankscope.control.signals import GradientWindow, Signals
 from rankscope.distributed import gathered
 from rankscope.errors import ModelError, SettingsError, checked, one_line
 from rankscope.lora import RankMasks, unwrap_optimizer
-from rankscope.performance import PerformanceModel
+from rankscope.performance import PerformanceModel, prior_gains
 from rankscope.settings import ControllerSettings
 from rankscope.targets import fingerprint_targets
 
@@ -328,10 +328,11 @@ class RankController:
         )
 
     def _valued(self, signals: Sequence[ModuleSignals]) -> list[ModuleSignals]:
-        """The signals, with ranks worth what the performance model says."""
-        if self._model is None:
-            return list(signals)
-        worth = self._model.utilities({s.target.name: s.worth for s in signals})
+        """The signals, with ranks worth what the performance model says: a study's, or the prior."""
+        energies = {s.target.name: np.array(s.worth) for s in signals}
+        worth = (
+            self._model.utilities(energies) if self._model else prior_gains({n: e**0.5 for n, e in energies.items()})
+        )
         return [replace(s, worth=(*worth[s.target.name].tolist(), *[0.0] * s.rank)) for s in signals]
 
     def _mean_losses(self) -> list[float]:

@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 CURVE_CELLS = 4_000_000  # of a table of gains, which is 32 MB: in larger models, ranks above
+PRIOR_POWER = 2.0  # of sigma, in `prior_gains`
 MIN_REACH = 512  # this one and that many cells count as the highest there
 
 
@@ -159,6 +160,12 @@ def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], h
     tiny = np.finfo(np.float64).tiny
     curves = {"energy": gained, "norm": np.sqrt(gained)}
     return {name: np.cumsum(each, axis=1) / max(each.sum(axis=1).mean(), tiny) for name, each in curves.items()}
+
+
+def prior_gains(spectra: Mapping[str, Floats], power: float = PRIOR_POWER) -> dict[str, Floats]:
+    """What ranks are worth before any trial, by module: sigma ** power, over the largest of all, since only ratios count."""
+    top = max((float(np.max(values, initial=0.0)) for values in spectra.values()), default=0.0) or 1.0
+    return {name: (values / top) ** power for name, values in spectra.items()}
 
 
 def as_numbers(values: ArrayLike, name: str) -> Floats:

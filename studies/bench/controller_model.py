@@ -27,7 +27,7 @@ from rankscope.training import Lora, Method
 
 KEPT = Path(__file__).parents[2] / ".cache" / "controller_model"
 BUDGETS = (1 / 4, 1)  # times rank 1
-RATES = {1 / 4: [0.01, 0.02, 0.04], 1: [0.0025, 0.005, 0.01, 0.02]}  # by budget
+RATES = {1 / 4: [0.005, 0.01, 0.02, 0.04], 1: [0.0025, 0.005, 0.01, 0.02]}  # by budget
 
 
 def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:

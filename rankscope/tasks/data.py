@@ -40,6 +40,10 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, fil
         table = source if isinstance(source, pd.DataFrame) else _read(source)
     except FileError as error:
         raise TaskError(str(error)) from None
+    except OverflowError:  # pandas before 3.1
+        raise TaskError(
+            f"{what} must hold numbers below 1e308, but holds a larger integer; write it as a text."
+        ) from None
     names = [str(name) for name in table.columns]
     if table.empty:
         raise TaskError(f"{what} must hold rows, but holds none; check the data.")

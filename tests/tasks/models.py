@@ -18,9 +18,9 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_bert(folder: Path) -> Path:
+def save_bert(folder: Path, **config: float) -> Path:
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **TINY)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **TINY, **config)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

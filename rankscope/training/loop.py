@@ -197,7 +197,7 @@ def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path
         code.append(f"model = {loader}.from_pretrained(folder{', **options' if options else ''})")
         how = ["With `folder` the path of this folder:", "", "```python", *code, "```"]
     source = json.dumps(getattr(base, "name_or_path", "") or "")
-    readme = ["---", f"base_model: {source}", "library_name: peft", "---", f"# LoRA for `{task.name}`", "", *how, ""]
+    readme = ["---", f"base_model: {source}", "library_name: peft", "---", f"# Adapter for `{task.name}`", "", *how, ""]
     with replacing(folder, folder=True) as temporary:
         model.save_pretrained(str(temporary))
         if options:

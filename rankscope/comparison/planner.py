@@ -18,7 +18,6 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.comparison.runner import (
     FIRST_TUNING_SEED,
-    RATE_FACTORS,
     REFERENCE,
     REPORTED,
     UNLIMITED,
@@ -430,6 +429,5 @@ class _Cells:
         name, limit = cell
         one = sum(target.rank_cost for target in self.targets)
         variants = self.contenders[name].make(self.targets, ParameterBudget(limit or one), self.profile)
-        rate_factor = RATE_FACTORS.get(name, 1.0)
         labels = {"name": name, "budget": limit, "factor": (limit or one) / one}
-        return make_grid(variants, self.training, rate_factor=rate_factor, **labels)
+        return make_grid(variants, self.training, **labels)

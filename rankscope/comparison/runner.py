@@ -42,7 +42,6 @@ REPORTED, TUNING = "reported", "tuning"
 FIRST_TUNING_SEED = 10_000
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters
 VERA = ("vera-16", "vera-64", "vera-256")  # by their r, at sizes of their own, as (IA)³
-RATE_FACTORS = {"full": 1 / 30}  # all weights want far lower rates than adapters
 N_RANDOM = 3
 SCHEDULES = ((32.0, 0.7), (128.0, 0.7), (512.0, 0.7), (128.0, 0.4))  # of AdaLoRA: alpha, and when ranks settle
 SHARES = (0.75,)  # of AdaLoRA's ranks: those that it keeps cost up to 1.3 times uniform's
@@ -216,15 +215,11 @@ def _read(stem: Path, terms: Mapping[str, Any]) -> RunResult | None:
     return RunResult.from_row(row, table)
 
 
-def make_grid(
-    variants: Variants, training: TrainingSettings, *, rate_factor: float = 1.0, **labels: Any
-) -> list[RunSpec]:
-    """Every variant of a method at every learning rate of the schedule; `labels` are fields of `RunSpec`."""
+def make_grid(variants: Variants, training: TrainingSettings, **labels: Any) -> list[RunSpec]:
+    """Every variant of a method at every learning rate that suits it; `labels` are fields of `RunSpec`."""
     each = variants if isinstance(variants, Sequence) else [variants]
     methods = [Lora(variant) if isinstance(variant, RankAllocation) else variant for variant in each]
-    rates = [
-        (method, rate_factor * method.rate_factor * rate) for method in methods for rate in training.learning_rates
-    ]
+    rates = [(method, method.rate_factor * rate) for method in methods for rate in training.learning_rates]
     return [RunSpec(method=method, training=training.at(rate), **labels) for method, rate in rates]
 
 
@@ -502,7 +497,7 @@ def _plan(
             cost = each.searched.steps if each.searched and SEARCHED in each.name else 0
             labels = {"name": each.name, "budget": limit, "factor": factor, "cost_steps": cost}
             if each.name == REFERENCE or (factor in settings.budgets and (limit or factor == 1.0)):
-                yield each, at, {**labels, "rate_factor": RATE_FACTORS.get(each.name, 1.0)}
+                yield each, at, labels
 
 
 def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Sequence[int]) -> range:

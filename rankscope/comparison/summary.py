@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from rankscope.comparison import statistics
-from rankscope.comparison.runner import REFERENCE, REPORTED, SCHEMA
+from rankscope.comparison.runner import REFERENCE, REPORTED, SCHEMA, UNLIMITED
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import AnyPath, parse_json, read_parquet
 from rankscope.searching import FEWEST_PAIRS, Interval
@@ -86,9 +86,9 @@ def allocations(runs: pd.DataFrame) -> dict[str, dict[str, int]]:
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per study, budget factor and method, in their order in `runs`: `Comparison.runs` of one study or several.
 
-    Columns are those of the runs, and: `parameters` (largest of all seeds), `over_budget`, `seeds` (their number), `validation`
-    and `test` (means), `deviation` of `test` over seeds; `difference` to uniform at the same factor, paired, its 95 % interval
-    `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over the methods of a study and factor (NaN with fewer than 3
+    Columns are those of the runs, and: `parameters` (of all seeds, the most), `size` (over uniform's), `over_budget`, `seeds`
+    (their number), `validation` and `test` (means), `deviation` of `test` over seeds; `difference` to uniform, paired, its 95 %
+    interval `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over a study's methods (NaN with fewer than 3
     seeds); `noise` (`seed_noise` of uniform), `relative` (difference over uniform's metric), `seconds` (median run), `verdict`
     (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and `uniform_budget_multiplier` (by how
     much uniform must grow to match, with its 95 % interval `uniform_budget_multiplier_low`, `_high`; see
@@ -123,7 +123,8 @@ def _compared(group: pd.DataFrame) -> pd.DataFrame:
         mean, low, high = statistics.paired_difference(ours, theirs)
         row |= {"method": name, "parameters": parameters, "over_budget": bool(0 < row["budget"] < parameters)}
         row |= {"seeds": len(mine), "validation": mine["validation"].mean(), "test": mine["test"].mean()}
-        row |= {"deviation": mine["test"].std(), "difference": mean, "low": low, "high": high}
+        row |= {"size": parameters / max(int(uniform["parameters"].max()), 1), "deviation": mine["test"].std()}
+        row |= {"difference": mean, "low": low, "high": high}
         row |= {"p": statistics.paired_p_value(ours, theirs), "noise": statistics.seed_noise(theirs)}
         row |= {"relative": mean / uniform["test"].mean(), "seconds": mine["wall_seconds"].median()}
         same = mine[outcome].to_dict("list") == uniform[outcome].to_dict("list")
@@ -150,7 +151,8 @@ def _verdict(row: pd.Series) -> str:
 def format_row(row: pd.Series) -> dict[str, str]:
     """A row of `summarise` as text. Terminal, HTML and Markdown each show some of its columns.
 
-    `points` is the difference to uniform in points with its interval; of uniform, the metric itself.
+    `points` is the difference to uniform in points with its interval; of uniform, the metric itself. Where a method's size is its
+    own, as VeRA's, `points` and the verdict name it.
     """
     points = Interval(row["difference"], row["low"], row["high"]).text(scale=100, digits=1)
     study, seeds, verdict = str(row["study"]), int(row["seeds"]), str(row["verdict"])
@@ -176,8 +178,14 @@ def format_row(row: pd.Series) -> dict[str, str]:
         "memory": "" if pd.isna(row["peak_memory"]) else f"{row['peak_memory'] / 2**20:,.0f} MiB",
         "search": f"{row['cost_steps']:,}" if row["cost_steps"] else "",
     }
-    own = {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": "", "needs": ""}
-    return texts | own if row["method"] == REFERENCE else texts
+    if row["method"] == REFERENCE:
+        return texts | {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": "", "needs": ""}
+    if row["budget"] == 0 and row["method"] not in UNLIMITED:
+        texts["points"] += f" at {row['parameters']:,}"
+        texts |= {
+            name: f"{texts[name]}, with {_digits(row['size'])} x the parameters" for name in ("differs", "verdict")
+        }
+    return texts
 
 
 def times(factor: Interval) -> str:
@@ -221,7 +229,7 @@ def to_markdown(table: pd.DataFrame) -> str:
         name = method.replace("|", r"\|")  # a user's own method is named after its file
         lines.append([f"*{name}*" if method in unlimited else name, *cells.values(), mean])
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    grown = table[table["uniform_budget_multiplier"].notna() & (table["method"] != REFERENCE) & (table["budget"] > 0)]
+    grown = table[table["uniform_budget_multiplier"].notna() & ~table["method"].isin([REFERENCE, *UNLIMITED])]
     if grown.empty:
         return text
     needs = grown.assign(needs=[format_row(row)["needs"] for _, row in grown.iterrows()])

@@ -207,6 +207,7 @@ class FullFineTuning(Method):
     """All weights are trained, without adapters."""
 
     name = "full fine-tuning"
+    rate_factor = 1 / 30  # all weights want far lower rates than adapters
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Unfreeze the model."""

@@ -59,6 +59,22 @@ def test_verdicts() -> None:
     assert table["uniform_budget_multiplier"].isna().all()
 
 
+def test_a_method_of_its_own_size_is_never_called_equal() -> None:
+    runs = pd.DataFrame(
+        [*rows("uniform", 0.80), *rows("vera-64", 0.80, parameters=83), *rows("full", 0.83, parameters=900)]
+    )
+    runs.loc[runs["method"] != "uniform", "budget"] = 0
+    table = summarise(runs).set_index("method", drop=False)
+    vera, full = (format_row(table.loc[name]) for name in ("vera-64", "full"))
+    assert (vera["verdict"], vera["differs"]) == (
+        "no difference, with 0.83 x the parameters",
+        "no, with 0.83 x the parameters",
+    )
+    assert vera["points"].endswith("] at 83")
+    assert (full["verdict"], full["points"][-1]) == ("better", "]")
+    assert re.search(r"^\| \*vera-64\* \| .* at 83 \|", to_markdown(table), re.MULTILINE)
+
+
 def test_too_few_seeds_get_no_verdict() -> None:
     runs = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.9)])
     assert summarise(runs[runs["seed"] < 2]).set_index("method").loc["good", "verdict"] == "too few seeds"

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral
 from typing import Any
@@ -33,13 +33,14 @@ _WRONG_SCORES = "`scores` must be finite, not negative and not all zero; take th
 
 @dataclass(frozen=True, slots=True)
 class ParameterBudget:
-    """The most trainable adapter parameters that an allocation may use.
+    """The most trainable adapter parameters that an allocation may use; a search may try smaller budgets as well (`search`).
 
     >>> ParameterBudget(2_000_000).limit
     2000000
     """
 
     limit: int
+    search: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         limit = _whole(self.limit)
@@ -54,7 +55,7 @@ class ParameterBudget:
         return budget if isinstance(budget, cls) else cls(budget)  # type: ignore[arg-type]
 
     @classmethod
-    def uniform(cls, targets: Sequence[TargetModule], rank: int) -> ParameterBudget:
+    def uniform(cls, targets: Sequence[TargetModule], rank: int, search: bool = False) -> ParameterBudget:
         """What plain LoRA of this rank uses on every target module. Above a module's full rank, its full rank counts.
 
         >>> ParameterBudget.uniform([TargetModule(name="fc1", in_features=64, out_features=256)], rank=8)
@@ -71,7 +72,7 @@ class ParameterBudget:
                 f"rank {shown(whole)} is above the full rank of {len(low)} of {len(targets)} target modules, as of "
                 f"`{low[0].name}` ({low[0].full_rank}); the budget counts their full rank: {limit:,} parameters."
             )
-        return cls(limit)
+        return cls(limit, search)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from rankscope.errors import FileError, SettingsError, checked, shown
 from rankscope.files import read_yaml
 
 MAX_COUNT = 10**9  # of anything that is counted
+SIZES = ("parameters", "uniform_rank")  # of a budget
 
 # Names that changed, by class; the old ones work for one release.
 RENAMED = {
@@ -134,6 +135,7 @@ class BudgetSettings(Settings):
 
     parameters: int | None = Field(None, gt=0, lt=2**63, description="Adapter parameters.")
     uniform_rank: Count | None = Field(None, description="As many parameters as uniform LoRA of this rank uses.")
+    search: bool = Field(False, description="Whether a search tries smaller budgets as well, down to a sixteenth.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -390,8 +392,8 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
 
     Args:
         path: The YAML file.
-        overrides: Values by dotted key that replace those of the file, as in `{"search.n_trials": 20}`, unless None. A key of
-            the budget replaces the whole budget, another strategy also the strategy's options.
+        overrides: Values by dotted key that replace those of the file, as in `{"search.n_trials": 20}`, unless None. A size of
+            the budget replaces the other, another strategy also the strategy's options.
 
     Raises:
         SettingsError: The file is missing or not YAML, or a key is unknown or ill-typed; file and nearest key are named.
@@ -408,8 +410,9 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     if isinstance(search, dict) and isinstance(search.get("storage"), str):
         search["storage"] = _from_folder(search["storage"], path.parent)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    if any(key.startswith("budget.") for key in given):
-        values["budget"] = {}
+    if given.keys() & {f"budget.{size}" for size in SIZES}:
+        kept = values.get("budget")
+        values["budget"] = {"search": kept["search"]} if isinstance(kept, dict) and "search" in kept else {}
     allocation = values.get("allocation")
     if isinstance(allocation, dict):
         own = allocation.get("strategy", "one-shot")

@@ -26,7 +26,7 @@ from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, remove_others, replacing, require_same, write_json
 from rankscope.lora import save_lora_config
 from rankscope.performance import PerformanceModel
-from rankscope.searching import Finalist, Interval, SearchResult, Trial
+from rankscope.searching import Interval, SearchResult, Trial
 from rankscope.strategies import NEEDS_PROFILE
 from rankscope.targets import TargetModule
 from rankscope.training import Lora
@@ -169,31 +169,29 @@ def _search(session: Session) -> SearchResult:
 
 
 def _print_search(result: SearchResult, *, modelled: bool) -> None:
-    """The finalists (without a confirmation, the start points and the recommended trial), and what to make of them."""
+    """The finalists (without a confirmation, the start points and the best observed trial), and what to make of them."""
+    name, metric = result.study.study_name, result.metric_name
     if result.finalists:
-        shown = [_finalist_summary(finalist) for finalist in result.finalists]
         n_seeds = len(result.finalists[0].metrics_by_seed)
-        on = f"{n_seeds} fresh seed{'s' * (n_seeds != 1)}"
-        title = f"{len(result.trials)} trials; finalists on {on}, 95 % interval; * recommended"
+        title = f"finalists on {n_seeds} fresh seed{'s' * (n_seeds != 1)}, 95 % intervals; * recommended"
+        shown = [finalist.trial for finalist in result.finalists]
     else:
-        best_and_starts = {trial.number: trial for trial in [*_starts_of(result), result.best_trial]}
-        shown = [_trial_summary(trial) for trial in best_and_starts.values()]
-        title = f"{len(result.trials)} trials, validation split; * best observed, not confirmed"
-    best = result.best_trial.number
-    for row in shown:
-        name = f"trial {row['trial']}" if row["origin"] == "sampler" else row["origin"]
-        row["name"] = f"{name} *" if row["trial"] == best else name
-        row["metric"] = fmean(row["confirmed"].values()) if "confirmed" in row else row["metric"]
-        interval = row.get("interval") or (math.nan, math.nan)
-        unknown = row["difference"] is None or row["origin"] == "uniform"
-        row["text"] = "-" if unknown else Interval(row["difference"], *interval).text()
-    print_table(
-        f"{result.study.study_name}: {title}",
-        {"strategy": "{name}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
-         result.metric_name: "{metric:.3f}", "difference to uniform": "{text}"},
-        shown,
-    )  # fmt: skip
-    print_line(_verdict(result))
+        title = "validation split, nothing confirmed; * recommended"
+        shown = [*_starts_of(result), result.best_trial, result.best_of_origin(None)]
+    size = {"parameters": "{parameters:,}"} if result.over_budgets else {"rate": "{learning_rate:g}"}
+    texts = {metric: "{metric:.3f}", "to uniform": "{to_uniform}", "posterior": "{posterior}"}
+    rows = {trial.number: _row(result, trial) for trial in shown}
+    print_table(f"{name}: {len(result.trials)} trials; {title}", {"strategy": "{name}", **size, **texts}, rows.values())
+    if result.over_budgets and result.front:
+        rows = {trial.number: _row(result, trial) for trial in result.front}
+        title = "no trial with as many or fewer parameters has a higher posterior mean"
+        print_table(f"{name}: {title}", {"strategy": "{name}", **size, **texts}, rows.values())
+    if result.posterior:
+        print_line(
+            "posterior: the difference to uniform that the performance model expects after all trials and fresh seeds"
+        )
+    for line in filter(None, (result.recommendation.reason, _verdict(result))):
+        print_line(line)
     states = Counter(trial.state.name for trial in result.study.get_trials(deepcopy=False))
     others = {"pruned": states["PRUNED"], "failed": states["FAIL"]}
     said = ", ".join(f"{count} {how}" for how, count in others.items() if count)
@@ -216,13 +214,30 @@ def _starts_of(result: SearchResult) -> list[Trial]:
     return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
 
 
+def _row(result: SearchResult, trial: Trial) -> dict[str, Any]:
+    """A trial as the tables show it; an interval is on a line of its own."""
+    found = next((finalist for finalist in result.finalists if finalist.trial.number == trial.number), None)
+    difference = trial.difference if found is None else found.difference
+    ends = (found.interval if found else None) or (math.nan, math.nan)
+    known = difference is not None and trial.origin != "uniform"
+    expected = None if trial.origin == "uniform" else result.posterior.get(trial.allocation)
+    return {
+        "name": f"{trial.name} *" if trial.number == result.best_trial.number else trial.name,
+        "parameters": trial.allocation.parameters,
+        "learning_rate": trial.learning_rate,
+        "metric": found.metric if found else trial.metric,
+        "to_uniform": Interval(difference or 0.0, *ends).text().replace(" [", "\n[") if known else "-",
+        "posterior": expected.text().replace(" [", "\n[") if expected else "-",
+    }
+
+
 def _verdict(result: SearchResult) -> str:
     """What fresh seeds say of the recommendation, in words."""
-    found = result.recommendation
+    found = next((finalist for finalist in result.finalists if finalist.trial == result.best_trial), None)
     if found is None:
         return f"not confirmed: {result.unconfirmed}"
     if found.trial.origin == "uniform":
-        return "uniform is recommended: nothing that was tried is worth more, as far as trials and fresh seeds tell"
+        return ""  # the reason says it
     if found.difference is None:
         return "uniform did not complete: whether the recommendation is better is not known"
     if found.interval is None:
@@ -234,10 +249,11 @@ def _verdict(result: SearchResult) -> str:
 
 
 def _search_summary(result: SearchResult) -> dict[str, Any]:
-    found = result.recommendation
     return {
-        "recommended": _finalist_summary(found) if found else _trial_summary(result.best_trial),
-        "finalists": [_finalist_summary(finalist) for finalist in result.finalists],
+        "recommended": _trial_summary(result, result.best_trial),
+        "reason": result.recommendation.reason,
+        "finalists": [_trial_summary(result, finalist.trial) for finalist in result.finalists],
+        "front": [_trial_summary(result, trial) for trial in result.front] if result.over_budgets else None,
         "unconfirmed": result.unconfirmed,
         "performance_model": asdict(result.validation) if result.validation else None,
         "trials": len(result.trials),
@@ -247,15 +263,17 @@ def _search_summary(result: SearchResult) -> dict[str, Any]:
     }
 
 
-def _trial_summary(trial: Trial) -> dict[str, Any]:
+def _trial_summary(result: SearchResult, trial: Trial) -> dict[str, Any]:
+    """A trial; what fresh seeds say of a finalist stands in place of its own difference to uniform."""
     row = trial.to_row()
-    return {key: row[key] for key in ("trial", "parameters", "origin", "learning_rate", "metric", "difference")}
-
-
-def _finalist_summary(finalist: Finalist) -> dict[str, Any]:
-    """The trial's, with what fresh seeds say in place of the trial's own difference."""
-    confirmed = {"confirmed": dict(finalist.metrics_by_seed), "difference": finalist.difference}
-    return {**_trial_summary(finalist.trial), **confirmed, "interval": finalist.interval}
+    shown = {key: row[key] for key in ("trial", "parameters", "origin", "learning_rate", "metric", "difference")}
+    expected = result.posterior.get(trial.allocation)
+    shown["posterior"] = expected._asdict() if expected else None
+    for finalist in result.finalists:
+        if finalist.trial.number == trial.number:
+            confirmed = {"confirmed": dict(finalist.metrics_by_seed), "difference": finalist.difference}
+            shown |= {**confirmed, "interval": finalist.interval}
+    return shown
 
 
 # --- train ------------------------------------------------------------------------------------------------------

@@ -91,8 +91,8 @@ class Session:
 
     def _budget(self, settings: BudgetSettings) -> ParameterBudget:
         if settings.uniform_rank is not None:
-            return ParameterBudget.uniform(self.targets, settings.uniform_rank)
-        return ParameterBudget(settings.parameters or 0)
+            return ParameterBudget.uniform(self.targets, settings.uniform_rank, settings.search)
+        return ParameterBudget(settings.parameters or 0, settings.search)
 
     @property
     def study_name(self) -> str:
@@ -217,7 +217,9 @@ def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[A
     Only the first column wraps; on a narrow terminal the table is wider than the terminal: no figure is cut.
     """
     texts = [[text.format(**row) for text in columns.values()] for row in rows]
-    widths = [max(cell_len(text) for text in column) for column in zip(columns, *texts, strict=True)]
+    widths = [
+        max(cell_len(line) for line in "\n".join(column).split("\n")) for column in zip(columns, *texts, strict=True)
+    ]
     widths[0] = min(widths[0], NARROWEST)
     needed = sum(widths) + 3 * len(widths) + 1
     table = Table(width=needed if needed > stdout.width else None)

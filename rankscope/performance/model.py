@@ -91,20 +91,42 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """Spearman's rank correlation of prediction and metric."""
         return float(spearmanr(self.predict(ranks), y)[0])
 
-    def posterior_given_retests(self, ranks: ArrayLike, y: ArrayLike, repeats: float) -> Floats:
-        """Posterior mean of the allocations' metric after an independent re-measurement, (n,).
+    def posterior_differences(
+        self,
+        ranks: ArrayLike,
+        reference: int = 0,
+        *,
+        retests: ArrayLike | None = None,
+        repeats: float = 1.0,
+        confidence: float = 0.95,
+    ) -> Floats:
+        """How much better each allocation's metric is than that of row `reference`: mean, low and high, (n, 3).
 
-        Only differences among the new means y over so many measurements count: fresh seeds, other learning rates or longer
-        training shift all of them alike. It is the linear model's posterior conditioned on them (Bishop 2006, eq. 3.50).
+        Args:
+            ranks: One allocation a row, (n, n_modules).
+            reference: The row to compare with.
+            retests: Metrics of an independent re-measurement, (n,), NaN where there is none. Only differences among them
+                count: fresh seeds, other learning rates or longer training shift all of them alike.
+            repeats: Measurements behind each retest.
+            confidence: Of the interval.
         """
         mean, covariance = self._fitted.predict(self._rows(ranks), return_cov=True)
-        noise, measured = self._noise(repeats) * np.eye(len(mean)), as_numbers(y, "y")
-        if measured.shape != mean.shape or not np.isfinite(measured).all():
-            raise SettingsError(f"`y` must hold {len(mean)} finite metrics, one for each allocation, but does not.")
+        again = np.full(len(mean), np.nan) if retests is None else as_numbers(retests, "retests")
+        if again.shape != mean.shape or np.isinf(again).any():
+            raise SettingsError(f"`retests` must hold {len(mean)} metrics, one for each allocation, but does not.")
+        noise, seen = self._noise(repeats), ~np.isnan(again)
         if self._scaler is None:
-            return self._back(mean)
-        surprise = self._scaler.transform(measured[:, None]).ravel() - mean
-        return self._back(mean + covariance @ np.linalg.solve(covariance + noise, surprise - surprise.mean()))
+            return np.zeros((len(mean), 3))
+        if seen.any():  # Gaussian conditioning (Bishop 2006, eq. 2.81), with a shift of all retests whose prior is flat
+            precision = np.linalg.inv(covariance[np.ix_(seen, seen)] + noise * np.eye(seen.sum()))
+            precision -= np.outer(precision.sum(axis=0), precision.sum(axis=0)) / precision.sum()
+            surprise = self._scaler.transform(again[seen, None]).ravel() - mean[seen]
+            mean = mean + covariance[:, seen] @ precision @ surprise
+            covariance = covariance - covariance[:, seen] @ precision @ covariance[seen]
+        variance = np.diag(covariance) + covariance[reference, reference] - 2.0 * covariance[:, reference]
+        half = norm.ppf(0.5 + confidence / 2.0) * np.sqrt(np.maximum(variance, 0.0))
+        ends = [self._back(each) - self._back(mean[[reference]]) for each in (mean, mean - half, mean + half)]
+        return np.column_stack(ends)
 
     def of_profile(self) -> Self | None:
         """The same observations, regressed on the profile's terms alone; None without a profile."""

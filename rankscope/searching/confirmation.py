@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from statistics import fmean
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike
 from rankscope.errors import SettingsError, TrainingError
 from rankscope.performance import PerformanceModel
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Trial
-from rankscope.settings import TrainingSettings
+from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import train
 
@@ -29,6 +30,7 @@ FIRST_SEED = 500  # trials train on seeds 0, 1, …
 N_SAMPLED = 3  # finalists beside uniform and one-shot
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 3  # with two, the t interval is 4.5 times as wide as with three: it says nothing
+SIMPLICITY = {UNIFORM: 0, ONE_SHOT: 1}  # of origins; others come after them
 OnRun = Callable[[int, int], None]  # runs done and runs in all
 MIN_TRIALS = 5  # with fewer, a rank correlation says nothing
 
@@ -105,13 +107,32 @@ def split_budget(n_trials: int, confirm_fraction: float, n_seeds: int = 1) -> tu
     return n_trials // n_seeds, 0
 
 
-def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = None) -> list[Trial]:
-    """Uniform, one-shot, and three others: a believed model's posterior mean and best prediction, and the best observed."""
+def trials_needed(n_fresh: int, settings: SearchSettings) -> int:
+    """The fewest trainings that leave so many fresh seeds for all finalists.
+
+    >>> trials_needed(1, SearchSettings()), trials_needed(3, SearchSettings())
+    (20, 60)
+    """
+    n_seeds, share = settings.n_seeds, settings.confirm_fraction
+    return next(n for n in count(n_seeds) if split_budget(n, share, n_seeds)[1] >= n_fresh * (2 + N_SAMPLED))
+
+
+def choose_finalists(
+    trials: Sequence[Trial], belief: PerformanceModel | None = None, *, over_budgets: bool = False
+) -> list[Trial]:
+    """Uniform, one-shot, and three others: a believed model's posterior mean and best prediction, and the best observed.
+
+    Of a search `over_budgets`, the others are from small to large among those that none with fewer parameters matches.
+    """
     ranked = sorted((t for t in trials if t.reused is None), key=lambda t: (-t.metric, t.loss, t.number))
     starts = {t.origin: t for t in reversed(ranked) if not t.proposed}
     chosen = [starts[origin] for origin in (UNIFORM, ONE_SHOT) if origin in starts]
     others = [t for t in ranked if t.proposed]
-    if belief is not None and others:
+    if others and over_budgets:
+        values = [t.metric for t in others] if belief is None else belief.predict([t.allocation.vector for t in others])
+        front = pareto_front(others, values)
+        others = [*(front[round(i)] for i in np.linspace(len(front) - 1, 0, N_SAMPLED)), *others]
+    elif belief is not None and others:
         best = max(others, key=lambda t: float(belief.predict([t.allocation.vector])[0]))
         newest = max((t for t in others if t.origin == POSTERIOR_MEAN), key=lambda t: t.number, default=best)
         others = [newest, best, *others]
@@ -121,20 +142,40 @@ def choose_finalists(trials: Sequence[Trial], belief: PerformanceModel | None = 
     return chosen[: len(starts) + N_SAMPLED]
 
 
+def pareto_front(trials: Sequence[Trial], values: Iterable[float]) -> list[Trial]:
+    """The trials whose value none with as many or fewer parameters reaches, by parameters."""
+    front, highest = [], -math.inf
+    by_size = sorted(zip(values, trials, strict=True), key=lambda each: (each[1].allocation.parameters, -each[0]))
+    for value, trial in by_size:
+        if value > highest:
+            highest = value
+            front.append(trial)
+    return front
+
+
 def confirm(
-    study: optuna.Study, task: Task, finalists: Sequence[Trial], training: TrainingSettings, n_runs: int, on_run: OnRun
+    study: optuna.Study,
+    task: Task,
+    finalists: Sequence[Trial],
+    training: TrainingSettings,
+    settings: SearchSettings,
+    on_run: OnRun,
 ) -> tuple[tuple[Finalist, ...], str | None]:
     """Train the finalists on fresh seeds, the same for each; returns them, and why there are none.
 
     Runs that the study already holds are not repeated, so that processes share them: each has an order of its own. Those of
-    earlier finalists count in `n_runs`. A finalist that diverges on a fresh seed is dropped.
+    earlier finalists count. A finalist that diverges on a fresh seed is dropped.
     """
     if len(finalists) < 2:
         return (), "there are fewer than two allocations to compare; raise `n_trials`."
+    if not settings.confirm_fraction:
+        return (), "no trainings are set aside for it; raise `confirm_fraction`."
+    n_runs = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)[1]
     seeds = [str(FIRST_SEED + i) for i in range(affordable_seeds(study, finalists, n_runs))]
     if not seeds:
         few = f"{n_runs} trainings are left, too few to confirm {len(finalists)} finalists on a fresh seed each"
-        return (), f"{few}; raise `n_trials` or `confirm_fraction`."
+        one, three = (trials_needed(n, settings) for n in (1, 3))
+        return (), f"{few}; raise `n_trials` to {one}, or to {three} for the three seeds that an interval needs."
     runs = [(trial, seed) for trial in finalists for seed in seeds]
     random.Random().shuffle(runs)
     for done, (trial, seed) in enumerate(runs, start=1):
@@ -199,21 +240,64 @@ def judge(trials: Sequence[Trial], metrics: Sequence[Mapping[str, float]]) -> tu
     return tuple(finalists)
 
 
-def recommend(finalists: Sequence[Finalist], belief: PerformanceModel | None = None) -> Finalist:
-    """The finalist that trials and fresh seeds together value most.
+class Recommendation(NamedTuple):
+    """What a search recommends, and why, in words."""
 
-    A model to believe combines its posterior with the fresh seeds. Without one it is the simplest finalist (uniform, then
-    one-shot) within a standard error of the best (Breiman, Friedman, Olshen, Stone 1984, §3.4.3). With one seed that is 0.
+    trial: Trial
+    reason: str
+
+
+def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceModel | None = None) -> Recommendation:
+    """Which of some trials to recommend, uniform and one-shot among them, by their metrics on fresh seeds, (n, n_seeds).
+
+    The posterior mean of a model to believe chooses; without a model the simplest trial (uniform, then one-shot) within a
+    standard error of the best (Breiman, Friedman, Olshen, Stone 1984, §3.4.3). Nothing is chosen that fresh seeds put below
+    uniform or one-shot, or that was not trained on any, unless the posterior's interval of the difference is above 0.
     """
-    metrics = np.array([list(finalist.metrics_by_seed.values()) for finalist in finalists])
-    means, n_seeds = metrics.mean(axis=1), metrics.shape[1]
-    if belief is not None:
-        ranks = [finalist.trial.allocation.vector for finalist in finalists]
-        return finalists[int(np.argmax(belief.posterior_given_retests(ranks, means, n_seeds)))]
-    error = float(np.sqrt(2.0 * residual_variance(metrics) / n_seeds))
-    good = [i for i in range(len(means)) if means[i] >= means.max() - error]
-    simplicity = {UNIFORM: 0, ONE_SHOT: 1}
-    return finalists[min(good, key=lambda i: (simplicity.get(finalists[i].trial.origin, 2), -means[i]))]
+    table, everyone = np.asarray(metrics, dtype=np.float64), range(len(trials))
+    observed = np.array([trial.metric for trial in trials])
+    n_seeds, starts = table.shape[1], [i for i in everyone if not trials[i].proposed]
+    values = table.mean(axis=1) if n_seeds else observed
+    fair = [n_seeds > 0 or not starts or i in starts for i in everyone]  # noise flatters the best observed proposal
+    over = {j: posterior_over(j, trials, table, belief) for j in starts} if belief is not None else {}
+
+    def allowed(i: int) -> bool:
+        return all((fair[i] and values[i] >= values[j]) or (j in over and over[j][i].low > 0.0) for j in starts)
+
+    if over:
+        wished = sorted(everyone, key=lambda i: -over[starts[0]][i].mean)
+    else:
+        measured = table if n_seeds > 1 else np.column_stack([observed, table])  # with one seed, trials tell the noise
+        error = math.sqrt(2.0 * residual_variance(measured) / max(n_seeds, 1))
+        good = [i for i in everyone if fair[i] and values[i] >= max(values[fair]) - error]
+        wished = sorted(good, key=lambda i: (SIMPLICITY.get(trials[i].origin, 2), -values[i]))
+    best = next(filter(allowed, wished))
+    ahead = [j for j in starts if not fair[best] or values[j] > values[best]]
+    tell = "in the posterior mean" if over else "by more than the standard error on fresh seeds"
+    if ahead:
+        rival = max(ahead, key=lambda j: values[j])
+        why = f"the posterior puts it {over[rival][best].text()} above {trials[rival].name}, though "
+        why += f"fresh seeds put it {values[rival] - values[best]:.3f} below" if n_seeds else "nothing is confirmed"
+    elif not starts:
+        why = "neither uniform nor one-shot completed, and it is best of what did"
+    elif not n_seeds:
+        why = "these are too few trainings to tell proposals from it"
+    elif best != wished[0] and over:
+        below = " and ".join(trials[j].name for j in starts if values[j] > values[wished[0]])
+        why = f"the posterior mean of {trials[wished[0]].name} is higher, but fresh seeds put it below {below}"
+    elif best in starts:
+        why = f"no proposal is better {tell}"
+    else:
+        why = f"it is best {tell}, and above uniform and one-shot on fresh seeds"
+    return Recommendation(trials[best], f"{trials[best].name} is recommended: {why}")
+
+
+def posterior_over(start: int, trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceModel) -> list[Interval]:
+    """How much better than the trial at `start` each is, by trials and by fresh seeds, (n, n_seeds), which may be NaN."""
+    table = np.asarray(metrics, dtype=np.float64)
+    fresh = {"retests": table.mean(axis=1), "repeats": table.shape[1]} if table.shape[1] else {}
+    found = belief.posterior_differences([trial.allocation.vector for trial in trials], start, **fresh)
+    return [Interval(*row) for row in found.tolist()]
 
 
 class Agreement(NamedTuple):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
@@ -23,7 +25,7 @@ from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
 from rankscope.searching import confirmation, storage
 from rankscope.searching.sampler import PerformanceModelSampler, make_pruner, make_sampler, suggest_allocation
-from rankscope.searching.space import HierarchicalSpace, make_space
+from rankscope.searching.space import BUDGET, HierarchicalSpace, make_space
 from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, SAMPLER, STEPS_KEY, UNIFORM
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
@@ -33,11 +35,13 @@ from rankscope.training import TrainingResult, train
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # stage, runs done and runs in all
 
+LAST_SHARES = (1 / 16, 1 / 4, 1.0)  # of a search over budgets: what the posterior mean's last trials take of the budget
 UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be at it
 COLUMNS = [
     "trial", "origin", "learning_rate", "parameters", "metric", "loss", "difference", "wall_seconds", "reused", "ranks",
     "fingerprint",
 ]  # fmt: skip
+POSTERIOR = ("posterior", "posterior_low", "posterior_high")
 PROFILE_TERMS = ("schema", "weights", "data", "batches", "seed", "head_steps", "sketch_size")  # which profile it is
 
 
@@ -76,15 +80,45 @@ class SearchResult:
         exploring = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
         return int(exploring + self.confirming_runs * self.study.user_attrs[storage.STUDY_KEY]["training"]["steps"])
 
-    @property
-    def recommendation(self) -> confirmation.Finalist | None:
-        """The finalist that trials and fresh seeds together value most; None without finalists."""
-        return confirmation.recommend(self.finalists, self.belief) if self.finalists else None
+    @cached_property
+    def recommendation(self) -> confirmation.Recommendation:
+        """What trials and fresh seeds together value most, and why; uniform or one-shot where they are too few to tell."""
+        fresh = [list(finalist.metrics_by_seed.values()) for finalist in self.finalists]
+        trials = [finalist.trial for finalist in self.finalists]
+        if not trials:
+            trials = confirmation.choose_finalists(self.trials, self.belief) or [self.best_of_origin(None)]
+        return confirmation.recommend(
+            trials, np.reshape(fresh, (len(trials), -1)) if fresh else np.empty((len(trials), 0)), self.belief
+        )
 
     @property
     def best_trial(self) -> storage.Trial:
-        """The recommendation's trial; where nothing was confirmed, the best observed, which noise flatters."""
-        return self.recommendation.trial if self.recommendation else self.best_of_origin(None)
+        """The recommendation's trial."""
+        return self.recommendation.trial
+
+    @cached_property
+    def posterior(self) -> dict[RankAllocation, confirmation.Interval]:
+        """How much better than uniform each allocation is, by trials and fresh seeds; empty without a model to believe."""
+        first = {trial.allocation: trial for trial in reversed(self.trials)}
+        starts = [i for i, trial in enumerate(first.values()) if trial.origin == UNIFORM]
+        if self.belief is None or not starts:
+            return {}
+        fresh = {each.trial.allocation: list(each.metrics_by_seed.values()) for each in self.finalists}
+        unknown = [math.nan] * len(next(iter(fresh.values()), []))
+        table = [fresh.get(allocation, unknown) for allocation in first]
+        found = confirmation.posterior_over(starts[0], list(first.values()), table, self.belief)
+        return dict(zip(first, found, strict=True))
+
+    @property
+    def over_budgets(self) -> bool:
+        """Whether the search tried smaller budgets as well."""
+        return BUDGET in self.study.user_attrs[storage.STUDY_KEY]["tilts"]
+
+    @property
+    def front(self) -> list[storage.Trial]:
+        """Trials whose posterior mean none with as many or fewer parameters reaches, from few parameters to many."""
+        first = {trial.allocation: trial for trial in reversed(self.trials) if trial.allocation in self.posterior}
+        return confirmation.pareto_front(list(first.values()), (self.posterior[each].mean for each in first))
 
     @property
     def best_allocation(self) -> RankAllocation:
@@ -100,8 +134,14 @@ class SearchResult:
         return min(trials, key=lambda trial: (-trial.metric, trial.loss, trial.number))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a completed trial; ranks as a list column in the order of the targets."""
-        return pd.DataFrame([trial.to_row() for trial in self.trials], columns=COLUMNS).astype({"reused": "Int64"})
+        """One row a completed trial, with the posterior difference to uniform; ranks in the order of the targets."""
+        rows = [
+            {**trial.to_row(), **dict(zip(POSTERIOR, self.posterior.get(trial.allocation, ()), strict=False))}
+            for trial in self.trials
+        ]
+        return pd.DataFrame(rows, columns=[*COLUMNS, *POSTERIOR]).astype(
+            {"reused": "Int64", **dict.fromkeys(POSTERIOR, float)}
+        )
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write `trials.parquet`, atomically; returns the path."""
@@ -174,7 +214,7 @@ class _Search:
         """Opens the study, or resumes it if its trials are comparable."""
         self.task, self.space, self.settings, self.full = task, space, settings, full
         n_seeds, share = settings.n_seeds, settings.confirm_fraction
-        self.n_trials, self.n_confirming = confirmation.split_budget(settings.n_trials, share, n_seeds)
+        self.n_trials, _ = confirmation.split_budget(settings.n_trials, share, n_seeds)
         self.training = TrainingSettings.of(full, steps=max(1, round(settings.fidelity * full.steps)))
         pruner = make_pruner(settings.pruner, self.training)
         space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
@@ -219,9 +259,10 @@ class _Search:
         if not self._trials(TrialState.COMPLETE, *UNDER_WAY):
             what = f"study `{self.study.study_name}` must have a trial that completes"
             raise TrainingError(f"{what}, but every one failed; lower `learning_rate`.")
-        run(self._left() - 1)
-        if self._left():
-            self._queue_posterior_mean()
+        shares = LAST_SHARES if self.space.budget.search else (1.0,)
+        run(self._left() - len(shares))
+        for share in shares[-self._left() :]:
+            self._queue_posterior_mean(share)
         run(self._left())
 
     def result(self, on_progress: Progress) -> SearchResult:
@@ -238,11 +279,16 @@ class _Search:
         trials = storage.read_trials(study, targets)
         if not any(trial.origin == UNIFORM for trial in trials):
             logger.warning("uniform completed no trial: differences to it are not known")
-        chosen, on_run = confirmation.choose_finalists(trials, belief), partial(on_progress, "confirming")
-        finalists, unconfirmed = confirmation.confirm(study, self.task, chosen, self.full, self.n_confirming, on_run)
+        chosen = confirmation.choose_finalists(trials, belief, over_budgets=self.space.budget.search)
+        finalists, unconfirmed = confirmation.confirm(
+            study, self.task, chosen, self.full, self.settings, partial(on_progress, "confirming")
+        )
         if unconfirmed and self.settings.confirm_fraction:
             logger.warning("nothing is confirmed: %s", unconfirmed)
-        return SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
+        found = SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
+        if trials:
+            study.set_user_attr("recommendation", f"{found.best_trial.number}: {found.recommendation.reason}")
+        return found
 
     def _queue_start(self, origin: str, tilts: dict[str, float]) -> None:
         """Queues a start point at each rate at which it is neither finished nor under way."""
@@ -252,11 +298,11 @@ class _Search:
             if rate not in known:
                 self._queue(tilts | {LEARNING_RATE: rate}, origin=origin, rate=rate)
 
-    def _queue_posterior_mean(self) -> None:
-        """Queues the allocation that the performance model values most, if there is a model and it was not tried yet."""
+    def _queue_posterior_mean(self, share: float) -> None:
+        """Queues what the performance model values most at a share of the budget, if there is a model and it is new."""
         sampler = self.study.sampler
         if isinstance(sampler, PerformanceModelSampler) and sampler.model(self.study) is not None:
-            allocation, tilts, rate = sampler.best(self.study)
+            allocation, tilts, rate = sampler.best(self.study, share)
             if allocation not in [trial.allocation for trial in storage.read_trials(self.study, self.space.targets)]:
                 self._queue(tilts | {LEARNING_RATE: rate}, origin=POSTERIOR_MEAN, ranks=list(allocation.vector))
 

@@ -25,7 +25,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError, checked
 from rankscope.performance import PerformanceModel, Validation, believable, validate
 from rankscope.searching.confirmation import residual_variance
-from rankscope.searching.space import HierarchicalSpace
+from rankscope.searching.space import BUDGET, HierarchicalSpace
 from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.settings import SearchSettings, TrainingSettings
 
@@ -124,23 +124,27 @@ class PerformanceModelSampler(BaseSampler):
                 width = self._rng.choice([0.25, 0.5, 1.0])
                 tilts = {t.name: float(self._rng.uniform(t.low, t.high) * width) for t in self.space.tilts}
                 tilts["tau"] = float(self._rng.uniform(0.25, 1.25))
+                tilts |= {
+                    name: float(self._rng.uniform(low, high)) for name, low, high in self.space.tilts if name == BUDGET
+                }
                 return Proposal(self.space.allocation(tilts), tilts, None)
             tried = set(self._seen.values())
             for _ in range(DRAWS):
                 gains, rate = self._model.sample(self._rng)
-                allocation = self._solve(gains)
+                shares = [2.0 ** self._rng.uniform(low, high) for name, low, high in self.space.tilts if name == BUDGET]
+                allocation = self._solve(gains, *shares)
                 if allocation.vector not in tried:
                     break
             return Proposal(allocation, self._tilts_of(allocation), rate)
 
-    def best(self, study: optuna.Study) -> Proposal:
-        """What the posterior mean values most, of the model that is believed; SettingsError with less than two trials."""
+    def best(self, study: optuna.Study, share: float = 1.0) -> Proposal:
+        """What the believed model's posterior mean values most at a share of the budget; SettingsError below two trials."""
         with self._lock:
             model = self.believed(study) or self._model
             if not self._seen:
                 what = "at least 2 trials with ranks of these modules and a metric"
                 raise SettingsError(f"study `{study.study_name}` must hold {what}, but holds fewer; run more trials.")
-            best = self._one_shot if self._model.constant else self._solve(model.utilities())
+            best = self._one_shot if self._model.constant else self._solve(model.utilities(), share)
             return Proposal(best, self._tilts_of(best), self._model.best_condition)
 
     def believed(self, study: optuna.Study) -> PerformanceModel | None:
@@ -172,16 +176,18 @@ class PerformanceModelSampler(BaseSampler):
         """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
         targets, tilts = self.space.targets, self.space.point(tau=1.0)
         costs = np.array([target.rank_cost for target in targets])
+        share = allocation.parameters / self.space.budget.limit if BUDGET in tilts else 1.0
         for name, low, high in self.space.tilts[1:]:
             inside = costs * [name in (f"group/{self.space.groups[t.name]}", f"role/{t.role}") for t in targets]
             mine, one_shots = (inside @ each.vector + costs.min() for each in (allocation, self._one_shot))
-            tilts[name] = float(np.clip(math.log(mine / one_shots), low, high))
+            offset = math.log2(share) if name == BUDGET else math.log(mine / (share * one_shots))
+            tilts[name] = float(np.clip(offset, low, high))
         return tilts
 
-    def _solve(self, gains: Mapping[str, np.ndarray[Any, Any]]) -> RankAllocation:
+    def _solve(self, gains: Mapping[str, np.ndarray[Any, Any]], share: float = 1.0) -> RankAllocation:
         if not any(values.any() for values in gains.values()):  # a draw in which nothing helps: all ranks are equal
-            return self.space.allocation(self.space.point(tau=0.0))
-        return self.space.solve(gains).renamed("performance-model")
+            return self.space.allocation(self.space.point(tau=0.0) | {BUDGET: math.log2(share)})
+        return self.space.solve(gains, share).renamed("performance-model")
 
     def _learn(self, study: optuna.Study) -> None:
         """Show the model what has completed or was pruned since it last looked; another study is learned from scratch."""

@@ -30,6 +30,8 @@ from rankscope.targets import TargetModule
 
 MAX_TAU = 1.5
 MAX_OFFSET = 2.0
+BUDGET = "log2_budget"  # the dimension of a search over budgets: log2 of the share of the budget
+LEAST_SHARE = 1 / 16
 NO_LIMITS = RankLimits()
 
 
@@ -59,14 +61,23 @@ class HierarchicalSpace:
 
     @property
     def tilts(self) -> tuple[Tilt, ...]:
-        """The dimensions, `tau` first; a group or role that is the only one has no offset."""
+        """The dimensions, `tau` first, then the budget if it is searched; a group or role that is the only one has no offset."""
         groups = sorted({f"group/{self.groups[target.name]}" for target in self.targets})
         roles = sorted({f"role/{target.role}" for target in self.targets})
         offsets = [name for names in (groups, roles) if len(names) > 1 for name in names]
-        return (Tilt("tau", 0.0, MAX_TAU), *(Tilt(name, -MAX_OFFSET, MAX_OFFSET) for name in offsets))
+        shares = [Tilt(BUDGET, math.log2(self._least_share), 0.0)] if self.budget.search else []
+        return (Tilt("tau", 0.0, MAX_TAU), *shares, *(Tilt(name, -MAX_OFFSET, MAX_OFFSET) for name in offsets))
+
+    @property
+    def _least_share(self) -> float:
+        """Of the budget that a search over budgets goes down to: what the least ranks need, at least."""
+        bound = self.limits.min_rank
+        lowest = [bound.get(t.name) if isinstance(bound, Mapping) else bound for t in self.targets]
+        needed = sum(target.rank_cost * (rank or 0) for target, rank in zip(self.targets, lowest, strict=True))
+        return min(1.0, max(LEAST_SHARE, max(needed, min(t.rank_cost for t in self.targets)) / self.budget.limit))
 
     def point(self, *, tau: float) -> dict[str, float]:
-        """The point with zero offsets: tau = 1 is the one-shot allocation, tau = 0 the uniform one."""
+        """The point with zero offsets, at the full budget: tau = 1 is the one-shot allocation, tau = 0 the uniform one."""
         return {tilt.name: tau if tilt.name == "tau" else 0.0 for tilt in self.tilts}
 
     def allocation(self, point: Mapping[str, float]) -> RankAllocation:
@@ -85,11 +96,12 @@ class HierarchicalSpace:
             blend = density**tau * shared ** (1.0 - tau)  # 0 ** 0 is 1: at tau = 0 all modules are alike
             falling = np.minimum.accumulate(blend)  # beyond tau = 1 it may rise
             tilted[target.name] = falling * np.exp(offset) * target.rank_cost
-        return self.solve(tilted).renamed("tilted")
+        return self.solve(tilted, 2.0 ** point.get(BUDGET, 0.0)).renamed("tilted")
 
-    def solve(self, gains: Mapping[str, NDArray[np.float64]]) -> RankAllocation:
-        """The allocation with the highest total of such gains, by water-filling."""
-        return allocate_marginal(self.targets, gains, self.budget, self.limits)
+    def solve(self, gains: Mapping[str, NDArray[np.float64]], share: float = 1.0) -> RankAllocation:
+        """The allocation with the highest total of such gains within a share of the budget, by water-filling."""
+        budget = self.budget if share == 1.0 else ParameterBudget(math.ceil(share * self.budget.limit))
+        return allocate_marginal(self.targets, gains, budget, self.limits)
 
 
 def make_space(

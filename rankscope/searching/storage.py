@@ -46,6 +46,11 @@ class Trial:
     history: Mapping[int, float] = field(default_factory=dict)  # metric of the first seed by step, the last included
 
     @property
+    def name(self) -> str:
+        """What tables call it: its origin, or its number."""
+        return f"trial {self.number}" if self.origin == SAMPLER else self.origin
+
+    @property
     def proposed(self) -> bool:
         """Whether the search proposed it; start points are only compared with."""
         return self.origin not in (UNIFORM, ONE_SHOT)

@@ -193,18 +193,27 @@ def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
     model: PerformanceModel, ranks: np.ndarray
 ) -> None:
     chosen = ranks[:4]
-    before = model.predict(chosen)
-    new = before + np.array([0.5, 0.0, 0.0, -0.5])
-    np.testing.assert_allclose(model.posterior_given_retests(chosen, before, 2), before, atol=0.02)
-    np.testing.assert_allclose(
-        model.posterior_given_retests(chosen, before + 3.0, 2), before, atol=0.3
-    )  # a common shift says nothing
-    little, much = (
-        model.posterior_given_retests(chosen, new, 1) - before,
-        model.posterior_given_retests(chosen, new, 1e6) - before,
-    )
+    metric = model.predict(chosen)
+    before = metric - metric[1]
+
+    def after(retests: np.ndarray | None, repeats: float = 1.0) -> np.ndarray:
+        return model.posterior_differences(chosen, 1, retests=retests, repeats=repeats)
+
+    np.testing.assert_allclose(after(None)[:, 0], before)
+    np.testing.assert_allclose(after(metric, 2)[:, 0], before, atol=0.02)
+    np.testing.assert_allclose(after(metric + 3.0, 2)[:, 0], before, atol=0.3)  # a common shift says nothing
+    little, much = (after(metric + np.array([0.5, 0.0, 0.0, -0.5]), n)[:, 0] - before for n in (1, 1e6))
     assert 0 < little[0] < much[0]
     np.testing.assert_allclose(much, [0.5, 0.0, 0.0, -0.5], atol=0.1)
+    partly = after(np.array([metric[0] + 0.5, metric[1], np.nan, np.nan]), 1e6)
+    assert partly[0, 0] - before[0] == pytest.approx(0.5, abs=0.1)
+    mean, low, high = after(metric, 2).T
+    assert (low[[0, 2, 3]] < mean[[0, 2, 3]]).all()
+    assert (mean[[0, 2, 3]] < high[[0, 2, 3]]).all()
+    assert (high - low)[1] == 0.0
+    assert (
+        high - low < np.diff(after(None)[:, 1:], axis=1).ravel() + 1e-12
+    ).all()  # what is measured again is known better
 
 
 WHOLE = "`ranks` must be whole numbers from 0 on, but hold {}; correct them."
@@ -249,9 +258,9 @@ def test_bad_observations(features: RankFeatures, change: dict, message: str) ->
         (lambda m: m.predict([[-1] * 12]), WHOLE.format("-1")),
         (lambda m: m.interval(OK_RANKS, 1.0), "`confidence` must lie between 0 and 1, but is 1."),
         (lambda m: m.interval(OK_RANKS, repeats=0), "`repeats` must be above 0, but is 0."),
-        (lambda m: m.posterior_given_retests(OK_RANKS, OK_Y, -1), "`repeats` must be above 0, but is -1."),
-        (lambda m: m.posterior_given_retests(OK_RANKS, [0.5, np.nan, 0.4], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
-        (lambda m: m.posterior_given_retests(OK_RANKS, [0.5], 2), "`y` must hold 3 finite metrics, one for each allocation, but does not."),
+        (lambda m: m.posterior_differences(OK_RANKS, retests=OK_Y, repeats=-1), "`repeats` must be above 0, but is -1."),
+        (lambda m: m.posterior_differences(OK_RANKS, retests=[0.5, np.inf, 0.4]), "`retests` must hold 3 metrics, one for each allocation, but does not."),
+        (lambda m: m.posterior_differences(OK_RANKS, retests=[0.5]), "`retests` must hold 3 metrics, one for each allocation, but does not."),
     ],
 )  # fmt: skip
 def test_bad_questions(model: PerformanceModel, call: Callable, message: str) -> None:
@@ -275,8 +284,8 @@ def test_the_mean_of_several_runs_has_less_noise_and_the_same_posterior(
     np.testing.assert_allclose(several.predict(ranks), single.predict(ranks), rtol=1e-3)
     fresh = single.predict(ranks[:4]) + np.array([3.0, 0.0, 0.0, -3.0])
     np.testing.assert_allclose(
-        several.posterior_given_retests(ranks[:4], fresh, n_seeds),
-        single.posterior_given_retests(ranks[:4], fresh, 1),
+        several.posterior_differences(ranks[:4], retests=fresh, repeats=n_seeds),
+        single.posterior_differences(ranks[:4], retests=fresh),
         rtol=1e-3,
     )  # as many fresh runs weigh as much as one trial
 

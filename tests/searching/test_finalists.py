@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 import rankscope as rs
-from rankscope.searching.confirmation import Finalist, choose_finalists, judge, recommend
+from rankscope.searching.confirmation import Finalist, Recommendation, choose_finalists, judge, recommend
 from rankscope.searching.storage import Trial
 
 TARGETS = tuple(rs.TargetModule(name=n, in_features=8, out_features=8) for n in "abc")
@@ -32,6 +32,10 @@ def finalists(metrics: dict[str, list[float]]) -> list[Finalist]:
     return list(judge(trials, [{str(500 + j): v for j, v in enumerate(values)} for values in metrics.values()]))
 
 
+def recommended(metrics: dict[str, list[float]]) -> Recommendation:
+    return recommend([f.trial for f in finalists(metrics)], list(metrics.values()))
+
+
 @pytest.mark.parametrize(
     ("metrics", "expected"),
     [
@@ -43,8 +47,7 @@ def finalists(metrics: dict[str, list[float]]) -> list[Finalist]:
     ],
 )  # fmt: skip
 def test_recommendation(metrics: dict[str, list[float]], expected: int) -> None:
-    chosen = finalists(metrics)
-    assert recommend(chosen) is chosen[expected]
+    assert recommended(metrics).trial == finalists(metrics)[expected].trial
 
 
 def test_uniform_is_kept_most_of_the_time_where_nothing_is_better() -> None:
@@ -53,8 +56,8 @@ def test_uniform_is_kept_most_of_the_time_where_nothing_is_better() -> None:
     kept = 0
     for _ in range(300):
         noise = rng.normal(size=(5, 4))
-        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], noise, strict=True)})
-        kept += recommend(found).trial.origin == "uniform"
+        found = recommended({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], noise, strict=True)})
+        kept += found.trial.origin == "uniform"
     assert kept > 100
 
 
@@ -62,8 +65,8 @@ def test_a_real_gain_is_recommended() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         gains = np.array([0.0, 0.0, 0.1, 0.0, 0.0])[:, None] + 0.01 * rng.normal(size=(5, 4))
-        found = finalists({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], gains, strict=True)})
-        assert recommend(found) is found[2]
+        found = recommended({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], gains, strict=True)})
+        assert found.trial.number == 2
 
 
 def test_finalists_are_the_start_points_and_the_best_different_proposals() -> None:

@@ -47,7 +47,7 @@ class TabulatedSpace(HierarchicalSpace):
 
     candidates: tuple[RankAllocation, ...]
 
-    def solve(self, gains: Mapping[str, Floats]) -> RankAllocation:
+    def solve(self, gains: Mapping[str, Floats], share: float = 1.0) -> RankAllocation:
         """The candidate with the highest total gain."""
         totals = np.zeros(len(self.candidates))
         for target, ranks in zip(self.targets, np.array([c.vector for c in self.candidates]).T, strict=True):
@@ -64,7 +64,7 @@ class RankBench:
 
     Args:
         task: Name of the table.
-        rank: The budget is that of uniform LoRA of this rank.
+        rank: The budget is so many times that of uniform LoRA of rank 1.
         steps: Optimizer steps of the runs.
 
     Attributes:
@@ -77,13 +77,13 @@ class RankBench:
         ValueError: The table holds no such runs.
     """
 
-    def __init__(self, task: str, rank: int, steps: int) -> None:
+    def __init__(self, task: str, rank: float, steps: int) -> None:
         folder = data_folder("rankbench")
         frame = pd.read_parquet(folder / f"{task}.parquet")
         frame = frame[(frame["rank"] == rank) & (frame["steps"] == steps)]
         if frame.empty:
             raise ValueError(
-                f"RankBench must hold runs of {task} at rank {rank} and {steps} steps, but has none; "
+                f"RankBench must hold runs of {task} at rank {rank:g} and {steps} steps, but has none; "
                 "see data/rankbench/README.md."
             )
         first = frame.drop_duplicates("number").set_index("number").sort_index()
@@ -93,11 +93,11 @@ class RankBench:
         self.truth = (self.validation if np.isnan(self.test).any() else self.test).mean(axis=1)
         profile = read_profile(folder / f"{task}.profile.parquet")
         self._row = {tuple(row): i for i, row in enumerate(self.ranks.tolist())}
-        self._uniform = self._row[(rank,) * self.ranks.shape[1]]
+        self._uniform = int(np.searchsorted(first.index, 0))  # number 0 is uniform
         self.space = TabulatedSpace(
             targets=profile.targets,
             gains={name: values**2 for name, values in profile.spectra().items()},
-            budget=ParameterBudget.uniform(profile.targets, rank),
+            budget=ParameterBudget(round(rank * sum(target.rank_cost for target in profile.targets))),
             groups=group_by_depth(profile.targets),
             candidates=tuple(RankAllocation(profile.targets, vector) for vector in self._row),
         )

@@ -19,7 +19,7 @@ from joblib import Parallel, delayed
 
 from rankscope.allocation import RankAllocation
 from rankscope.searching import PerformanceModelSampler
-from rankscope.searching.confirmation import choose_finalists, judge, recommend, split_budget
+from rankscope.searching.confirmation import choose_finalists, recommend, split_budget
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
 from rankscope.settings import SearchSettings
 from searches.landscapes import LANDSCAPES, Ints, Landscape
@@ -130,15 +130,10 @@ class _Search:
         belief = sampler.believed(self.study) if isinstance(sampler, PerformanceModelSampler) else None
         chosen = choose_finalists(self.trials, belief)
         rounds = range(1, 1 + confirming // len(chosen))
-        measured = [
-            {str(i): self.landscape.measure(np.array(trial.allocation.vector), i) for i in rounds} for trial in chosen
-        ]
-        finalists = judge(chosen, measured)
+        fresh = [[self.landscape.measure(np.array(trial.allocation.vector), i) for i in rounds] for trial in chosen]
         if isinstance(sampler, PerformanceModelSampler):
-            best = recommend(finalists, belief)
-        else:
-            best = max(finalists, key=lambda finalist: finalist.metric)
-        return np.array(best.trial.allocation.vector)
+            return np.array(recommend(chosen, fresh, belief).trial.allocation.vector)
+        return np.array(chosen[int(np.argmax(np.mean(fresh, axis=1)))].allocation.vector)
 
     def _try(self, origin: str, ranks: Ints | None) -> None:
         """One trial: of these ranks, or of what the method proposes."""

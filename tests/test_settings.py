@@ -45,6 +45,9 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert study.budget == rs.BudgetSettings(uniform_rank=1)
     for overrides in ({"budget": {"parameters": 99}}, {"budget.parameters": 99}):
         assert read_study(path, overrides).budget == rs.BudgetSettings(parameters=99)
+    searched = read_study(path, {"budget.search": True, "budget.parameters": 99}).budget
+    assert searched == rs.BudgetSettings(parameters=99, search=True)
+    assert read_study(path, {"budget.search": True}).budget.uniform_rank == 1
 
 
 @pytest.mark.parametrize(

@@ -251,13 +251,13 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
     """Which of some trials to recommend, uniform and one-shot among them, by their metrics on fresh seeds, (n, n_seeds).
 
     The posterior mean of a model to believe chooses; without a model the simplest trial (uniform, then one-shot) within a
-    standard error of the best (Breiman, Friedman, Olshen, Stone 1984, §3.4.3). Nothing is chosen that fresh seeds put below
-    uniform or one-shot, or that was not trained on any, unless the posterior's interval of the difference is above 0.
+    standard error of the best (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), which is 0 with one seed. Nothing is chosen that
+    fresh seeds put below uniform or one-shot, or that was not trained on any, unless the posterior's interval of the difference
+    is above 0.
     """
     table, everyone = np.asarray(metrics, dtype=np.float64), range(len(trials))
-    observed = np.array([trial.metric for trial in trials])
     n_seeds, starts = table.shape[1], [i for i in everyone if not trials[i].proposed]
-    values = table.mean(axis=1) if n_seeds else observed
+    values = table.mean(axis=1) if n_seeds else np.array([trial.metric for trial in trials])
     fair = [n_seeds > 0 or not starts or i in starts for i in everyone]  # noise flatters the best observed proposal
     over = {j: posterior_over(j, trials, table, belief) for j in starts} if belief is not None else {}
 
@@ -267,13 +267,12 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
     if over:
         wished = sorted(everyone, key=lambda i: -over[starts[0]][i].mean)
     else:
-        measured = table if n_seeds > 1 else np.column_stack([observed, table])  # with one seed, trials tell the noise
-        error = math.sqrt(2.0 * residual_variance(measured) / max(n_seeds, 1))
+        error = math.sqrt(2.0 * residual_variance(table) / max(n_seeds, 1))
         good = [i for i in everyone if fair[i] and values[i] >= max(values[fair]) - error]
         wished = sorted(good, key=lambda i: (SIMPLICITY.get(trials[i].origin, 2), -values[i]))
     best = next(filter(allowed, wished))
     ahead = [j for j in starts if not fair[best] or values[j] > values[best]]
-    tell = "in the posterior mean" if over else "by more than the standard error on fresh seeds"
+    tell = "in the posterior mean" if over else "by more than the standard error of fresh seeds"
     if ahead:
         rival = max(ahead, key=lambda j: values[j])
         why = f"the posterior puts it {over[rival][best].text()} above {trials[rival].name}, though "
@@ -288,7 +287,8 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
     elif best in starts:
         why = f"no proposal is better {tell}"
     else:
-        why = f"it is best {tell}, and above uniform and one-shot on fresh seeds"
+        little = ", by one seed, which tells little" if n_seeds == 1 else ""
+        why = f"it is above uniform and one-shot on fresh seeds{', and best in the posterior mean' if over else little}"
     return Recommendation(trials[best], f"{trials[best].name} is recommended: {why}")
 
 

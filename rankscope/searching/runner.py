@@ -55,7 +55,7 @@ class SearchResult:
     finalists: tuple[confirmation.Finalist, ...] = ()  # what was trained again on fresh seeds
     model: PerformanceModel | None = None  # on all trials; None for other samplers, and with too few trials
     validation: Validation | None = None  # how well the model predicts trials it has not seen; None with too few
-    belief: PerformanceModel | None = None  # what chooses: the model, or the profile alone; None: only fresh seeds
+    belief: PerformanceModel | None = None  # what chooses finalists: the model, or the profile alone; None: only trials
     unconfirmed: str | None = None  # why nothing was trained again on fresh seeds; None where it was
 
     @property
@@ -84,12 +84,11 @@ class SearchResult:
     def recommendation(self) -> confirmation.Recommendation:
         """What trials and fresh seeds together value most, and why; uniform or one-shot where they are too few to tell."""
         fresh = [list(finalist.metrics_by_seed.values()) for finalist in self.finalists]
-        trials = [finalist.trial for finalist in self.finalists]
-        if not trials:
-            trials = confirmation.choose_finalists(self.trials, self.belief) or [self.best_of_origin(None)]
-        return confirmation.recommend(
-            trials, np.reshape(fresh, (len(trials), -1)) if fresh else np.empty((len(trials), 0)), self.belief
+        trials = [finalist.trial for finalist in self.finalists] or confirmation.choose_finalists(
+            self.trials, self.belief
         )
+        trials = trials or [self.best_of_origin(None)]
+        return confirmation.recommend(trials, np.reshape(fresh, (len(trials), -1)), self._weighing)
 
     @property
     def best_trial(self) -> storage.Trial:
@@ -101,13 +100,18 @@ class SearchResult:
         """How much better than uniform each allocation is, by trials and fresh seeds; empty without a model to believe."""
         first = {trial.allocation: trial for trial in reversed(self.trials)}
         starts = [i for i, trial in enumerate(first.values()) if trial.origin == UNIFORM]
-        if self.belief is None or not starts:
+        if self._weighing is None or not starts:
             return {}
         fresh = {each.trial.allocation: list(each.metrics_by_seed.values()) for each in self.finalists}
         unknown = [math.nan] * len(next(iter(fresh.values()), []))
         table = [fresh.get(allocation, unknown) for allocation in first]
-        found = confirmation.posterior_over(starts[0], list(first.values()), table, self.belief)
+        found = confirmation.posterior_over(starts[0], list(first.values()), table, self._weighing)
         return dict(zip(first, found, strict=True))
+
+    @property
+    def _weighing(self) -> PerformanceModel | None:
+        """What weighs trials and fresh seeds; not the profile alone, in which fresh seeds would hardly count."""
+        return None if self.belief is None else self.model
 
     @property
     def over_budgets(self) -> bool:
@@ -135,13 +139,9 @@ class SearchResult:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a completed trial, with the posterior difference to uniform; ranks in the order of the targets."""
-        rows = [
-            {**trial.to_row(), **dict(zip(POSTERIOR, self.posterior.get(trial.allocation, ()), strict=False))}
-            for trial in self.trials
-        ]
-        return pd.DataFrame(rows, columns=[*COLUMNS, *POSTERIOR]).astype(
-            {"reused": "Int64", **dict.fromkeys(POSTERIOR, float)}
-        )
+        known = {trial.number: self.posterior.get(trial.allocation, [math.nan] * 3) for trial in self.trials}
+        rows = [trial.to_row() | dict(zip(POSTERIOR, known[trial.number], strict=True)) for trial in self.trials]
+        return pd.DataFrame(rows, columns=[*COLUMNS, *POSTERIOR]).astype({"reused": "Int64"})
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write `trials.parquet`, atomically; returns the path."""
@@ -214,7 +214,7 @@ class _Search:
         """Opens the study, or resumes it if its trials are comparable."""
         self.task, self.space, self.settings, self.full = task, space, settings, full
         n_seeds, share = settings.n_seeds, settings.confirm_fraction
-        self.n_trials, _ = confirmation.split_budget(settings.n_trials, share, n_seeds)
+        self.n_trials = confirmation.split_budget(settings.n_trials, share, n_seeds)[0]
         self.training = TrainingSettings.of(full, steps=max(1, round(settings.fidelity * full.steps)))
         pruner = make_pruner(settings.pruner, self.training)
         space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
@@ -261,7 +261,7 @@ class _Search:
             raise TrainingError(f"{what}, but every one failed; lower `learning_rate`.")
         shares = LAST_SHARES if self.space.budget.search else (1.0,)
         run(self._left() - len(shares))
-        for share in shares[-self._left() :]:
+        for share in shares[max(len(shares) - self._left(), 0) :]:
             self._queue_posterior_mean(share)
         run(self._left())
 
@@ -273,16 +273,14 @@ class _Search:
             validation = study.sampler.validate(study)
             belief = believable(model, validation)
         if validation is not None and not validation.trustworthy:
-            chooser = "nothing but fresh seeds" if belief is None else "the profile alone"
-            warning = "the performance model does not beat the profile alone, so %s chooses: %s"
-            logger.warning(warning, chooser, validation)
+            so = "nothing but fresh seeds chooses" if belief is None else "the profile alone chooses the finalists"
+            logger.warning("the performance model does not beat the profile alone, so %s: %s", so, validation)
         trials = storage.read_trials(study, targets)
         if not any(trial.origin == UNIFORM for trial in trials):
             logger.warning("uniform completed no trial: differences to it are not known")
         chosen = confirmation.choose_finalists(trials, belief, over_budgets=self.space.budget.search)
-        finalists, unconfirmed = confirmation.confirm(
-            study, self.task, chosen, self.full, self.settings, partial(on_progress, "confirming")
-        )
+        on_run = partial(on_progress, "confirming")
+        finalists, unconfirmed = confirmation.confirm(study, self.task, chosen, self.full, self.settings, on_run)
         if unconfirmed and self.settings.confirm_fraction:
             logger.warning("nothing is confirmed: %s", unconfirmed)
         found = SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)

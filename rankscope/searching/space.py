@@ -100,8 +100,8 @@ class HierarchicalSpace:
 
     def solve(self, gains: Mapping[str, NDArray[np.float64]], share: float = 1.0) -> RankAllocation:
         """The allocation with the highest total of such gains within a share of the budget, by water-filling."""
-        budget = self.budget if share == 1.0 else ParameterBudget(math.ceil(share * self.budget.limit))
-        return allocate_marginal(self.targets, gains, budget, self.limits)
+        limit = self.budget.limit if share == 1.0 else math.ceil(max(share, self._least_share) * self.budget.limit)
+        return allocate_marginal(self.targets, gains, ParameterBudget(limit), self.limits)
 
 
 def make_space(

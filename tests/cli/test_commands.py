@@ -53,9 +53,9 @@ def test_the_whole_path(folder: Path) -> None:
 
     status, text, _ = invoke("search", study, "--out", out)
     assert status == 0
-    assert "difference to uniform" in text
+    assert "to uniform" in text
     assert "performance model: no proposal yet; it needs 8 trials whose metrics differ" in text
-    assert "3 trials; finalists on 2 fresh seeds, 95 % interval; * recommended" in " ".join(text.split())
+    assert "3 trials; finalists on 2 fresh seeds, 95 % intervals; * recommended" in " ".join(text.split())
     assert "cost: 3 trials, 6 confirming runs, 36 steps" in text
     status, text, _ = invoke("search", study, "--out", out, "--json")
     assert status == 0
@@ -460,7 +460,8 @@ def test_bad_input_of_a_search(flags: list[str], message: str, folder: Path) -> 
 def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
     status, text, _ = invoke("search", folder / "short.yaml", "--out", folder / "brief", "--trials", 2)
     assert status == 0
-    assert "2 trials, validation split; * best observed, not confirmed" in " ".join(text.split())
+    assert "2 trials; validation split, nothing confirmed; * recommended" in " ".join(text.split())
+    assert "is recommended: these are too few trainings to tell proposals from it" in text
     assert (
         "not confirmed: 0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
         "raise `n_trials` or `confirm_fraction`."

@@ -5,7 +5,14 @@ import pytest
 from scipy import stats
 
 import rankscope as rs
-from rankscope.searching.confirmation import Finalist, Recommendation, choose_finalists, judge, recommend
+from rankscope.searching.confirmation import (
+    Finalist,
+    Recommendation,
+    choose_finalists,
+    judge,
+    pareto_front,
+    recommend,
+)
 from rankscope.searching.storage import Trial
 
 TARGETS = tuple(rs.TargetModule(name=n, in_features=8, out_features=8) for n in "abc")
@@ -67,6 +74,67 @@ def test_a_real_gain_is_recommended() -> None:
         gains = np.array([0.0, 0.0, 0.1, 0.0, 0.0])[:, None] + 0.01 * rng.normal(size=(5, 4))
         found = recommended({n: row.tolist() for n, row in zip(["uniform", "one-shot", *"abc"], gains, strict=True)})
         assert found.trial.number == 2
+
+
+class Belief:
+    """A model whose posterior differences are given, by first rank, whatever was measured again."""
+
+    def __init__(self, worth: list[float], half: float) -> None:
+        self.worth, self.half = np.array(worth), half
+
+    def posterior_differences(self, ranks: list, reference: int, **retests: object) -> np.ndarray:
+        worth = self.worth[[row[0] for row in ranks]]
+        mean = worth - worth[reference]
+        return np.column_stack([mean, mean - self.half, mean + self.half])
+
+
+@pytest.mark.parametrize(
+    ("fresh", "worth", "half", "expected", "reason"),
+    [
+        ([[0.5], [0.6], [0.7]], [0.0, 0.1, 0.2], 0.3, 2,
+         "trial 2 is recommended: it is above uniform and one-shot on fresh seeds, and best in the posterior mean"),
+        ([[0.5], [0.6], [0.59]], [0.0, 0.1, 0.2], 0.3, 1,
+         "one-shot is recommended: the posterior mean of trial 2 is higher, but fresh seeds put it below one-shot"),
+        ([[0.6], [0.5], [0.4]], [0.0, 0.1, 0.2], 0.3, 0,
+         "uniform is recommended: the posterior mean of trial 2 is higher, but fresh seeds put it below uniform and one-shot"),
+        ([[0.5], [0.6], [0.59]], [0.0, 0.1, 0.2], 0.05, 2,
+         "trial 2 is recommended: the posterior puts it +0.100 [+0.050, +0.150] above one-shot, though fresh seeds put it 0.010 below"),
+        ([[0.5], [0.6], [0.7]], [0.2, 0.3, 0.1], 0.3, 1, "one-shot is recommended: no proposal is better in the posterior mean"),
+        ([[], [], []], [0.0, 0.1, 0.2], 0.3, 1,
+         "one-shot is recommended: these are too few trainings to tell proposals from it"),
+        ([[], [], []], [0.0, 0.1, 0.2], 0.05, 2,
+         "trial 2 is recommended: the posterior puts it +0.200 [+0.150, +0.250] above uniform, though nothing is confirmed"),
+    ],
+)  # fmt: skip
+def test_nothing_below_uniform_or_one_shot_is_recommended_unless_the_posterior_says_why(
+    fresh: list, worth: list, half: float, expected: int, reason: str
+) -> None:
+    trials = [trial(i, origin, (i, 0, 0)) for i, origin in enumerate(["uniform", "one-shot", "sampler"])]
+    assert recommend(trials, fresh, Belief(worth, half)) == Recommendation(trials[expected], reason)
+
+
+def test_reasons_without_a_model() -> None:
+    trials = [trial(i, origin, (i, 0, 0), 0.5 - 0.1 * i) for i, origin in enumerate(["uniform", "one-shot", "sampler"])]
+    above = "trial 2 is recommended: it is above uniform and one-shot on fresh seeds"
+    assert recommend(trials, [[0.50], [0.55], [0.57]]).reason == f"{above}, by one seed, which tells little"
+    assert recommend(trials, [[0.50, 0.51], [0.55, 0.56], [0.6, 0.62]]).reason == above
+    assert recommend(trials, [[0.50, 0.51], [0.55, 0.6], [0.6, 0.56]]).reason == (
+        "one-shot is recommended: no proposal is better by more than the standard error of fresh seeds"
+    )
+    assert recommend(trials, [[], [], []]).reason == (
+        "uniform is recommended: these are too few trainings to tell proposals from it"
+    )
+    assert recommend(trials[2:], [[0.57]]).reason == (
+        "trial 2 is recommended: neither uniform nor one-shot completed, and it is best of what did"
+    )
+
+
+def test_finalists_over_budgets_are_spread_over_the_front() -> None:
+    sizes = {2: ((4, 0, 0), 0.9), 3: ((1, 0, 0), 0.6), 4: ((2, 0, 0), 0.5), 5: ((3, 0, 0), 0.7), 6: ((3, 1, 0), 0.8)}
+    trials = [trial(0, "uniform", (2, 1, 1), 0.5), trial(1, "one-shot", (4, 1, 0), 0.6)]
+    trials += [trial(number, "sampler", *what) for number, what in sizes.items()]
+    assert [t.number for t in pareto_front(trials[2:], [t.metric for t in trials[2:]])] == [3, 5, 2]
+    assert [t.number for t in choose_finalists(trials, over_budgets=True)] == [0, 1, 2, 5, 3]
 
 
 def test_finalists_are_the_start_points_and_the_best_different_proposals() -> None:

@@ -412,6 +412,42 @@ def test_proposals_at_rank_64_follow_the_spectra_beyond_the_sketch() -> None:
     assert sampler.best(study).allocation.vector[3] == max(sampler.best(study).allocation.vector)
 
 
+# --- budgets are searched as well ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["performance-model", "tpe"])
+def test_a_search_over_budgets_tries_all_sizes(sampler: str) -> None:
+    space = space_of(
+        12,
+        budget=rs.ParameterBudget.uniform(TARGETS, 4, search=True),
+        gains={t.name: 1.0 / np.arange(1, 17) for t in TARGETS},
+    )
+    assert space.tilts[1] == ("log2_budget", -4.0, 0.0)
+    assert space.allocation(space.point(tau=0.0)).vector == (4,) * 12
+    assert space.allocation(space.point(tau=1.0) | {"log2_budget": -2.0}).parameters == BUDGET.limit // 4
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, space, 0))
+    study.optimize(lambda trial: worth(rs.suggest_allocation(trial, space)), n_trials=40)
+    sizes = np.array([sum(trial.user_attrs["ranks"]) for trial in study.trials])
+    assert sizes.max() <= 48
+    assert (sizes <= 12).sum() >= 5
+    assert (sizes > 24).sum() >= 5
+    if sampler == "performance-model":
+        full, quarter = (study.sampler.best(study, share).allocation for share in (1.0, 0.25))
+        assert (full.parameters, quarter.parameters) == (BUDGET.limit, BUDGET.limit // 4)
+        even = space.allocation(space.point(tau=0.0) | {"log2_budget": -2.0})
+        assert worth(full) > worth(quarter) > worth(even)
+        assert -2.6 < study.trials[-1].params["log2_budget"] - math.log2(sizes[-1] / 48) < 0.1
+
+
+def test_a_search_over_budgets_keeps_to_the_least_ranks() -> None:
+    gains = {t.name: 1.0 / np.arange(1, 17) for t in TARGETS[:3]}
+    space = space_of(
+        3, budget=rs.ParameterBudget.uniform(TARGETS[:3], 4, search=True), gains=gains, limits=RankLimits(min_rank=2)
+    )
+    assert space.tilts[1] == ("log2_budget", -1.0, 0.0)
+    assert space.allocation(space.point(tau=1.0) | {"log2_budget": -4.0}).vector == (2, 2, 2)
+
+
 # --- an allocation of a trial ----------------------------------------------------------------------------------------
 
 

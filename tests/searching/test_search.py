@@ -1,5 +1,6 @@
 """The search on the real digits task, with trials of a few steps: pairing, reuse, resumption, and foreign studies."""
 
+import dataclasses
 import gc
 import re
 import time
@@ -79,7 +80,11 @@ def test_finalists_are_trained_on_fresh_seeds(result: rs.SearchResult) -> None:
     assert [f.trial.origin for f in result.finalists[:2]] == ["uniform", "one-shot"]
     assert len({f.trial.allocation for f in result.finalists}) == len(result.finalists) <= 5
     assert all(set(f.metrics_by_seed) == {"500", "501"} for f in result.finalists)
-    assert result.best_allocation == recommend(result.finalists).trial.allocation
+    fresh = [list(finalist.metrics_by_seed.values()) for finalist in result.finalists]
+    assert result.recommendation == recommend(
+        [finalist.trial for finalist in result.finalists], fresh, None if result.belief is None else result.model
+    )
+    assert result.study.user_attrs["recommendation"] == f"{result.best_trial.number}: {result.recommendation.reason}"
 
 
 def test_parquet_holds_the_trials(result: rs.SearchResult, tmp_path: Path) -> None:
@@ -225,14 +230,14 @@ def test_a_finalist_that_diverges_on_a_fresh_seed_is_dropped(
     found = run(Fragile(), digits_profile, digits_budget, None, n_trials=4, confirm_fraction=0.5)
     assert [f.trial.origin for f in found.finalists] == ["uniform"]
     assert found.best_trial.origin == "uniform"
-    assert found.recommendation is found.finalists[0]
+    assert found.recommendation.trial == found.finalists[0].trial
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n_trials": 2}, "0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
-         "raise `n_trials` or `confirm_fraction`."),
+         "raise `n_trials` to 17, or to 50 for the three seeds that an interval needs."),
         ({"n_trials": 1}, "there are fewer than two allocations to compare; raise `n_trials`."),
     ],
 )  # fmt: skip
@@ -241,7 +246,10 @@ def test_a_search_too_short_to_confirm_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     found = run(digits, digits_profile, digits_budget, None, confirm_fraction=0.3, **options)
-    assert (found.finalists, found.recommendation, found.unconfirmed) == ((), None, message)
+    assert (found.finalists, found.unconfirmed) == ((), message)
+    assert found.recommendation.reason == (
+        f"{found.best_trial.origin} is recommended: these are too few trainings to tell proposals from it"
+    )
     assert caplog.messages == [f"nothing is confirmed: {message}"]
     assert len(found.trials) == options["n_trials"]
 
@@ -291,6 +299,27 @@ def test_finalists_of_a_model_are_posterior_mean_smoothed_and_observed(modelled:
     assert len(chosen) == 5
     observed = choose_finalists(trials)
     assert [t.metric for t in observed[2:]] == sorted((t.metric for t in observed[2:]), reverse=True)
+
+
+def test_the_posterior_of_trials_and_fresh_seeds_is_in_the_table(modelled: rs.SearchResult, tmp_path: Path) -> None:
+    believing = dataclasses.replace(modelled, belief=modelled.model)
+    table = pd.read_parquet(believing.to_parquet(tmp_path / "trials.parquet"))
+    expected = [believing.posterior[trial.allocation] for trial in believing.trials]
+    assert table["posterior"].tolist() == [each.mean for each in expected]
+    assert (table["posterior"].iloc[0], table["posterior_low"].iloc[0]) == (0.0, 0.0)  # uniform's to itself
+    assert (table["posterior_low"] <= table["posterior_high"]).all()
+    trials_alone = dataclasses.replace(believing, finalists=())
+    assert trials_alone.posterior != believing.posterior
+    assert (
+        pd.read_parquet(dataclasses.replace(modelled, belief=None).to_parquet(tmp_path / "t.parquet"))["posterior"]
+        .isna()
+        .all()
+    )
+    sizes, front = [trial.allocation.parameters for trial in believing.front], believing.front
+    assert sizes == sorted(set(sizes))
+    means = [believing.posterior[trial.allocation].mean for trial in front]
+    assert means == sorted(set(means))
+    assert max(means) == max(each.mean for each in expected)
 
 
 def test_plots_of_the_model(modelled: rs.SearchResult) -> None:

@@ -132,7 +132,8 @@ class _Search:
         rounds = range(1, 1 + confirming // len(chosen))
         fresh = [[self.landscape.measure(np.array(trial.allocation.vector), i) for i in rounds] for trial in chosen]
         if isinstance(sampler, PerformanceModelSampler):
-            return np.array(recommend(chosen, fresh, belief).trial.allocation.vector)
+            weighing = None if belief is None else sampler.model(self.study)
+            return np.array(recommend(chosen, fresh, weighing).trial.allocation.vector)
         return np.array(chosen[int(np.argmax(np.mean(fresh, axis=1)))].allocation.vector)
 
     def _try(self, origin: str, ranks: Ints | None) -> None:

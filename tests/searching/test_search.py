@@ -381,3 +381,21 @@ def test_no_model_outlives_its_trial(
         assert not [ref() for ref in built if ref() is not None]
     finally:
         gc.enable()
+
+
+def test_a_search_over_budgets_has_a_front(digits: Task, digits_profile: rs.Profile) -> None:
+    budget = rs.ParameterBudget.uniform(digits_profile.targets, 1, search=True)
+    found = run(digits, digits_profile, budget, None, n_trials=20, confirm_fraction=0.25)
+    assert found.over_budgets
+    sizes = [trial.allocation.parameters for trial in found.trials if trial.proposed]
+    assert max(sizes) <= 6_912
+    assert min(sizes) < 6_912 / 4
+    last = [trial.allocation.parameters for trial in found.trials if trial.origin == "posterior-mean"]
+    assert last == sorted(last)
+    assert len(found.finalists) == 5
+    believing = dataclasses.replace(found, belief=found.model)
+    front = [trial.allocation.parameters for trial in believing.front]
+    assert front == sorted(set(front))
+    one = rs.ParameterBudget.uniform(digits_profile.targets, 1)
+    with pytest.raises(SettingsError, match="^study `short` must be about tilts"):
+        run(digits, digits_profile, one, found.study._storage, n_trials=20)

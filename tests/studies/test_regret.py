@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from searches import METHODS, OURS, Synthetic, plot_regret, regret_curve, regret_curves, run_search
+from searches import METHODS, OURS, Synthetic, plot_regret, regret_curve, regret_curves, run_on_table, run_search
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"cma-es"}))  # cma-es needs a package of its own
@@ -35,6 +35,15 @@ def test_bad_names_and_budgets_are_one_line() -> None:
     )
     with pytest.raises(ValueError, match="^`budgets` must leave trials to confirm, but 6 are too few; take more.$"):
         run_search("digits-shift/1", "random", 0, (6,))
+
+
+def test_recommendations_on_tables_are_compared_with_one_shot() -> None:
+    regret, gap = run_on_table("digits-shift/1", 0)
+    assert 0.0 <= regret < 1.0
+    assert gap.low < gap.mean < gap.high
+    assert gap.high - gap.mean == pytest.approx(0.026, abs=0.003)  # 1.96 sqrt(2 / 3) times a run's noise of 0.0164
+    with pytest.raises(ValueError, match="^`name` must be that of a table of RankBench, but got 'synthetic/24'.$"):
+        run_on_table("synthetic/24", 0)
 
 
 def test_the_picture_has_a_panel_a_landscape_and_a_line_a_method() -> None:

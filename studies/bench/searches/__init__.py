@@ -3,9 +3,9 @@
 from searches.landscapes import LANDSCAPES, Landscape, RankBench, Synthetic
 from searches.methods import METHODS, OURS, Method
 from searches.picture import plot_regret
-from searches.regret import BUDGETS, regret_curve, regret_curves, run_search, tabulate
+from searches.regret import BUDGETS, regret_curve, regret_curves, run_on_table, run_search, tabulate
 
 __all__ = [
     "BUDGETS", "LANDSCAPES", "METHODS", "OURS", "Landscape", "Method", "RankBench", "Synthetic", "plot_regret", "regret_curve",
-    "regret_curves", "run_search", "tabulate",
+    "regret_curves", "run_on_table", "run_search", "tabulate",
 ]  # fmt: skip

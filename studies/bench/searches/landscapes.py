@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,13 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, allocate_marginal
 from rankscope.profiling import read_profile
-from rankscope.searching import HierarchicalSpace, group_by_depth
+from rankscope.searching import HierarchicalSpace, Interval, group_by_depth
+from rankscope.searching.confirmation import residual_variance
 from rankscope.targets import TargetModule
 from rankscope.tasks import data_folder
 
@@ -110,6 +113,15 @@ class RankBench:
         """See `Landscape`."""
         best = self.truth.max()
         return float((best - self.truth[self._row[tuple(ranks.tolist())]]) / (best - self.truth[self._uniform]))
+
+    def gap(self, ranks: Ints, reference: Ints) -> Interval:
+        """How much better an allocation is than another, with the 95 % interval that the runs' noise leaves."""
+        runs = self.validation if np.isnan(self.test).any() else self.test
+        mine, theirs = (self._row[tuple(each.tolist())] for each in (ranks, reference))
+        freedom = (runs.shape[0] - 1) * (runs.shape[1] - 1)
+        difference = float(self.truth[mine] - self.truth[theirs])
+        half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(2.0 * residual_variance(runs) / runs.shape[1])
+        return Interval(difference, difference - half, difference + half)
 
 
 class Synthetic:

@@ -18,12 +18,12 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from rankscope.allocation import RankAllocation
-from rankscope.searching import PerformanceModelSampler
+from rankscope.searching import Interval, PerformanceModelSampler
 from rankscope.searching.confirmation import choose_finalists, recommend, split_budget
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
 from rankscope.settings import SearchSettings
-from searches.landscapes import LANDSCAPES, Ints, Landscape
-from searches.methods import METHODS, Method
+from searches.landscapes import LANDSCAPES, Ints, Landscape, RankBench
+from searches.methods import METHODS, OURS, Method
 
 CONFIRM_FRACTION = SearchSettings().confirm_fraction
 BUDGETS = (30, 33, 60, 100, 150)
@@ -99,6 +99,19 @@ def regret_curve(landscape: Landscape, method: Method, budgets: Sequence[int] = 
         search.explore(exploring)
         curve[trials] = landscape.regret(search.recommended(confirming))
     return curve
+
+
+def run_on_table(name: str, seed: int, n_trials: int = 33) -> tuple[float, Interval]:
+    """Our search on a table of RankBench: the recommendation's regret, and how much better it is than one-shot."""
+    landscape = LANDSCAPES[name](seed)
+    if not isinstance(landscape, RankBench):
+        raise ValueError(f"`name` must be that of a table of RankBench, but got {name!r}.")
+    search = _Search(landscape, METHODS[OURS](landscape, seed))
+    exploring, confirming = split_budget(n_trials, CONFIRM_FRACTION)
+    search.explore(exploring)
+    found, space = search.recommended(confirming), landscape.space
+    one_shot = np.array(space.allocation(space.point(tau=1.0)).vector)
+    return landscape.regret(found), landscape.gap(found, one_shot)
 
 
 class _Search:

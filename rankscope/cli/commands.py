@@ -184,7 +184,9 @@ def _print_search(result: SearchResult, *, modelled: bool) -> None:
     print_table(f"{name}: {len(result.trials)} trials; {title}", {"strategy": "{name}", **size, **texts}, rows.values())
     if result.over_budgets and result.front:
         rows = {trial.number: _row(result, trial) for trial in result.front}
-        title = "no trial with as many or fewer parameters has a higher posterior mean"
+        title = (
+            "trials that none with as many parameters or fewer matches in the posterior mean; finalists on fresh seeds"
+        )
         print_table(f"{name}: {title}", {"strategy": "{name}", **size, **texts}, rows.values())
     if result.posterior:
         print_line(

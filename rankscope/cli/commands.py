@@ -578,7 +578,7 @@ def _print_comparison(table: pd.DataFrame, files: list[Path], *, as_json: bool) 
     for study, group in grown.groupby("study", sort=False):
         texts = [comparison.format_row(row) for _, row in group.iterrows()]
         columns = {"method": "{method}", "parameters": "{parameters}", "uniform needs": "{needs}"}
-        print_table(f"{study}: how many times the parameters uniform needs to match, 95 % interval", columns, texts)
+        print_table(f"{study}: parameters that uniform needs to match, over the method's", columns, texts)
     print_files(files)
 
 

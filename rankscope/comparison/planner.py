@@ -341,6 +341,12 @@ def plan_budget(
         kept_in: Folder that keeps every run, shared with `compare`.
         on_run: Called with the number of runs done, and of runs known to be needed so far.
         **overrides: See `settings`.
+
+    >>> import rankscope as rs
+    >>> task, short = rs.load_task("digits-shift"), TrainingSettings(steps=2, learning_rate=0.01)
+    >>> plan = plan_budget(task, training=short, n_seeds=2, max_seeds=2, lowest=1, highest=2, ceiling=False)
+    >>> plan.table()[["method", "budget"]].to_records(index=False).tolist()[:3]
+    [('uniform', 6912), ('uniform', 13824), ('one-shot', 6912)]
     """
     settings, training = PlanSettings.of(settings, **overrides), training or TrainingSettings()
     seeds = list(range(settings.max_seeds) if seeds is None else seeds)

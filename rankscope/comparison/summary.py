@@ -193,9 +193,13 @@ def times(factor: Interval) -> str:
 
     >>> times(Interval(3.1, 2.2, 6.4)), times(Interval(math.inf, 4.2, math.inf)), times(Interval(3.1, math.nan, math.nan))
     ('3.1 x [2.2, 6.4]', 'more than tried [4.2, more]', '3.1 x [-]')
+    >>> times(Interval(0.5, 0.5, 0.5))  # uniform's least budget is always enough
+    'at most 0.5 x'
     """
     if math.isnan(factor.mean):
         return ""
+    if factor.low == factor.mean == factor.high < math.inf:
+        return f"at most {_digits(factor.mean)} x"
     mean = "more than tried" if math.isinf(factor.mean) else f"{_digits(factor.mean)} x"
     ends = ", ".join("more" if math.isinf(end) else _digits(end) for end in factor[1:] if not math.isnan(end))
     return f"{mean} [{ends or '-'}]"

@@ -56,7 +56,7 @@ def budget_grid(targets: Sequence[TargetModule], settings: PlanSettings) -> tupl
 
     >>> targets = [TargetModule(name="fc1", in_features=64, out_features=64)]
     >>> budget_grid(targets, PlanSettings(lowest=0.5, highest=16, step=4))
-    (256, 1024, 2048)
+    (128, 256, 1024, 2048)
     """
     one = sum(target.rank_cost for target in targets)
     least = min(target.rank_cost for target in targets)

@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
         task: A ready task.
-        rank: The budget is that of uniform LoRA of this rank.
+        rank: The budget is so many times that of uniform LoRA of rank 1.
         allocations: How many.
         seeds: Training seeds.
         steps: Optimizer steps.
@@ -49,7 +49,7 @@ class Plan:
     """
 
     task: str
-    rank: int
+    rank: float
     allocations: int
     seeds: Sequence[int]
     steps: int
@@ -65,6 +65,9 @@ PLANS = (  # in the order in which they are measured
     Plan(task="digits-shift", rank=2, allocations=450, seeds=(0, 1), steps=84, rate=0.01),
     Plan(task="digits-shift", rank=4, allocations=450, seeds=(0, 1), steps=84, rate=0.01),
     Plan(task="supersense", rank=2, allocations=30, seeds=(0,), steps=250, rate=0.004),
+    Plan(task="digits-shift", rank=1 / 4, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
+    Plan(task="digits-shift", rank=1 / 8, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
+    Plan(task="digits-shift", rank=1 / 2, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
 )
 
 
@@ -137,7 +140,7 @@ def _candidates(taken: rs.Profile, budget: rs.ParameterBudget) -> Iterator[rs.Ra
 def cells(plan: Plan) -> Iterator[tuple[dict[str, Any], rs.RankAllocation]]:
     """The runs of a plan: what identifies a run, and its allocation; all seeds of one allocation follow each other."""
     taken = take_profile(plan.task)
-    budget = rs.ParameterBudget.uniform(taken.targets, plan.rank)
+    budget = rs.ParameterBudget(round(plan.rank * sum(target.rank_cost for target in taken.targets)))
     for number, allocation in enumerate(islice(draw_allocations(taken, budget), plan.allocations)):
         for seed in plan.seeds:
             key = {
@@ -157,7 +160,7 @@ def measure(key: dict[str, Any], allocation: rs.RankAllocation, with_test: bool)
 
     torch.set_num_threads(1)
     task = _task(key["task"])
-    config = rs.TrainingConfig(steps=key["steps"], learning_rate=key["learning_rate"])
+    config = rs.TrainingSettings(steps=key["steps"], learning_rate=key["learning_rate"])
     model, result = rs.train(task, allocation, config, seed=key["seed"])
     test = evaluate(task, model, "test") if with_test else {}
     return {

@@ -1,0 +1,122 @@
+"""Which rule turns a gradient spectrum into ranks best? Candidates for `one-shot`, each trained at its own best learning rate.
+
+    python studies/bench/prior_rules.py --out studies/results/prior_rules.json
+
+A rule gives the gains of a module's first, second, … rank; water-filling does the rest. `sigma^p`: the gradient's singular
+values to the power p. `+ e even`: a share e of the total is spread evenly over the modules, falling as 1/r^2 in each. The rate is
+chosen on validation by three seeds of their own, then 16 seeds are reported; the rule is chosen on validation, and test is only
+shown. Runs are kept in .cache/prior_rules, so an interrupted study resumes. About an hour and a half on one core.
+`--quick`: one budget, two rules, two seeds.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from _harness import Claim, run_benchmark
+from digit_shifts import turned
+
+import rankscope as rs
+from rankscope.comparison import make_grid, paired_difference, run_tuned
+from rankscope.strategies import Gains, Request
+from rankscope.tasks import Task, profile_task
+
+KEPT = Path(__file__).parents[2] / ".cache" / "prior_rules"
+BUDGETS = {"digits-shift": (1 / 4, 1, 1 / 8, 4, 1 / 2, 2), "digits-turned": (1 / 4, 1, 4)}  # times uniform rank 1
+RATES = [0.005, 0.01, 0.02, 0.04]
+DEFAULT = "sigma^1"
+POINTS_LOST = 0.3  # at most, by the default to the best rule of a budget
+
+
+def power(p: float, even: float = 0.0) -> Any:
+    """The rule sigma^p, with a share `even` of the total spread over all modules as 1/r^2."""
+
+    def rule(request: Request) -> Gains:
+        spectra = {name: values**p for name, values in request.profiled.spectra().items()}
+        total = sum(float(values.sum()) for values in spectra.values())
+        each = {name: 1.0 / np.arange(1.0, len(values) + 1) ** 2 for name, values in spectra.items()}
+        spread = sum(float(values.sum()) for values in each.values())
+        return {name: (1 - even) * spectra[name] / total + even * each[name] / spread for name in spectra}
+
+    return rule
+
+
+RULES: dict[str, Any] = {
+    "uniform": "uniform",
+    "sigma^2": power(2.0),
+    "sigma^1": power(1.0),
+    "sigma^2 + 0.1 even": power(2.0, 0.1),
+    "gradient-norm": "gradient-norm",
+    "sigma^0.5": power(0.5),
+    "sigma^1.5": power(1.5),
+    "sigma^1 + 0.1 even": power(1.0, 0.1),
+    "sigma^2 + 0.3 even": power(2.0, 0.3),
+    "random": "random",
+}
+
+
+def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
+    """A row for each task, budget and rule; a claim for each task and budget: the default loses little to the best rule."""
+    rows: list[dict[str, Any]] = []
+    claims: list[Claim] = []
+    cells = [(name, factor) for name, factors in BUDGETS.items() for factor in factors]
+    tasks: dict[str, Task] = {"digits-shift": rs.load_task("digits-shift"), "digits-turned": turned()}
+    for name, factor in sorted(cells, key=lambda cell: BUDGETS[cell[0]].index(cell[1]))[: 1 if quick else None]:
+        found = compare_rules(tasks[name], factor, quick)
+        rows += found
+        points = {row["rule"]: 100 * row["test"] for row in found}
+        claims.append(
+            Claim.at_most(
+                f"{name}, {factor:g} times rank 1: points that {DEFAULT} loses to the best rule",
+                max(points.values()) - points[DEFAULT],
+                3.0 if quick else POINTS_LOST,
+            )
+        )
+    return rows, claims
+
+
+def compare_rules(task: Task, factor: float, quick: bool) -> list[dict[str, Any]]:
+    """All rules at one budget."""
+    profile = profile_task(task)
+    targets = profile.targets
+    budget = rs.ParameterBudget(round(factor * sum(target.rank_cost for target in targets)))
+    training = rs.TrainingSettings(steps=84, learning_rate=RATES)
+    rules = dict(islice(RULES.items(), 3)) if quick else RULES
+    grids = [
+        make_grid(
+            rs.allocate(rule, targets=targets, budget=budget, profile=profile).renamed("rule"),
+            training,
+            name=name,
+            factor=factor,
+        )
+        for name, rule in rules.items()
+    ]
+    seeds, tuning = range(2 if quick else 16), range(10_000, 10_001 if quick else 10_003)
+    results = run_tuned(task, grids, seeds=seeds, tuning_seeds=tuning, kept_in=None if quick else KEPT)
+    reported = {
+        name: [run for run in runs if run.role == "reported"] for name, runs in zip(rules, results, strict=True)
+    }
+    tests = {name: [float(run.test or 0.0) for run in runs] for name, runs in reported.items()}
+    return [
+        {
+            "task": task.name,
+            "factor": factor,
+            "budget": budget.limit,
+            "rule": name,
+            "parameters": runs[0].parameters,
+            "learning_rate": runs[0].learning_rate,
+            "modules": sum(rank > 0 for rank in (runs[0].ranks or {}).values()),
+            "validation": fmean(run.validation for run in runs),
+            "test": fmean(tests[name]),
+            "to_uniform": paired_difference(tests[name], tests["uniform"]),
+        }
+        for name, runs in reported.items()
+    ]
+
+
+if __name__ == "__main__":
+    run_benchmark(measure, __doc__ or "")

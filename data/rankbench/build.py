@@ -66,8 +66,6 @@ PLANS = (  # in the order in which they are measured
     Plan(task="digits-shift", rank=4, allocations=450, seeds=(0, 1), steps=84, rate=0.01),
     Plan(task="supersense", rank=2, allocations=30, seeds=(0,), steps=250, rate=0.004),
     Plan(task="digits-shift", rank=1 / 4, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
-    Plan(task="digits-shift", rank=1 / 8, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
-    Plan(task="digits-shift", rank=1 / 2, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
 )
 
 

@@ -63,6 +63,10 @@ def test_the_whole_path(folder: Path) -> None:
     assert (found["confirming_runs"], found["steps"], found["unconfirmed"]) == (6, 36, None)
     assert [set(finalist["confirmed"]) for finalist in found["finalists"]] == [{"500", "501"}] * 3
     assert [finalist["interval"] for finalist in found["finalists"]] == [None] * 3  # of two seeds there is none
+    assert (
+        found["reason"].startswith(f"{found['recommended']['origin']} is recommended: ") or "trial 2" in found["reason"]
+    )
+    assert (found["front"], [finalist["posterior"] for finalist in found["finalists"]]) == (None, [None] * 3)
     assert len(pd.read_parquet(out / "trials.parquet")) == 3
 
     status, text, _ = invoke(
@@ -464,7 +468,7 @@ def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
     assert "is recommended: these are too few trainings to tell proposals from it" in text
     assert (
         "not confirmed: 0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
-        "raise `n_trials` or `confirm_fraction`."
+        "raise `n_trials` to 9, or to 23 for the three seeds that an interval needs."
     ) in text
 
 

@@ -274,6 +274,8 @@ class BudgetPlan:
         uniform = found.smallest(REFERENCE)
         needs = f"{uniform:,} parameters" if uniform else f"more than {max(found.measured(REFERENCE)):,} parameters"
         answers["saved"] = f"uniform needs {needs}; by the curves {times(self.saved)} as many"
+        if uniform == budget:
+            answers["saved"] = "nothing on this grid: uniform needs no more"
         answers["capacity"] = self._capacity()
         answers["below"] = "it is the least budget of the grid"
         if smaller := [(placed, each) for each in found.measured(placed) if each < budget]:

@@ -267,7 +267,7 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
     if over:
         wished = sorted(everyone, key=lambda i: -over[starts[0]][i].mean)
     else:
-        error = math.sqrt(2.0 * residual_variance(table) / max(n_seeds, 1))
+        error = math.sqrt(2.0 * residual_variance(table) / n_seeds) if n_seeds else 0.0
         good = [i for i in everyone if fair[i] and values[i] >= max(values[fair]) - error]
         wished = sorted(good, key=lambda i: (SIMPLICITY.get(trials[i].origin, 2), -values[i]))
     best = next(filter(allowed, wished))

@@ -347,7 +347,7 @@ class Contender:
             case "ia3":
                 chosen = [target for target in targets if target.role in ("k_proj", "v_proj", "down_proj", "fc2")]
                 grids = {"keys, values, last of MLPs": chosen, "all modules": targets}
-                return [PeftAdapter(ia3_config(g), "(IA)³", name, 10.0) for name, g in grids.items() if g]
+                return [PeftAdapter(ia3_config(g), "(IA)³", name, rate_factor=20.0) for name, g in grids.items() if g]
             case str(name) if name in VERA:
                 r = int(name.removeprefix("vera-"))
                 return PeftAdapter(vera_config(targets, r), "VeRA", f"r {r}", rate_factor=10.0)

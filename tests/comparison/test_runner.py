@@ -350,7 +350,7 @@ def test_pefts_small_adapters_stand_beside_the_budget_at_their_own_sizes(digits:
     assert set(beside["factor"]) == {1.0}
     assert set(beside["variant"]) >= {"r 16", "r 64", "r 256"}
     rates = beside.groupby("method")["learning_rate"].first().to_dict()
-    assert rates == pytest.approx({"LoHa": 0.04, "ia3": 0.2, "vera-16": 0.2, "vera-64": 0.2, "vera-256": 0.2})
+    assert rates == pytest.approx({"LoHa": 0.04, "ia3": 0.4, "vera-16": 0.2, "vera-64": 0.2, "vera-256": 0.2})
     assert not any(contender.needs_profile for contender in find_methods(["vera", "ia3", loha]))
     with pytest.raises(SettingsError, match="^`methods` must differ in name, but two are called `LoHa`; rename one"):
         find_methods([loha, PeftAdapter(peft.LoHaConfig(r=2), "LoHa")])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from rankscope.errors import RankscopeError
@@ -71,19 +70,12 @@ _NAMES = {
     "tasks": ["Task", "load_task"],
     "training": ["train"],
 }  # fmt: skip
-_RENAMED = {"ControllerConfig": "ControllerSettings", "TrainingConfig": "TrainingSettings"}  # work for one release
 
 _HOMES = {name: f"rankscope.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = ["RankscopeError", "__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        new = _RENAMED[name]
-        warnings.warn(
-            f"`rankscope.{name}` is now `{new}`; the old name goes in the next release", FutureWarning, stacklevel=2
-        )
-        name = new
     if name not in _HOMES:
         raise AttributeError(f"module 'rankscope' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from numbers import Number
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -34,14 +33,6 @@ from rankscope.files import read_yaml
 
 MAX_COUNT = 10**9  # of anything that is counted
 SIZES = ("parameters", "uniform_rank")  # of a budget
-
-# Names that changed, by class; the old ones work for one release.
-RENAMED = {
-    "ProfileSettings": {"batches": "n_batches"},
-    "SearchSettings": {"trials": "n_trials", "seeds": "n_seeds", "groups": "n_groups"},
-    "ControllerSettings": {"margin": "hysteresis", "min_gain": "min_gain_ratio"},
-    "CompareSettings": {"seeds": "n_seeds", "tuning_seeds": "n_tuning_seeds"},
-}
 
 Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 Natural = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -70,28 +61,25 @@ def _as_mode(value: Any) -> Any:
 
 # In Python, an object of a library is taken as it is, such as an Optuna sampler instead of its name.
 OrObject = WrapValidator(lambda value, check: check(value) if type(value).__module__ == "builtins" else value)
-Factors = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
-Rates = Annotated[Factors, Field(min_length=1), AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates)]
-
-
-def _renamed(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with new names in place of old ones."""
-    names = RENAMED.get(model.__name__, {})
-    for old in names.keys() & values.keys():
-        if names[old] in values:
-            raise SettingsError(f"`{old}` is the old name of `{names[old]}`, but both are given; drop `{old}`.")
-        _warn_renamed(old, names[old])
-    return {names.get(key, key): value for key, value in values.items()}
-
-
-def _warn_renamed(old: str, new: str) -> None:
-    warnings.warn(f"`{old}` is now `{new}`; the old name goes in the next release", FutureWarning, stacklevel=2)
+OneOrMore = Field(min_length=1)
+Numbers = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+Rates = Annotated[Numbers, OneOrMore, AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates)]
+Factors = Annotated[
+    tuple[Positive, ...], BeforeValidator(_as_tuple, json_schema_input_type=Positive | tuple[Positive, ...])
+]
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple, json_schema_input_type=str | Annotated[tuple[str, ...], OneOrMore]),
+    OneOrMore,
+]
 
 
 class Settings(BaseModel):
     """The common base: frozen and strict. A wrong name, type or value is a SettingsError that names the nearest known key."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, json_schema_extra={"type": ["object", "null"]}
+    )
 
     _free: ClassVar[frozenset[str]] = frozenset()  # fields on which results do not depend
 
@@ -112,26 +100,39 @@ class Settings(BaseModel):
         """
         if not isinstance(settings, cls | Mapping | None):
             raise SettingsError(f"`settings` must be {cls.__name__}, but got {shown(settings)}.")
-        return cls(**{**(dict(settings) if settings else {}), **_renamed(cls, overrides)})
+        return cls(**{**(dict(settings) if settings else {}), **overrides})
 
-    def terms(self, *, exclude_defaults: bool = False) -> dict[str, Any]:
-        """The values on which results depend, for fingerprints; also without defaults, so that new fields change nothing."""
-        return self.model_dump(exclude=set(self._free), exclude_defaults=exclude_defaults)
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(value for value in dict(self).values() if isinstance(value, Hashable)))
+
+    def terms(self) -> dict[str, Any]:
+        """The values on which results depend, for fingerprints."""
+        return self.model_dump(exclude=set(self._free))
+
+    @classmethod
+    def filled(cls, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """Kept `terms`; fields that came after they were kept have their defaults."""
+        return {**cls().terms(), **kept}
 
     @model_validator(mode="before")
     @classmethod
     def _prepared(cls, values: Any) -> Any:
-        """An empty section has its defaults, old names get their new ones, and NumPy numbers become Python's."""
-        if values is None:
-            return {}
-        if not isinstance(values, dict):
+        """An empty section has its defaults, and NumPy numbers become Python's."""
+        if not isinstance(values, dict | None):
             return values
-        items = _renamed(cls, values).items()
+        items = (values or {}).items()
         return {key: each.item() if isinstance(each, Number) and hasattr(each, "item") else each for key, each in items}
 
 
 class BudgetSettings(Settings):
     """The most adapter parameters: either a number, or as many as uniform LoRA of a rank uses."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"type": "object", "oneOf": [{"required": ["parameters"]}, {"required": ["uniform_rank"]}]}
+    )
 
     parameters: int | None = Field(None, gt=0, lt=2**63, description="Adapter parameters.")
     uniform_rank: Count | None = Field(None, description="As many parameters as uniform LoRA of this rank uses.")
@@ -166,7 +167,7 @@ class ProfileSettings(Settings):
 class AllocationSettings(Settings):
     """The one-shot strategy, and the bounds on ranks, which also hold for the search."""
 
-    strategy: str = Field("one-shot", description="The one-shot strategy.")
+    strategy: str = Field("one-shot", description="The one-shot strategy, or `path/to/file.py:function`.")
     options: dict[str, Any] = Field({}, description="Options of the strategy.")
     min_rank: Natural = Field(0, description="Smallest rank of a target module.")
     max_rank: Count | None = Field(None, description="Largest rank of a target module. Default: its full rank.")
@@ -247,10 +248,10 @@ class ControllerSettings(Settings):
 
     _free = frozenset({"mode", "adapter_name", "seed"})
 
-    mode: Annotated[Literal["off", "on", "auto"], BeforeValidator(_as_mode)] = Field(
-        "off",
-        description="Whether ranks move in `rankscope train`. auto: if the allocation to start from uses no gradient.",
-    )
+    mode: Annotated[Literal["off", "on", "auto"] | None, BeforeValidator(_as_mode)] = Field(
+        None, description="Whether ranks move: off, on, or auto (if the allocation to start from uses no gradient). Default: off "
+        "in `rankscope train`, on in `rs.train`.",
+    )  # fmt: skip
     every: Count | None = Field(
         None,
         description="Optimizer steps between decisions. Default: 50; less in short runs, so that four decisions fit.",
@@ -280,14 +281,6 @@ class ControllerSettings(Settings):
     adapter_name: SkipJsonSchema[str | None] = Field(None, description="Whose ranks move, if the model has several.")
     seed: SkipJsonSchema[int] = Field(0, ge=0, lt=2**32, description="Seed of sketches and new adapter rows.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _mode_was_rank_change(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("mode") in ("resize", "mask"):
-            _warn_renamed("mode", "rank_change")
-            values = {**values, "rank_change": values["mode"], "mode": "on"}
-        return values
-
     def every_of(self, steps: int) -> int:
         """Optimizer steps between decisions, in a run of `steps` steps."""
         return self.every or max(1, min(50, int(self.freeze_fraction * steps) // 4))
@@ -298,8 +291,8 @@ class CompareSettings(Settings):
 
     _free = frozenset({"n_jobs"})
 
-    methods: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field(
-        ("uniform", "one-shot", "random", "controller", "adalora", "eva"), min_length=1,
+    methods: Names = Field(
+        ("uniform", "one-shot", "random", "controller", "adalora", "eva"),
         description="Strategies, `uniform-rslora`, `qv-only`, `last-blocks`, `searched`, `controller`, `controller-STRATEGY`, "
         "`adalora`, `eva`, `vera`, `ia3`, `full`, `head`, or `path/to/file.py:function`.",
     )  # fmt: skip
@@ -361,6 +354,8 @@ def _folder_name(name: str) -> str:
 class StudySettings(Settings):
     """A whole study file."""
 
+    model_config = ConfigDict(json_schema_extra={"type": "object"})
+
     name: Annotated[str, AfterValidator(_folder_name)] = Field(
         "study", description="Name of the study, its output folder and its Optuna study. Default: the file's name."
     )
@@ -387,13 +382,20 @@ class StudySettings(Settings):
 
 
 @checked
-def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySettings:
+def read_study(
+    path: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    origins: Mapping[str, str] | None = None,
+) -> StudySettings:
     """Read and check a study file.
 
     Args:
         path: The YAML file.
-        overrides: Values by dotted key that replace those of the file, as in `{"search.n_trials": 20}`, unless None. A size of
-            the budget replaces the other, another strategy also the strategy's options.
+        overrides: Values by dotted key that replace those of the file, as in `{"search.n_trials": 20}` or
+            `{"search": {"n_trials": 20}}`, unless None. A size of the budget replaces the other, another strategy also the
+            strategy's options.
+        origins: Where overrides come from, by the same keys, as errors name it.
 
     Raises:
         SettingsError: The file is missing or not YAML, or a key is unknown or ill-typed; file and nearest key are named.
@@ -409,10 +411,9 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     search = values.get("search")
     if isinstance(search, dict) and isinstance(search.get("storage"), str):
         search["storage"] = _from_folder(search["storage"], path.parent)
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    if given.keys() & {f"budget.{size}" for size in SIZES}:
-        kept = values.get("budget")
-        values["budget"] = {"search": kept["search"]} if isinstance(kept, dict) and "search" in kept else {}
+    given = {key: value for key, value in _dotted(overrides or {}) if value is not None}
+    if given.keys() & {f"budget.{size}" for size in SIZES} and isinstance(values.get("budget"), dict):
+        values["budget"] = {key: value for key, value in values["budget"].items() if key not in SIZES}
     allocation = values.get("allocation")
     if isinstance(allocation, dict):
         own = allocation.get("strategy", "one-shot")
@@ -423,9 +424,20 @@ def read_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     try:
         study = StudySettings.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        raise SettingsError(f"`{path}`: {_first_problem(error, StudySettings)}") from None
+        key = ".".join(_parts(error))
+        where = next((origin for given, origin in (origins or {}).items() if key.startswith(given)), path)
+        raise SettingsError(f"`{where}`: {_first_problem(error, StudySettings)}") from None
     study._base_dir = path.parent
     return study
+
+
+def _dotted(overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Overrides by dotted key, also where a whole section is given."""
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and key in _sections(StudySettings):
+            yield from ((f"{key}.{name}", each) for name, each in value.items())
+        else:
+            yield key, value
 
 
 def _from_folder(storage: str, folder: Path) -> str:
@@ -447,11 +459,15 @@ def _set(values: dict[Any, Any], dotted: str, value: Any, *, where: str) -> None
     values[last] = value
 
 
+def _parts(error: ValidationError) -> list[str]:
+    """Where the first problem is; pydantic's locations name members of unions, too."""
+    return [str(part) for part in error.errors()[0]["loc"] if not _UNION_MEMBER.match(str(part))]
+
+
 def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem in one line, by its dotted key; pydantic's own message is a page."""
-    first = error.errors()[0]
+    first, parts = error.errors()[0], _parts(error)
     kind, value = first["type"], first["input"]
-    parts = [str(part) for part in first["loc"] if not _UNION_MEMBER.match(str(part))]
     key = ".".join(parts) or model.__name__.removesuffix("Settings").lower()
     if kind == "extra_forbidden":
         return f"unknown key `{key}`; {_hint(parts, model)}"
@@ -464,26 +480,25 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _hint(parts: list[str], model: type[BaseModel]) -> str:
-    """What an unknown key may have been meant for: one that is alike here, or the same in another section."""
+    """What an unknown key may have been meant for: one that is alike here, or in another section."""
     *path, wrong = parts
-    section: Any = model
     for part in path:
-        section = section.model_fields[part].annotation
-    known = list(section.model_fields)
+        model = _sections(model)[part]
+    known = list(model.model_fields)
+    elsewhere = {
+        f"{section}.{name}": name for section, each in _sections(StudySettings).items() for name in each.model_fields
+    }
 
-    def alike(cutoff: float) -> list[str]:
-        return [".".join([*path, name]) for name in difflib.get_close_matches(wrong, known, n=1, cutoff=cutoff)]
+    def alike(names: Iterable[str], cutoff: float) -> list[str]:
+        return difflib.get_close_matches(wrong, names, n=1, cutoff=cutoff)
 
-    elsewhere = [key for key, name in _dotted_keys(model) if name == wrong]
-    meant = alike(0.75) or elsewhere or alike(0.55)
-    return f"did you mean `{'` or `'.join(dict.fromkeys(meant))}`?" if meant else f"known keys are {', '.join(known)}."
+    near = [".".join([*path, name]) for name in alike(known, 0.75)]
+    near = near or [key for key, name in elsewhere.items() if name in alike(elsewhere.values(), 0.75)]
+    near = near or [".".join([*path, name]) for name in alike(known, 0.55)]
+    return f"did you mean `{'` or `'.join(near)}`?" if near else f"known keys are {', '.join(known)}."
 
 
-def _dotted_keys(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Every dotted key of the model, with each name, present or old, of its last part."""
-    for name, field in model.model_fields.items():
-        section: Any = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from ((f"{name}.{key}", key) for key in section.model_fields)
-            yield from ((f"{name}.{new}", old) for old, new in RENAMED.get(section.__name__, {}).items())
-        yield name, name
+def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The settings that a model holds, by their key."""
+    kinds: dict[str, Any] = {name: field.annotation for name, field in model.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}

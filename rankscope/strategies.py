@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
 from rankscope.errors import ModelError, SettingsError, checked, did_you_mean, shown
 from rankscope.performance import PRIOR_POWER, prior_gains
-from rankscope.plugins import entry_points, load_entry_point
+from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
 
@@ -73,6 +74,10 @@ def allocate(
     >>> dict(allocate("uniform", targets=targets, budget=ParameterBudget(1024)).ranks)
     {'fc1': 4, 'fc2': 4}
     """
+    if isinstance(strategy, str) and ":" in strategy:
+        given: Any = {"targets": targets, "budget": budget, "profile": profile, "seed": seed, **options}
+        with user_function(strategy, Path(), gives="scores or gains", error=SettingsError) as own:
+            return allocate(own, min_rank=min_rank, max_rank=max_rank, **given)
     (name, function), budget = _find(strategy), ParameterBudget.of(budget)
     taken = list(inspect.signature(function).parameters)[1:]
     if unknown := sorted(set(options) - set(taken)):
@@ -187,3 +192,8 @@ def _check(option: str, value: Any, valid: bool, must: str) -> None:
 _ALL = (uniform, random, gradient_norm, sensitivity, activation, one_shot)
 STRATEGIES: Mapping[str, Strategy] = {function.__name__.replace("_", "-"): function for function in _ALL}
 NEEDS_PROFILE = frozenset(STRATEGIES) - {"uniform", "random"}
+
+
+def needs_profile(strategy: str) -> bool:
+    """Whether a strategy is given a profile: all are but `uniform` and `random`."""
+    return strategy in NEEDS_PROFILE or ":" in strategy or strategy in entry_points("strategies")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
 import rankscope as rs
 from rankscope.errors import SettingsError
@@ -61,7 +63,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
          "but got 'many'."),
         (MINIMAL + "training: {learning_rate: -1}", "`training.learning_rate`: input should be greater than 0, but got -1."),
         (MINIMAL + "trials: 3", "unknown key `trials`; did you mean `search.n_trials`?"),
-        (MINIMAL + "training: {margin: 3}", "unknown key `training.margin`; did you mean `controller.hysteresis` or `plan.margin`?"),
+        (MINIMAL + "training: {hysteresis: 3}", "unknown key `training.hysteresis`; did you mean `controller.hysteresis`?"),
         (MINIMAL + "max_rank: 3", "unknown key `max_rank`; did you mean `allocation.max_rank` or `controller.max_rank`?"),
         (MINIMAL + "seeds: 3", "unknown key `seeds`; did you mean `seed`?"),
         (MINIMAL + "base_dir: x", "unknown key `base_dir`; known keys are name, task, targets, budget, seed, profile, allocation, training, search, controller, compare, plan."),
@@ -179,17 +181,6 @@ def test_files_that_are_no_study(tmp_path: Path) -> None:
             read_study(path)
 
 
-def test_old_names_work_and_warn(tmp_path: Path) -> None:
-    old = "search: {trials: 7}\nprofile: {batches: 3}\ncontroller: {margin: 0.1}\ncompare: {tuning_seeds: 1}\n"
-    with pytest.warns(FutureWarning) as warned:
-        study = read_study(write(tmp_path, MINIMAL + old), {"search.seeds": 2})
-    assert (study.search.n_trials, study.search.n_seeds, study.profile.n_batches) == (7, 2, 3)
-    assert (study.controller.hysteresis, study.compare.n_tuning_seeds) == (0.1, 1)
-    assert any(str(each.message).startswith("`trials` is now `n_trials`") for each in warned)
-    with pytest.warns(FutureWarning, match="`mode` is now `rank_change`"):
-        assert rs.ControllerSettings(mode="mask").rank_change == "mask"
-
-
 def test_another_strategy_drops_the_options_of_the_file_s(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "allocation: {options: {concentration: 0.5}}\n")
     assert read_study(path, {"allocation.strategy": "one-shot"}).allocation.options == {"concentration": 0.5}
@@ -216,9 +207,46 @@ def test_overrides_of_settings_in_python() -> None:
     assert rs.TrainingSettings(steps=np.int64(3), learning_rate=np.float32(0.5)).steps == 3
 
 
-def test_an_old_and_a_new_name_for_one_key_are_told(tmp_path: Path) -> None:
-    message = "`trials` is the old name of `n_trials`, but both are given; drop `trials`."
-    with pytest.raises(SettingsError, match=re.escape(message)):
-        rs.SearchSettings(n_trials=5, trials=9)
-    with pytest.raises(SettingsError, match=re.escape(message[:-1])):
-        read_study(write(tmp_path, MINIMAL + "search: {n_trials: 5, trials: 9}\n"))
+def test_a_section_given_whole_is_merged(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "search: {n_trials: 7}\n")
+    search = read_study(path, {"search": {"fidelity": 0.5}}).search
+    assert (search.n_trials, search.fidelity) == (7, 0.5)
+
+
+def test_an_error_blames_what_gave_the_value(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "training: {steps: 3}\n")
+    origins = {"search.n_trials": "--trials"}
+    with pytest.raises(
+        SettingsError, match=r"^`--trials`: `search\.n_trials`: input should be greater than 0, but got 0\.$"
+    ):
+        read_study(path, {"search.n_trials": 0}, origins=origins)
+    write(tmp_path, MINIMAL + "training: {steps: 0}\n")
+    with pytest.raises(SettingsError, match=f"^`{re.escape(str(path))}`: `training.steps`: "):
+        read_study(path, {"search.n_trials": 1}, origins=origins)
+
+
+def test_settings_are_values(tmp_path: Path) -> None:
+    study = read_study(write(tmp_path, MINIMAL + "allocation: {options: {power: 1}}\ntargets: [q_proj]\n"))
+    again = rs.StudySettings(**study.model_dump())
+    assert study == again
+    assert hash(study) == hash(again)
+    assert study != read_study(write(tmp_path, MINIMAL))
+    assert hash(rs.TrainingSettings(scaling=2)) == hash(rs.TrainingSettings(scaling=2.0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "search:\n", "compare: {methods: uniform, budgets: 1, uniform_budgets: 2}\n", "training: {learning_rate: [0.1, 0.2]}\n",
+     "training: {learning_rate: 1}\n", "controller: {mode: on}\n", "profile: {n_batches: 1}\n", "training: 3\n", "compare: {methods: []}\n",
+     "search: {n_trails: 3}\n", "budget: {}\n", "budget: {parameters: 3, uniform_rank: 2}\n", "budget:\n", "budget: {parameters: 3}\n"],
+)  # fmt: skip
+def test_the_schema_takes_what_is_taken(text: str, tmp_path: Path) -> None:
+    lines = MINIMAL if "budget:" not in text.replace("budgets:", "") else "task: digits-shift\n"
+    path = write(tmp_path, lines + text)
+    try:
+        read_study(path)
+        taken = True
+    except SettingsError:
+        taken = False
+    values = yaml.safe_load(path.read_text().replace("mode: on", "mode: 'on'"))
+    assert Draft202012Validator(rs.StudySettings.model_json_schema()).is_valid(values) == taken

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
+import typer.core
 
 from rankscope import __version__
 from rankscope.errors import FileError, RankscopeError, SettingsError, TaskError, TrainingError, one_line
@@ -28,8 +29,26 @@ BUDGET = {"uniform_rank": "budget.uniform_rank", "parameters": "budget.parameter
 UNIFORM_RANK = typer.Option(None, help="Overrides `budget`: what uniform LoRA of this rank uses.")
 PARAMETERS = typer.Option(None, help="Overrides `budget`: adapter parameters.")
 
+UsageError: Any = typer.BadParameter.__base__  # typer's own, or click's where typer uses it
+
+
+class Commands(typer.core.TyperGroup):
+    """A mistyped command or option is one line, as any other error is."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command of the arguments, and exit with its status."""
+        try:
+            sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
+        except UsageError as error:
+            message = error.format_message()
+            help_ = "" if "\n" in message else f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+            sys.stderr.write(f"{message}\n" if "\n" in message else f"rankscope: {message}{help_}\n")
+            sys.exit(error.exit_code)
+
+
 app = typer.Typer(
     name="rankscope",
+    cls=Commands,
     help="Which LoRA rank where, for your parameter budget.",
     no_args_is_help=True,
     add_completion=False,
@@ -109,10 +128,15 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
         ) -> None:
             from rankscope.settings import read_study
 
-            given = {**{key: own.pop(flag) for flag, key in keys.items()}, "seed": seed}
-            flags = {key: value for key, value in given.items() if value or (value == 0 and value is not False)}
-            flags |= _parsed(sets)
-            settings = read_study(study, flags)  # a mistyped key is told before torch loads
+            named = [(key, f"--{flag.replace('_', '-')}", own.pop(flag)) for flag, key in keys.items()]
+            flags, origins = dict[str, Any](), dict[str, str]()
+            for key, origin, value in [*named, ("seed", "--seed", seed), *map(_parsed, sets)]:
+                if value is None or value is False or value == []:  # not given
+                    continue
+                if key in flags:
+                    raise SettingsError(f"`{key}` must be given once, but is by {origins[key]} and {origin}; drop one.")
+                flags[key], origins[key] = value, origin
+            settings = read_study(study, flags, origins=origins)  # a mistyped key is told before torch loads
             work = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
             session = work.Session(study, flags, settings, out or Path("out") / settings.name)
             getattr(work, f"run_{name}")(session, as_json=json, **own)
@@ -128,21 +152,17 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
     return register
 
 
-def _parsed(given: list[str]) -> dict[str, Any]:
-    """The values of `--set`, by key."""
+def _parsed(text: str) -> tuple[str, str, Any]:
+    """Key, origin and value of a `--set`."""
     from rankscope.files import parse_yaml
 
-    values = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        values[key] = parse_yaml(value, where=f"`--set {text}`", what="a value")
-        if not (key and equals):
-            raise SettingsError(f"`--set` must be KEY=VALUE, as in search.fidelity=0.5, but got {text!r}.")
-        if values[key] is None:
-            raise SettingsError(
-                f"`--set` must give `{key}` a value, but got {text!r}; for its default, leave the key out."
-            )
-    return values
+    key, equals, given = text.partition("=")
+    value = parse_yaml(given, where=f"`--set {text}`", what="a value")
+    if not (key and equals):
+        raise SettingsError(f"`--set` must be KEY=VALUE, as in search.fidelity=0.5, but got {text!r}.")
+    if value is None:
+        raise SettingsError(f"`--set` must give `{key}` a value, but got {text!r}; for its default, leave the key out.")
+    return key, f"--set {key}", value
 
 
 def _print_version(value: bool) -> None:
@@ -262,8 +282,9 @@ def _init(
 
     if template not in ("digits", "supersense"):
         raise SettingsError(f"`template` must be digits or supersense, but got {template!r}.")
+    name = name.removesuffix(".yaml")
     source, path = packaged(f"studies/{template}.yaml"), Path(f"{name}.yaml")
-    read_study(source, {"name": name})  # which checks the name
+    read_study(source, {"name": name}, origins={"name": "NAME"})  # which checks the name
     if path.exists():
         raise FileError(f"`{path}` must not exist yet, but does; choose another name.")
     text = source.read_text(encoding="utf-8").replace(f"name: {template}", f"name: {name}")

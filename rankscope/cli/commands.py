@@ -27,7 +27,7 @@ from rankscope.files import read_json, remove_others, replacing, require_same, w
 from rankscope.lora import save_lora_config
 from rankscope.performance import PerformanceModel
 from rankscope.searching import Interval, SearchResult, Trial
-from rankscope.strategies import NEEDS_PROFILE
+from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
 from rankscope.training import Lora
 
@@ -84,7 +84,7 @@ def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
         raise SettingsError(f"`{session.allocation_path}` {what}; pass --force, or use another --out.")
     uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
     allocation = session.one_shot()
-    shown = [uniform, allocation] if allocation.strategy != "uniform" else [uniform]
+    shown = [allocation] if allocation == uniform else [uniform, allocation]
     files = _export(session, allocation, shown, command="allocate")
     if as_json:
         print_json({"study": session.study.name, **_allocation_summary(allocation)}, files)
@@ -97,6 +97,8 @@ def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
             for a in shown
         ],
     )  # fmt: skip
+    if allocation == uniform and allocation.strategy != "uniform":
+        print_line(f"{allocation.strategy} gives every module the rank that uniform gives it")
     print_files(files)
 
 
@@ -365,7 +367,7 @@ def _is_controlled(session: Session, allocation: RankAllocation) -> bool:
     mode = session.study.controller.mode
     if mode != "auto":
         return mode == "on"
-    placed = allocation.strategy in {*NEEDS_PROFILE, SEARCHED}
+    placed = allocation.strategy == SEARCHED or needs_profile(allocation.strategy)
     mode, why = ("off", "rest on gradients already") if placed else ("on", "rest on no gradient yet")
     stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
     return not placed

@@ -24,12 +24,13 @@ from rich.table import Table
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.distributed import require_one_process
-from rankscope.errors import FileError
-from rankscope.files import FORMAT, digest, require_same
+from rankscope.errors import FileError, SettingsError
+from rankscope.files import FORMAT, digest, digest_source, require_same
 from rankscope.plotting import save_figure
+from rankscope.plugins import user_function
 from rankscope.profiling import Profile, read_profile
-from rankscope.settings import BudgetSettings, StudySettings, read_study
-from rankscope.strategies import NEEDS_PROFILE, allocate
+from rankscope.settings import BudgetSettings, Settings, StudySettings, read_study
+from rankscope.strategies import allocate, needs_profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
 
@@ -122,7 +123,14 @@ class Session:
         """Raise a FileError if the output at `path`, made as `kept` says, would be another from the study as it is now."""
         made_by = kept.get("made_by") or {}
         terms = self._terms(made_by.get("command", command), made_by.get("flags", {}))
-        require_same(kept.get("made_from", {}), terms, what=f"`{path}`", remedy=remedy)
+        require_same(self._filled(kept), terms, what=f"`{path}`", remedy=remedy)
+
+    def _filled(self, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """What an output was made from; settings that came later have their defaults, so that it stays good."""
+        return {
+            key: section.filled(value) if isinstance(section := getattr(self.study, key, None), Settings) else value
+            for key, value in dict(kept.get("made_from", {})).items()
+        }
 
     def _terms(self, command: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         """What an output depends on, if `command` makes it with `flags`."""
@@ -136,9 +144,14 @@ class Session:
             terms |= {"training": study.training.terms(), "search": study.search.terms()}
         else:
             terms |= {"strategy": allocation.strategy, "options": allocation.options}
-        if command == "search" or allocation.strategy in NEEDS_PROFILE:
-            made_by = self._stored_profile.metadata.get("made_by") if self._stored_profile else None
-            terms["profile"] = digest(self._terms("profile", made_by["flags"] if made_by else {}))
+        if command != "search" and ":" in allocation.strategy:
+            spec, base = allocation.strategy, self.study.base_dir
+            with user_function(spec, base, gives="scores or gains", error=SettingsError) as function:
+                terms["strategy's code"] = digest_source(function)
+        if command == "search" or needs_profile(allocation.strategy):
+            kept = self._stored_profile.metadata if self._stored_profile else {}
+            now = self._terms("profile", (kept.get("made_by") or {}).get("flags", {}))
+            terms["profile"] = digest(kept["made_from"] if self._filled(kept) == now else now)
         return terms
 
     @cached_property
@@ -178,11 +191,12 @@ class Session:
         """The study's one-shot allocation, or that of another strategy."""
         section = self.study.allocation
         name = strategy or section.strategy
+        own = name.partition(":")[0].endswith(".py")  # a file, from the study's folder on
         return allocate(
-            name,
+            str(self.study.base_dir.absolute() / name) if own else name,
             targets=self.targets,
             budget=self.budget,
-            profile=self.profile if name in NEEDS_PROFILE else None,
+            profile=self.profile if needs_profile(name) else None,
             seed=self.study.seed,
             min_rank=section.min_rank,
             max_rank=section.max_rank,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -363,13 +365,17 @@ class Contender:
         return self._from_function(targets=targets, budget=budget, profile=profile)
 
     def _from_function(self, *, budget: ParameterBudget, **terms: Any) -> Method:
-        """What a user's function gives, as a method."""
-        if isinstance(self.source, str):
-            gives = "an allocation or a method"
-            with user_function(self.source, self.base_dir, gives=gives, error=SettingsError) as function:
-                found: Any = function(budget=budget, **terms)
-        else:
-            found = cast(Any, self.source)(budget=budget, **terms)
+        """What a user's function gives, as a method; a strategy's gains or scores are spent."""
+        source, gives = self.source, "an allocation or a method"
+        loaded: Any = nullcontext(source)
+        if isinstance(source, str):
+            loaded = user_function(source, self.base_dir, gives=gives, error=SettingsError)
+        with loaded as function:
+            try:
+                inspect.signature(function).bind(budget=budget, **terms)
+            except TypeError:  # a strategy, which takes a `Request`
+                function = partial(allocate, function, seed=self.seed)
+            found: Any = function(budget=budget, **terms)
         if isinstance(found, RankAllocation):
             return Lora(replace(found, strategy=self.name.rpartition(":")[2], budget=budget.limit))
         if isinstance(found, Method):

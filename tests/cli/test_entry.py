@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rankscope.cli import app
+from rankscope.settings import read_study
 
 HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib scipy pyarrow numpy".split()  # noqa: SIM905
 
@@ -52,10 +53,32 @@ except SystemExit as done:
         (["compare", "a.yaml", "--method", "eva"], "No such option: --method (Possible options: --methods"),
     ],
 )
-def test_the_nearest_word_is_named(arguments: list[str], hint: str) -> None:
+def test_the_nearest_word_is_named_on_one_line(arguments: list[str], hint: str) -> None:
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert hint in " ".join(result.stderr.split())
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"rankscope: {hint}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--trials", "0"], "`--trials`: `search.n_trials`: input should be greater than 0, but got 0."),
+        (["--trials", "3", "--set", "search.n_trials=4"],
+         "`search.n_trials` must be given once, but is by --trials and --set search.n_trials; drop one."),
+        (["--set", "search={n_trails: 4}"], "`--set search`: unknown key `search.n_trails`; did you mean `search.n_trials`?"),
+    ],
+)  # fmt: skip
+def test_a_flag_is_blamed_for_what_it_gives(flags: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["search", "studies/digits.yaml", *flags])
+    assert (result.exit_code, result.stderr) == (2, f"rankscope: {message}\n")
+
+
+def test_init_writes_a_study_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["init", "mine.yaml"]).exit_code == 0
+    assert read_study("mine.yaml").name == "mine"
+    result = CliRunner().invoke(app, ["init", "../x"])
+    assert result.stderr.startswith("rankscope: `NAME`: `name`: must be fit to name a folder")
 
 
 TALKS = """

@@ -142,8 +142,14 @@ def test_plain_values_are_taken_where_they_can_mean_one_thing(tmp_path: Path) ->
     assert (len(found.trials), (tmp_path / "a.db").exists()) == (1, True)
     compared = rs.compare(TASK, "uniform", budget=14, targets=TARGETS, training={"steps": 1}, seeds=[0])
     assert set(compared.runs["method"]) == {"uniform"}
+    compared = rs.compare(TASK, [even], budget=14, targets=TARGETS, profile=profile(), training=SHORT, seeds=[0])
+    assert dict(zip(compared.runs["method"], compared.runs["ranks"], strict=True))["even"] == '{"0": 1, "2": 1}'
     _, trained = rs.train("digits-shift", digits(), {"steps": 1, "learning_rate": 0.01}, controller={"mode": "off"})
     assert trained.decisions is None
+
+
+def even(request: Any) -> dict[str, float]:
+    return {target.name: float(target.rank_cost) for target in request.targets}
 
 
 def digits() -> rs.RankAllocation:

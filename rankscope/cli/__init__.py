@@ -35,15 +35,19 @@ UsageError: Any = typer.BadParameter.__base__  # typer's own, or click's where t
 class Commands(typer.core.TyperGroup):
     """A mistyped command or option is one line, as any other error is."""
 
-    def main(self, *args: Any, **options: Any) -> Any:
-        """Run the command of the arguments, and exit with its status."""
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run the command of the arguments; exit with its status, unless not `standalone_mode`."""
         try:
-            sys.exit(super().main(*args, **{**options, "standalone_mode": False}))
+            status = super().main(*args, **{**options, "standalone_mode": False})
         except UsageError as error:
-            message = error.format_message()
-            help_ = "" if "\n" in message else f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
-            sys.stderr.write(f"{message}\n" if "\n" in message else f"rankscope: {message}{help_}\n")
-            sys.exit(error.exit_code)
+            if not standalone_mode:
+                raise
+            text, about = error.format_message(), f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+            sys.stderr.write(f"{text}\n" if "\n" in text else f"rankscope: {text}{about}\n")  # or a page of help
+            status = error.exit_code
+        if standalone_mode:
+            sys.exit(status)
+        return status
 
 
 app = typer.Typer(
@@ -162,7 +166,7 @@ def _parsed(text: str) -> tuple[str, str, Any]:
         raise SettingsError(f"`--set` must be KEY=VALUE, as in search.fidelity=0.5, but got {text!r}.")
     if value is None:
         raise SettingsError(f"`--set` must give `{key}` a value, but got {text!r}; for its default, leave the key out.")
-    return key, f"--set {key}", value
+    return key, "--set", value
 
 
 def _print_version(value: bool) -> None:

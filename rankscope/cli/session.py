@@ -127,8 +127,9 @@ class Session:
 
     def _filled(self, kept: Mapping[str, Any]) -> dict[str, Any]:
         """What an output was made from; settings that came later have their defaults, so that it stays good."""
+        sections = {key: each for key, each in dict(self.study).items() if isinstance(each, Settings)}
         return {
-            key: section.filled(value) if isinstance(section := getattr(self.study, key, None), Settings) else value
+            key: sections[key].filled(value) if key in sections and isinstance(value, Mapping) else value
             for key, value in dict(kept.get("made_from", {})).items()
         }
 

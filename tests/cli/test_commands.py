@@ -136,6 +136,28 @@ def test_budget_plans_and_writes_a_study(folder: Path) -> None:
     )
 
 
+def test_a_strategy_in_a_file_and_an_older_profile(folder: Path, tmp_path: Path) -> None:
+    """A profile made before a setting came stays good; equal ranks are told in words."""
+    study, out = tmp_path / "own.yaml", tmp_path / "out"
+    study.write_text(STUDY + "allocation: {strategy: 'own.py:even'}\n")
+    (tmp_path / "own.py").write_text("def even(request):\n    return {t.name: t.rank_cost for t in request.targets}\n")
+    assert invoke("profile", study, "--out", out)[0] == 0
+    profile = rs.read_profile(out / "profile.parquet")
+    made_from = profile.metadata["made_from"]
+    older = {key: value for key, value in made_from["profile"].items() if key != "max_skipped"}
+    metadata = {**profile.metadata, "made_from": {**made_from, "profile": older}}
+    rs.Profile(profile.table, metadata).to_parquet(out / "profile.parquet")
+    status, text, errors = invoke("allocate", study, "--out", out)
+    assert (status, errors) == (0, "")
+    assert "even gives every module the rank that uniform gives it" in text
+    assert "uniform │" not in text
+    assert invoke("train", study, "--out", out)[0] == 0
+    (tmp_path / "own.py").write_text("def even(request):\n    return {t.name: 1 for t in request.targets}\n")
+    status, _, errors = invoke("train", study, "--out", out)
+    assert status == 2
+    assert errors.startswith(f"rankscope: `{out}/allocation.json` must be about the present strategy's code (")
+
+
 def test_compare_resumes_and_reports(folder: Path) -> None:
     study, out = folder / "compared.yaml", folder / "compared"
     study.write_text(STUDY + "compare: {methods: [one-shot, head], n_seeds: 3, n_tuning_seeds: 1}\n")
@@ -449,9 +471,9 @@ def test_truncated_profile_and_study_of_another_task(folder: Path, tmp_path: Pat
          "study `short` must be about trial_steps 2, but its trials are about 4; use another study name or storage."),
         (["--set", "search.pruner=median"],
          "`evaluate_every` must be below the 4 steps of a trial, for a pruner to judge by, but is None; lower it, or prune nothing."),
-        (["--set", "search.confirm_fraction=1.0"], "`{study}`: `search.confirm_fraction`: input should be less than 1, but got 1.0."),
+        (["--set", "search.confirm_fraction=1.0"], "`--set`: `search.confirm_fraction`: input should be less than 1, but got 1.0."),
         (["--set", "search.pruner=best"],
-         "`{study}`: `search.pruner`: input should be 'none', 'median' or 'hyperband', but got 'best'."),
+         "`--set`: `search.pruner`: input should be 'none', 'median' or 'hyperband', but got 'best'."),
     ],
 )  # fmt: skip
 def test_bad_input_of_a_search(flags: list[str], message: str, folder: Path) -> None:

@@ -64,8 +64,8 @@ def test_the_nearest_word_is_named_on_one_line(arguments: list[str], hint: str) 
     [
         (["--trials", "0"], "`--trials`: `search.n_trials`: input should be greater than 0, but got 0."),
         (["--trials", "3", "--set", "search.n_trials=4"],
-         "`search.n_trials` must be given once, but is by --trials and --set search.n_trials; drop one."),
-        (["--set", "search={n_trails: 4}"], "`--set search`: unknown key `search.n_trails`; did you mean `search.n_trials`?"),
+         "`search.n_trials` must be given once, but is by --trials and --set; drop one."),
+        (["--set", "search={n_trails: 4}"], "`--set`: unknown key `search.n_trails`; did you mean `search.n_trials`?"),
     ],
 )  # fmt: skip
 def test_a_flag_is_blamed_for_what_it_gives(flags: list[str], message: str) -> None:

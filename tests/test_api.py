@@ -16,6 +16,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.errors import RankscopeError, TaskError
+from rankscope.searching import STUDY_KEY
 from rankscope.training.loop import _body_and_head
 
 WRONG: list[Any] = [
@@ -140,6 +141,12 @@ def test_plain_values_are_taken_where_they_can_mean_one_thing(tmp_path: Path) ->
         storage=tmp_path / "a.db",
     )  # fmt: skip
     assert (len(found.trials), (tmp_path / "a.db").exists()) == (1, True)
+    about = found.study.user_attrs[STUDY_KEY]
+    older = {key: value for key, value in about["training"].items() if key != "lora_dropout"}
+    found.study.set_user_attr(STUDY_KEY, {**about, "training": older})  # as before there was such a setting
+    rs.search(
+        TASK, budget=14, profile=profile(), n_trials=1, confirm_fraction=0.0, training=SHORT, storage=tmp_path / "a.db"
+    )
     compared = rs.compare(TASK, "uniform", budget=14, targets=TARGETS, training={"steps": 1}, seeds=[0])
     assert set(compared.runs["method"]) == {"uniform"}
     compared = rs.compare(TASK, [even], budget=14, targets=TARGETS, profile=profile(), training=SHORT, seeds=[0])

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError, checked
 from rankscope.files import require_same
+from rankscope.settings import TrainingSettings
 from rankscope.targets import TargetModule
 
 STUDY_KEY = "rankscope"  # study attribute: what the search is about
@@ -92,6 +93,8 @@ def open_study(name: str, storage: str | optuna.storages.BaseStorage | None, abo
         study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     what, remedy = f"study `{name}`", "use another study name or storage."
     if kept := study.user_attrs.get(STUDY_KEY):
+        if "training" in kept:
+            kept = {**kept, "training": TrainingSettings.filled(kept["training"])}
         require_same(kept, about, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
     elif study.get_trials(deepcopy=False):
         raise SettingsError(f"{what} must be rankscope's, but holds foreign trials; {remedy}")

@@ -18,14 +18,12 @@ import yaml
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
-from rankscope.budget import RankLimits
 from rankscope.cli.session import Session, finite, print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
 from rankscope.errors import FileError, SettingsError
-from rankscope.files import read_json, remove_others, replacing, require_same, write_json
+from rankscope.files import read_json, remove_others, replacing, write_json
 from rankscope.lora import save_lora_config
-from rankscope.performance import PerformanceModel
 from rankscope.searching import Interval, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
@@ -290,7 +288,7 @@ def run_train(
     ranks = _read_allocation(session, allocation)
     methods = [Lora(ranks)]
     if _is_controlled(session, ranks):
-        methods = [Lora(ranks, session.study.controller, performance_model=_belief(session))]
+        methods = [Lora(ranks, session.study.controller)]
     if baseline:
         uniform = session.one_shot("uniform")
         _require_equal(ranks, uniform)
@@ -371,21 +369,6 @@ def _is_controlled(session: Session, allocation: RankAllocation) -> bool:
     mode, why = ("off", "rest on gradients already") if placed else ("on", "rest on no gradient yet")
     stderr.print(f"controller {mode}: the ranks of `{allocation.strategy}` {why}", soft_wrap=True)
     return not placed
-
-
-def _belief(session: Session) -> PerformanceModel | None:
-    """What this study's search believes; None without a search, and where it is not to be trusted."""
-    if not session.has_search:
-        return None
-    study = searching.load_study(session.study_name, session.storage)
-    facts = {"model" if key == "targets" else key: each for key, each in session.facts.items()}
-    facts["budget"] = session.budget.limit
-    kept = {key: study.user_attrs[searching.STUDY_KEY].get(key) for key in facts}
-    what, remedy = f"study `{study.study_name}`", "search again, or use another output folder."
-    require_same(kept, facts, what=what, remedy=remedy, holds="its trials are", error=SettingsError)
-    limits = RankLimits(session.study.allocation.min_rank, session.study.allocation.max_rank)
-    space = searching.make_space(session.profile, session.targets, session.budget, session.study.search, limits)
-    return searching.PerformanceModelSampler(space).believed(study)
 
 
 def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:

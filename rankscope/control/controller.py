@@ -26,7 +26,7 @@ from rankscope.control.signals import GradientWindow, Signals
 from rankscope.distributed import gathered
 from rankscope.errors import ModelError, SettingsError, checked, one_line
 from rankscope.lora import RankMasks, unwrap_optimizer
-from rankscope.performance import PerformanceModel, prior_gains
+from rankscope.performance import prior_gains
 from rankscope.settings import ControllerSettings
 from rankscope.targets import fingerprint_targets
 
@@ -63,7 +63,6 @@ class RankController:
             ranks: for those that start at rank 0, pass `start` or use `apply_allocation(..., dormant=True)`.
         optimizer: The one that trains the adapter, also as accelerate wraps it.
         start: Initial ranks: an allocation, or the name of a strategy that needs no profile. None: those of the model.
-        performance_model: A study's, that says what the present gradient's ranks are worth. None: their energy.
         scaler: The `torch.amp.GradScaler` that scales the loss; accelerate's is found on the optimizer.
 
     Raises:
@@ -95,7 +94,6 @@ class RankController:
         settings: ControllerSettings | Mapping[str, Any] | None = None,
         total_steps: int = 1000,
         start: RankAllocation | str | None = None,
-        performance_model: PerformanceModel | None = None,
         scaler: Any = None,
         **overrides: Any,
     ) -> None:
@@ -105,9 +103,6 @@ class RankController:
         self._budget, self._seed = (budget := ParameterBudget.of(budget)), settings.seed
         self._ranks = LiveRanks(model, optimizer, settings)
         begin = self._ranks.initial(start, budget)
-        self._model = performance_model
-        if performance_model and {target.name for target in performance_model.features.targets} != set(begin.ranks):
-            raise ModelError("`performance_model` must be of the adapted modules, but is of others; fit it on these.")
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
             raise SettingsError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
@@ -328,12 +323,9 @@ class RankController:
         )
 
     def _valued(self, signals: Sequence[ModuleSignals]) -> list[ModuleSignals]:
-        """The signals, with ranks worth what the performance model says: a study's, or the prior."""
-        energies = {s.target.name: np.array(s.worth) for s in signals}
-        worth = (
-            self._model.utilities(energies) if self._model else prior_gains({n: e**0.5 for n, e in energies.items()})
-        )
-        return [replace(s, worth=(*worth[s.target.name].tolist(), *[0.0] * s.rank)) for s in signals]
+        """The signals, with ranks worth what one-shot takes them to be worth."""
+        worth = prior_gains({s.target.name: np.sqrt(s.worth) for s in signals})
+        return [replace(s, worth=tuple(worth[s.target.name].tolist())) for s in signals]
 
     def _mean_losses(self) -> list[float]:
         """Of the losses given since the last decision, each the mean over all processes."""

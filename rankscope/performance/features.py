@@ -72,11 +72,6 @@ class RankFeatures:
         total = np.minimum.accumulate(np.maximum(total, 0.0), axis=1)
         return {target.name: total[i, : target.full_rank] for i, target in enumerate(self.targets)}
 
-    def of_gradient(self, gains: Mapping[str, ArrayLike]) -> RankFeatures:
-        """These features with other gradient energies sigma^2 in place of the profile's; modules not in `gains` have none."""
-        known = {target.name: gains.get(target.name, ()) for target in self.targets}
-        return replace(self, curves={**self.curves, **_captured(self.targets, known, self.curves["log"].shape[1] - 1)})
-
     def without(self, *levels: str) -> RankFeatures:
         """The features of all other levels."""
         kept = [place for place, level in enumerate(self.levels) if level not in levels]

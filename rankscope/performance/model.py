@@ -139,13 +139,9 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         mean, deviation = self._fitted.predict(np.eye(len(names), len(self._fitted.coef_)), return_std=True)
         return pd.DataFrame({"name": names, "level": levels, "mean": mean, "std": deviation})
 
-    def utilities(self, gains: Mapping[str, ArrayLike] | None = None) -> dict[str, Floats]:
-        """Posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling.
-
-        `gains`, the energies sigma^2 of the present gradient's ranks by module name, take the place of the profile's.
-        """
-        features = self.features if gains is None else self.features.of_gradient(gains)
-        return features.gains(self._fitted.coef_[: len(features.names)])
+    def utilities(self) -> dict[str, Floats]:
+        """Posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""
+        return self._read(self._fitted.coef_)[0]
 
     def sample(self, rng: np.random.Generator) -> tuple[dict[str, Floats], Any]:
         """One posterior draw of the utilities, and the condition that is best in it."""

@@ -16,7 +16,6 @@ from rankscope.budget import ParameterBudget
 from rankscope.control import RankController, schedule_of
 from rankscope.errors import ModelError, TrainingError
 from rankscope.lora import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_config, wrap_with_eva
-from rankscope.performance import PerformanceModel
 from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.targets import TargetModule
 from rankscope.tasks import Task
@@ -80,7 +79,6 @@ class Lora(Method):
     allocation: RankAllocation
     controller: ControllerSettings | None = None
     rank_stabilised: bool = False
-    performance_model: PerformanceModel | None = None  # says what the controller takes ranks to be worth
 
     @property
     def name(self) -> str:
@@ -107,8 +105,9 @@ class Lora(Method):
         if self.controller is None:
             return Running(lambda: self.allocation)
         budget = ParameterBudget(self.allocation.budget or self.allocation.parameters)
-        options: Any = {"total_steps": settings.steps, "performance_model": self.performance_model, "seed": seed}
-        return RankController(model, optimizer, budget=budget, settings=self.controller, **options)
+        return RankController(
+            model, optimizer, budget=budget, settings=self.controller, total_steps=settings.steps, seed=seed
+        )
 
 
 @dataclass(frozen=True, slots=True)

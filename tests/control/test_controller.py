@@ -239,40 +239,6 @@ def test_decisions_are_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "decisions.parquet"]
 
 
-# --- the performance model -----------------------------------------------------------------------------------------
-
-
-def believing(model: PeftModel, slope: float) -> rs.PerformanceModel:
-    """A model to which first and second layer matter by `slope`, negative or positive, and the others not."""
-    targets = rs.find_targets(model, LAYERS)
-    gains = {target.name: np.ones(target.full_rank) for target in targets}
-    features = rs.rank_features(targets, rs.ParameterBudget(BUDGET), gains=gains)
-    rng = np.random.default_rng(0)
-    ranks = rng.integers(0, 5, (80, 4))
-    y = slope * np.log1p(ranks[:, :2]).sum(axis=1) - slope * np.log1p(ranks[:, 2:]).sum(axis=1)
-    return rs.PerformanceModel(features).fit(ranks, y + rng.normal(0.0, 0.01, 80))
-
-
-def test_the_studys_model_says_what_ranks_are_worth() -> None:
-    for slope in (1.0, -1.0):
-        model = net()
-        optimizer = adamw(model)
-        controller = control(model, optimizer, performance_model=believing(model, slope))
-        run(model, optimizer, controller, range(TOTAL))
-        early, late = np.split(np.array(controller.allocation.vector), 2)
-        assert (early.sum() > late.sum()) == (slope > 0)
-        assert controller.decisions["action"].iloc[0] == "moved"
-
-
-def test_a_model_of_other_modules_is_refused() -> None:
-    model = net()
-    targets = [rs.TargetModule(name="other", in_features=8, out_features=8)]
-    stranger = rs.PerformanceModel(rs.rank_features(targets, rs.ParameterBudget(64))).fit([[1], [2]], [0.0, 1.0])
-    message = "`performance_model` must be of the adapted modules, but is of others; fit it on these."
-    with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
-        control(model, adamw(model), performance_model=stranger)
-
-
 # --- starts and masks ----------------------------------------------------------------------------------------------
 
 

@@ -86,19 +86,6 @@ def test_profile_terms_follow_the_spectrum(digits_profile: rs.Profile, digits_bu
     assert solved == one_shot
 
 
-def test_another_gradient_takes_the_profiles_place(ranks: np.ndarray) -> None:
-    rng = np.random.default_rng(0)
-    taken, present = ({t.name: np.sort(rng.exponential(size=16))[::-1] for t in TARGETS} for _ in range(2))
-    features = rank_features(TARGETS, BUDGET, gains=taken)
-    model = PerformanceModel(features).fit(ranks, worth(ranks))
-    of_present = rank_features(TARGETS, BUDGET, gains=present).gains(model.regressor_.coef_[: len(features.names)])
-    for gains, expected in ((taken, model.utilities()), (present, of_present)):
-        found = model.utilities(gains)
-        assert all(np.array_equal(found[t.name], expected[t.name]) for t in TARGETS)
-    unseen = model.utilities({TARGETS[0].name: present[TARGETS[0].name]})  # the others have no gradient
-    assert all(np.isfinite(values).all() for values in unseen.values())
-
-
 def test_it_ranks_allocations_it_has_not_seen(model: PerformanceModel) -> None:
     new = np.array([rs.allocate("random", targets=TARGETS, budget=BUDGET, seed=s).vector for s in range(500, 600)])
     assert model.score(new, worth(new)) > 0.95

@@ -75,7 +75,8 @@ def train(
     task, settings = load_task(task), TrainingSettings.of(settings, **overrides)
     if isinstance(method, RankAllocation):
         moving = None if controller is None else ControllerSettings.of(controller)
-        method = Lora(method, None if moving and moving.mode == "off" else moving)
+        off = moving is not None and "mode" in moving.model_fields_set and moving.mode == "off"  # said, not by default
+        method = Lora(method, None if off else moving)
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     method.check(task, settings)

@@ -81,7 +81,7 @@ def checked(public: F) -> F:
     def checking(*args: Any, **kwargs: Any) -> Any:
         hints = _type_hints(public)
         for name, value in {**dict(zip(parameters, args, strict=False)), **kwargs}.items():
-            if name in hints and not _fits(value, hints[name]):
+            if name in hints and not fits(value, hints[name]):
                 hint = parameters[name].annotation
                 gives = [f"`rankscope.{giver}` gives it" for kind, giver in _GIVEN_BY.items() if kind in hint]
                 remedy = gives[0] if gives else f"see `help(rankscope.{public.__qualname__.removesuffix('.__init__')})`"
@@ -91,13 +91,13 @@ def checked(public: F) -> F:
     return checking  # type: ignore[return-value]
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a type, and its elements are of theirs; a protocol takes anything."""
     if type(value) is hint:
         return True
     kind, parts, held = get_origin(hint) or hint, get_args(hint), value
     if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if kind in _NUMBERS:
         return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
     if kind is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
@@ -105,6 +105,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if not isinstance(value, kind) or (parts and isinstance(value, str | bytes)):  # a text is no list of letters
         return False
     if kind is Mapping:
-        return all(_fits(key, parts[0]) and _fits(each, parts[1]) for key, each in held.items())
+        return all(fits(key, parts[0]) and fits(each, parts[1]) for key, each in held.items())
     looked_into = kind in (Iterable, Sequence, tuple) and parts[0] is not Any and not isinstance(value, Iterator)
-    return not looked_into or all(_fits(each, parts[0]) for each in held)
+    return not looked_into or all(fits(each, parts[0]) for each in held)

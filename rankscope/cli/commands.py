@@ -78,8 +78,8 @@ def run_profile(session: Session, *, as_json: bool) -> None:
 def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
     """`rankscope allocate`."""
     if not force and _is_recommended(session.allocation_path):
-        what = "holds what a search recommended, which `allocate` would replace"
-        raise SettingsError(f"`{session.allocation_path}` {what}; pass --force, or use another --out.")
+        held = f"`{session.allocation_path}` holds what a search recommended, which `allocate` would replace"
+        raise SettingsError(f"{held}; pass --force, or use another --out.")
     uniform = session.one_shot("uniform")  # first: it needs no profile, and an infeasible budget shows at once
     allocation = session.one_shot()
     shown = [allocation] if allocation == uniform else [uniform, allocation]
@@ -161,7 +161,7 @@ def _search(session: Session) -> SearchResult:
             training=session.study.training,
             min_rank=bounds.min_rank,
             max_rank=bounds.max_rank,
-            on_progress=lambda stage, done, total: update(description=stage, completed=done, total=total),
+            on_progress=lambda stage, done, total: update(done, total, stage),
             storage=session.storage,
             study_name=session.study_name,
             seed=session.study.seed if settings.seed is None else settings.seed,
@@ -294,14 +294,14 @@ def run_train(
         _require_equal(ranks, uniform)
         static = dict.fromkeys([Lora(uniform), Lora(ranks)])
         methods = [*(method for method in static if method != methods[0]), *methods]
-    with progress("training") as update:
+    with progress("training") as on_run:
         groups = comparison.run_tuned(
             session.task,
             [comparison.make_grid(method, session.study.training) for method in methods],
             seeds=_reported_seeds(session, seeds),
             n_jobs=jobs,
             save_first_to=session.out / "adapter",
-            on_run=lambda done, total: update(completed=done, total=total),
+            on_run=on_run,
         )
     reported = [[run for run in runs if run.role == comparison.REPORTED] for runs in groups]
     files = [session.out / "adapter", *_decisions(session, reported[-1][0].decisions)]
@@ -387,7 +387,7 @@ def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
 def run_budget(session: Session, *, as_json: bool) -> None:
     """`rankscope budget`."""
     study, settings = session.study, session.study.plan
-    with progress("planning") as update:
+    with progress("planning") as on_run:
         plan = comparison.plan_budget(
             session.task,
             targets=session.targets,
@@ -396,7 +396,7 @@ def run_budget(session: Session, *, as_json: bool) -> None:
             training=study.training,
             settings=settings,
             kept_in=session.out / "runs",
-            on_run=lambda done, total: update(completed=done, total=total),
+            on_run=on_run,
         )
     table, found = plan.table(), plan.assessment
     runs = comparison.Comparison(plan.all_runs().assign(study=study.name), {})
@@ -434,19 +434,17 @@ def _write_study(session: Session, budget: int) -> Path:
     base, folder = session.study.base_dir, session.out
 
     def moved(value: Any) -> Any:
-        if isinstance(value, dict | list):
-            return (
-                {key: moved(each) for key, each in value.items()}
-                if isinstance(value, dict)
-                else list(map(moved, value))
-            )
+        if isinstance(value, dict):
+            return {key: moved(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [moved(each) for each in value]
         if isinstance(value, str) and "." in value and (base / value.partition(":")[0]).is_file():
             return os.path.relpath(base / value, folder)
         return value
 
     path = folder / "recommended.yaml"
     with replacing(path) as temporary:
-        text = yaml.safe_dump({key: moved(each) for key, each in values.items()}, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(moved(values), sort_keys=False, allow_unicode=True)
         temporary.write_text(f"# By `rankscope budget {session.arguments}`.\n{text}", encoding="utf-8")
     return path
 
@@ -470,7 +468,7 @@ def run_compare(session: Session, *, as_json: bool) -> None:
     methods = comparison.find_methods(
         settings.methods, seed=seeds[0], controller=study.controller, searched=searched, base_dir=study.base_dir
     )
-    with progress("comparing") as update:
+    with progress("comparing") as on_run:
         found = comparison.compare(
             session.task,
             methods,
@@ -481,7 +479,7 @@ def run_compare(session: Session, *, as_json: bool) -> None:
             training=study.training,
             settings=settings,
             kept_in=session.out / "runs",
-            on_run=lambda done, total: update(completed=done, total=total),
+            on_run=on_run,
         )
     found.runs["study"] = study.name
     table, command = comparison.summarise(found.runs), f"rankscope compare {session.path}"

@@ -180,8 +180,8 @@ class Session:
                 budget=self.budget,
                 **dict(self.study.profile),
                 seed=self.study.seed,
-                on_start=lambda n: update(total=n),
-                on_batch=lambda index, _loss: update(completed=index + 1),
+                on_start=lambda n: update(0, n),
+                on_batch=lambda index, _loss: update(index + 1, None),
             )
         taken = replace(taken, metadata={**taken.metadata, **self.provenance("profile")})
         taken.to_parquet(self.profile_path)
@@ -219,11 +219,11 @@ def _quiet_libraries() -> None:
 
 @contextmanager
 def progress(description: str) -> Iterator[Any]:
-    """A progress bar on stderr, as a function that updates it; silent where stderr is no terminal."""
+    """A progress bar on stderr, as a function of what is done and the total; silent where stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         line = bar.add_task(description, total=None)
-        yield lambda **values: bar.update(line, **values)
+        yield lambda done, total, what=description: bar.update(line, completed=done, total=total, description=what)
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:

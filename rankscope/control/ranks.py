@@ -13,7 +13,7 @@ from torch import Tensor
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits
 from rankscope.distributed import n_processes, whole
-from rankscope.errors import ModelError, SettingsError, shown
+from rankscope.errors import ModelError, SettingsError
 from rankscope.lora import (
     LiveAdapter,
     RankMasks,
@@ -74,8 +74,6 @@ class LiveRanks:
         present = self.allocation
         if isinstance(start, str):
             start = allocate(start, targets=present.targets, budget=budget, max_rank=self.capacity)
-        if start is not None and not isinstance(start, RankAllocation):
-            raise SettingsError(f"`start` must be a RankAllocation or a strategy's name, but got {shown(start)}.")
         given = {name: rank for name, rank in (start or present).ranks.items() if rank}
         if unknown := set(given) - set(present.ranks):
             raise ModelError(

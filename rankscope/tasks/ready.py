@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from types import UnionType
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 
-from rankscope.errors import TaskError, checked, did_you_mean, shown
+from rankscope.errors import TaskError, checked, did_you_mean, fits, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.pretrained import PretrainedTask, check_source, dequantised, load_model, looks_like_path
@@ -91,10 +90,8 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
             hint = did_you_mean(name, parameters, known, cutoff=0.4, quoted="`{}`".format)
             raise TaskError(f"{what} takes no option `{name}`; {hint}")
         kind = parameters[name].annotation
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        checked = kind is not inspect.Parameter.empty and all(isinstance(kind, type) for kind in kinds)
-        if checked and (not isinstance(value, kinds) or (isinstance(value, bool) and int in kinds)):
-            wanted = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+        if kind is not inspect.Parameter.empty and not fits(value, kind):
+            wanted = " or ".join(_KINDS[each] for each in get_args(kind) or (kind,) if each in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
         raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")

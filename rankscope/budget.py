@@ -19,7 +19,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError, shown
 from rankscope.targets import TargetModule
 
-Bound = int | Mapping[str, int] | None
+Bound = float | Mapping[str, float] | None  # whole numbers of any type, such as NumPy's or 64.0
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

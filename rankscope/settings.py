@@ -320,7 +320,7 @@ class PlanSettings(Settings):
     highest: Positive = Field(16.0, description="Largest budget, in parameters of uniform rank 1.")
     step: float = Field(2.0, ge=1.1, description="Factor from one budget of the grid to the next.")
     n_seeds: AtLeast2 = Field(8, description="Runs of each budget.")
-    max_seeds: AtLeast2 = Field(16, description="Runs of a budget where the decision is open.")
+    max_seeds: AtLeast2 = Field(32, description="Runs of a budget where the decision is open.")
     n_tuning_seeds: Count = Field(2, description="Runs that choose each budget's learning rate.")
     ceiling: bool = Field(True, description="Whether full fine-tuning is trained as the ceiling.")
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")

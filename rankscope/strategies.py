@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -181,7 +182,7 @@ def one_shot(request: Request, power: float = PRIOR_POWER, signal: bool = True) 
 
 def _check_positive(option: str, value: Any) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
-    _check(option, value, number and 0 < value < math.inf, "be a number above 0 and finite")
+    _check(option, value, number and 0 < value <= sys.float_info.max, "be a number above 0 and finite")
 
 
 def _check(option: str, value: Any, valid: bool, must: str) -> None:

@@ -20,11 +20,11 @@ def test_runs_keep_their_budget_and_allocations_their_ranks(name: str) -> None:
     costs = np.array([target.rank_cost for target in profile.targets])
     for rank, part in table.groupby("rank"):
         ranks = np.array(part["ranks"].tolist())
-        limit = rs.ParameterBudget.uniform(profile.targets, int(rank)).limit
+        limit = round(float(rank) * costs.sum())
         assert ((ranks @ costs) == part["parameters"]).all()
         assert (part["parameters"] <= limit).all()
         assert (part["parameters"] > limit - costs.min()).all()
-        assert (ranks[part["number"] == 0] == rank).all()
+        assert (abs(ranks[part["number"] == 0] - rank) < 1).all()  # uniform
         assert part.groupby("number")["ranks"].agg(lambda rows: len({tuple(row) for row in rows})).max() == 1
     assert table["validation"].between(0, 1).all()
 
@@ -32,6 +32,6 @@ def test_runs_keep_their_budget_and_allocations_their_ranks(name: str) -> None:
 def test_digits_is_as_large_as_its_readme_says() -> None:
     table = pd.read_parquet(FOLDER / "digits-shift.parquet")
     full = table[table["steps"] == 84]
-    assert full.groupby("rank")["number"].nunique().to_dict() == {1: 600, 2: 450, 4: 450}
-    assert full.groupby("rank")["seed"].nunique().to_dict() == {1: 3, 2: 2, 4: 2}
+    assert full.groupby("rank")["number"].nunique().to_dict() == {1 / 4: 300, 1: 600, 2: 450, 4: 450}
+    assert full.groupby("rank")["seed"].nunique().to_dict() == {1 / 4: 2, 1: 3, 2: 2, 4: 2}
     assert full["test"].notna().all()

@@ -62,7 +62,9 @@ class RankFeatures:
         if table.ndim != 2 or table.shape[1] != n:
             raise SettingsError(f"`ranks` must have a column for each of {n} modules, but has shape {table.shape}.")
         if len(odd := table[~((table >= 0) & (table == np.floor(table)) & np.isfinite(table))]):
-            raise SettingsError(f"`ranks` must be whole numbers from 0 on, but hold {odd[0]:g}; correct them.")
+            raise SettingsError(
+                f"`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {odd[0]:g}; correct them."
+            )
         return table.astype(np.int64)
 
     def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:

@@ -94,7 +94,7 @@ def test_seeds_are_added_where_the_decision_is_open_only() -> None:
     """Never at the ends of the curves, which are clearly too little or clearly enough."""
     added = 0
     for seed in range(6):
-        plan = explore(GRID, PlanSettings(margin=0.008), world(seed))
+        plan = explore(GRID, PlanSettings(margin=0.008, max_seeds=16), world(seed))
         seeds = {cell: len(scores) for cell, scores in plan.scores.items()}
         assert seeds["uniform", 432] == seeds["uniform", 6912] == seeds[FULL] == 8
         assert set(seeds.values()) <= {8, 16}
@@ -133,8 +133,8 @@ def test_decisions_by_hand() -> None:
         ({"strategy": "random"}, "`strategy` must place ranks, but got 'random'; take `one-shot`."),
         ({"strategy": "one_shot"}, "`methods` must be known or `path/to/file.py:function`, but 'one_shot' is not; did you mean "
          "'one-shot'?"),
-        ({"seeds": range(3)}, "`seeds` must hold `max_seeds` = 16 seeds, but holds 3."),
-        ({"seeds": range(9_990, 10_010)}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
+        ({"seeds": range(3)}, "`seeds` must hold `max_seeds` = 32 seeds, but holds 3."),
+        ({"seeds": range(9_990, 10_022)}, "`tuning_seeds` must be none of `seeds`, but share 10000; take others."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_one_line_before_anything_runs(
@@ -149,7 +149,7 @@ def test_what_cannot_be_planned_is_one_line_before_anything_runs(
 
 def test_a_margin_below_the_noise_says_how_many_seeds_it_takes() -> None:
     with pytest.raises(SettingsError) as caught:
-        explore(GRID, PlanSettings(margin=0.001), world(0))
+        explore(GRID, PlanSettings(margin=0.001, max_seeds=16), world(0))
     found = re.fullmatch(
         r"`margin` must be at least (0\.00\d+), the noise of 16 seeds, but got 0\.001; raise it, or set `max_seeds` to (\d+)\.",
         str(caught.value),

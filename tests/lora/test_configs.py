@@ -170,7 +170,7 @@ def test_masked_magnitudes_stay_under_the_controller() -> None:
     model = wrapped(use_dora=True)
     start = rs.RankAllocation(rs.RankAllocation.from_peft_model(model).targets, (1,) * 6)
     budget = rs.ParameterBudget(start.parameters)
-    assert min(_controlled(model, budget, mode="mask", start=start).allocation.vector) == 1
+    assert min(_controlled(model, budget, rank_change="mask", start=start).allocation.vector) == 1
 
 
 def _controlled(model: PeftModel, budget: rs.ParameterBudget, **options: object) -> rs.RankController:

@@ -203,7 +203,7 @@ def test_weighing_draws_towards_new_measurements_as_far_as_they_tell(
     ).all()  # what is measured again is known better
 
 
-WHOLE = "`ranks` must be whole numbers from 0 on, but hold {}; correct them."
+WHOLE = "`ranks` must be whole numbers from 0 on, without NaN or inf, but hold {}; correct them."
 WEIGHTS = "`sample_weight` must be finite and not negative, but holds {}."
 OK_RANKS, OK_Y = [[4] * 12, [5] * 12, [3] * 12], [0.5, 0.6, 0.4]
 

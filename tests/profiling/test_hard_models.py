@@ -154,7 +154,7 @@ def test_modules_without_a_call_are_recorded_and_get_nothing() -> None:
     found = rs.profile(model, rows(), targets=targets, loss_fn=mean_square)
     assert found.metadata["without_gradient"] == ["read", "quiet"]
     assert found.spectra()["read"].tolist() == [0.0] * 6
-    for strategy in ("one-shot", "gradient-norm", "fisher", "activation"):
+    for strategy in ("one-shot", "gradient-norm", "activation"):
         budget = rs.ParameterBudget.uniform(targets, 2)
         ranks = rs.allocate(strategy, targets=targets, budget=budget, profile=found).ranks
         assert ranks["read"] <= ranks["first"]

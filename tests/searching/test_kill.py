@@ -19,7 +19,7 @@ task: digits-shift
 budget: {uniform_rank: 1}
 profile: {head_steps: 5}
 training: {steps: 60, learning_rate: 0.01}
-search: {trials: 6, confirm_fraction: 0}
+search: {n_trials: 6, confirm_fraction: 0}
 """
 
 
@@ -69,7 +69,7 @@ def test_sigkill_in_mid_trial(tmp_path: Path) -> None:
 
 def test_two_processes_share_a_search(tmp_path: Path) -> None:
     text = STUDY.replace("steps: 60", "steps: 20").replace(
-        "trials: 6, confirm_fraction: 0", "trials: 12, confirm_fraction: 0.5"
+        "n_trials: 6, confirm_fraction: 0", "n_trials: 12, confirm_fraction: 0.5"
     )
     (tmp_path / "killed.yaml").write_text(text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -38,7 +38,7 @@ def _in_small(task: str, methods: tuple[str, ...]) -> Path:
     """The study with few methods and seeds, one tuning seed and three of its rates."""
     study = yaml.safe_load((STUDIES / f"{task}.yaml").read_text(encoding="utf-8"))
     study["training"]["learning_rate"] = study["training"]["learning_rate"][-3:]
-    study["compare"] = {"methods": list(methods), "seeds": 4, "tuning_seeds": 1}
+    study["compare"] = {"methods": list(methods), "n_seeds": 4, "n_tuning_seeds": 1}
     QUICK.mkdir(parents=True, exist_ok=True)
     path = QUICK / f"{task}.yaml"
     path.write_text(yaml.safe_dump(study), encoding="utf-8")

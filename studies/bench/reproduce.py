@@ -63,7 +63,7 @@ def _train(task: str, methods: list[str], rate: float) -> pd.DataFrame:
     """The first seed of some methods at one learning rate, by method; all of a task share a profile."""
     study = yaml.safe_load((STUDIES / f"{task}.yaml").read_text(encoding="utf-8"))
     study["training"]["learning_rate"] = rate
-    study["compare"] = {"methods": methods, "seeds": 1, "tuning_seeds": 1}
+    study["compare"] = {"methods": methods, "n_seeds": 1, "n_tuning_seeds": 1}
     out = OUT / f"{task}-{rate:g}"
     out.mkdir(parents=True, exist_ok=True)
     path = OUT / f"{out.name}.yaml"

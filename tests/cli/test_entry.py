@@ -1,6 +1,7 @@
 """The command before any work: what it imports, what it says to a mistyped word, and how it leaves."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,17 +47,19 @@ except SystemExit as done:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "hint"),
+    ("arguments", "nearest"),
     [
-        (["serach", "a.yaml"], "No such command 'serach'. Did you mean 'search'?"),
-        (["search", "a.yaml", "--trails", "3"], "No such option: --trails (Possible options: --trials)"),
-        (["compare", "a.yaml", "--method", "eva"], "No such option: --method (Possible options: --methods"),
+        (["serach", "a.yaml"], "search"),
+        (["search", "a.yaml", "--trails", "3"], "--trials"),
+        (["compare", "a.yaml", "--method", "eva"], "--methods"),
     ],
 )
-def test_the_nearest_word_is_named_on_one_line(arguments: list[str], hint: str) -> None:
+def test_the_nearest_word_is_named_on_one_line(arguments: list[str], nearest: str) -> None:
+    """In the words of typer or click, which differ between versions."""
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"rankscope: {hint}")
+    assert result.stderr.startswith("rankscope: No such ")
+    assert nearest in re.findall(r"[a-z-]+", result.stderr.partition("No such ")[2])
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,8 @@ def train(
     require_one_process("a training")
     task, settings = load_task(task), TrainingSettings.of(settings, **overrides)
     if isinstance(method, RankAllocation):
-        moving = ControllerSettings.of(controller) if isinstance(controller, Mapping) else controller
-        off = moving is not None and moving.mode == "off" and "mode" in moving.model_fields_set  # not by default
-        method = Lora(method, None if off else moving)
+        moving = None if controller is None else ControllerSettings.of(controller)
+        method = Lora(method, None if moving and moving.mode == "off" else moving)
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     method.check(task, settings)

@@ -186,19 +186,26 @@ def run_all(
 ) -> list[RunResult]:
     """Do all runs, `n_jobs` at a time; with several GPUs, each process uses one.
 
-    A run that is in the folder `kept_in`, and depends on the same, is read instead of done, unless it is to be saved.
+    Runs that depend on the same are done once, or read if the folder `kept_in` holds them. One to be saved is always done.
     """
-    files: list[tuple[Path, Mapping[str, Any]] | None] = [None] * len(specs)
-    if kept_in is not None:
-        facts = fingerprint_task(task)
-        files = [(Path(kept_in) / digest(terms), terms) for terms in (spec.terms(facts) for spec in specs)]
-    known = [_read(*file) if file and spec.save_to is None else None for spec, file in zip(specs, files, strict=True)]
-    todo = [(spec, file) for spec, file, run in zip(specs, files, known, strict=True) if run is None]
+    facts = {} if kept_in is None else fingerprint_task(task)
+    terms = [spec.terms(facts) for spec in specs]
+    keys = [(digest(each), spec.save_to) for spec, each in zip(specs, terms, strict=True)]
+    known: dict[Any, RunResult | None] = {}  # None: to be done
+    todo = []
+    for spec, each, key in zip(specs, terms, keys, strict=True):
+        if key in known:
+            continue
+        file = None if kept_in is None else (Path(kept_in) / key[0], each)
+        known[key] = _read(*file) if file and spec.save_to is None else None
+        if known[key] is None:
+            todo.append((spec, file))
     with one_gpu_each(n_jobs):
         fresh = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(run_one)(task, *each) for each in todo)
     found: list[RunResult] = []
-    for spec, run in zip(specs, known, strict=True):
-        found.append(next(fresh) if run is None else replace(run, **spec.labels(task)))
+    for spec, key in zip(specs, keys, strict=True):
+        run = known[key] = known[key] or next(fresh)
+        found.append(replace(run, **spec.labels(task)))
         on_done(len(found))
     return found
 

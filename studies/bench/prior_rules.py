@@ -86,17 +86,12 @@ def compare_rules(task: Task, factor: float, quick: bool) -> list[dict[str, Any]
     budget = rs.ParameterBudget(round(factor * sum(target.rank_cost for target in targets)))
     training = rs.TrainingSettings(steps=84, learning_rate=RATES)
     rules = dict(islice(RULES.items(), 3)) if quick else RULES
-    made = {
-        name: rs.allocate(rule, targets=targets, budget=budget, profile=profile).renamed("rule")
-        for name, rule in rules.items()
-    }
-    different = list(dict.fromkeys(made.values()))  # two rules may give the same ranks
-    grids = [make_grid(allocation, training, name="rule", factor=factor) for allocation in different]
+    made = [rs.allocate(rule, targets=targets, budget=budget, profile=profile) for rule in rules.values()]
+    grids = [make_grid(each.renamed("rule"), training, name="rule", factor=factor) for each in made]
     seeds, tuning = range(2 if quick else 16), range(10_000, 10_001 if quick else 10_003)
     results = run_tuned(task, grids, seeds=seeds, tuning_seeds=tuning, kept_in=None if quick else KEPT)
     reported = {
-        name: [run for run in results[different.index(allocation)] if run.role == "reported"]
-        for name, allocation in made.items()
+        name: [run for run in runs if run.role == "reported"] for name, runs in zip(rules, results, strict=True)
     }
     tests = {name: [float(run.test or 0.0) for run in runs] for name, runs in reported.items()}
     return [

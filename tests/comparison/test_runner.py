@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,6 +289,18 @@ def test_kept_runs_are_read(
         path.write_bytes(b"PAR1")
     with pytest.raises(FileError, match=r"^`.*\.parquet` must hold decisions as Parquet, but it cannot be parsed "):
         run_all(digits, cells, kept_in=tmp_path)
+
+
+def test_equal_runs_are_done_once_under_the_name_of_each(digits: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [RunSpec(method=HeadOnly(), training=TrainingSettings(steps=1), name=name) for name in ("a", "b")]
+    done: list[str] = []
+    monkeypatch.setattr(
+        "rankscope.comparison.runner.run_one", lambda *args: done.append(args[1].name) or run_one(*args)
+    )
+    first, second = run_all(digits, specs)
+    assert done == ["a"]
+    assert (first.method, second.method) == ("a", "b")
+    assert first == replace(second, method="a")
 
 
 def test_a_run_is_kept_under_all_that_it_depends_on(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from rankscope.comparison import find_methods, read_comparison
+from rankscope.files import replacing
 from rankscope.settings import read_study
 
 STUDIES = Path(__file__).parent / "compare" / "budgets"
@@ -70,10 +71,9 @@ def pack(folder: Path) -> None:
     files = [path for path in [folder / "profile.parquet", *sorted((folder / "runs").glob("*"))] if path.exists()]
     if not files:
         return
-    with tarfile.open(folder / "packing", "w:gz") as archive:
+    with replacing(folder / PACKED) as temporary, tarfile.open(temporary, "w:gz") as archive:
         for path in files:
             archive.add(path, arcname=str(path.relative_to(folder)))
-    (folder / "packing").replace(folder / PACKED)
 
 
 def unpack(folder: Path) -> None:

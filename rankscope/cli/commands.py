@@ -24,7 +24,7 @@ from rankscope.control import write_decisions
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, remove_others, replacing, write_json
 from rankscope.lora import save_lora_config
-from rankscope.searching import Interval, SearchResult, Trial
+from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
 from rankscope.training import Lora
@@ -216,9 +216,14 @@ def _starts_of(result: SearchResult) -> list[Trial]:
     return [result.best_of_origin(origin) for origin in ("uniform", "one-shot") if origin in origins]
 
 
+def _finalist(result: SearchResult, trial: Trial) -> Finalist | None:
+    """What fresh seeds say of a trial, if it is a finalist."""
+    return next((finalist for finalist in result.finalists if finalist.trial.number == trial.number), None)
+
+
 def _row(result: SearchResult, trial: Trial) -> dict[str, Any]:
     """A trial as the tables show it; an interval is on a line of its own."""
-    found = next((finalist for finalist in result.finalists if finalist.trial.number == trial.number), None)
+    found = _finalist(result, trial)
     difference = trial.difference if found is None else found.difference
     ends = (found.interval if found else None) or (math.nan, math.nan)
     known = difference is not None and trial.origin != "uniform"
@@ -235,7 +240,7 @@ def _row(result: SearchResult, trial: Trial) -> dict[str, Any]:
 
 def _verdict(result: SearchResult) -> str:
     """What fresh seeds say of the recommendation, in words."""
-    found = next((finalist for finalist in result.finalists if finalist.trial == result.best_trial), None)
+    found = _finalist(result, result.best_trial)
     if found is None:
         return f"not confirmed: {result.unconfirmed}"
     if found.trial.origin == "uniform":
@@ -271,10 +276,9 @@ def _trial_summary(result: SearchResult, trial: Trial) -> dict[str, Any]:
     shown = {key: row[key] for key in ("trial", "parameters", "origin", "learning_rate", "metric", "difference")}
     expected = result.posterior.get(trial.allocation)
     shown["posterior"] = expected._asdict() if expected else None
-    for finalist in result.finalists:
-        if finalist.trial.number == trial.number:
-            confirmed = {"confirmed": dict(finalist.metrics_by_seed), "difference": finalist.difference}
-            shown |= {**confirmed, "interval": finalist.interval}
+    if (found := _finalist(result, trial)) is not None:
+        confirmed = {"confirmed": dict(found.metrics_by_seed), "difference": found.difference}
+        shown |= {**confirmed, "interval": found.interval}
     return shown
 
 

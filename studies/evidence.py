@@ -2,6 +2,7 @@
 
     python studies/evidence.py digits-shift              # all methods, about an hour on two cores
     python studies/evidence.py --hours 3                 # all tasks, as far as three hours go; the next call resumes
+    python studies/evidence.py sentiment --jobs 8        # on a GPU, which eight processes share
     python studies/evidence.py --list                    # the pieces that are left
 
 A piece is one `rankscope compare` on a study of studies/compare/budgets: with its first two methods, then three, and so on.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -23,6 +23,9 @@ from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
+
+from rankscope.cli import app
 from rankscope.comparison import find_methods, read_comparison
 from rankscope.files import replacing
 from rankscope.settings import read_study
@@ -46,20 +49,14 @@ def is_done(task: str, methods: Sequence[str]) -> bool:
     return path.exists() and {each.name for each in find_methods(methods)} <= set(read_comparison(path)["method"])
 
 
-def run(task: str, methods: Sequence[str], seconds: float) -> None:
-    """Compare, and interrupt after some seconds; what was finished is kept and packed either way."""
+def run(task: str, methods: Sequence[str], jobs: int) -> None:
+    """Compare; what was finished is kept and packed, also after an interruption."""
     folder = RESULTS / task
     unpack(folder)
-    command = [sys.executable, "-m", "rankscope", "compare", str(STUDIES / f"{task}.yaml"), "--out", str(folder)]
-    command += ["--jobs", "2", *(word for method in methods for word in ("--methods", method))]
+    command = ["compare", str(STUDIES / f"{task}.yaml"), "--out", str(folder), "--jobs", str(jobs)]
     print(f"{time.strftime('%H:%M:%S')} {task}: {', '.join(methods)}", flush=True)
-    process = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ})
-    try:
-        status = process.wait(timeout=seconds)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        sys.exit("the time is over; the next call resumes")
+    try:  # in this process, so that its workers go on from piece to piece
+        status = app([*command, *(word for method in methods for word in ("--methods", method))], standalone_mode=False)
     finally:
         pack(folder)
     if status:
@@ -89,19 +86,22 @@ def main() -> None:
     """Run the pieces that are left, in order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: {', '.join(TASKS)}")
-    parser.add_argument("--hours", type=float, default=1000.0, help="stop after so long; default: at the end")
+    parser.add_argument("--hours", type=float, help="stop after so long; the next call resumes")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default: 2")
     parser.add_argument("--list", action="store_true", help="print the pieces that are left")
     given = parser.parse_args()
     if unknown := set(given.tasks) - set(TASKS):
         parser.error(f"TASK must be one of {', '.join(TASKS)}, but got {', '.join(sorted(unknown))}")
-    end = time.monotonic() + 3600 * given.hours
+    if given.hours is not None:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)  # as Ctrl-C does, whatever SIGINT is set to
+        signal.setitimer(signal.ITIMER_REAL, 3600 * given.hours)
     for task, methods in pieces(given.tasks or TASKS):
         if is_done(task, methods):
             continue
         if given.list:
             print(f"{task}: {', '.join(methods)}")
         else:
-            run(task, methods, end - time.monotonic())
+            run(task, methods, given.jobs)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ SCHEMA = 2
 REFERENCE, CONTROLLER, SEARCHED = "uniform", "controller", "searched"
 REPORTED, TUNING = "reported", "tuning"
 FIRST_TUNING_SEED = 10_000
+FROM_RANK_1 = ("adalora", "eva")  # give every module a rank, so that they have no variant below uniform rank 1
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters
 VERA = ("vera-16", "vera-64", "vera-256")  # by their r, at sizes of their own, as (IA)³
 N_RANDOM = 3
@@ -465,7 +466,8 @@ def compare(
     Args:
         task: Where model, data, loss and metric come from, or what `load_task` takes.
         methods: As `find_methods` takes them; default: those of the settings.
-        budget: Variants that end above it are not chosen.
+        budget: Variants that end above it are not chosen. `adalora` and `eva` need uniform rank 1 at least: at smaller ones of
+            the settings' `budgets` they take no part.
         targets: Default: the profile's, or all that are found.
         profile: Default: taken over an epoch of the training batches, if a method needs one.
         seeds: Of the reported runs, at least 3 for intervals and tests; default: the settings' `n_seeds`, from 0.
@@ -491,7 +493,7 @@ def compare(
         profile = profile_task(task, targets=targets, budget=budget)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
-    plan = _plan(list(contenders.values()), settings, budget)
+    plan = _plan(list(contenders.values()), settings, budget, rank_1=sum(target.rank_cost for target in targets))
     grids = [make_grid(each.make(targets, at, profile), training, **labels) for each, at, labels in plan]
     run = partial(run_tuned, n_jobs=settings.n_jobs, kept_in=kept_in, on_run=on_run)
     runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
@@ -504,16 +506,20 @@ def compare(
 
 
 def _plan(
-    contenders: Sequence[Contender], settings: CompareSettings, budget: ParameterBudget
+    contenders: Sequence[Contender], settings: CompareSettings, budget: ParameterBudget, *, rank_1: int
 ) -> Iterator[tuple[Contender, ParameterBudget, dict[str, Any]]]:
-    """Every method at each factor of the budget, uniform at more of them, and at 1 those without a budget; with labels."""
+    """Every method at each factor of the budget, uniform at more of them, and at 1 those without a budget; with labels.
+
+    `rank_1` is what uniform rank 1 uses: at smaller factors of the budget, methods that cannot do with less take no part.
+    """
     for factor in sorted({*settings.budgets, *settings.uniform_budgets}):
         at = budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))
         for each in contenders:
             limit = 0 if each.own_size else at.limit
             cost = each.searched.steps if each.searched and SEARCHED in each.name else 0
             labels = {"name": each.name, "budget": limit, "factor": factor, "cost_steps": cost}
-            if each.name == REFERENCE or (factor in settings.budgets and (limit or factor == 1.0)):
+            takes_part = factor == 1.0 or (limit and (at.limit >= rank_1 or each.source not in FROM_RANK_1))
+            if each.name == REFERENCE or (factor in settings.budgets and takes_part):
                 yield each, at, labels
 
 

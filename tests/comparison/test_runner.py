@@ -369,6 +369,13 @@ def test_pefts_small_adapters_stand_beside_the_budget_at_their_own_sizes(digits:
         find_methods([loha, PeftAdapter(peft.LoHaConfig(r=2), "LoHa")])
 
 
+def test_methods_that_rank_every_module_take_no_part_below_rank_1(digits: Task, options: dict[str, Any]) -> None:
+    short = options | {"kept_in": None, "seeds": range(2), "training": TrainingSettings(steps=1, learning_rate=0.02)}
+    found = compare(digits, ["eva", "one-shot"], **short, budgets=[0.25, 1.0, 2.0], n_tuning_seeds=1).runs
+    factors = found.groupby("method")["factor"].unique().map(sorted).to_dict()
+    assert factors == {"uniform": [0.25, 1, 2], "one-shot": [0.25, 1, 2], "eva": [1, 2]}
+
+
 def test_subsets_of_modules_get_uniform_ranks_within_the_budget(digits_profile: rs.Profile) -> None:
     targets, budget = digits_profile.targets, rs.ParameterBudget(1_664)
     for name, kept in (

@@ -201,8 +201,10 @@ def run_all(
         known[key] = _read(*file) if file and spec.save_to is None else None
         if known[key] is None:
             todo.append((spec, file))
-    with one_gpu_each(n_jobs):
-        fresh = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(run_one)(task, *each) for each in todo)
+    fresh: Iterator[RunResult] = iter(())
+    if todo:  # joblib warns of results that nobody reads, also of none
+        with one_gpu_each(n_jobs):
+            fresh = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(run_one)(task, *each) for each in todo)
     found: list[RunResult] = []
     for spec, key in zip(specs, keys, strict=True):
         run = known[key] = known[key] or next(fresh)

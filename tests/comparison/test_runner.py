@@ -264,7 +264,11 @@ def test_a_row_holds_the_whole_run(digits: Task, tmp_path: Path) -> None:
 
 
 def test_kept_runs_are_read(
-    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
+    digits: Task,
+    digits_profile: rs.Profile,
+    digits_budget: rs.ParameterBudget,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     uniform = rs.allocate("uniform", targets=digits_profile.targets, budget=digits_budget)
     bold = rs.ControllerSettings(freeze_fraction=0.8, hysteresis=0.0, min_gain_ratio=0.0)
@@ -284,6 +288,9 @@ def test_kept_runs_are_read(
     assert again.decisions is not None
     assert both[1].decisions is not None
     assert again.decisions["step"].tolist() == both[1].decisions["step"].tolist()
+    recwarn.clear()
+    assert run_all(digits, cells, kept_in=tmp_path, n_jobs=2) == both
+    assert not recwarn.list
 
     for path in tmp_path.glob("*.parquet"):
         path.write_bytes(b"PAR1")

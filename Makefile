@@ -30,6 +30,7 @@ demo: setup
 	@echo "  $(BIN)/rankscope init my             # writes my.yaml: name model and data there"
 	@echo "  $(BIN)/rankscope profile my.yaml     # where the gradient is"
 	@echo "  $(BIN)/rankscope allocate my.yaml    # ranks within its budget, as a plain PEFT config in out/my"
+	@echo "  $(BIN)/rankscope budget my.yaml      # how few adapter parameters the task needs"
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

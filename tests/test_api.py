@@ -83,6 +83,8 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {  # arguments with which each w
                         "training": SHORT, "seeds": [0], "settings": {"n_tuning_seeds": 1}},
     "find_targets": lambda: {"model": TASK.build_model(), "selection": ["0"]},
     "load_task": lambda: {"spec": "digits-shift"},
+    "plan_budget": lambda: {"task": TASK, "targets": TARGETS, "profile": profile(), "training": SHORT, "seeds": range(2),
+                            "settings": {"n_seeds": 2, "max_seeds": 2, "n_tuning_seeds": 1, "highest": 1.0, "ceiling": False}},
     "profile": lambda: {"model": TASK.build_model(), "batches": TASK.train_batches(0), "targets": TARGETS, "loss_fn": TASK.loss},
     "rank_features": lambda: {"targets": TARGETS, "budget": BUDGET},
     "read_profile": lambda: {"path": "none"},
@@ -133,6 +135,10 @@ def test_an_argument_of_a_wrong_type_is_one_line(name: str, argument: str, tmp_p
     assert not found, "\n" + "\n".join(found)
 
 
+def test_every_public_function_is_tried_with_wrong_types() -> None:
+    assert {name for name in rs.__all__ if inspect.isfunction(getattr(rs, name))} <= GOOD.keys()
+
+
 def test_plain_values_are_taken_where_they_can_mean_one_thing(tmp_path: Path) -> None:
     uniform = rs.allocate("uniform", targets=TARGETS, budget=14)
     assert uniform == rs.allocate("uniform", targets=TARGETS, budget=rs.ParameterBudget(14))
@@ -151,6 +157,9 @@ def test_plain_values_are_taken_where_they_can_mean_one_thing(tmp_path: Path) ->
     assert set(compared.runs["method"]) == {"uniform"}
     compared = rs.compare(TASK, [even], budget=14, targets=TARGETS, profile=profile(), training=SHORT, seeds=[0])
     assert dict(zip(compared.runs["method"], compared.runs["ranks"], strict=True))["even"] == '{"0": 1, "2": 1}'
+    few = {"n_seeds": 2, "max_seeds": 2, "lowest": 0.5, "highest": 1, "step": 2, "ceiling": False}
+    planned = rs.plan_budget(TASK, targets=TARGETS, profile=profile(), training={"steps": 1}, settings=few)
+    assert set(planned.table()["method"]) == {"uniform", "one-shot", "head"}
     _, trained = rs.train("digits-shift", digits(), {"steps": 1, "learning_rate": 0.01}, controller={"mode": "off"})
     assert trained.decisions is None
 

@@ -37,13 +37,13 @@ from rankscope.comparison.statistics import (
     resampled_means,
 )
 from rankscope.comparison.summary import times
-from rankscope.errors import SettingsError
+from rankscope.errors import SettingsError, checked
 from rankscope.files import AnyPath
 from rankscope.profiling import Profile
 from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
 from rankscope.settings import PlanSettings, TrainingSettings
 from rankscope.targets import TargetModule, find_targets
-from rankscope.tasks import Task, profile_task
+from rankscope.tasks import Task, load_task, profile_task
 
 Cell = tuple[str, int]  # a method at a budget; full fine-tuning and the head alone have none: 0
 Scores = Mapping[Cell, Sequence[float]]  # validation by seed: the first seeds of the plan, as many as were trained
@@ -58,7 +58,7 @@ def budget_grid(targets: Sequence[TargetModule], settings: PlanSettings) -> tupl
     >>> budget_grid(targets, PlanSettings(lowest=0.5, highest=16, step=4))
     (128, 256, 1024, 2048)
     """
-    one = sum(target.rank_cost for target in targets)
+    one = ParameterBudget.uniform(targets, 1).limit
     least = min(target.rank_cost for target in targets)
     most = sum(target.rank_cost * target.full_rank for target in targets)
     between = f"between {least:,} parameters (one rank of the cheapest module) and {most:,} (full rank)"
@@ -316,14 +316,15 @@ def _points(difference: Interval) -> str:
     return f"{difference.text(scale=100, digits=1)} points"
 
 
+@checked
 def plan_budget(
-    task: Task,
+    task: Task | str | Mapping[str, Any],
     *,
     targets: Sequence[TargetModule] | None = None,
     profile: Profile | None = None,
     seeds: Sequence[int] | None = None,
-    training: TrainingSettings | None = None,
-    settings: PlanSettings | None = None,
+    training: TrainingSettings | Mapping[str, Any] | None = None,
+    settings: PlanSettings | Mapping[str, Any] | None = None,
     kept_in: AnyPath | None = None,
     on_run: Callable[[int, int], object] = lambda done, total: None,
     **overrides: Any,
@@ -334,7 +335,7 @@ def plan_budget(
     decision is open. Every cell has its own learning rate. Validation decides; the test split only reports.
 
     Args:
-        task: Where model, data, loss and metric come from.
+        task: Where model, data, loss and metric come from, or what `load_task` takes.
         targets: Default: the profile's, or all that are found.
         profile: Default: taken over an epoch of the training batches.
         seeds: Of the reported runs, `max_seeds` or more; default: from 0.
@@ -345,12 +346,12 @@ def plan_budget(
         **overrides: See `settings`.
 
     >>> import rankscope as rs
-    >>> task, short = rs.load_task("digits-shift"), TrainingSettings(steps=2, learning_rate=0.01)
-    >>> plan = plan_budget(task, training=short, n_seeds=2, max_seeds=2, lowest=1, highest=2, ceiling=False)
+    >>> short = TrainingSettings(steps=2, learning_rate=0.01)
+    >>> plan = plan_budget("digits-shift", training=short, n_seeds=2, max_seeds=2, lowest=1, highest=2, ceiling=False)
     >>> plan.table()[["method", "budget"]].to_records(index=False).tolist()[:3]
     [('uniform', 6912), ('uniform', 13824), ('one-shot', 6912)]
     """
-    settings, training = PlanSettings.of(settings, **overrides), training or TrainingSettings()
+    task, settings, training = load_task(task), PlanSettings.of(settings, **overrides), TrainingSettings.of(training)
     seeds = list(range(settings.max_seeds) if seeds is None else seeds)
     contenders = _contenders(settings, seeds)
     if profile is None and contenders[settings.strategy].needs_profile:

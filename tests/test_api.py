@@ -159,7 +159,7 @@ def test_plain_values_are_taken_where_they_can_mean_one_thing(tmp_path: Path) ->
     assert dict(zip(compared.runs["method"], compared.runs["ranks"], strict=True))["even"] == '{"0": 1, "2": 1}'
     few = {"n_seeds": 2, "max_seeds": 2, "lowest": 0.5, "highest": 1, "step": 2, "ceiling": False}
     planned = rs.plan_budget(TASK, targets=TARGETS, profile=profile(), training={"steps": 1}, settings=few)
-    assert set(planned.table()["method"]) == {"uniform", "one-shot", "head"}
+    assert set(planned.table()["method"]) == {"uniform", "one-shot"}  # the task has no head
     _, trained = rs.train("digits-shift", digits(), {"steps": 1, "learning_rate": 0.01}, controller={"mode": "off"})
     assert trained.decisions is None
 

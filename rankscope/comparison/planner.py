@@ -196,13 +196,16 @@ class Assessment:
 
 
 def explore(
-    grid: Sequence[int], settings: PlanSettings, measure: Callable[[Sequence[Cell], int], Scores]
+    grid: Sequence[int], settings: PlanSettings, measure: Callable[[Sequence[Cell], int], Scores], *, head: bool = True
 ) -> Assessment:
-    """Measure cells, each on so many seeds, until more would not change the answer. `measure` returns all scores so far."""
+    """Measure cells, each on so many seeds, until more would not change the answer; `head`: the head alone is one.
+
+    `measure` returns all scores so far.
+    """
     stride = max(1, round(math.log(STRIDE, settings.step)))
     first = sorted({*grid[::stride], grid[-1]} | {each for each in grid if each == settings.reference})
     cells = [(method, budget) for budget in first for method in (REFERENCE, settings.strategy)]
-    bounds = [FULL, HEAD] if settings.ceiling or settings.reference == "full" else [HEAD]
+    bounds = [FULL] * (settings.ceiling or settings.reference == "full") + [HEAD] * head
     scores = measure([*cells, *bounds], settings.n_seeds)
     while True:
         found = Assessment(grid=tuple(grid), placed=settings.strategy, scores=scores, settings=settings)
@@ -360,7 +363,7 @@ def plan_budget(
         targets = find_targets(task.build_model()) if profile is None else profile.targets
     grid = budget_grid(targets, settings)
     cells = _Cells(task, contenders, targets, profile, training, settings, seeds, kept_in, on_run)
-    found = explore(grid, settings, cells.train)
+    found = explore(grid, settings, cells.train, head=bool(getattr(task, "head_modules", ())))
     budget = found.smallest(settings.strategy)
     method = cells.specs[settings.strategy, budget].method if budget else None
     allocation = getattr(method, "allocation", None)

@@ -61,17 +61,19 @@ def _as_mode(value: Any) -> Any:
 
 # In Python, an object of a library is taken as it is, such as an Optuna sampler instead of its name.
 OrObject = WrapValidator(lambda value, check: check(value) if type(value).__module__ == "builtins" else value)
+# Bounds stand inside validators, since the JSON schema has none that stand outside.
 OneOrMore = Field(min_length=1)
-Numbers = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
-Rates = Annotated[Numbers, OneOrMore, AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates)]
-Factors = Annotated[
-    tuple[Positive, ...], BeforeValidator(_as_tuple, json_schema_input_type=Positive | tuple[Positive, ...])
+Numbers = tuple[Positive, ...]
+SomeNumbers = Annotated[Numbers, OneOrMore]
+Rates = Annotated[
+    SomeNumbers, BeforeValidator(_as_tuple), AfterValidator(lambda rates: rates[0] if len(rates) == 1 else rates)
 ]
-Names = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_as_tuple, json_schema_input_type=str | Annotated[tuple[str, ...], OneOrMore]),
-    OneOrMore,
-]
+Factors = Annotated[Numbers, BeforeValidator(_as_tuple, json_schema_input_type=Positive | Numbers)]
+SomeFactors = Annotated[SomeNumbers, BeforeValidator(_as_tuple, json_schema_input_type=Positive | SomeNumbers)]
+Name = Annotated[str, OneOrMore]
+SomeNames = Annotated[tuple[Name, ...], OneOrMore]
+Names = Annotated[SomeNames, BeforeValidator(_as_tuple, json_schema_input_type=Name | SomeNames)]
+Mode = Literal["off", "on", "auto"] | None
 
 
 class Settings(BaseModel):
@@ -131,7 +133,10 @@ class BudgetSettings(Settings):
     """The most adapter parameters: either a number, or as many as uniform LoRA of a rank uses."""
 
     model_config = ConfigDict(
-        json_schema_extra={"type": "object", "oneOf": [{"required": ["parameters"]}, {"required": ["uniform_rank"]}]}
+        json_schema_extra={
+            "type": "object",
+            "oneOf": [{"required": [size], "properties": {size: {"type": "integer"}}} for size in SIZES],
+        }
     )
 
     parameters: int | None = Field(None, gt=0, lt=2**63, description="Adapter parameters.")
@@ -248,7 +253,7 @@ class ControllerSettings(Settings):
 
     _free = frozenset({"mode", "adapter_name", "seed"})
 
-    mode: Annotated[Literal["off", "on", "auto"] | None, BeforeValidator(_as_mode)] = Field(
+    mode: Annotated[Mode, BeforeValidator(_as_mode, json_schema_input_type=Mode | bool)] = Field(
         None, description="Whether ranks move: off, on, or auto (if the allocation to start from uses no gradient). Default: off "
         "in `rankscope train`, on in `rs.train`.",
     )  # fmt: skip
@@ -298,7 +303,7 @@ class CompareSettings(Settings):
     )  # fmt: skip
     n_seeds: Count = Field(8, description="Reported runs of each method.")
     n_tuning_seeds: Count = Field(2, description="Runs that choose each method's learning rate.")
-    budgets: Factors = Field((1.0,), min_length=1, description="Factors of the budget to compare all methods at.")
+    budgets: SomeFactors = Field((1.0,), description="Factors of the budget to compare all methods at.")
     uniform_budgets: Factors = Field((), description="Further factors for uniform: how much must it grow to match?")
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
 
@@ -338,17 +343,27 @@ _PROBLEMS = {"model_type": "must be a section of keys and values", "too_short": 
 _UNION_MEMBER = re.compile(
     r"(str|float|constrained-int)$|function-|list\[|dict\[|tuple\(|literal\["
 )  # a part of pydantic's locations
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+# For a schema's readers, to which \w is ASCII: all but the ASCII characters that a folder's name may not start with, or hold.
+_RESERVED = re.sub("[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", "con|prn|aux|nul|com[0-9]|lpt[0-9]")
+_FOLDER_NAME = rf"^(?!({_RESERVED})(\.|$))[^\x00-/:-@\[-^`{{-\x7f][^\x00-\x1f!-'*/:-<>?\[-^`{{-\x7f]{{0,99}}(?<![ .])$"
 
 
 def _folder_name(name: str) -> str:
     """A name that is one folder's on every system, and no way out of the output folder."""
-    if not re.fullmatch(r"\w[\w .,+=@()-]{0,99}(?<![ .])", name) or _RESERVED.fullmatch(name):
+    if not re.match(_FOLDER_NAME, name) or not re.fullmatch(r"[\w .,+=@()-]+", name):
         raise ValueError(
             "must be fit to name a folder: at most 100 letters, digits, spaces or marks among .,+=@()-_, "
             "a letter or digit first"
         )
     return name
+
+
+def _in_a_study(controller: ControllerSettings) -> ControllerSettings:
+    """A study's seed is its own, and its models have one adapter: neither would change anything."""
+    for key in ("adapter_name", "seed"):
+        if (value := getattr(controller, key)) != ControllerSettings.model_fields[key].default:
+            raise ValueError(f"`{key}` is for `RankController` in Python, but got {shown(value)}; leave it out")
+    return controller
 
 
 class StudySettings(Settings):
@@ -357,7 +372,9 @@ class StudySettings(Settings):
     model_config = ConfigDict(json_schema_extra={"type": "object"})
 
     name: Annotated[str, AfterValidator(_folder_name)] = Field(
-        "study", description="Name of the study, its output folder and its Optuna study. Default: the file's name."
+        "study",
+        description="Name of the study, its output folder and its Optuna study. Default: the file's name.",
+        json_schema_extra={"pattern": _FOLDER_NAME},
     )
     task: str | dict[str, Any] = Field(
         description="A ready task, a mapping for a generic one, or `path/to/file.py:factory`."
@@ -369,7 +386,7 @@ class StudySettings(Settings):
     allocation: AllocationSettings = AllocationSettings()
     training: TrainingSettings = TrainingSettings()
     search: SearchSettings = SearchSettings()
-    controller: ControllerSettings = ControllerSettings()
+    controller: Annotated[ControllerSettings, AfterValidator(_in_a_study)] = ControllerSettings()
     compare: CompareSettings = CompareSettings()
     plan: PlanSettings = PlanSettings()
 
@@ -475,7 +492,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         return f"the key `{key}` is missing; add it."
     message = _PROBLEMS.get(kind, first["msg"].removeprefix("Value error, "))
     whole = isinstance(value, dict | BaseModel) or (value, kind) == (None, "value_error")
-    given = "" if whole else f", but got {shown(value)}"
+    given = "" if whole else f", but got {shown(list(value) if isinstance(value, tuple) else value)}"
     return f"`{key}`: {message[0].lower()}{message[1:]}{given}."
 
 

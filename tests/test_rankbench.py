@@ -32,6 +32,13 @@ def test_runs_keep_their_budget_and_allocations_their_ranks(name: str) -> None:
 def test_digits_is_as_large_as_its_readme_says() -> None:
     table = pd.read_parquet(FOLDER / "digits-shift.parquet")
     full = table[table["steps"] == 84]
-    assert full.groupby("rank")["number"].nunique().to_dict() == {1 / 4: 300, 1: 600, 2: 450, 4: 450}
-    assert full.groupby("rank")["seed"].nunique().to_dict() == {1 / 4: 2, 1: 3, 2: 2, 4: 2}
+    assert full.groupby("rank")["number"].nunique().to_dict() == {
+        1 / 8: 300,
+        1 / 4: 300,
+        1 / 2: 300,
+        1: 600,
+        2: 450,
+        4: 450,
+    }
+    assert full.groupby("rank")["seed"].nunique().to_dict() == {1 / 8: 2, 1 / 4: 2, 1 / 2: 2, 1: 3, 2: 2, 4: 2}
     assert full["test"].notna().all()

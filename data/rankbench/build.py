@@ -2,7 +2,7 @@
 
     python data/rankbench/build.py --jobs 2
 
-Two and a half hours on two cores, one torch thread a process; `--task NAME` measures one task only. Runs that the tables
+Three hours on two cores, one torch thread a process; `--task NAME` measures one task only. Runs that the tables
 hold are not repeated; every new one is kept in `.cache/rankbench.jsonl` as it ends, so an interrupted build goes on. In the end
 `TASK.parquet` (one row a run) and
 `TASK.profile.parquet` are written beside this file.
@@ -66,6 +66,8 @@ PLANS = (  # in the order in which they are measured
     Plan(task="digits-shift", rank=4, allocations=450, seeds=(0, 1), steps=84, rate=0.01),
     Plan(task="supersense", rank=2, allocations=30, seeds=(0,), steps=250, rate=0.004),
     Plan(task="digits-shift", rank=1 / 4, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
+    Plan(task="digits-shift", rank=1 / 8, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
+    Plan(task="digits-shift", rank=1 / 2, allocations=300, seeds=(0, 1), steps=84, rate=0.02),
 )
 
 

@@ -158,6 +158,8 @@ def _peak_memory(*, reset: bool = False) -> int | None:
     """Bytes at the peak, which may be reset first: of all GPUs, else of this process; None where the system does not tell."""
     device = best_device().type
     if device == "cuda":
+        if not torch.cuda.is_initialized():  # in a fresh worker process: nothing is allocated, and a reset raises
+            return 0
         ask = torch.cuda.reset_peak_memory_stats if reset else torch.cuda.max_memory_allocated
         return sum(ask(index) or 0 for index in range(torch.cuda.device_count()))
     try:

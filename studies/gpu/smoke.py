@@ -172,6 +172,8 @@ def pipeline(toy: bool, _shape: str) -> tuple[list[dict[str, Any]], list[Claim]]
         _, moved = rs.train(task, uniform, config, controller=rs.ControllerSettings(every=5))
         found = rs.compare(task, methods, budget=budget, targets=targets, profile=profile,
                            training=rs.TrainingSettings(steps=10, learning_rate=rate), seeds=range(2))  # fmt: skip
+        in_workers = rs.compare(plain, ["uniform"], budget=budget, targets=targets, seeds=range(2), n_jobs=2,
+                                training=rs.TrainingSettings(steps=10, learning_rate=rate))  # fmt: skip
         assert n_profiled
         assert task.evaluations
         rows.append(
@@ -179,6 +181,7 @@ def pipeline(toy: bool, _shape: str) -> tuple[list[dict[str, Any]], list[Claim]]
              "evaluations_seen": task.evaluations, "loss_before": before["loss"], "loss_one_shot": static.metrics["loss"],
              "loss_controller": moved.metrics["loss"], "decisions": len(moved.decisions),
              "compared": found.runs.groupby("method", sort=False)["test"].mean().to_dict(),
+             "uniform_in_workers": float(in_workers.runs["test"].mean()),
              "peak_bytes": int(found.runs["peak_memory"].max()), "seconds": time.perf_counter() - start}
         )  # fmt: skip
         for what, result in (("one-shot", static), ("controller", moved)):

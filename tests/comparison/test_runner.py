@@ -23,7 +23,7 @@ from rankscope.comparison import (
     run_all,
     run_tuned,
 )
-from rankscope.comparison.runner import RunResult, known_methods, run_one
+from rankscope.comparison.runner import RunResult, _peak_memory, known_methods, run_one
 from rankscope.errors import FileError, SettingsError
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import Task
@@ -351,6 +351,16 @@ def test_a_function_with_the_name_of_another_method_is_refused() -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
         find_methods(["uniform", uniform])
     assert len(find_methods([uniform, uniform])) == 2  # the same method, given twice
+
+
+def test_a_worker_that_has_not_touched_its_gpu_yet_has_no_peak_to_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(index: int) -> None:
+        raise RuntimeError("Invalid device argument")  # as torch does before CUDA is initialised
+
+    monkeypatch.setattr("rankscope.comparison.runner.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    assert _peak_memory(reset=True) == 0
 
 
 # --- adapters of their own size, and subsets of modules -----------------------------------------------------------

@@ -1,11 +1,12 @@
 """Tasks: where a search gets its model, data, loss and metric from."""
 
 from rankscope.tasks.data import data_folder
+from rankscope.tasks.image_text import ImageTextToText
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
 from rankscope.tasks.ready import DigitsShift, load_task
 from rankscope.tasks.text import CausalLM, TextClassification
 
 __all__ = [
-    "Batch", "CausalLM", "DigitsShift", "Split", "Task", "TextClassification", "check_task", "data_folder",
+    "Batch", "CausalLM", "DigitsShift", "ImageTextToText", "Split", "Task", "TextClassification", "check_task", "data_folder",
     "evaluate", "fingerprint_task", "load_task", "profile_task",
 ]  # fmt: skip

@@ -30,12 +30,12 @@ _PIP_FAILS = {
 }
 
 
-def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, filled: bool = False) -> pd.DataFrame:
-    """Read a local file or a hub data set, whose splits go into a column `split`. A DataFrame is only checked.
+def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str] = (), *, filled: bool = False) -> pd.DataFrame:
+    """Read a local file or a hub data set, whose splits go into a column `split` if there are several, and check it.
 
-    The columns must hold texts or numbers, and if `filled`, every row a value other than a blank text in them.
+    A DataFrame is only checked. Columns are checked as by `check_columns`.
     """
-    what = "the DataFrame" if isinstance(source, pd.DataFrame) else f"`{source}`"
+    what = _named(source)
     try:
         table = source if isinstance(source, pd.DataFrame) else _read(source)
     except FileError as error:
@@ -49,24 +49,47 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str], *, fil
         raise TaskError(f"{what} must hold rows, but holds none; check the data.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise TaskError(f"{what} must have one column {twice[0]!r}, but has several; rename them.")
+    check_columns(table, columns, source=source, filled=filled)
+    return table
+
+
+def check_columns(
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    *,
+    source: str | Path | pd.DataFrame,
+    filled: bool = False,
+    nested: bool = False,
+) -> None:
+    """Raise a TaskError unless the table has these columns.
+
+    They must hold texts or numbers, or if `nested`, anything; if `filled`, a value other than a blank text in every row.
+    """
+    what, names = _named(source), [str(name) for name in table.columns]
     for column in columns:
         if column not in table.columns:
             hint = did_you_mean(column, names, f"it has {', '.join(names)}.")
             raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
-        if nested := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
-            found = f"in column {column!r}, but holds {shown(nested[0])}"
+        if nested:
+            continue
+        if held := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
+            found = f"in column {column!r}, but holds {shown(held[0])}"
             raise TaskError(f"{what} must hold texts or numbers {found}; convert it.")
         n_blank = int((table[column].isna() | table[column].astype(str).str.strip().eq("")).sum())
         if filled and n_blank:
             found = f"{n_blank:,} of {len(table):,} have none"
             raise TaskError(f"the column {column!r} must hold a value in every row, but {found}; drop those rows.")
-    return table
 
 
-def split_rows(table: pd.DataFrame, *, key: str, seed: int = 0) -> dict[Split, pd.DataFrame]:
-    """Split a table by its column `split`, else at random into 70 / 15 / 15 per cent.
+def _named(source: str | Path | pd.DataFrame) -> str:
+    return "the DataFrame" if isinstance(source, pd.DataFrame) else f"`{source}`"
 
-    Of rows with the same value of `key` only the first is kept, so that no text is in two splits.
+
+def split_rows(table: pd.DataFrame, *, key: str, group: str | None = None, seed: int = 0) -> dict[Split, pd.DataFrame]:
+    """Split a table by its column `split`, else at random into 70 / 15 / 15 per cent of its rows, or groups.
+
+    Of rows with the same value of `key` only the first is kept, so that no text is in two splits. At random, rows with the
+    same value of `group` go to the same split.
     """
     if seed < 0:
         raise TaskError(f"`split_seed` must be 0 or more, but got {seed}.")
@@ -76,9 +99,13 @@ def split_rows(table: pd.DataFrame, *, key: str, seed: int = 0) -> dict[Split, p
         parts = {split: table[named == split] for split in splits}
         hint = f"its `split` column holds {', '.join(sorted(set(named)))}: rename, or drop the column."
     else:
-        order = np.random.default_rng(seed).permutation(len(table))
-        cuts = np.round(np.cumsum((0.7, 0.15)) * len(table)).astype(int)
-        parts = {split: table.iloc[rows] for split, rows in zip(splits, np.split(order, cuts), strict=True)}
+        groups = np.arange(len(table)) if group is None else pd.factorize(table[group])[0]
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
+        cuts = np.round(np.cumsum((0.7, 0.15)) * len(order)).astype(int)
+        places = np.argsort(order)[groups]
+        rows = np.argsort(places, kind="stable")
+        shares = np.split(rows, np.searchsorted(places[rows], cuts))
+        parts = {split: table.iloc[share] for split, share in zip(splits, shares, strict=True)}
         hint = "add rows."
     if empty := [split for split, rows in parts.items() if rows.empty]:
         raise TaskError(f"the data must have rows in every split, but {empty[0]!r} has none; {hint}")
@@ -132,6 +159,8 @@ def _read_hub(name: str) -> pd.DataFrame:
     except Exception as error:  # the hub's client raises many unrelated types
         found = f"does not ({one_line(error)})"
         raise TaskError(f"the hub data set `{name}` must load, but {found}; pass a local file.") from error
+    if len(parts) == 1:  # to be split here
+        return cast(pd.DataFrame, next(iter(parts.values())).to_pandas())
     tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
     return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
 

@@ -27,7 +27,8 @@ class Task(Protocol):
 
     Optional attributes:
         head_modules: Full names of fresh modules, such as a classifier, that are trained beside the adapters.
-        task_type: PEFT's task type, or for a class that plain PEFT cannot build, its full path. Saved adapters hold it.
+        task_type: PEFT's task type; None for a transformers class that PEFT has no type for, but `AutoPeftModel` builds; for a
+            class that plain PEFT cannot build, its full path. Saved adapters hold it.
         model_kwargs: What `from_pretrained` of the base model needs so that a saved adapter fits.
         fingerprint_data: Method that returns a hash of all data. Without it, only the first training batches are hashed.
     """

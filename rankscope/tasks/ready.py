@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections import abc
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from torch import nn
 from rankscope.errors import TaskError, checked, did_you_mean, fits, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
+from rankscope.tasks.image_text import ImageTextToText
 from rankscope.tasks.pretrained import (
     PretrainedTask,
     check_source,
@@ -37,6 +39,7 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
       or of an entry point in `rankscope.tasks`; with options: `{"name": name, **options}`;
     - `{"type": "sequence-classification", "model": …, "data": …, **options}`, see `TextClassification`;
     - `{"type": "causal-lm", "model": …, "data": …, **options}`, see `CausalLM`;
+    - `{"type": "image-text-to-text", "model": …, "data": …, **options}`, see `ImageTextToText`;
     - `"path/to/file.py:factory"` or `"package.module:factory"`;
     - a task, which is returned as it is.
 
@@ -73,13 +76,15 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
 
 
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
-    """Model and data as paths from the base folder, where they are paths; hub ids as they are."""
-    given = {key: options[key] for key in ("model", "data") if isinstance(options.get(key), str) and options[key]}
+    """Model, data and images as paths from the base folder, where they are paths; hub ids as they are."""
+    keys = ("model", "data", "image_folder")
+    given = {key: options[key] for key in keys if isinstance(options.get(key), str) and options[key]}
     for key, value in given.items():
         path = base / os.path.expanduser(value)  # leaves an unknown user as it is
         if (
             os.path.exists(path)
             or looks_like_path(value)
+            or key == "image_folder"
             or (key == "data" and path.suffix and not os.path.exists(value))
         ):
             given[key] = str(path)
@@ -99,14 +104,18 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
             raise TaskError(f"{what} takes no option `{name}`; {hint}")
         kind = parameters[name].annotation
         if kind is not inspect.Parameter.empty and not fits(value, kind):
-            wanted = " or ".join(_KINDS[each] for each in get_args(kind) or (kind,) if each in _KINDS)
+            kinds = [get_origin(each) or each for each in get_args(kind) or (kind,)]
+            wanted = " or ".join(_KINDS[each] for each in kinds if each in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
         raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
     return check_task(factory(**options))
 
 
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+_KINDS = {
+    str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null",
+    abc.Mapping: "a mapping",
+}  # fmt: skip
 
 
 class DigitsShift(PretrainedTask):
@@ -215,7 +224,9 @@ def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
     return CausalLM(smollm2(), data, name="glosses", batch_size=batch_size, max_length=max_length)
 
 
-_TYPES: Mapping[str, Callable[..., Task]] = {"sequence-classification": TextClassification, "causal-lm": CausalLM}
+_TYPES: Mapping[str, Callable[..., Task]] = {
+    "sequence-classification": TextClassification, "causal-lm": CausalLM, "image-text-to-text": ImageTextToText,
+}  # fmt: skip
 _READY: Mapping[str, Callable[..., Task]] = {
     "digits-shift": DigitsShift, "dinov2-digits": Dinov2Digits, "supersense": supersense, "sentiment": sentiment,
     "word-order": word_order, "glosses": glosses,

@@ -26,7 +26,9 @@ from rankscope.tasks import Batch, Task, evaluate, load_task
 from rankscope.training.methods import Lora, Method
 
 _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
-_LOADERS = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
+_LOADERS = {  # by the task's `task_type`
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM", None: "AutoPeftModel",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,10 @@ def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = f"{type(base).__module__}.{type(base).__name__}"
     how = [f"Build the base model, a `{kind}`, then `rankscope.lora.load_adapter(base, folder)`."]
-    if loader := _LOADERS.get(getattr(task, "task_type", None) or ""):
+    loader = _LOADERS.get(getattr(task, "task_type", ""))
+    if loader == "AutoPeftModel" and not kind.startswith("transformers."):  # it would refuse to import the class
+        loader = None
+    if loader:
         code = [f"from peft import {loader}", ""]
         if options:
             code = ["import json", *code, 'options = json.load(open(f"{folder}/model_kwargs.json"))']

@@ -1,0 +1,290 @@
+"""Conversations about images: read from the rows of a table, and encoded by a model's own processor."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rankscope.errors import TaskError, did_you_mean, one_line, shown
+from rankscope.tasks.data import check_columns, read_table
+from rankscope.tasks.pretrained import load_pretrained
+
+IGNORED = -100  # the label of a token that no loss or metric counts
+
+_PLACE = "<image>"  # of an image in a text, as LLaVA's data files have it
+_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("system", "user", "assistant")}}
+
+Message = dict[str, Any]  # with `role`, and as `content` a list of parts, each with `type` text or image
+
+
+class Conversation(NamedTuple):
+    """One row."""
+
+    number: int  # in the data, from 1
+    split: Any  # as the data names it; None if it does not
+    images: tuple[Any, ...]  # each a path, the bytes of a file, or a PIL image
+    messages: tuple[Message, ...]
+
+    def content(self) -> list[Any]:
+        """Images, and what is said about them, for hashes."""
+        images = [image if isinstance(image, str | bytes) else np.asarray(image) for image in self.images]
+        return [images, json.dumps(self.messages)]
+
+
+class UnusableError(Exception):
+    """Why a conversation cannot be used."""
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+def read_conversations(
+    data: str | Path | pd.DataFrame, columns: Mapping[str, str] | None, *, text_only: bool
+) -> list[Conversation]:
+    """Read and check all rows. `columns` and `text_only` are as for `ImageTextToText`; images are not opened."""
+    named = {kind: kind for kind in ("image", "question", "answer", "messages")}
+    for kind in columns or ():
+        if kind not in named:
+            hint = did_you_mean(kind, named, f"it takes {', '.join(named)}.")
+            raise TaskError(f"`columns` takes no key `{kind}`; {hint}")
+    named |= columns or {}
+    table = read_table(data)
+    conversing = named["messages"] in table.columns
+    if not conversing and named["question"] not in table.columns:
+        must = f"the data must have a column {named['messages']!r}, or {named['question']!r} and {named['answer']!r}"
+        names = ", ".join(str(name) for name in table.columns)
+        raise TaskError(f"{must}, but has {names}; rename them, or set `columns`.")
+    check_columns(table, [named["image"], *([named["messages"]] if conversing else [])], source=data, nested=True)
+    if not conversing:
+        check_columns(table, (named["question"], named["answer"]), source=data, filled=True)
+    rows = [_row(number, row, named, conversing) for number, row in enumerate(table.to_dict("records"), start=1)]
+    bare = [row.number for row in rows if not row.images]
+    if bare and not text_only:
+        must = f"the column {named['image']!r} must hold an image in every row"
+        found = f"{len(bare):,} of {len(rows):,} have none, as row {bare[0]:,}"
+        raise TaskError(f"{must}, but {found}; drop them, or set `text_only: true`.")
+    return rows
+
+
+def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str], conversing: bool) -> Conversation:
+    where = f"row {number:,}"
+    images = _images(values[named["image"]], where=where)
+    if conversing:
+        turns = _turns(values[named["messages"]], where=where)
+    else:
+        turns = [("user", str(values[named["question"]])), ("assistant", str(values[named["answer"]]))]
+    messages: list[Message] = [
+        {"role": role, "content": _parts(content, role, where=f"row {number:,}")} for role, content in turns
+    ]
+    spoken = [message for message in messages if message["role"] != "system"]
+    if not spoken or spoken[0]["role"] != "user" or not any(message["role"] == "assistant" for message in spoken):
+        raise TaskError(f"each row must hold a question, then an answer, but {where} does not; drop it.")
+    while messages[-1]["role"] != "assistant":  # nothing is learned from what comes after the last answer
+        messages.pop()
+    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if places == 0:
+        spoken[0]["content"][:0] = [{"type": "image"} for _ in images]
+    elif places != len(images):
+        must = "each row must have as many images as places for them"
+        raise TaskError(f"{must}, but {where} has {len(images)} and {places}; correct it.")
+    return Conversation(number, values.get("split"), images, tuple(messages))
+
+
+def _images(value: Any, *, where: str) -> tuple[Any, ...]:
+    """Images of one cell: paths, bytes, or PIL images."""
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
+        return tuple(image for each in value for image in _images(each, where=where))
+    if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
+        value = value.get("bytes") or value.get("path")
+    if value is None or value is pd.NA or value == "" or (isinstance(value, float) and np.isnan(value)):
+        return ()
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise TaskError(
+            f"images must be paths or bytes, but {where} holds the address {shown(value)}; download it first."
+        )
+    if isinstance(value, str | bytes) or hasattr(value, "convert"):
+        return (value,)
+    raise TaskError(f"images must be paths or bytes, but {where} holds {shown(value)}; convert it.")
+
+
+def _turns(value: Any, *, where: str) -> list[tuple[str, Any]]:
+    """Role and content of each message."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise TaskError(f"messages must be a list, but {where} holds {shown(value)}; convert it.")
+    turns = []
+    for message in value:
+        role = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
+        if role not in _ROLES:
+            must = f"messages must have a role among {', '.join(_ROLES)}"
+            raise TaskError(f"{must}, but {where} holds {shown(message)}; correct it.")
+        content = message.get("content")
+        turns.append((_ROLES[role], message.get("value") if content is None else content))
+    return turns
+
+
+def _parts(content: Any, role: str, *, where: str) -> list[dict[str, Any]]:
+    """A message's content as a list of texts and places for images."""
+    if isinstance(content, str):
+        texts = content.split(_PLACE) if role == "user" else [content]
+        if len(texts) > 1:  # the line break between a place and its text is not the text's
+            texts = [text.strip("\n") for text in texts]
+        parts: list[dict[str, Any]] = []
+        for text in texts:
+            parts += [{"type": "image"}, {"type": "text", "text": text}]
+        return [part for part in parts[1:] if part.get("text") != ""]
+    if isinstance(content, list | tuple | np.ndarray):
+        kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+        if set(kinds) <= {"text", "image"}:
+            pairs = zip(content, kinds, strict=True)
+            return [{"type": kind} | ({"text": str(part["text"])} if kind == "text" else {}) for part, kind in pairs]
+    must = "the content of a message must be a text, or a list of parts of type text or image"
+    raise TaskError(f"{must}, but {where} holds {shown(content)}; convert it.")
+
+
+def open_image(image: Any, folder: Path) -> Any:
+    """Return a PIL image in RGB, upright; raise an UnusableError if it cannot be read. Paths start from `folder`."""
+    from PIL import Image, ImageOps
+
+    what = f"`{image}`" if isinstance(image, str) else "its image"
+    try:
+        if isinstance(image, str | bytes):
+            image = Image.open(BytesIO(image) if isinstance(image, bytes) else folder / image)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which `convert` would clip
+            pixels = np.asarray(image)
+            image = Image.fromarray((pixels // 256 if pixels.max() > 255 else pixels).astype(np.uint8))
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise UnusableError(f"there is no file {what} in {folder}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnusableError(f"{what} cannot be read: {one_line(error)}") from error
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+
+def load_processor(source: str | Path) -> Any:
+    """Load a model's processor; a TaskError if it cannot make inputs of images and texts.
+
+    Where torchvision is missing, a processor for images and videos is built without its half for videos, which needs it.
+    """
+    from transformers import PROCESSOR_MAPPING
+    from transformers.utils import is_torchvision_available
+
+    kind = PROCESSOR_MAPPING.get(type(load_pretrained("AutoConfig", source)), None)
+    if kind and "video_processor" in inspect.signature(kind).parameters and not is_torchvision_available():
+        processor = _without_videos(kind, source)
+    else:
+        processor = load_pretrained("AutoProcessor", source)
+    must, has = f"`{source}` must have a processor", type(processor).__name__
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise TaskError(f"{must} for images and texts, but has only {has}; save it there with save_pretrained.")
+    tokenizer, token = processor.tokenizer, getattr(processor, "image_token", None)
+    if token is None or token not in tokenizer.get_vocab():
+        found = f"{has} has none" if token is None else f"the tokenizer of {has} lacks {token!r}"
+        raise TaskError(f"{must} with an image token, but {found}; add it to the tokenizer, and save the processor.")
+    if not takes_suffix(processor):
+        if not (processor.chat_template or getattr(tokenizer, "chat_template", None)):
+            raise TaskError(f"{must} with a chat template, but {has} has none; save it with one, as `chat_template`.")
+        if not tokenizer.is_fast:
+            raise TaskError(f"{must} with a fast tokenizer, but has {type(tokenizer).__name__}; convert it.")
+    return processor
+
+
+def _without_videos(kind: type, source: str | Path) -> Any:
+    class ImagesOnly(kind):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    parts = {"image_processor": load_pretrained("AutoImageProcessor", source)}
+    parts |= {"tokenizer": load_pretrained("AutoTokenizer", source), "video_processor": None}
+    ImagesOnly.__name__ = kind.__name__
+    values, _ = kind.get_processor_dict(source, local_files_only=Path(source).is_dir())  # type: ignore[attr-defined]
+    taken = inspect.signature(kind).parameters.keys() - parts.keys()
+    try:
+        return ImagesOnly(**parts, **{key: value for key, value in values.items() if key in taken})
+    except ImportError as error:
+        raise TaskError(f"`{source}` must have a processor that loads, but has none: {one_line(error)}") from error
+
+
+def takes_suffix(processor: Any) -> bool:
+    """Whether the processor takes question and answer as a prefix and a suffix, as PaliGemma's does, and has no chats."""
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
+
+
+def encode(processor: Any, row: Conversation, images: list[Any]) -> dict[str, Tensor]:
+    """The model's inputs for one conversation, in a batch of one, with `labels`; an UnusableError if the processor fails."""
+    make = _encode_suffix if takes_suffix(processor) else _encode_chat
+    try:
+        return make(processor, row, images)
+    except (ValueError, TypeError, IndexError) as error:  # for sizes and texts that it does not take
+        if isinstance(error, TaskError):
+            raise
+        raise UnusableError(f"the processor fails: {one_line(error)}") from error
+
+
+def _encode_suffix(processor: Any, row: Conversation, images: list[Any]) -> dict[str, Tensor]:
+    """Inputs of a question before an answer, to which the processor adds BOS, a line break, and EOS."""
+    question, answer = (
+        "".join(processor.image_token if part["type"] == "image" else part["text"] for part in message["content"])
+        for message in row.messages
+    )
+    inputs = dict(processor(images=[images], text=[question], suffix=[answer]).convert_to_tensors("pt"))
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 0, IGNORED)
+    return inputs
+
+
+def _encode_chat(processor: Any, row: Conversation, images: list[Any]) -> dict[str, Tensor]:
+    """Inputs of a conversation in the processor's chat template."""
+    text, spans = _render(processor, row)
+    tokenizer = processor.tokenizer
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+    encoded = processor(text=[text], images=[images] if images else None, add_special_tokens=not begun, **options)
+    offsets, replaced = encoded.pop("offset_mapping")[0], (encoded.pop("text_replacement_offsets", None) or [[]])[0]
+    inputs = dict(encoded.convert_to_tensors("pt"))
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    for start, end in ((_moved(start, replaced), _moved(end, replaced)) for start, end in spans):
+        inside = [i for i, (first, last) in enumerate(offsets) if first < last and first < end and last > start]
+        labels[0, inside] = inputs["input_ids"][0, inside]
+    return {**inputs, "labels": labels}
+
+
+def _moved(place: int, replaced: Sequence[Mapping[str, Any]]) -> int:
+    """A place in the text, after the images' places before it have become longer."""
+    gains = [each["new_span"][1] - each["span"][1] for each in replaced if each["span"][1] <= place]
+    return place + (gains[-1] if gains else 0)
+
+
+def _render(processor: Any, row: Conversation) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as one text, and where in it each answer begins and ends."""
+    messages, tokenizer = list(row.messages), processor.tokenizer
+    text: str = processor.apply_chat_template(messages)
+    spans: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+        if not text.startswith(before):
+            must = "the chat template must begin an answer as it prompts for one"
+            raise TaskError(
+                f"{must}, but that of {type(processor).__name__} does not in row {row.number:,}; correct it."
+            )
+        after = text if index == len(messages) - 1 else processor.apply_chat_template(messages[: index + 1])
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, after, strict=False)))
+        spans.append((len(before), max(len(text[:shared].rstrip()), len(before))))
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    if tokenizer.eos_token and not text.rstrip().endswith(special):
+        text = text.rstrip() + tokenizer.eos_token
+        spans[-1] = (spans[-1][0], len(text))
+    return text, spans

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -346,7 +346,7 @@ def plot_budgets(table: pd.DataFrame) -> Figure:
             marker, filled = f"{MARKERS[place % len(MARKERS)]}-", colour if place < 10 else "white"  # again, hollow
             axis.plot(mine["parameters"], mine["test"], marker, color=colour, mfc=filled, ms=5, lw=1.0, label=method)
         axis.set_xscale("log")
-        axis.set_xticks(sorted({*x, group["parameters"].min(), group["parameters"].max()}))
+        axis.set_xticks(_apart({*x, group["parameters"].min(), group["parameters"].max()}))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params(axis="x", rotation=25)
@@ -354,6 +354,15 @@ def plot_budgets(table: pd.DataFrame) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
+
+
+def _apart(values: Collection[float], share: float = 0.08) -> list[float]:
+    """The values whose labels fit beside each other on a logarithmic axis: at least this share of its length apart."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or math.log(value / kept[-1]) >= share * math.log(max(values) / min(values)):
+            kept.append(value)
+    return kept
 
 
 def plot_plan(table: pd.DataFrame, *, level: float, budget: int | None = None, metric: str = "metric") -> Figure:
@@ -376,7 +385,7 @@ def plot_plan(table: pd.DataFrame, *, level: float, budget: int | None = None, m
         axis.axhspan(row["low"], row["high"], color=colour, alpha=0.08, lw=0)
     axis.axhline(level, color="black", lw=0.7, ls=":", label="enough: the reference less the margin")
     axis.set_xscale("log")
-    axis.set_xticks(sorted(set(curves["budget"])))
+    axis.set_xticks(_apart(set(curves["budget"])))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.tick_params(axis="x", rotation=25)

@@ -231,6 +231,11 @@ def _train(
     ),
     seeds: int = typer.Option(1, min=1, help="Runs of each allocation."),
     jobs: int = typer.Option(1, min=1, help="Runs at a time, each in its own process."),
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        help="Load only the configuration of a generic task's model; print towers, steps and memory.",
+    ),
 ) -> None:
     """Fine-tune an allocation, tune its learning rate, and save the adapter for plain PEFT."""
 

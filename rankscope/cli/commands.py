@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,7 @@ from rankscope.lora import save_lora_config
 from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
-from rankscope.training import Lora
+from rankscope.training import Lora, describe_towers, estimate_memory
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 SHOWN_MODULES = 9
@@ -286,9 +286,19 @@ def _trial_summary(result: SearchResult, trial: Trial) -> dict[str, Any]:
 
 
 def run_train(
-    session: Session, *, allocation: Path | None, baseline: bool, seeds: int, jobs: int, as_json: bool
+    session: Session,
+    *,
+    allocation: Path | None,
+    baseline: bool,
+    seeds: int,
+    jobs: int,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """`rankscope train`."""
+    if dry_run:
+        _run_dry(replace(session, dry_run=True), allocation, as_json=as_json)
+        return
     ranks = _read_allocation(session, allocation)
     methods = [Lora(ranks)]
     if _is_controlled(session, ranks):
@@ -331,6 +341,40 @@ def run_train(
         ],
     )  # fmt: skip
     print_files(files)
+
+
+def _run_dry(session: Session, allocation: Path | None, *, as_json: bool) -> None:
+    """`rankscope train --dry-run`: what would be trained, and about how much memory it takes."""
+    outline, training, name = session.outline, session.study.training, session.study.name
+    ranks = _read_allocation(session, allocation) if allocation else session.one_shot("uniform")
+    towers = describe_towers(outline.model, ranks)
+    memory = estimate_memory(outline.model, ranks, batch_size=outline.batch_size, max_length=outline.max_length)
+    facts: dict[str, Any] = {"study": name, "model": type(outline.model).__name__, "budget": session.budget.limit}
+    facts |= {"strategy": ranks.strategy, "parameters": ranks.parameters, "towers": towers, "steps": training.steps}
+    rows = training.steps * training.gradient_accumulation * outline.batch_size
+    facts |= {"rows": rows, "batch_size": outline.batch_size, "gradient_accumulation": training.gradient_accumulation}
+    facts |= {"max_length": outline.max_length, "memory": {**memory, "total": sum(memory.values())}}
+    if as_json:
+        print_json(facts)
+        return
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in outline.model.parameters()}))
+    print_table(
+        f"{name}: {facts['model']}, weights in {dtypes}; budget {session.budget.limit:,} parameters, here {ranks.strategy}",
+        {"tower": "{tower}", "weights": "{weights:,}", "blocks": "{blocks}", "target modules": "{modules}",
+         "rank 1": "{rank_cost:,}", "parameters": "{parameters:,}", "share": "{share:.1%}", "mean rank": "{mean_rank:.2f}"},
+        towers,
+    )  # fmt: skip
+    rates = ", ".join(f"{rate:g}" for rate in training.learning_rates)
+    print_line(
+        f"{training.steps:,} steps of {training.gradient_accumulation} x {outline.batch_size} rows = {rows:,} rows of at most "
+        f"{outline.max_length:,} tokens; learning rate {rates}"
+    )
+    columns = {"memory, about": "{what}", "GB": "{gigabytes:.2f}"}
+    print_table(
+        "one process, without kernels' buffers and the device's context",
+        columns,
+        [{"what": what, "gigabytes": size / 1e9} for what, size in facts["memory"].items()],
+    )
 
 
 def _reported_seeds(session: Session, n: int) -> range:

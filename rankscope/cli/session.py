@@ -32,7 +32,7 @@ from rankscope.profiling import Profile, read_profile
 from rankscope.settings import BudgetSettings, Settings, StudySettings, read_study
 from rankscope.strategies import allocate, needs_profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
-from rankscope.tasks import Task, fingerprint_task, load_task, profile_task
+from rankscope.tasks import Outline, Task, fingerprint_task, load_task, outline_task, profile_task
 
 NARROWEST = 12  # cells of a table's first column, whose texts wrap
 
@@ -48,6 +48,7 @@ class Session:
     flags: Mapping[str, Any]  # what the command line overrides, by dotted key
     study: StudySettings  # the file's settings, with the flags
     out: Path
+    dry_run: bool = False  # load the model's configuration only, and no data
 
     def __post_init__(self) -> None:
         require_one_process("a command")
@@ -68,8 +69,15 @@ class Session:
         return load_task(self.study.task, base_dir=self.study.base_dir)
 
     @cached_property
+    def outline(self) -> Outline:
+        """The study's task in outline."""
+        return outline_task(self.study.task, base_dir=self.study.base_dir)
+
+    @cached_property
     def _found(self) -> tuple[tuple[TargetModule, ...], dict[str, Any]]:
-        """Target modules and fingerprints, from one build of the model, which is gone afterwards."""
+        """Target modules and fingerprints, from one build of the model, gone afterwards; of a dry run no fingerprints."""
+        if self.dry_run:
+            return find_targets(self.outline.model, self.study.targets), {}
         model = self.task.build_model()
         targets = find_targets(model, self.study.targets)
         facts = {"format": FORMAT, **fingerprint_task(self.task, model), "targets": fingerprint_targets(targets)}

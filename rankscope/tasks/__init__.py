@@ -3,10 +3,10 @@
 from rankscope.tasks.data import data_folder
 from rankscope.tasks.image_text import ImageTextToText
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
-from rankscope.tasks.ready import DigitsShift, load_task
+from rankscope.tasks.ready import DigitsShift, Outline, load_task, outline_task
 from rankscope.tasks.text import CausalLM, TextClassification
 
 __all__ = [
-    "Batch", "CausalLM", "DigitsShift", "ImageTextToText", "Split", "Task", "TextClassification", "check_task", "data_folder",
-    "evaluate", "fingerprint_task", "load_task", "profile_task",
+    "Batch", "CausalLM", "DigitsShift", "ImageTextToText", "Outline", "Split", "Task", "TextClassification", "check_task",
+    "data_folder", "evaluate", "fingerprint_task", "load_task", "outline_task", "profile_task",
 ]  # fmt: skip

@@ -8,14 +8,14 @@ from collections import abc
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from rankscope.errors import TaskError, checked, did_you_mean, fits, shown
+from rankscope.errors import TaskError, checked, did_you_mean, fits, one_line, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.image_text import ImageTextToText
@@ -24,6 +24,7 @@ from rankscope.tasks.pretrained import (
     check_source,
     dinov2_small,
     load_model,
+    load_pretrained,
     looks_like_path,
     smollm2,
 )
@@ -75,6 +76,41 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
     return _build(load_entry_point(offered[name], error=TaskError), options, what=f"task {name!r}")
 
 
+class Outline(NamedTuple):
+    """What is known of a task of a generic type before its weights and data are loaded."""
+
+    model: Any  # of transformers, on the meta device
+    batch_size: int  # rows
+    max_length: int  # tokens of a row
+
+
+def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
+    """Return the outline of a generic task, from its options and the model's configuration alone; data need not exist."""
+    import transformers
+
+    kind = spec.get("type") if isinstance(spec, Mapping) else None
+    if not isinstance(kind, str) or kind not in _TYPES:
+        must = f"a dry run must have a generic task (`task.type` among {', '.join(_TYPES)})"
+        raise TaskError(
+            f"{must}, whose model is known by its configuration, but got {shown(spec)}; leave out --dry-run."
+        )
+    options, base = {str(key): value for key, value in spec.items() if key != "type"}, Path(base_dir or ".")
+    options |= _resolved(options, base)
+    _check_options(_TYPES[kind], options, what=f"task type {kind!r}")
+    check_source(options["model"], base=base)
+    config = load_pretrained("AutoConfig", options["model"])
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, _AUTO_CLASSES[kind]).from_config(config)
+    except (ValueError, TypeError, AttributeError) as error:  # of configurations
+        must = f"`{options['model']}` must be the configuration of a model that {_AUTO_CLASSES[kind]} builds"
+        raise TaskError(f"{must}, but is not ({one_line(error)}); check `task.type` and config.json.") from error
+    parameters = inspect.signature(_TYPES[kind]).parameters
+    sizes = {name: options.get(name, parameters[name].default) for name in ("batch_size", "max_length")}
+    check_counts(**sizes)
+    return Outline(model, **sizes)
+
+
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
     """Model, data and images as paths from the base folder, where they are paths; hub ids as they are."""
     keys = ("model", "data", "image_folder")
@@ -95,7 +131,12 @@ def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
 
 
 def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> Task:
-    """Call the factory with options whose names and types fit its signature."""
+    _check_options(factory, options, what=what)
+    return check_task(factory(**options))
+
+
+def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> None:
+    """Raise a TaskError unless names and types of the options fit the factory's signature."""
     parameters = inspect.signature(factory, eval_str=True).parameters
     for name, value in options.items():
         if name not in parameters:
@@ -109,7 +150,6 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
         raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
-    return check_task(factory(**options))
 
 
 _KINDS = {
@@ -226,6 +266,10 @@ def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
 
 _TYPES: Mapping[str, Callable[..., Task]] = {
     "sequence-classification": TextClassification, "causal-lm": CausalLM, "image-text-to-text": ImageTextToText,
+}  # fmt: skip
+_AUTO_CLASSES = {
+    "sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
 }  # fmt: skip
 _READY: Mapping[str, Callable[..., Task]] = {
     "digits-shift": DigitsShift, "dinov2-digits": Dinov2Digits, "supersense": supersense, "sentiment": sentiment,

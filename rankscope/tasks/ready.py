@@ -8,7 +8,8 @@ from collections import abc
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from rankscope.tasks.pretrained import (
     smollm2,
 )
 from rankscope.tasks.protocol import Split, Task, check_counts, check_task
+from rankscope.tasks.scenes import DigitScenes, EmojiScenes
 from rankscope.tasks.text import CausalLM, TextClassification
 
 
@@ -36,8 +38,8 @@ from rankscope.tasks.text import CausalLM, TextClassification
 def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | None = None) -> Task:
     """Load a task; relative paths start from `base_dir`, by default the working directory. `spec` is one of
 
-    - the name of a ready task (`"digits-shift"`, `"dinov2-digits"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`),
-      or of an entry point in `rankscope.tasks`; with options: `{"name": name, **options}`;
+    - the name of a ready task (`"digits-shift"`, `"dinov2-digits"`, `"supersense"`, `"sentiment"`, `"word-order"`, `"glosses"`,
+      `"emoji-scenes"`, `"digit-scenes"`), or of an entry point in `rankscope.tasks`; with options: `{"name": name, **options}`;
     - `{"type": "sequence-classification", "model": …, "data": …, **options}`, see `TextClassification`;
     - `{"type": "causal-lm", "model": …, "data": …, **options}`, see `CausalLM`;
     - `{"type": "image-text-to-text", "model": …, "data": …, **options}`, see `ImageTextToText`;
@@ -145,7 +147,8 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], *, w
             raise TaskError(f"{what} takes no option `{name}`; {hint}")
         kind = parameters[name].annotation
         if kind is not inspect.Parameter.empty and not fits(value, kind):
-            kinds = [get_origin(each) or each for each in get_args(kind) or (kind,)]
+            union = get_origin(kind) in (Union, UnionType)
+            kinds = [get_origin(each) or each for each in (get_args(kind) if union else (kind,))]
             wanted = " or ".join(_KINDS[each] for each in kinds if each in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
     if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
@@ -154,7 +157,7 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], *, w
 
 _KINDS = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null",
-    abc.Mapping: "a mapping",
+    abc.Mapping: "a mapping", abc.Sequence: "a list",
 }  # fmt: skip
 
 
@@ -273,5 +276,5 @@ _AUTO_CLASSES = {
 }  # fmt: skip
 _READY: Mapping[str, Callable[..., Task]] = {
     "digits-shift": DigitsShift, "dinov2-digits": Dinov2Digits, "supersense": supersense, "sentiment": sentiment,
-    "word-order": word_order, "glosses": glosses,
+    "word-order": word_order, "glosses": glosses, "emoji-scenes": EmojiScenes, "digit-scenes": DigitScenes,
 }  # fmt: skip

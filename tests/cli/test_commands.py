@@ -428,7 +428,7 @@ print(json.dumps([ranks, count]))
         (["profile"], STUDY.replace("task: digits-shift", "task: digits-shift\ntargets: [q_prj]"),
          "`selection` must match modules of the model, but 'q_prj' matches none; did you mean 'q_proj', 'v_proj', 'o_proj'."),
         (["profile"], STUDY.replace("digits-shift", "digit-shift"),
-         "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, but got 'digit-shift'; did you mean 'digits-shift'?"),
+         "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, emoji-scenes, digit-scenes, but got 'digit-shift'; did you mean 'digits-shift'?"),
         (["train"], STUDY,
          "`{out}/allocation.json` must hold an allocation, but there is no such file; "
          "run `rankscope allocate {study} --out {out}` or `rankscope search {study} --out {out}` first."),

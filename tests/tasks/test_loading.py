@@ -78,7 +78,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("superscense", "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, but got 'superscense'; did you mean 'supersense'?"),
+        ("superscense", "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, emoji-scenes, digit-scenes, but got 'superscense'; did you mean 'supersense'?"),
         ({"name": "digits-shift", "batchsize": 3}, "task 'digits-shift' takes no option `batchsize`; did you mean `batch_size`?"),
         ({"type": "causal"}, "`task.type` must be one of sequence-classification, causal-lm, image-text-to-text, but got 'causal'."),
         ({"type": "causal-lm", "model": "bert"}, "task type 'causal-lm' needs the option `data`; add it."),
@@ -92,7 +92,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
         ({"type": "sequence-classification", "model": "bert", "data": "/gone/rows.csv"},
          "`/gone/rows.csv` must hold the task's data, but there is no such file; check the path."),
         (3, "`task` must be a task, a name, options or `path/to/file.py:factory`, but got 3."),
-        ({"name": []}, "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, but got []; a task of your own is \"path/to/file.py:factory\"."),
+        ({"name": []}, "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, emoji-scenes, digit-scenes, but got []; a task of your own is \"path/to/file.py:factory\"."),
         ({"type": []}, "`task.type` must be one of sequence-classification, causal-lm, image-text-to-text, but got []."),
         ({"type": "causal-lm", "model": "bert", "data": 1}, "`data` of task type 'causal-lm' must be a text, but got 1."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "text_column": 2}, "`text_column` of task type 'causal-lm' must be a text, but got 2."),

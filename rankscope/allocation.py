@@ -34,6 +34,8 @@ class RankAllocation:
     vector: tuple[int, ...]  # the rank of each target
     strategy: str = field(default="", compare=False)  # what computed it, as in "one-shot"
     budget: int | None = field(default=None, compare=False)  # the limit it was computed for, in adapter parameters
+    # The least and the most parameters of the towers that the budget bounds.
+    tower_bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         targets, ranks = tuple(self.targets), tuple[Any, ...](self.vector)
@@ -53,12 +55,14 @@ class RankAllocation:
 
     @classmethod
     def from_ranks(
-        cls, targets: Sequence[TargetModule], ranks: Mapping[str, int], *, strategy: str = "", budget: int | None = None
-    ) -> RankAllocation:
+        cls, targets: Sequence[TargetModule], ranks: Mapping[str, int], *, strategy: str = "", budget: int | None = None,
+        tower_bounds: Mapping[str, tuple[int, int]] | None = None,
+    ) -> RankAllocation:  # fmt: skip
         """An allocation from `{module name: rank}`; target modules not named get rank 0."""
         if unknown := set(ranks) - {target.name for target in targets}:
             raise SettingsError(f"`ranks` must name target modules only, but names {sorted(unknown)[0]!r}.")
-        return cls(tuple(targets), tuple(ranks.get(t.name, 0) for t in targets), strategy=strategy, budget=budget)
+        vector = tuple(ranks.get(t.name, 0) for t in targets)
+        return cls(tuple(targets), vector, strategy=strategy, budget=budget, tower_bounds=dict(tower_bounds or {}))
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -69,6 +73,14 @@ class RankAllocation:
     def parameters(self) -> int:
         """Trainable adapter parameters: the sum of rank cost times rank, as PEFT's LoRA builds them."""
         return sum(t.rank_cost * rank for t, rank in zip(self.targets, self.vector, strict=True))
+
+    @property
+    def parameters_by_tower(self) -> dict[str, int]:
+        """The adapter parameters of each tower, in the model's order."""
+        found = dict.fromkeys((target.tower for target in self.targets), 0)
+        for target, rank in zip(self.targets, self.vector, strict=True):
+            found[target.tower] += target.rank_cost * rank
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -96,6 +108,11 @@ class RankAllocation:
             "schema": SCHEMA,
             "strategy": self.strategy,
             "budget": self.budget,
+            **(
+                {"tower_bounds": {tower: list(each) for tower, each in self.tower_bounds.items()}}
+                if self.tower_bounds
+                else {}
+            ),
             "parameters": self.parameters,
             "ranks": dict(self.ranks),
             "model": fingerprint_targets(self.targets),
@@ -112,7 +129,8 @@ class RankAllocation:
             strategy, budget = value["strategy"], value["budget"]
             if not isinstance(strategy, str) or not (budget is None or (type(budget) is int and budget >= 0)):
                 raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
-            allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget)
+            bounds = {str(tower): (int(low), int(high)) for tower, (low, high) in value.get("tower_bounds", {}).items()}
+            allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget, tower_bounds=bounds)
             cost, model = allocation.parameters, fingerprint_targets(targets)
             checks = {
                 "parameters": (value["parameters"], cost, f"equal what its ranks cost ({cost:,})"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -77,7 +77,8 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
 def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None, framed: bool = False) -> Figure:
     """Ranks over the same modules as heatmaps of block x role on one colour scale, a dot for 0.
 
-    Models with several towers get one row per allocation. If `framed`, ranks above those of the panel before are.
+    Models with several towers get one row per allocation, and each panel tells the tower's share of the parameters. If `framed`,
+    ranks above those of the panel before are.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
     rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
@@ -85,7 +86,12 @@ def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None
         Normalize(0, max(1, *(max(a.vector) for a in allocations))),
         "rank (framed: gained)" if framed else "rank",
     )
-    return _heatmaps(rows, titles, norm, label, lambda rank: f"{rank:.0f}" if rank else "·", framed=framed)
+    shares = [
+        {tower: f"{spent / max(a.parameters, 1):.0%}" for tower, spent in a.parameters_by_tower.items()}
+        for a in allocations
+    ]
+    options: Any = {"framed": framed, "notes": shares}
+    return _heatmaps(rows, titles, norm, label, lambda rank: f"{rank:.0f}" if rank else "·", **options)
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -131,8 +137,12 @@ def _heatmaps(
     text: Callable[[float], str] | None = None,
     *,
     framed: bool = False,
+    notes: Sequence[Mapping[str, str]] = (),
 ) -> Figure:
-    """One panel per heading and tower; `text` writes a value into its cell, `framed` marks gains over the panel before."""
+    """One panel per heading and tower; `text` writes a value into its cell, `framed` marks gains over the panel before.
+
+    `notes` are for each row and tower, in models with several.
+    """
     roles, blocks = zip(*(grid.shape for grid in rows[0].values()), strict=True)
     n_towers, n_roles = len(roles), max(2, *roles)
     n_rows = math.ceil(len(rows) / max(1, BLOCKS_ACROSS // blocks[0])) if n_towers == 1 else len(rows)
@@ -146,7 +156,10 @@ def _heatmaps(
         bottom = place + n_across >= len(rows)
         for axis, (tower, grid) in zip(axes[place], grids.items(), strict=True):
             image = axis.imshow(grid, norm=norm, cmap="viridis", aspect="auto")
-            named = [heading] * (axis is axes[place, 0]) + [tower] * (n_towers > 1 and place == 0)
+            name = ": ".join(
+                [*[tower] * (place == 0 or bool(notes)), *[each[tower] for each in notes[place : place + 1]]]
+            )
+            named = [heading] * (axis is axes[place, 0]) + [name] * (n_towers > 1)
             _label(axis, "\n".join(named), x="block" if bottom else "", spines=())
             axis.set_xticks(range(len(grid.columns)), grid.columns)
             axis.set_yticks(range(len(grid.index)), grid.index)

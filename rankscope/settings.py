@@ -6,12 +6,14 @@ Functions take `settings: SearchSettings | None = None, **overrides` and call `S
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from fractions import Fraction
 from numbers import Number
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -57,6 +59,13 @@ def _as_url(value: Any) -> Any:
 def _as_mode(value: Any) -> Any:
     """YAML reads `on` and `off` as true and false."""
     return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+def _share_or_parameters(size: float) -> float:
+    """A share up to 1; above, a whole number of parameters."""
+    if size > 1 and not size.is_integer():
+        raise ValueError("must be a share from 0 to 1, or a whole number of parameters")
+    return size if size <= 1 else int(size)
 
 
 # In Python, an object of a library is taken as it is, such as an Optuna sampler instead of its name.
@@ -129,6 +138,41 @@ class Settings(BaseModel):
         return {key: each.item() if isinstance(each, Number) and hasattr(each, "item") else each for key, each in items}
 
 
+TowerSize = Annotated[float, Field(ge=0), AfterValidator(_share_or_parameters)]
+
+
+class TowerSettings(Settings):
+    """The least and the most adapter parameters of one tower: up to 1, as a share of the budget; above, as a number.
+
+    >>> TowerSettings(at_least=1000, at_most=0.25).bounds(10_000)
+    (1000, 2500)
+    """
+
+    at_least: TowerSize = Field(0.0, description="The least.")
+    at_most: TowerSize = Field(1.0, description="The most.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.at_least > self.at_most and (self.at_least > 1) == (self.at_most > 1):
+            raise ValueError(f"`at_least` must not exceed `at_most`, but got {self.at_least:g} and {self.at_most:g}")
+        return self
+
+    def bounds(self, limit: int) -> tuple[int, int]:
+        """The least and the most parameters under a budget of `limit`; shares are read as the decimals they are written in."""
+        least, most = (
+            Fraction(str(size)) * limit if size <= 1 else Fraction(size) for size in (self.at_least, self.at_most)
+        )
+        return math.ceil(least), min(math.floor(most), limit)
+
+
+def _as_most(value: Any) -> Any:
+    """A number alone is the most."""
+    return {"at_most": value} if isinstance(value, Number) else value
+
+
+Tower = Annotated[TowerSettings, BeforeValidator(_as_most, json_schema_input_type=TowerSize | TowerSettings)]
+
+
 class BudgetSettings(Settings):
     """The most adapter parameters: either a number, or as many as uniform LoRA of a rank uses."""
 
@@ -141,6 +185,10 @@ class BudgetSettings(Settings):
 
     parameters: int | None = Field(None, gt=0, lt=2**63, description="Adapter parameters.")
     uniform_rank: Count | None = Field(None, description="As many parameters as uniform LoRA of this rank uses.")
+    towers: dict[str, Tower] = Field(
+        {}, description="Bounds on towers by name, as in `{vision: 0.2, language: {at_least: 0.5, at_most: 20000}}`: up to 1, "
+        "shares of the budget; above, parameters. A number alone is the most.",
+    )  # fmt: skip
     search: bool = Field(False, description="Whether a search tries smaller budgets as well, down to a sixteenth.")
 
     @model_validator(mode="after")
@@ -500,7 +548,7 @@ def _hint(parts: list[str], model: type[BaseModel]) -> str:
     """What an unknown key may have been meant for: one that is alike here, or in another section."""
     *path, wrong = parts
     for part in path:
-        model = _sections(model)[part]
+        model = _sections(model).get(part, model)  # a name in a mapping of sections is none itself
     known = list(model.model_fields)
     elsewhere = {
         f"{section}.{name}": name for section, each in _sections(StudySettings).items() for name in each.model_fields
@@ -516,6 +564,9 @@ def _hint(parts: list[str], model: type[BaseModel]) -> str:
 
 
 def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The settings that a model holds, by their key."""
+    """The settings that a model holds, by their key; of a mapping of settings, one of these."""
     kinds: dict[str, Any] = {name: field.annotation for name, field in model.model_fields.items()}
+    for name, kind in kinds.items():
+        if get_origin(kind) is dict and get_origin(held := get_args(kind)[1]) is Annotated:
+            kinds[name] = get_args(held)[0]
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}

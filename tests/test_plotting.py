@@ -107,9 +107,9 @@ def test_trajectories_write_each_rank_and_frame_gains() -> None:
 def test_trajectories_of_many_moves_say_which_they_show() -> None:
     figure = plot_trajectories(decided(PAIR, [(i % 3, i) for i in range(12)], every=50), PAIR)
     titles = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
-    assert titles[:2] == ["start\nvision", "language"]
-    assert [title.split(":")[0] for title in titles[2:]] == [f"step {step}" for step in (100, 200, 350, 450, 550)]
-    assert titles[2] == "step 100: +4 ranks"
+    assert titles[:2] == ["start\nvision: 0%", "language: 0%"]
+    assert [title.split(":")[0] for title in titles[2::2]] == [f"step {step}" for step in (100, 200, 350, 450, 550)]
+    assert titles[2:4] == ["step 100: +4 ranks\nvision: 33%", "language: 67%"]  # (2, 2) at costs of 128 and 256
 
 
 def test_flow_figure_marks_the_last_decision_and_what_towers_have() -> None:

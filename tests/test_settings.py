@@ -87,6 +87,12 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("task: digits-shift\nbudget:\n", "`budget`: give either `parameters` or `uniform_rank`."),
         ("task:\nbudget: {uniform_rank: 1}\n", "`task`: input should be a valid string, but got None."),
         ("task: digits-shift\n", "the key `budget` is missing; add it."),
+        (MINIMAL[:-2] + ", towers: {vision: {at_mots: 1}}}", "unknown key `budget.towers.vision.at_mots`; did you mean `budget.towers.vision.at_most`?"),
+        (MINIMAL[:-2] + ", towers: {vision: -1}}", "`budget.towers.vision.at_most`: input should be greater than or equal to 0, but got -1."),
+        (MINIMAL[:-2] + ", towers: {vision: 1.5}}", "`budget.towers.vision.at_most`: must be a share from 0 to 1, or a whole number of parameters, but got 1.5."),
+        (MINIMAL[:-2] + ", towers: {vision: true}}", "`budget.towers.vision.at_most`: input should be a valid number, but got True."),
+        (MINIMAL[:-2] + ", towers: {vision: half}}", "`budget.towers.vision`: must be a section of keys and values, but got 'half'."),
+        (MINIMAL[:-2] + ", towers: {vision: {at_least: 0.5, at_most: 0.2}}}", "`budget.towers.vision`: `at_least` must not exceed `at_most`, but got 0.5 and 0.2."),
         ("task: digits-shift\nbudget: {}\n", "`budget`: give either `parameters` or `uniform_rank`."),
     ],
 )  # fmt: skip
@@ -145,7 +151,7 @@ def test_no_number_of_any_section_takes_what_is_none(value: object, tmp_path: Pa
             overrides = {f"{section}.{key}": value}
             if section == "budget":
                 overrides = {"budget": {key: value}}
-            if value == [] and key == "uniform_budgets":
+            if (value, key) in (([], "uniform_budgets"), ({}, "towers")):
                 continue
             with pytest.raises(SettingsError, match=rf"^`{re.escape(str(path))}`: `{section}\.{key}(\.0)?`: "):
                 read_study(path, overrides)
@@ -239,7 +245,9 @@ def test_settings_are_values(tmp_path: Path) -> None:
     "text",
     ["", "search:\n", "compare: {methods: uniform, budgets: 1, uniform_budgets: 2}\n", "training: {learning_rate: [0.1, 0.2]}\n",
      "training: {learning_rate: 1}\n", "controller: {mode: on}\n", "profile: {n_batches: 1}\n", "training: 3\n", "compare: {methods: []}\n",
-     "search: {n_trails: 3}\n", "budget: {}\n", "budget: {parameters: 3, uniform_rank: 2}\n", "budget:\n", "budget: {parameters: 3}\n"],
+     "search: {n_trails: 3}\n", "budget: {uniform_rank: 1, towers: {vision: 0.2, language: {at_least: 0.5, at_most: 900}}}\n",
+     "budget: {uniform_rank: 1, towers: {vision: {at_mots: 1}}}\n", "budget: {uniform_rank: 1, towers: 3}\n",
+     "budget: {uniform_rank: 1, towers: {vision: -1}}\n", "budget: {}\n", "budget: {parameters: 3, uniform_rank: 2}\n", "budget:\n", "budget: {parameters: 3}\n"],
 )  # fmt: skip
 def test_the_schema_takes_what_is_taken(text: str, tmp_path: Path) -> None:
     lines = MINIMAL if "budget:" not in text.replace("budgets:", "") else "task: digits-shift\n"

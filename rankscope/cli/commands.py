@@ -95,9 +95,30 @@ def run_allocate(session: Session, *, force: bool, as_json: bool) -> None:
             for a in shown
         ],
     )  # fmt: skip
+    if len(allocation.parameters_by_tower) > 1:
+        _print_towers(shown)
     if allocation == uniform and allocation.strategy != "uniform":
         print_line(f"{allocation.strategy} gives every module the rank that uniform gives it")
     print_files(files)
+
+
+def _print_towers(allocations: list[RankAllocation]) -> None:
+    """What each tower gets of the parameters, and within which bounds."""
+    last = allocations[-1]
+    rows = []
+    for tower in last.parameters_by_tower:
+        members = [t.tower == tower for t in last.targets]
+        low, high = last.tower_bounds.get(tower, (0, None))
+        row = {"tower": tower, "modules": sum(members), "bounds": f"{low:,} to {high:,}" if high is not None else "-"}
+        for place, each in enumerate(allocations):
+            spent = each.parameters_by_tower[tower]
+            mean = float(np.mean([rank for rank, mine in zip(each.vector, members, strict=True) if mine]))
+            row[f"a{place}"] = f"{spent:,} ({spent / max(each.parameters, 1):.0%}), {mean:.2f}"
+        rows.append(row)
+    bounds = {"least to most": "{bounds}"} if last.tower_bounds else {}
+    strategies = {each.strategy: f"{{a{place}}}" for place, each in enumerate(allocations)}
+    columns = {"tower": "{tower}", "modules": "{modules}", **bounds, **strategies}
+    print_table("by tower: parameters (share), mean rank", columns, rows)
 
 
 def _is_recommended(path: Path) -> bool:
@@ -122,7 +143,7 @@ def _export(session: Session, allocation: RankAllocation, shown: list[RankAlloca
 
 def _allocation_summary(allocation: RankAllocation) -> dict[str, Any]:
     values = {key: getattr(allocation, key) for key in ("strategy", "parameters", "budget")}
-    return {**values, "ranks": dict(allocation.ranks)}
+    return {**values, "towers": allocation.parameters_by_tower, "ranks": dict(allocation.ranks)}
 
 
 # --- search -----------------------------------------------------------------------------------------------------
@@ -400,8 +421,10 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
 def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
     """Raise a SettingsError if one has room for a rank more than the other."""
     small, large = sorted((allocation, uniform), key=lambda each: each.parameters)
-    room = large.parameters - small.parameters
-    if any(t.rank_cost <= room for t, rank in zip(small.targets, small.vector, strict=True) if rank < t.full_rank):
+    spent, room = small.parameters_by_tower, large.parameters - small.parameters
+    rooms = {tower: min(small.tower_bounds.get(tower, (0, math.inf))[1] - used, room) for tower, used in spent.items()}
+    growing = [t for t, rank in zip(small.targets, small.vector, strict=True) if rank < t.full_rank]
+    if any(t.rank_cost <= rooms[t.tower] for t in growing):
         raise SettingsError(
             f"`--baseline` must compare at equal parameters, but `{allocation.strategy}` has {allocation.parameters:,} and "
             f"uniform at the study's budget {uniform.parameters:,}; change `budget`, or leave out --baseline."
@@ -443,6 +466,7 @@ def run_budget(session: Session, *, as_json: bool) -> None:
             seeds=_reported_seeds(session, settings.max_seeds),
             training=study.training,
             settings=settings,
+            towers=study.budget.towers,
             kept_in=session.out / "runs",
             on_run=on_run,
         )
@@ -478,7 +502,11 @@ def run_budget(session: Session, *, as_json: bool) -> None:
 def _write_study(session: Session, budget: int) -> Path:
     """The study at this budget, in the output folder; relative paths go on to name the same files."""
     values = session.study.model_dump(mode="json", exclude_unset=True)
-    values |= {"name": f"{session.study.name}-{budget}"[-100:], "budget": {"parameters": budget}}
+    values |= {"name": f"{session.study.name}-{budget}"[-100:]}
+    values["budget"] = {
+        "parameters": budget,
+        **{key: each for key, each in values["budget"].items() if key == "towers"},
+    }
     base, folder = session.study.base_dir, session.out
 
     def moved(value: Any) -> Any:

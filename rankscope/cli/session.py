@@ -100,8 +100,8 @@ class Session:
 
     def _budget(self, settings: BudgetSettings) -> ParameterBudget:
         if settings.uniform_rank is not None:
-            return ParameterBudget.uniform(self.targets, settings.uniform_rank, settings.search)
-        return ParameterBudget(settings.parameters or 0, settings.search)
+            return ParameterBudget.uniform(self.targets, settings.uniform_rank, settings.search, settings.towers)
+        return ParameterBudget(settings.parameters or 0, settings.search, settings.towers)
 
     @property
     def study_name(self) -> str:
@@ -147,7 +147,8 @@ class Session:
         allocation, terms = study.allocation, {**self.facts, "seed": study.seed}
         if command == "profile":
             return terms | {"profile": study.profile.terms()}
-        terms |= {"budget": self._budget(study.budget).limit}
+        budget = self._budget(study.budget)
+        terms |= {"budget": budget.limit, **({"towers": budget.terms()} if budget.towers else {})}
         terms |= {"min_rank": allocation.min_rank, "max_rank": allocation.max_rank}
         if command == "search":
             terms |= {"training": study.training.terms(), "search": study.search.terms()}

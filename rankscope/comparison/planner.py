@@ -328,6 +328,7 @@ def plan_budget(
     seeds: Sequence[int] | None = None,
     training: TrainingSettings | Mapping[str, Any] | None = None,
     settings: PlanSettings | Mapping[str, Any] | None = None,
+    towers: Mapping[str, Any] | None = None,
     kept_in: AnyPath | None = None,
     on_run: Callable[[int, int], object] = lambda done, total: None,
     **overrides: Any,
@@ -344,6 +345,7 @@ def plan_budget(
         seeds: Of the reported runs, `max_seeds` or more; default: from 0.
         training: Every cell is tuned over its learning rates (full fine-tuning over a thirtieth of them).
         settings: The grid, the reference and the margin; `overrides` are values of it.
+        towers: Bounds on towers at every budget, as `ParameterBudget` takes them.
         kept_in: Folder that keeps every run, shared with `compare`.
         on_run: Called with the number of runs done, and of runs known to be needed so far.
         **overrides: See `settings`.
@@ -362,7 +364,7 @@ def plan_budget(
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
     grid = budget_grid(targets, settings)
-    cells = _Cells(task, contenders, targets, profile, training, settings, seeds, kept_in, on_run)
+    cells = _Cells(task, contenders, targets, profile, training, settings, seeds, kept_in, on_run, towers)
     found = explore(grid, settings, cells.train, head=bool(getattr(task, "head_modules", ())))
     budget = found.smallest(settings.strategy)
     method = cells.specs[settings.strategy, budget].method if budget else None
@@ -397,6 +399,7 @@ class _Cells:
     seeds: Sequence[int]
     kept_in: AnyPath | None
     on_run: Callable[[int, int], object]
+    towers: Mapping[str, Any] | None
     specs: dict[Cell, RunSpec] = field(default_factory=dict)
     runs: dict[Cell, list[RunResult]] = field(default_factory=dict)
     tuning: list[RunResult] = field(default_factory=list)
@@ -435,6 +438,7 @@ class _Cells:
     def _grid(self, cell: Cell) -> list[RunSpec]:
         name, limit = cell
         one = sum(target.rank_cost for target in self.targets)
-        variants = self.contenders[name].make(self.targets, ParameterBudget(limit or one), self.profile)
+        budget = ParameterBudget(limit or one, towers=self.towers or {})
+        variants = self.contenders[name].make(self.targets, budget, self.profile)
         labels = {"name": name, "budget": limit, "factor": (limit or one) / one}
         return make_grid(variants, self.training, **labels)

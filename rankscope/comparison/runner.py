@@ -372,6 +372,9 @@ class Contender:
                 choose, needs = SUBSETS[name]
                 if not (chosen := choose(targets)):
                     raise SettingsError(f"`{name}` needs {needs}, but the targets have none; leave it out.")
+                if budget.towers:  # also of towers where none is chosen
+                    others: Any = dict.fromkeys({t.name for t in targets} - {t.name for t in chosen}, 0)
+                    return Lora(allocate(REFERENCE, targets=targets, budget=budget, max_rank=others).renamed(name))
                 ranks = allocate(REFERENCE, targets=chosen, budget=budget).ranks
                 return Lora(RankAllocation.from_ranks(targets, ranks, strategy=name, budget=budget.limit))
             case str(name) if name in known_methods():
@@ -471,7 +474,7 @@ def compare(
         task: Where model, data, loss and metric come from, or what `load_task` takes.
         methods: As `find_methods` takes them; default: those of the settings.
         budget: Variants that end above it are not chosen. `adalora` and `eva` need uniform rank 1 at least: at smaller ones of
-            the settings' `budgets` they take no part.
+            the settings' `budgets` they take no part; bounds on towers they do not know.
         targets: Default: the profile's, or all that are found.
         profile: Default: taken over an epoch of the training batches, if a method needs one.
         seeds: Of the reported runs, at least 3 for intervals and tests; default: the settings' `n_seeds`, from 0.
@@ -503,6 +506,7 @@ def compare(
     runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
     table = pd.DataFrame([each.to_row() for each in runs])
     terms = {"targets": fingerprint_targets(targets), "budget": budget.limit, "training": training.terms()}
+    terms |= {"towers": budget.terms()} if budget.towers else {}
     made_from: dict[Any, Any] = {"format": FORMAT, **fingerprint_task(task), **terms, "seeds": list(seeds)}
     table.attrs = made_from
     firsts = [each for each in runs if (each.role, each.factor, each.seed) == (REPORTED, 1.0, seeds[0])]
@@ -517,7 +521,7 @@ def _plan(
     `rank_1` is what uniform rank 1 uses: at smaller factors of the budget, methods that cannot do with less take no part.
     """
     for factor in sorted({*settings.budgets, *settings.uniform_budgets}):
-        at = budget if factor == 1.0 else ParameterBudget(round(factor * budget.limit))
+        at = budget if factor == 1.0 else budget.at(round(factor * budget.limit))
         for each in contenders:
             limit = 0 if each.own_size else at.limit
             cost = each.searched.steps if each.searched and SEARCHED in each.name else 0

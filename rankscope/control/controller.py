@@ -276,7 +276,8 @@ class RankController:
         proposal = gathered(self._propose(signals, coarse))[0]
         if proposal.action == "moved":
             ranks = {**before.ranks, **proposal.ranks}  # modules that are not watched keep theirs
-            after = RankAllocation.from_ranks(before.targets, ranks, strategy="controller", budget=self._budget.limit)
+            limits: Any = {"budget": self._budget.limit, "tower_bounds": self._budget.bounds}
+            after = RankAllocation.from_ranks(before.targets, ranks, strategy="controller", **limits)
             self._moved_at.update(dict.fromkeys(after.difference(before), self._step))
             self._ranks.change(after, self._generator(), signals.directions)
         edges = {s.target.name: (s.worth[s.rank - 1] if s.rank else 0.0, s.gain(s.rank + 1)) for s in signals.modules}
@@ -311,11 +312,13 @@ class RankController:
         if not signals.batches:
             return Proposal({}, "skipped", "no finite gradient to decide on")
         present, watched = self.allocation, [each.target for each in signals.modules]
-        fixed = present.parameters - sum(target.rank_cost * present.ranks[target.name] for target in watched)
+        fixed = present.parameters_by_tower  # those of modules that are not watched
+        for target in watched:
+            fixed[target.tower] -= target.rank_cost * present.ranks[target.name]
         cooled = self._step - (self._settings.cooldown + 1) * self._every
         return propose(
             self._valued(signals.modules),
-            ParameterBudget(max(self._budget.limit - fixed, 1)),
+            self._budget.beside(fixed),
             self._settings,
             coarse=coarse,
             signal_share=signals.signal_share,

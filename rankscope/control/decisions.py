@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def propose(
     signal_share: float = 1.0,
     limits: RankLimits | None = None,
 ) -> Proposal:
-    """What the policy would move within the budget: ranks of all modules together (coarse), or one rank to one module.
+    """What the policy would move within the budget and its towers: all ranks together (coarse), or one rank to one module.
 
     The less of the gradient energy is signal (`signal_share`), the more a move must gain. A module outside the `limits` may keep
     its rank.
@@ -129,7 +130,7 @@ def propose(
     low, high = (limits or RankLimits()).arrays(targets)
     low, high = np.minimum(low, present), np.maximum(np.minimum(high, settings.max_rank or high), present)
     move, margin = _refill if coarse else _best_transfer, settings.hysteresis / max(signal_share, 1e-3)
-    ranks = move(signals, low.tolist(), high.tolist(), budget.limit, margin)
+    ranks = move(signals, low.tolist(), high.tolist(), budget, margin)
     total = sum(sum(s.worth[: s.reach]) for s in signals) or 1.0
     predicted = sum(s.gain(rank) / total for s, rank in zip(signals, ranks, strict=True))
     more = np.maximum(np.subtract(ranks, present), 0)
@@ -141,38 +142,57 @@ def propose(
     return Proposal(dict(zip(names, ranks, strict=True)), "moved", reason, predicted)
 
 
-def _refill(signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, limit: int, margin: float) -> Ranks:
+def _refill(signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, budget: ParameterBudget, margin: float) -> Ranks:
     """Water-filling on all ranks together; those in place count `1 + margin` times their worth."""
     targets = [s.target for s in signals]
-    if limit < min(target.rank_cost for target in targets) or not any(any(s.worth) for s in signals):
+    most = {tower: high for tower, (_, high) in budget.bounds.items()}
+    room = any(t.rank_cost <= min(budget.limit, most.get(t.tower, budget.limit)) for t in targets)
+    if not room or not any(any(s.worth) for s in signals):
         return [s.rank for s in signals]
     gains = {s.target.name: np.array(s.worth) for s in signals}
     for s in signals:
         gains[s.target.name][: s.rank] *= 1.0 + margin
     limits = RankLimits(dict(zip(gains, low, strict=True)), dict(zip(gains, high, strict=True)))
-    return allocate_marginal(targets, gains, ParameterBudget(limit), limits).vector
+    return allocate_marginal(targets, gains, budget, limits).vector
 
 
-def _best_transfer(signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, limit: int, margin: float) -> Ranks:
-    """One rank more where it brings most, net of the cheapest ranks elsewhere that make room for it."""
+def _best_transfer(
+    signals: Sequence[ModuleSignals], low: Ranks, high: Ranks, budget: ParameterBudget, margin: float
+) -> Ranks:
+    """One rank more where it brings most, net of the cheapest ranks elsewhere that make room for it.
+
+    First its own tower makes the room that it lacks there; ranks of towers at their least stay.
+    """
     ranks, costs = [s.rank for s in signals], [s.target.rank_cost for s in signals]
-    left = limit - sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
+    towers, bounds = [s.target.tower for s in signals], budget.bounds
+    spent = Counter[str]()
+    for tower, cost, rank in zip(towers, costs, ranks, strict=True):
+        spent[tower] += cost * rank
     donors = [(index, value) for index, s in enumerate(signals) for value in reversed(s.worth[low[index] : s.rank])]
     donors.sort(key=lambda donor: donor[1] / costs[donor[0]])  # stable: in each module the last rank goes first
     best, best_net = ranks, 0.0
     for receiver, s in enumerate(signals):
         if s.rank >= min(high[receiver], len(s.worth)):
             continue
-        found, lost, room = ranks.copy(), 0.0, left
-        for donor, value in donors:
-            if room >= costs[receiver]:
-                break
-            if donor != receiver:
-                found[donor] -= 1
-                room += costs[donor]
-                lost += value
+        own, found, lost, after = towers[receiver], ranks.copy(), 0.0, spent.copy()
         found[receiver] += 1
+        after[own] += costs[receiver]
+        total, most, waiting = after.total(), bounds.get(own, (0, math.inf))[1], donors
+        for inside in (True, False):
+            passed = []
+            for donor, value in waiting:
+                giver, cost = towers[donor], costs[donor]
+                enough = after[own] <= most if inside else total <= budget.limit
+                stays = donor == receiver or after[giver] - cost < bounds.get(giver, (0, 0))[0]
+                if enough or stays or (inside and giver != own):
+                    passed.append((donor, value))
+                    continue
+                found[donor] -= 1
+                after[giver] -= cost
+                total -= cost
+                lost += value
+            waiting = passed
         net = s.worth[s.rank] - (1.0 + margin) * lost
-        if room >= costs[receiver] and net > best_net:
+        if after[own] <= most and total <= budget.limit and net > best_net:
             best, best_net = found, net
     return best

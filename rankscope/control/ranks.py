@@ -89,6 +89,7 @@ class LiveRanks:
                 f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
                 "raise it, or pass `start`."
             )
+        budget.require(begin, "the ranks to begin with")
         if self.masked and self.masks is None and begin == present:
             raise ModelError(
                 "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; "

@@ -226,6 +226,7 @@ class _Search:
             "metric": task.metric,
             "model": fingerprint_targets(space.targets),
             "budget": space.budget.limit,
+            **({"towers": space.budget.terms()} if space.budget.towers else {}),
             "training": full.at(full.learning_rates[0]).model_dump(),
             "trial_steps": self.training.steps,
             "learning_rates": list(full.learning_rates),

@@ -173,14 +173,19 @@ class PerformanceModelSampler(BaseSampler):
         return len(self._seen) >= START_TRIALS and not self._model.constant
 
     def _tilts_of(self, allocation: RankAllocation) -> dict[str, float]:
-        """The tilts that sum an allocation up: by how much, in logs, each group and role has more parameters than one-shot's."""
+        """The tilts that sum an allocation up: by how much, in logs, each level has more parameters than in one-shot's.
+
+        A group's is beyond its tower's.
+        """
         targets, tilts = self.space.targets, self.space.point(tau=1.0)
         costs = np.array([target.rank_cost for target in targets])
         share = allocation.parameters / self.space.budget.limit if BUDGET in tilts else 1.0
         for name, low, high in self.space.tilts[1:]:
-            inside = costs * [name in (f"group/{self.space.groups[t.name]}", f"role/{t.role}") for t in targets]
-            mine, one_shots = (inside @ each.vector + costs.min() for each in (allocation, self._one_shot))
+            members = [name in self.space.offsets_of(target) for target in targets]
+            mine, one_shots = (costs * members @ each.vector + costs.min() for each in (allocation, self._one_shot))
             offset = math.log2(share) if name == BUDGET else math.log(mine / (share * one_shots))
+            if name.startswith("group/"):
+                offset -= tilts.get(self.space.offsets_of(targets[members.index(True)])[0], 0.0)
             tilts[name] = float(np.clip(offset, low, high))
         return tilts
 
@@ -233,8 +238,8 @@ class PerformanceModelSampler(BaseSampler):
 def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) -> RankAllocation:
     """The allocation of a trial under any sampler; a finished trial gives its own again.
 
-    Stores the ranks as the trial's attribute `ranks`. SettingsError where a trial was queued with ranks that are above the budget
-    or of other modules.
+    Stores the ranks as the trial's attribute `ranks`. SettingsError where a trial was queued with ranks that are of other
+    modules, above the budget, or outside the bounds of towers.
     """
     tilts = {tilt.name: trial.suggest_float(tilt.name, tilt.low, tilt.high) for tilt in space.tilts}
     ranks = trial.user_attrs.get(RANKS_KEY)
@@ -244,12 +249,14 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
         allocation = space.allocation(tilts)
     else:
         vector = tuple(ranks) if isinstance(ranks, list | tuple) else (ranks,)
-        allocation = RankAllocation(space.targets, vector, budget=space.budget.limit)
+        allocation = RankAllocation(space.targets, vector, budget=space.budget.limit, tower_bounds=space.budget.bounds)
     if allocation.parameters > space.budget.limit:
         within = f"the budget of {space.budget.limit:,} parameters"
         raise SettingsError(
             f"the trial's ranks must keep within {within}, but take {allocation.parameters:,}; queue lower ones."
         )
+    if not space.budget.search:
+        space.budget.require(allocation, "the trial's ranks")
     trial.set_user_attr(RANKS_KEY, list(allocation.vector))
     return allocation
 

@@ -1,11 +1,12 @@
-"""The hierarchical search space: a few tilts of the one-shot gains, coarse (block groups) and fine (roles).
+"""The hierarchical search space: a few tilts of the one-shot gains, coarse (towers, block groups) and fine (roles).
 
 The gain per parameter of rank r of module i becomes
 
-    (gain_{i,r} / cost_i) ** tau * (1 / r**2) ** (1 - tau) * exp(a_{tower, group(i)}) * exp(b_{role(i)}),
+    (gain_{i,r} / cost_i) ** tau * (1 / r**2) ** (1 - tau) * exp(a_{tower(i)} + b_{group(i)} + c_{role(i)}),
 
 a geometric blend of the module's own spectrum with one that all modules share: a bare power would keep the order of gains.
-With zero offsets, tau = 1 is the one-shot allocation and tau = 0 the uniform one. Every point is projected onto the budget.
+where a group is of blocks of one tower. With zero offsets, tau = 1 is the one-shot allocation and tau = 0 the uniform one. Every
+point is projected onto the budget, and onto those of towers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -54,27 +56,50 @@ class HierarchicalSpace:
     groups: Mapping[str, str]  # by module: its block group, as in `model/0`
     limits: RankLimits = NO_LIMITS
     features: RankFeatures = field(init=False)  # for the performance model
+    least_share: float = field(init=False)  # of the budget that a search over budgets goes down to
 
     def __post_init__(self) -> None:
         features = rank_features(self.targets, self.budget, gains=self.gains, groups=self.groups)
         object.__setattr__(self, "features", features)
+        object.__setattr__(self, "least_share", self._least_share())
 
     @property
     def tilts(self) -> tuple[Tilt, ...]:
-        """The dimensions, `tau` first, then the budget if it is searched; a group or role that is the only one has no offset."""
-        groups = sorted({f"group/{self.groups[target.name]}" for target in self.targets})
-        roles = sorted({f"role/{target.role}" for target in self.targets})
-        offsets = [name for names in (groups, roles) if len(names) > 1 for name in names]
-        shares = [Tilt(BUDGET, math.log2(self._least_share), 0.0)] if self.budget.search else []
+        """The dimensions, `tau` first, then the budget if it is searched; the only tower, group or role has no offset."""
+        levels = [sorted(set(names)) for names in zip(*map(self.offsets_of, self.targets), strict=True)]
+        offsets = [name for names in levels if len(names) > 1 for name in names]
+        shares = [Tilt(BUDGET, math.log2(self.least_share), 0.0)] if self.budget.search else []
         return (Tilt("tau", 0.0, MAX_TAU), *shares, *(Tilt(name, -MAX_OFFSET, MAX_OFFSET) for name in offsets))
 
-    @property
+    def offsets_of(self, target: TargetModule) -> tuple[str, str, str]:
+        """The names of the offsets that a module's gains have, coarse to fine."""
+        return f"tower/{target.tower}", f"group/{self.groups[target.name]}", f"role/{target.role}"
+
     def _least_share(self) -> float:
-        """Of the budget that a search over budgets goes down to: what the least ranks need, at least."""
+        """What the least ranks and the bounds on towers need, at least."""
         bound = self.limits.min_rank
         lowest = [bound.get(t.name) if isinstance(bound, Mapping) else bound for t in self.targets]
         needed = sum(target.rank_cost * (rank or 0) for target, rank in zip(self.targets, lowest, strict=True))
-        return min(1.0, max(LEAST_SHARE, max(needed, min(t.rank_cost for t in self.targets)) / self.budget.limit))
+        least = max(LEAST_SHARE, max(needed, min(t.rank_cost for t in self.targets)) / self.budget.limit)
+        return min(1.0, self._share_for_towers(least) if self.budget.towers and self.budget.search else least)
+
+    def _share_for_towers(self, least: float) -> float:
+        """The least share from which on whole ranks, up to the dearest one above what a tower asks for, meet all bounds."""
+        lowest, _ = self.limits.arrays(self.targets)
+        needed = RankAllocation(self.targets, tuple(lowest.tolist())).parameters_by_tower
+        dearest = {tower: max(t.rank_cost for t in self.targets if t.tower == tower) for tower in needed}
+
+        def meets(share: float) -> bool:
+            try:
+                budget = self.budget.at(math.ceil(share * self.budget.limit))
+            except SettingsError:  # what a tower asks for in parameters may be above a small budget
+                return False
+            asked = {tower: low + dearest[tower] for tower, (low, _) in budget.bounds.items() if low}
+            low = {tower: max(spent, asked.get(tower, 0)) for tower, spent in needed.items()}
+            return sum(low.values()) <= budget.limit and all(low[t] <= most for t, (_, most) in budget.bounds.items())
+
+        shares = np.geomspace(1.0, least, 65).tolist() if least < 1.0 else []
+        return min(takewhile(meets, shares), default=1.0)
 
     def point(self, *, tau: float) -> dict[str, float]:
         """The point with zero offsets, at the full budget: tau = 1 is the one-shot allocation, tau = 0 the uniform one."""
@@ -90,7 +115,7 @@ class HierarchicalSpace:
         scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets) or 1.0
         tau, tilted = point["tau"], {}
         for target in self.targets:
-            offset = point.get(f"group/{self.groups[target.name]}", 0.0) + point.get(f"role/{target.role}", 0.0)
+            offset = sum(point.get(name, 0.0) for name in self.offsets_of(target))
             density = np.asarray(self.gains[target.name], dtype=np.float64) / target.rank_cost / scale
             shared = 1.0 / np.arange(1, density.size + 1) ** 2.0
             blend = density**tau * shared ** (1.0 - tau)  # 0 ** 0 is 1: at tau = 0 all modules are alike
@@ -100,8 +125,8 @@ class HierarchicalSpace:
 
     def solve(self, gains: Mapping[str, NDArray[np.float64]], share: float = 1.0) -> RankAllocation:
         """The allocation with the highest total of such gains within a share of the budget, by water-filling."""
-        limit = self.budget.limit if share == 1.0 else math.ceil(max(share, self._least_share) * self.budget.limit)
-        return allocate_marginal(self.targets, gains, ParameterBudget(limit), self.limits)
+        limit = self.budget.limit if share == 1.0 else math.ceil(max(share, self.least_share) * self.budget.limit)
+        return allocate_marginal(self.targets, gains, self.budget.at(limit), self.limits)
 
 
 def make_space(

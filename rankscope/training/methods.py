@@ -104,7 +104,8 @@ class Lora(Method):
         """Start the controller, if there is one."""
         if self.controller is None:
             return Running(lambda: self.allocation)
-        budget = ParameterBudget(self.allocation.budget or self.allocation.parameters)
+        limit = self.allocation.budget or self.allocation.parameters
+        budget = ParameterBudget.bounded(limit, self.allocation.tower_bounds)
         return RankController(
             model, optimizer, budget=budget, settings=self.controller, total_steps=settings.steps, seed=seed
         )

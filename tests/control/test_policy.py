@@ -196,3 +196,95 @@ def test_no_gradient_moves_nothing() -> None:
 def test_bad_settings_are_named(settings_: dict[str, float], message: str) -> None:
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         rs.ControllerSettings(**settings_)
+
+
+# --- towers ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def bounded(draw: st.DrawFn) -> tuple[list[ModuleSignals], rs.ParameterBudget]:
+    """Modules of equal costs in two towers, with a budget and bounds on towers that the present ranks keep."""
+    signals = []
+    for index, s in enumerate(draw(modules())):
+        target = rs.TargetModule(
+            name=s.target.name, in_features=32, out_features=32, tower=draw(st.sampled_from(["vision", "language"]))
+        )
+        signals.append(ModuleSignals(target=target, rank=s.rank, worth=s.worth))
+        assert index < 5
+    limit = max(spent(signals), 64) + draw(st.integers(0, 150))
+    bounds = {}
+    for tower in {s.target.tower for s in signals}:
+        mine = spent([s for s in signals if s.target.tower == tower])
+        bounds[tower] = (draw(st.integers(0, mine)), min(mine + draw(st.integers(0, 100)), limit))
+    return signals, rs.ParameterBudget.bounded(limit, bounds)
+
+
+def within(signals: list[ModuleSignals], ranks: Sequence[int], budget: rs.ParameterBudget) -> bool:
+    by_tower = dict.fromkeys(budget.bounds, 0)
+    for s, rank in zip(signals, ranks, strict=True):
+        by_tower[s.target.tower] += 64 * rank
+    inside = all(low <= by_tower[tower] <= high for tower, (low, high) in budget.bounds.items())
+    return inside and sum(by_tower.values()) <= budget.limit
+
+
+@settings(max_examples=100, deadline=None)
+@given(bounded(), st.booleans())
+def test_moves_keep_the_bounds_of_towers(problem: tuple, coarse: bool) -> None:
+    signals, budget = problem
+    found = decisions.propose(signals, budget, POLICY, coarse=coarse)
+    assert within(signals, list(found.ranks.values()), budget)
+
+
+@settings(max_examples=100, deadline=None)
+@given(bounded())
+def test_the_fine_transfer_is_the_best_that_towers_allow(problem: tuple) -> None:
+    """At equal costs, by brute force over one rank more for one module and up to two less elsewhere."""
+    signals, budget = problem
+    best = 0.0
+    for deltas in product((-2, -1, 0, 1), repeat=len(signals)):
+        ranks = [s.rank + d for s, d in zip(signals, deltas, strict=True)]
+        fewer = sum(-d for d in deltas if d < 0)
+        if deltas.count(1) != 1 or fewer > 2 or min(ranks) < 0 or not within(signals, ranks, budget):
+            continue
+        if all(rank <= len(s.worth) for rank, s in zip(ranks, signals, strict=True)):
+            best = max(best, sum(s.gain(rank) for s, rank in zip(signals, ranks, strict=True)))
+    total = sum(sum(s.worth) for s in signals) or 1.0
+    assert decisions.propose(signals, budget, POLICY, coarse=False).predicted == pytest.approx(best / total, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(bounded())
+def test_a_coarse_move_is_the_best_that_towers_allow(problem: tuple) -> None:
+    signals, budget = problem
+    signals = signals[:3]
+    budget = budget.beside(dict.fromkeys({s.target.tower for s in signals}, 0))
+    choices = product(*[range(len(s.worth) + 1) for s in signals])
+    if not within(signals, [s.rank for s in signals], budget) or not any(any(s.worth) for s in signals):
+        return
+    best = max(
+        sum(s.gain(rank) for s, rank in zip(signals, ranks, strict=True))
+        for ranks in choices
+        if within(signals, ranks, budget)
+    )
+    total = sum(sum(s.worth) for s in signals)
+    assert decisions.propose(signals, budget, POLICY, coarse=True).predicted == pytest.approx(best / total, abs=1e-12)
+
+
+def test_room_is_made_where_it_lacks() -> None:
+    """The receiver's tower is full, so its own tower gives, though a rank of the other one is worth less."""
+
+    def signal(name: str, tower: str, rank: int, worth: tuple[float, ...]) -> ModuleSignals:
+        target = rs.TargetModule(name=name, in_features=32, out_features=32, tower=tower)
+        return ModuleSignals(target=target, rank=rank, worth=worth)
+
+    signals = [
+        signal("v", "vision", 1, (1.0, 0.9)),
+        signal("l0", "language", 1, (2.0, 1.9)),
+        signal("l1", "language", 2, (9.0, 8.0, 7.0)),
+    ]
+    budget = rs.ParameterBudget(4 * 64, towers={"language": 0.75})
+    assert propose(signals, budget, POLICY, coarse=False).changes == {"l0": (1, 0), "l1": (2, 3)}
+    freer = rs.ParameterBudget(4 * 64)
+    assert propose(signals, freer, POLICY, coarse=False).changes == {"v": (1, 0), "l1": (2, 3)}
+    kept = rs.ParameterBudget(4 * 64, towers={"vision": {"at_least": 0.25}, "language": {"at_least": 0.5}})
+    assert propose(signals, kept, POLICY, coarse=False).changes == {"l0": (1, 0), "l1": (2, 3)}

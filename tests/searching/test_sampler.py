@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -474,3 +475,30 @@ def test_queued_ranks_are_checked(ranks: object, error: type, message: str) -> N
     study.enqueue_trial({}, user_attrs={"ranks": ranks})
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         rs.suggest_allocation(study.ask(), SPACE)
+
+
+def test_proposals_keep_the_bounds_of_towers() -> None:
+    """Vision pays most, and gets what it may; a queued allocation that gives it more is named."""
+    towers = ["vision" if t.block is not None and t.block < 2 else "language" for t in TARGETS]
+    targets = tuple(replace(t, tower=tower) for t, tower in zip(TARGETS, towers, strict=True))
+    budget = rs.ParameterBudget.uniform(targets, 4, towers={"vision": 0.25, "language": {"at_least": 0.5}})
+    space = HierarchicalSpace(
+        targets=targets,
+        gains={t.name: 1.0 / np.arange(1, 17) for t in targets},
+        budget=budget,
+        groups=group_by_depth(targets),
+    )
+    vision = np.array([tower == "vision" for tower in towers])
+    study = optuna.create_study(direction="maximize", sampler=rs.PerformanceModelSampler(space, seed=0))
+    study.optimize(lambda trial: float(np.log1p(rs.suggest_allocation(trial, space).vector) @ vision), n_trials=20)
+    for trial in study.trials:
+        budget.require(rs.RankAllocation(targets, tuple(trial.user_attrs["ranks"])), "the trial's ranks")
+        assert all(tilt.low <= trial.params[tilt.name] <= tilt.high for tilt in space.tilts)
+    best = rs.RankAllocation(targets, tuple(study.best_trial.user_attrs["ranks"]))
+    assert best.parameters_by_tower["vision"] == budget.bounds["vision"][1]
+    study.enqueue_trial({}, user_attrs={"ranks": [5 * int(mine) for mine in vision]})
+    message = (
+        r"^the trial's ranks must give tower `vision` 0 to [\d,]+ parameters, but give it [\d,]+; change its ranks, or"
+    )
+    with pytest.raises(SettingsError, match=message):
+        study.optimize(lambda trial: float(rs.suggest_allocation(trial, space).parameters), n_trials=1)

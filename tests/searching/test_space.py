@@ -1,6 +1,7 @@
 """The hierarchical space: its corners are one-shot and uniform, and every point of it is feasible."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -166,3 +167,55 @@ def test_a_group_without_modules_is_no_dimension() -> None:
     groups = {**group_by_depth(VIT), "elsewhere": "model/9"}
     space = rs.HierarchicalSpace(targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=groups)
     assert "group/model/9" not in {tilt.name for tilt in space.tilts}
+
+
+# --- towers ----------------------------------------------------------------------------------------------------------
+
+VLM = (
+    *(replace(t, name=f"v.{t.name}", tower="vision") for t in vit_inventory(2)),
+    *(replace(t, name=f"l.{t.name}", tower="language") for t in vit_inventory(4)),
+)
+VLM_GAINS = {t.name: np.sort(RNG.exponential(RNG.exponential(), size=64))[::-1] for t in VLM}
+
+
+def tower_space(budget: rs.ParameterBudget, **options: object) -> HierarchicalSpace:
+    return HierarchicalSpace(
+        targets=VLM, gains=VLM_GAINS, budget=budget, groups=group_by_depth(VLM, n_groups=2), **options
+    )
+
+
+def test_towers_are_the_top_level() -> None:
+    found = tower_space(rs.ParameterBudget.uniform(VLM, 2))
+    names = [tilt.name for tilt in found.tilts]
+    assert names[:7] == ["tau", "tower/language", "tower/vision", "group/language/0", "group/language/1",
+                         "group/vision/0", "group/vision/1"]  # fmt: skip
+    flat = found.allocation(found.point(tau=1.0)).parameters_by_tower
+    more = found.allocation(found.point(tau=1.0) | {"tower/vision": 1.0}).parameters_by_tower
+    assert more["vision"] > flat["vision"]
+    groups = dict.fromkeys(("group/vision/0", "group/vision/1"), 1.0)
+    assert found.allocation(found.point(tau=1.0) | groups).parameters_by_tower == more
+
+
+@given(st.data())
+def test_every_point_keeps_the_bounds_of_towers(data: st.DataObject) -> None:
+    towers = {"vision": {"at_least": 0.1, "at_most": 0.25}, "language": {"at_least": 3_000}}
+    budget = rs.ParameterBudget.uniform(VLM, 2, towers=towers)
+    found = tower_space(budget)
+    point = {t.name: data.draw(st.floats(t.low, t.high)) for t in found.tilts}
+    budget.require(found.allocation(point), "a point")
+    assert found.features.reference.tolist() == list(rs.allocate("uniform", targets=VLM, budget=budget).vector)
+
+
+@given(st.data())
+def test_smaller_budgets_keep_the_bounds_of_towers(data: st.DataObject) -> None:
+    """A search over budgets goes as low as whole ranks meet all bounds, and shares are of the smaller budget."""
+    towers = {"vision": {"at_least": 0.2, "at_most": 0.5}, "language": {"at_least": 3_000}}
+    budget = rs.ParameterBudget.uniform(VLM, 2, search=True, towers=towers)
+    found = tower_space(budget)
+    assert 2 ** found.tilts[1].low * budget.limit >= 3_000 + 0.2 * 3_000
+    point = {t.name: data.draw(st.floats(t.low, t.high)) for t in found.tilts}
+    allocation = found.allocation(point)
+    assert allocation.budget is not None
+    budget.at(allocation.budget).require(allocation, "a point")
+    tight = rs.ParameterBudget.uniform(VLM, 2, search=True, towers={"vision": {"at_least": 0.9, "at_most": 0.92}})
+    assert tower_space(tight).tilts[1].low == 0.0  # whole ranks meet it at the full budget, not at all others

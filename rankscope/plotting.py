@@ -104,6 +104,23 @@ def plot_energy(profile: Profile) -> Figure:
     return _heatmaps([module_grids(targets, density)], [title], norm, "squared gradient norm / rank cost")
 
 
+def plot_modalities(profile: Profile) -> Figure:
+    """Heatmaps of the share of image tokens in a module's gradient energy: image / (image + text), each part's on its own.
+
+    The parts leave out twice their inner product, which the energy of their sum has beside them. Modules whose inputs are no
+    tokens, such as those of the vision tower, are not shown. ModelError without image tokens.
+    """
+    if not profile.tells_modalities:
+        must = "the profile must tell image tokens from others, but its batches had none"
+        raise ModelError(f"{must}; give them an `image_mask`, or profile with images.")
+    image, text = profile.column("image_energy"), profile.column("text_energy")
+    targets = [target for target in profile.targets if not math.isnan(image[target.name])]
+    ours, theirs = (module_grids(targets, values) for values in (image, text))
+    shares = {tower: grid / (grid + theirs[tower]) for tower, grid in ours.items()}
+    title, norm = "share of image tokens in the gradient energy", Normalize(0.0, 1.0)
+    return _heatmaps([shares], [title], norm, "image / (image + text)", "{:.0%}".format)
+
+
 def plot_belief(model: PerformanceModel) -> Figure:
     """Heatmaps of what one more rank is worth at uniform's ranks, per parameter, divided by the mean over modules."""
     gains, targets = model.utilities(), model.features.targets

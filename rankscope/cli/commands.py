@@ -43,6 +43,10 @@ def run_profile(session: Session, *, as_json: bool) -> None:
     facts, modules = taken.metadata, profiling.rank_modules(taken)
     groups = profiling.group_energy(taken).to_dict("records")
     pictures = session.draw(energy=plotting.plot_energy(taken), spectra=plotting.plot_spectra(taken))
+    told = {"image": "{image}"} if taken.tells_modalities else {}
+    if told:
+        pictures += session.draw(modalities=plotting.plot_modalities(taken))
+    remove_others(session.out, ("modalities.png",), kept=pictures)
     files = [session.profile_path, *pictures]
     if as_json:
         made = {"profile": str(session.profile_path), "modules": len(modules)}
@@ -58,9 +62,22 @@ def run_profile(session: Session, *, as_json: bool) -> None:
     )  # fmt: skip
     print_table(
         "gradient energy by tower and role, beside the share of parameters at equal ranks",
-        {"group": "{tower} {role}", "modules": "{modules}", "energy": "{share:.1%}", "parameters": "{parameters:.1%}"},
-        groups,
+        {
+            "group": "{tower} {role}",
+            "modules": "{modules}",
+            "energy": "{share:.1%}",
+            "parameters": "{parameters:.1%}",
+            **told,
+        },
+        [{**row, "image": "-" if math.isnan(row.get("image", math.nan)) else f"{row['image']:.0%}"} for row in groups],
     )
+    if told:
+        image, text = (taken.table[name].sum() for name in profiling.MODALITIES)
+        of_all = f", {facts['image_tokens'] / facts['tokens']:.0%} of all," if facts["tokens"] else ""
+        print_line(
+            f"image tokens{of_all} have {image / (image + text):.0%} of the gradient energy of the modules that see both, each "
+            "part's counted on its own"
+        )
     limit = session.budget.limit
     print_line(
         f"the best {limit:,} parameters (this study's budget) capture "

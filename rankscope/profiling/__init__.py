@@ -4,10 +4,17 @@ from rankscope.profiling.hooks import SUPPORTED, GradientHooks, LocalHook, in_ra
 from rankscope.profiling.profiler import head_warmed, profile
 from rankscope.profiling.sketch import Decomposition, RandomMatrices, bytes_of_weights, largest_sketch_size, thin_svd
 from rankscope.profiling.statistics import energy_tail, signal_shares
-from rankscope.profiling.table import Profile, cumulative_energy, group_energy, rank_modules, read_profile
+from rankscope.profiling.table import (
+    MODALITIES,
+    Profile,
+    cumulative_energy,
+    group_energy,
+    rank_modules,
+    read_profile,
+)
 
 __all__ = [
-    "SUPPORTED", "Decomposition", "GradientHooks", "LocalHook", "Profile", "RandomMatrices",
+    "MODALITIES", "SUPPORTED", "Decomposition", "GradientHooks", "LocalHook", "Profile", "RandomMatrices",
     "bytes_of_weights", "cumulative_energy", "energy_tail", "group_energy", "head_warmed", "in_range", "is_compiled",
     "largest_sketch_size", "profile", "rank_modules", "read_profile", "signal_shares", "thin_svd",
 ]  # fmt: skip

@@ -7,19 +7,21 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from rankscope.distributed import sum_over_processes, whole
+from rankscope.distributed import gathered, sum_over_processes, whole
 from rankscope.errors import ModelError
 from rankscope.profiling.sketch import GradientAccumulator, Increment, InputSketch, RandomMatrices
 from rankscope.targets import TargetModule, base_layer
 
 Modules = Mapping[TargetModule, nn.Module]
 SUPPORTED = ("linear", "conv1d", "conv2d")
+NOT_OF_TOKENS = ("vision", "audio", "projector")  # towers that see no tokens, even where shapes agree
 SAFE_EXPONENT = 30  # of two: squares of gradients beyond, or of a thousandth of one below, may leave float32's range
 
 
@@ -46,6 +48,8 @@ class GradientHooks:
         self._see_inputs, self._copied = inputs, copied
         self._active, self._weight, self._factor = False, 1.0, 1.0
         self._mask: Tensor | None = None
+        self._images: Tensor | None = None
+        self._towers = {target.name: target.tower for target in modules}
         self._calls: Counter[str] = Counter()  # in the present forward pass
         self._pending: dict[str, Increment] = {}  # of modules called several times: their energy is that of the sum
         self._last: tuple[Tensor | None, InputSketch | None] = None, None
@@ -59,15 +63,21 @@ class GradientHooks:
                 handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
-    def begin_batch(self, weight: float, mask: Tensor | None = None, *, factor: float = 1.0) -> None:
-        """Start recording gradients that `factor` multiplies by the batch's weight, and inputs without padding, by the mask."""
+    def begin_batch(
+        self, weight: float, mask: Tensor | None = None, *, factor: float = 1.0, images: Tensor | None = None
+    ) -> None:
+        """Start recording gradients that `factor` multiplies by the batch's weight, and inputs without padding, by the mask.
+
+        `images`, (batch, sequence), is true at image tokens; what they add to gradients is told apart.
+        """
         self._weight, self._factor, self._mask, self._active = weight, factor, mask, True
+        self._images = images
 
     def end_batch(self) -> None:
         """Stop recording."""
         for name, increment in self._pending.items():
             self.accumulators[name].add(increment, self._weight)
-        self._last, self._mask, self._active = (None, None), None, False
+        self._last, self._mask, self._images, self._active = (None, None), None, None, False
         self._calls.clear()
         self._pending.clear()
 
@@ -83,6 +93,11 @@ class GradientHooks:
 
     def sum_over_processes(self) -> None:
         """Sum over processes, whichever modules the batches of each one reached."""
+        told = [name for name, each in self.accumulators.items() if each.part is not None]
+        for name in dict.fromkeys(chain.from_iterable(gathered(told))):
+            each = self.accumulators[name]
+            each.part = torch.zeros_like(each.kept[-1]) if each.part is None else each.part
+            sum_over_processes([each.part])
         sum_over_processes(tensor for each in self.accumulators.values() for tensor in each.tensors())
         for target in self._modules if self._see_inputs else ():
             device = self.accumulators[target.name].squares.device
@@ -128,7 +143,11 @@ class GradientHooks:
         if self._see_inputs:
             self._add_inputs(name, inputs, rows)
         dtype = torch.float32 if deltas.dtype == torch.float16 else deltas.dtype  # sums of float16 overflow
-        increment = self.accumulators[name].increment(rows.to(dtype), deltas.to(dtype))
+        rows, deltas = rows.to(dtype), deltas.to(dtype)
+        if self._images is not None and _of_tokens(inputs, self._images, self._towers[name]):
+            chosen = self._images.flatten().to(rows.device)
+            self.accumulators[name].add_part(rows[chosen], deltas[chosen], self._factor)
+        increment = self.accumulators[name].increment(rows, deltas)
         for part in increment if self._factor != 1.0 else ():
             part *= self._factor
         if self._calls[name] == 1:
@@ -150,6 +169,12 @@ class GradientHooks:
 
     def _new_inputs(self, in_features: int, device: torch.device) -> InputSketch:
         return InputSketch(self._matrices.omega(in_features, device)[:, : self._matrices.k // 2])
+
+
+def _of_tokens(inputs: Tensor, images: Tensor, tower: str) -> bool:
+    """Whether a module's inputs are at the tokens of a batch: as (batch, sequence, in), or with both in one dimension."""
+    fits = inputs.shape[:2] == images.shape if inputs.ndim == 3 else inputs.ndim == 2 and len(inputs) == images.numel()
+    return fits and tower not in NOT_OF_TOKENS
 
 
 def in_range(peak: float) -> float:

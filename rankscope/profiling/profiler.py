@@ -57,7 +57,8 @@ def profile(
 
     Args:
         model: Any torch module.
-        batches: At least two. A batch counts by its number of examples, the length of its first tensor.
+        batches: At least two. A batch counts by its number of examples, the length of its first tensor. Where one tells image
+            tokens from others, the profile has the columns `image_energy` and `text_energy`; see `image_positions`.
         targets: Default: `find_targets(model)`. Modules that cannot be profiled are skipped with a warning, and recorded.
         loss_fn: `loss_fn(model, batch)`, a scalar; default: `model(**batch).loss`.
         budget: The budget that allocations will have: the sketches grow with it.
@@ -97,6 +98,7 @@ class SeenBatch(NamedTuple):
     size: int
     loss: float
     tokens: int
+    image_tokens: int
     digest: str
 
 
@@ -147,21 +149,23 @@ class _Run:
         size = next((len(tensor) for _, tensor in tensors if tensor.ndim), 1)
         if not size:
             return
-        loss = self._backward(batch, size, mask)
+        images = image_positions(self.model, first)
+        loss = self._backward(batch, size, mask, images)
         if not math.isfinite(loss):
             self.skipped += 1
             return
         if not self.seen and (scale := in_range(self.hooks.peak())) != 1.0:
             self.scale = scale
             self.hooks.clear()
-            self._backward(batch, size, mask)
+            self._backward(batch, size, mask, images)
         tokens = 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
         text = "".join(repr((tuple(t.shape), float(t.cpu().double().sum()))) for _, t in tensors)  # MPS has no doubles
-        self.seen.append(SeenBatch(size, loss, tokens, hashlib.sha256(text.encode()).hexdigest()))
+        n_images = 0 if images is None else int(images.sum())
+        self.seen.append(SeenBatch(size, loss, tokens, n_images, hashlib.sha256(text.encode()).hexdigest()))
 
-    def _backward(self, batch: Any, size: int, mask: Tensor | None) -> float:
+    def _backward(self, batch: Any, size: int, mask: Tensor | None, images: Tensor | None) -> float:
         """The loss; if it is finite, the hooks see its backward pass."""
-        self.hooks.begin_batch(size, mask, factor=size * self.scale)
+        self.hooks.begin_batch(size, mask, factor=size * self.scale, images=images)
         loss = self.loss(self.model, batch)
         value = float(loss.detach())
         if math.isfinite(value):
@@ -200,7 +204,8 @@ class _Run:
             "loss": sum(batch.size * batch.loss for batch in self.seen) / sum(batch.size for batch in self.seen),
             "versions": {"rankscope": rankscope.__version__, **{n: version(n) for n in ("torch", "transformers")}},
         }
-        return Profile(table, {**metadata, **facts})
+        n_images = sum(batch.image_tokens for batch in self.seen)
+        return Profile(table, {**metadata, **({"image_tokens": n_images} if n_images else {}), **facts})
 
     def _sum_over_processes(self) -> None:
         """Sum in the scale of the first process that has a batch."""
@@ -246,7 +251,12 @@ class _Run:
         change = None if weight is None else sensitivity(weight, found.left, found.values[:, None] * found.right)
         gradient = found._replace(values=values, energy=energy, error=error)
         split, change = split_energy(energy, squares, sizes, measured), change and change / total * unit
-        return Measured(target, sums.exact, gradient, split, inputs, weight, change, self.settings.keep_directions)
+        parts = None
+        if sums.part is not None:
+            both = sums.part, sums.kept[-1] - sums.part
+            parts = tuple(float(sums.measure((each,))) / total**2 * unit * unit for each in both)
+        keep = self.settings.keep_directions
+        return Measured(target, sums.exact, gradient, split, inputs, weight, change, keep, parts)
 
 
 def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
@@ -256,6 +266,25 @@ def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
     elif isinstance(batch, Mapping | list | tuple):
         for key, value in batch.items() if isinstance(batch, Mapping) else zip(repeat(name), batch):
             yield from _leaves(value, key)
+
+
+def image_positions(model: nn.Module, tensors: Mapping[Any, Tensor]) -> Tensor | None:
+    """Where a batch has image tokens, (batch, sequence), true there; None without any.
+
+    `tensors` are the batch's by name. The first of these tells: `image_mask`; `mm_token_type_ids`, which transformers' processors
+    give (0: text); `input_ids`, where they are the image or video token of the model's configuration.
+    """
+    config, ids = getattr(model, "config", None), tensors.get("input_ids")
+    mask = tensors.get("image_mask", tensors.get("mm_token_type_ids"))
+    if mask is not None and (ids is None or mask.shape == ids.shape):
+        found = mask != 0
+    elif ids is not None:
+        names = ("image_token_id", "image_token_index", "video_token_id")
+        tokens = {token for name in names if isinstance(token := getattr(config, name, None), int)}
+        found = torch.isin(ids, torch.tensor(sorted(tokens), device=ids.device)) if tokens else ids.new_zeros(0)
+    else:
+        return None
+    return found if found.ndim == 2 and bool(found.any()) else None
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Any:

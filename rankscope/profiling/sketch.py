@@ -60,8 +60,11 @@ class GradientAccumulator:
     """The sum of one module's weighted batch gradients: a sketch, or G itself if a sketch would save less than half of it.
 
     `kept` holds Y, (max(in, out), k), and Z, (l, min(in, out)), of G or, if in > out, of G^T; or G itself. `squares` sums weight
-    times ||mean gradient||_F^2 over batches. Both have the device and the type of `like`.
+    times ||mean gradient||_F^2 over batches. Both have the device and the type of `like`. `part` is what some of the rows,
+    those of image tokens, add to the last tensor of `kept`, which is all that `measure` needs; None without such rows.
     """
+
+    part: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int, matrices: RandomMatrices, like: Tensor) -> None:
         short, long = sorted((in_features, out_features))
@@ -75,11 +78,28 @@ class GradientAccumulator:
 
     def increment(self, inputs: Tensor, deltas: Tensor) -> Increment:
         """What sum_n deltas_n inputs_n^T adds to `kept`, for (n, in) and (n, out)."""
+        wide = self._wide(inputs, deltas)
         if self.exact:
-            return ((deltas.T @ inputs).to(self.squares.dtype),)
-        rows, columns = (inputs, deltas) if self.transposed else (deltas, inputs)  # G = rows^T columns
-        narrow = rows.T @ (columns @ self.omega.to(columns.dtype))
-        return narrow.to(self.squares.dtype), (self.compress(rows).T @ columns).to(self.squares.dtype)
+            return (wide,)
+        rows, columns = self._sides(inputs, deltas)
+        return (rows.T @ (columns @ self.omega.to(columns.dtype))).to(self.squares.dtype), wide
+
+    def add_part(self, inputs: Tensor, deltas: Tensor, factor: float = 1.0) -> None:
+        """Add rows of a batch that are told apart; `add` counts them with the others."""
+        if self.part is None:
+            self.part = torch.zeros_like(self.kept[-1])
+        self.part += self._wide(inputs, deltas) * factor
+
+    def _sides(self, inputs: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows and the columns with G, or its transpose, = rows^T columns, whose longer side is that of the rows."""
+        return (inputs, deltas) if self.transposed else (deltas, inputs)
+
+    def _wide(self, inputs: Tensor, deltas: Tensor) -> Tensor:
+        """What is added to Z; or to G."""
+        if self.exact:
+            return (deltas.T @ inputs).to(self.squares.dtype)
+        rows, columns = self._sides(inputs, deltas)
+        return (self.compress(rows).T @ columns).to(self.squares.dtype)
 
     def measure(self, increment: Increment) -> Tensor:
         """||G||_F^2, a scalar on the device; unbiased for a sketch, since Psi's columns are unit vectors."""
@@ -94,7 +114,8 @@ class GradientAccumulator:
 
     def rescale(self, factor: float) -> None:
         """Multiply all gradients so far."""
-        for tensor in (*self.kept, self.squares.mul_(factor)):
+        parts = () if self.part is None else (self.part,)
+        for tensor in (*self.kept, *parts, self.squares.mul_(factor)):
             tensor *= factor
 
     def tensors(self) -> Increment:
@@ -103,6 +124,7 @@ class GradientAccumulator:
 
     def clear(self) -> None:
         """Forget all batches."""
+        self.part = None
         for tensor in self.tensors():
             tensor.zero_()
 

@@ -38,6 +38,7 @@ class Measured(NamedTuple):
     weight: Tensor | None  # (out, in); None if it cannot be read
     sensitivity: float | None
     keep: int  # directions
+    parts: tuple[float, ...] | None = None  # energies of what image tokens, and what others, add to G
 
 
 _TEXT, _WHOLE, _NUMBER = pa.string(), pa.int64(), pa.float64()
@@ -65,11 +66,24 @@ COLUMNS: Mapping[str, tuple[pa.DataType, Callable[[Measured], Any]]] = {
     "activation_moment": (_NUMBER, lambda m: m.inputs.second_moment() if m.inputs else 0.0),
     "activation_variance": (_NUMBER, lambda m: m.inputs.variance() if m.inputs else 0.0),
     "activation_values": (_NUMBERS, lambda m: m.inputs.variances().tolist() if m.inputs else []),
+    # ||sum over image tokens||_F^2 and ||sum over others||_F^2, G being the sum of both; with twice their inner product they make
+    # up ||G||_F^2. Null outside the tower that sees both; without image tokens there are no such columns.
+    "image_energy": (_NUMBER, lambda m: m.parts and m.parts[0]),
+    "text_energy": (_NUMBER, lambda m: m.parts and m.parts[1]),
     "left_directions": (_VECTORS, lambda m: m.gradient.left[:, : m.keep].T.flatten().tolist() if m.keep else None),
     "right_directions": (_VECTORS, lambda m: m.gradient.right[: m.keep].flatten().tolist() if m.keep else None),
 }  # fmt: skip
-_NULLABLE = {"block", "sensitivity", "weight_norm", "left_directions", "right_directions"}
-SCHEMA = pa.schema([pa.field(name, kind, nullable=name in _NULLABLE) for name, (kind, _) in COLUMNS.items()])
+MODALITIES = ("image_energy", "text_energy")
+_NULLABLE = {"block", "sensitivity", "weight_norm", "left_directions", "right_directions", *MODALITIES}
+_FIELDS = {name: pa.field(name, kind, nullable=name in _NULLABLE) for name, (kind, _) in COLUMNS.items()}
+SCHEMA = pa.schema([field for name, field in _FIELDS.items() if name not in MODALITIES])
+
+
+def _schema_of(columns: Iterable[str]) -> pa.Schema:
+    """The schema of a table with or without the energies by modality."""
+    both = set(MODALITIES) <= set(columns)
+    return pa.schema([field for name, field in _FIELDS.items() if both or name not in MODALITIES])
+
 
 # Where a profile comes from: a JSON object under the key `rankscope` of the Parquet file's metadata.
 METADATA: Mapping[str, type] = {
@@ -86,7 +100,8 @@ def tabulate(modules: Iterable[Measured], n_batches: int) -> pd.DataFrame:
         raise ModelError("the gradient must not be zero at every target module, but is; check the loss and the labels.")
     if not np.isfinite(table["fisher_trace"]).all():
         raise ModelError("squared gradients must be below 1e308, but are not; scale the loss down.")
-    table = table.astype({"block": "Int64", "sensitivity": float})
+    table = table.astype({"block": "Int64", "sensitivity": float, **dict.fromkeys(MODALITIES, float)})
+    table = table.drop(columns=[name for name in MODALITIES if table[name].isna().all()])
     energy = table["gradient_norm"].to_numpy() ** 2
     table["signal_share"] = signal_shares(table["signal_energy"].to_numpy(), energy, n_batches)
     return table
@@ -106,6 +121,11 @@ class Profile:
         known = self.table[fields].rename(columns={"module": "name"}).astype(object)
         rows: list[dict[Any, Any]] = known.where(known.notna(), None).to_dict("records")
         return tuple(TargetModule(**row) for row in rows)
+
+    @property
+    def tells_modalities(self) -> bool:
+        """Whether the profile has the columns `image_energy` and `text_energy`."""
+        return set(MODALITIES) <= set(self.table.columns)
 
     def column(self, name: str) -> dict[str, float]:
         """One feature by module name."""
@@ -167,7 +187,7 @@ class Profile:
 
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write the profile, atomically; returns the path."""
-        table = pa.Table.from_pandas(self.table, schema=SCHEMA, preserve_index=False)
+        table = pa.Table.from_pandas(self.table, schema=_schema_of(self.table.columns), preserve_index=False)
         metadata = {**(table.schema.metadata or {}), b"rankscope": json.dumps(dict(self.metadata)).encode()}
         with replacing(path) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
@@ -187,7 +207,8 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
         other = f"has {shown(found)}: it is of another version of rankscope"
         remedy = "take the profile again, or read its columns with pandas"
         raise FileError(f"`{path}` must have profile schema {SCHEMA_VERSION}, but {other}; {remedy}.")
-    frame = with_checked_columns(table, SCHEMA, path, what="a profile").select(SCHEMA.names).to_pandas()
+    schema = _schema_of(table.column_names)
+    frame = with_checked_columns(table, schema, path, what="a profile").select(schema.names).to_pandas()
     if problem := _problem(metadata, frame):
         raise FileError(f"`{path}` must hold a profile, but {problem}; take the profile again.")
     profile = Profile(frame.astype({"block": "Int64"}), metadata)
@@ -207,7 +228,7 @@ def _problem(metadata: Mapping[str, Any], frame: pd.DataFrame) -> str | None:
     sides = frame[["in_features", "out_features"]]
     if (sides < 1).any(axis=None) or not frame["module"].is_unique or (frame["rank_cost"] != sides.sum(axis=1)).any():
         return "its modules are named twice or have wrong shapes"
-    for name in (name for name, (kind, _) in COLUMNS.items() if kind == _NUMBER):
+    for name in (name for name, (kind, _) in COLUMNS.items() if kind == _NUMBER and name in frame):
         values, least = frame[name].dropna(), -math.inf if name in ("signal_energy", "noise_energy") else 0.0
         if not (np.isfinite(values) & (values >= least)).all():
             return f"column `{name}` has values that cannot be"
@@ -231,12 +252,18 @@ def rank_modules(profile: Profile) -> pd.DataFrame:
 
 
 def group_energy(profile: Profile) -> pd.DataFrame:
-    """By tower and role, the number of `modules`, and shares of energy and of the `parameters` of one rank everywhere."""
+    """By tower and role, the number of `modules`, and shares of energy and of the `parameters` of one rank everywhere.
+
+    Where the profile tells image tokens from others, `image` is their share of what both parts have.
+    """
     table = profile.table.assign(energy=profile.table["gradient_norm"] ** 2)
     groups = table.groupby(["tower", "role"], sort=False).agg(
         modules=("module", "size"), share=("energy", "sum"), parameters=("rank_cost", "sum")
     )
     groups[["share", "parameters"]] /= groups[["share", "parameters"]].sum()
+    if profile.tells_modalities:
+        image, text = (table.groupby(["tower", "role"], sort=False)[name].sum() for name in MODALITIES)
+        groups["image"] = image / (image + text)
     return groups.sort_values("share", ascending=False, kind="stable").reset_index()
 
 

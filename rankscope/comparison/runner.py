@@ -103,17 +103,19 @@ class RunResult:
     revision: str
     ranks: dict[str, int] | None  # at the end
     cost_steps: int
+    test_metrics: dict[str, float] | None = None  # all that the task evaluates on the test split
     decisions: pd.DataFrame | None = field(default=None, compare=False)  # of a controller; no column of the row
 
     def to_row(self) -> dict[str, Any]:
-        """The plain values, ranks as JSON."""
+        """The plain values; ranks and test metrics as JSON."""
         plain = {key: value for key, value in vars(self).items() if key != "decisions"}
-        return {**plain, "ranks": json.dumps(self.ranks)}
+        return {**plain, "ranks": json.dumps(self.ranks), "test_metrics": json.dumps(self.test_metrics)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], decisions: pd.DataFrame | None = None) -> RunResult:
         """The run of a row."""
-        return cls(**{**row, "ranks": json.loads(row["ranks"])}, decisions=decisions)
+        held = {"ranks": json.loads(row["ranks"]), "test_metrics": json.loads(row.get("test_metrics", "null"))}
+        return cls(**{**row, **held}, decisions=decisions)
 
 
 def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | None = None) -> RunResult:
@@ -126,7 +128,7 @@ def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | No
     try:
         with user_errors("the study's own code", TaskError):  # where a worker's traceback still is
             model, result = train(task, spec.method, spec.training, seed=spec.seed)
-            test = evaluate(task, model, "test")[task.metric] if spec.role == REPORTED else None
+            tested = evaluate(task, model, "test") if spec.role == REPORTED else None
     finally:
         torch.set_num_threads(threads)
     if spec.save_to is not None:
@@ -137,7 +139,8 @@ def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | No
         learning_rate=spec.training.peak_learning_rate,
         steps=spec.training.steps,
         validation=result.metrics[task.metric],
-        test=test,
+        test=None if tested is None else tested[task.metric],
+        test_metrics=tested,
         parameters=result.parameters,
         n_moved=0 if result.decisions is None else count_moved(result.decisions),
         wall_seconds=result.wall_seconds,

@@ -261,6 +261,10 @@ def test_the_best_variant_is_chosen_with_its_rate(digits: Task, digits_profile: 
 def test_a_row_holds_the_whole_run(digits: Task, tmp_path: Path) -> None:
     run = run_one(digits, RunSpec(method=HeadOnly(), training=TrainingSettings(steps=1)))
     assert RunResult.from_row(run.to_row()) == run
+    assert run.test_metrics is not None
+    assert run.test == run.test_metrics["accuracy"]
+    older = {key: value for key, value in run.to_row().items() if key != "test_metrics"}
+    assert RunResult.from_row(older).test_metrics is None
 
 
 def test_kept_runs_are_read(

@@ -176,7 +176,7 @@ def test_metrics_by_kind_shift_and_blind(scenes: Any) -> None:
     task = scenes()
     model = task.build_model()
     metrics = task.evaluate(model, "test")
-    assert set(metrics) == {"accuracy", "loss"} | KINDS["emoji"]
+    assert set(metrics) == {"accuracy", "loss", "shift"} | KINDS["emoji"]
     assert metrics["accuracy"] == pytest.approx(np.mean([metrics[kind] for kind in KINDS["emoji"]]))
     right, losses = [], []
     for row in task._rows["test"]:
@@ -187,7 +187,8 @@ def test_metrics_by_kind_shift_and_blind(scenes: Any) -> None:
     assert metrics["accuracy"] == pytest.approx(np.mean(right))
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     shifted = scenes(test="shift")
-    assert shifted.evaluate(model, "test") != metrics
+    assert shifted.evaluate(model, "test")["accuracy"] == metrics["shift"]
+    assert shifted.evaluate(model, "test")["loss"] != metrics["loss"]
     assert shifted.evaluate(model) == task.evaluate(model)
     blind = scenes(blind=True)
     images = torch.stack([row["image"] for rows in blind._rows.values() for row in rows])

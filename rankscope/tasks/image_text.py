@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from rankscope.distributed import batch_device
 from rankscope.errors import TaskError, one_line
@@ -93,21 +94,22 @@ class ImageTextToText(PretrainedTask):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the processor as well: worker processes load their own."""
-        return {key: value for key, value in super().__getstate__().items() if key not in ("_processor", "_limit")}
+        return {key: value for key, value in super().__getstate__().items() if key not in ("processor", "_limit")}
 
     @cached_property
     def _loaded(self) -> Any:
-        self._processor  # noqa: B018  # its errors are told before weights are loaded
+        self.processor  # noqa: B018  # its errors are told before weights are loaded
         model = load_model("AutoModelForImageTextToText", self.model, fresh=r"$")
         wanted = getattr(model.config, "image_token_id", None)
-        if wanted is not None and wanted != (held := self._processor.image_token_id):
+        if wanted is not None and wanted != (held := self.processor.image_token_id):
             must = f"`{self.model}` must have one image token"
-            found = f"its config.json has token {wanted}, and its processor {held} ({self._processor.image_token!r})"
+            found = f"its config.json has token {wanted}, and its processor {held} ({self.processor.image_token!r})"
             raise TaskError(f"{must}, but {found}; save model and processor that belong together.")
         return model
 
     @cached_property
-    def _processor(self) -> Any:
+    def processor(self) -> Any:
+        """The model's own processor of images and texts."""
         processor = load_processor(self.model)
         processor.tokenizer.padding_side = "right"
         if takes_suffix(processor):
@@ -125,7 +127,7 @@ class ImageTextToText(PretrainedTask):
         """The most tokens of a row."""
         config = load_pretrained("AutoConfig", self.model).get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or self.max_length
-        return cast(int, min(self.max_length, positions, self._processor.tokenizer.model_max_length))
+        return cast(int, min(self.max_length, positions, self.processor.tokenizer.model_max_length))
 
     def train_batches(self, seed: int) -> DataLoader[Batch]:
         """Return one epoch, in an order that depends on the seed only. The place of a skipped row is taken by the next."""
@@ -159,6 +161,28 @@ class ImageTextToText(PretrainedTask):
         metrics = {"token_accuracy": right_tokens / n_tokens, "exact_match": exact_rows / n_rows}
         return {**metrics, "loss": loss_sum / n_tokens}
 
+    def dataset(self, split: Split) -> Dataset[dict[str, Tensor]]:
+        """Return the rows of a split for a DataLoader or Trainer of your own, with `collate` to make batches of them.
+
+        In the place of a row that cannot be used is the next that can.
+        """
+        return _Rows(self, split)
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Make a batch: rows padded with zeros at the end of every dimension but the first; processors pad images so, too."""
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id or 0, "labels": IGNORED}
+        batch = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row[name] for row in rows if name in row]
+            shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+            padded = []
+            for value in values:
+                ends = [(0, most - size) for size, most in zip(value.shape[1:], shape, strict=True)]
+                widths = [width for end in reversed(ends) for width in end]
+                padded.append(nn.functional.pad(value, widths, value=padding.get(name, 0)))
+            batch[name] = torch.cat(padded)
+        return batch
+
     def fingerprint_data(self) -> str:
         """Return a hash of all rows, and of the processor's files in a local model folder.
 
@@ -180,33 +204,21 @@ class ImageTextToText(PretrainedTask):
 
     def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
         own = torch.Generator()  # without one the loader would draw from torch's global generator
-        return DataLoader(_Examples(self, split, order), batch_size, collate_fn=self._collate, generator=own)
+        return DataLoader(_Examples(self, split, order), batch_size, collate_fn=self.collate, generator=own)
 
     def _tokens(self, row: Conversation) -> dict[str, Tensor]:
         """One row as the model takes it, in batches of one, with `labels`; an UnusableError if it cannot be made."""
         images = [open_image(image, self._folder) for image in row.images]
-        inputs = encode(self._processor, row, images)
-        tokens, labels, limit = inputs["input_ids"], inputs["labels"], self._limit
-        places = torch.nonzero((tokens[0] == self._processor.image_token_id) | (labels[0] != IGNORED).cumsum(0).eq(1))
-        needed = int(places.max()) + 1 if (labels != IGNORED).any() else tokens.shape[1] + 1
-        if needed > limit:
-            raise UnusableError(f"its question takes {needed - 1:,} tokens, and `max_length` leaves {limit:,}")
+        inputs = encode(self.processor, row, images)
+        tokens, answered, limit = inputs["input_ids"], inputs["labels"][0] != IGNORED, self._limit
+        if not answered.any():
+            raise UnusableError("its answers have no tokens")
+        place = int(answered.int().argmax())  # where the first answer begins, or the last image ends
+        if (images_at := torch.nonzero(tokens[0] == self.processor.image_token_id)).numel():
+            place = max(place, int(images_at.max()))
+        if place >= limit:
+            raise UnusableError(f"its question takes {place:,} tokens, and `max_length` leaves {limit:,}")
         return {name: value[:, :limit] if value.shape == tokens.shape else value for name, value in inputs.items()}
-
-    def _collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Rows as one batch, padded with zeros at the end of every dimension but the first; processors pad images so, too."""
-        padding = {"input_ids": self._processor.tokenizer.pad_token_id or 0, "labels": IGNORED}
-        batch = {}
-        for name in dict.fromkeys(name for row in rows for name in row):
-            values = [row[name] for row in rows if name in row]
-            shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-            padded = []
-            for value in values:
-                ends = [(0, most - size) for size, most in zip(value.shape[1:], shape, strict=True)]
-                widths = [width for end in reversed(ends) for width in end]
-                padded.append(nn.functional.pad(value, widths, value=padding.get(name, 0)))
-            batch[name] = torch.cat(padded)
-        return batch
 
     def _skip(self, split: Split, index: int, reason: str) -> None:
         """Count a row that cannot be used; raise a TaskError if there are too many."""
@@ -222,7 +234,7 @@ class ImageTextToText(PretrainedTask):
 
 
 class _Examples(IterableDataset[dict[str, Tensor]]):
-    """Rows of a split in an order, without those that cannot be used, which are counted and told once."""
+    """Rows of a split in an order, without those that cannot be used."""
 
     def __init__(self, task: ImageTextToText, split: Split, order: Sequence[int]) -> None:
         self.task, self.split, self.order = task, split, order
@@ -231,23 +243,41 @@ class _Examples(IterableDataset[dict[str, Tensor]]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rows, skipped = self.task._examples[self.split], self.task._skipped[self.split]
+        return _usable(self.task, self.split, self.order)
+
+
+class _Rows(Dataset[dict[str, Tensor]]):
+    """Rows of a split by their place; that of one which cannot be used is taken by the next."""
+
+    def __init__(self, task: ImageTextToText, split: Split) -> None:
+        self.task, self.split = task, split
+
+    def __len__(self) -> int:
+        return len(self.task._examples[self.split])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return next(_usable(self.task, self.split, chain(range(index, len(self)), range(index))))
+
+
+def _usable(task: ImageTextToText, split: Split, order: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+    """Yield rows as the model takes them. Those that cannot be used are left out and counted, and told once."""
+    rows, skipped = task._examples[split], task._skipped[split]
+    n_known = len(skipped)
+    try:
+        for index in order:
+            if index in skipped:
+                continue
+            try:
+                yield task._tokens(rows[index])
+            except UnusableError as error:
+                task._skip(split, index, str(error))
+    except TaskError:  # which says it
         n_known = len(skipped)
-        try:
-            for index in self.order:
-                if index in skipped:
-                    continue
-                try:
-                    yield self.task._tokens(rows[index])
-                except UnusableError as error:
-                    self.task._skip(self.split, index, str(error))
-        except TaskError:  # which says it
-            n_known = len(skipped)
-            raise
-        finally:  # also where the batches are not read to their end
-            if len(skipped) > n_known:
-                found = f"{len(skipped):,} of {len(rows):,} rows in {self.split!r}, as {_example_of(rows, skipped)}"
-                logger.warning("skipped %s", found)
+        raise
+    finally:  # also where the rows are not read to their end
+        if len(skipped) > n_known:
+            found = f"{len(skipped):,} of {len(rows):,} rows in {split!r}, as {_example_of(rows, skipped)}"
+            logger.warning("skipped %s", found)
 
 
 def _example_of(rows: Sequence[Conversation], skipped: Mapping[int, str]) -> str:

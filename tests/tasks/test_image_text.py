@@ -58,7 +58,7 @@ def refused(message: str, act: Callable[[], object]) -> None:
 
 def learned(task: ImageTextToText, batch: dict[str, torch.Tensor]) -> list[str]:
     """The text of each row whose tokens are in the loss."""
-    decode = task._processor.tokenizer.decode
+    decode = task.processor.tokenizer.decode
     return [decode(labels[labels != -100]) for labels in batch["labels"]]
 
 
@@ -196,7 +196,7 @@ def test_every_answer_of_a_conversation_is_learned(model, name: str, form: str) 
         row = conversation("<image>\nwhich colour?", "red", "and the hue?", "warm", llava=True)
     task = ImageTextToText(model(name), splits(row))
     batch = in_order(task)
-    text = task._processor.tokenizer.decode(batch["input_ids"][0])
+    text = task.processor.tokenizer.decode(batch["input_ids"][0])
     assert MULTI[name] in text
     assert "which colour?" in text
     assert learned(task, batch) == [LEARNED[name]]
@@ -209,7 +209,7 @@ def test_several_images_and_their_places(model) -> None:
     task = ImageTextToText(model("qwen2-vl"), splits(row))
     batch = in_order(task)
     assert batch["image_grid_thw"].shape == (2, 3)
-    text = task._processor.tokenizer.decode(batch["input_ids"][0]).replace("<|image_pad|>", "")
+    text = task.processor.tokenizer.decode(batch["input_ids"][0]).replace("<|image_pad|>", "")
     assert "left <|vision_start|><|vision_end|> or right <|vision_start|><|vision_end|>?" in text
     assert learned(task, batch) == ["left<|im_end|>right<|im_end|>"]
     row["image"] = images[:1]
@@ -325,6 +325,9 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_bounded(
         r"skipped 2 of 12 rows in 'train', as row (4 \(`003.png` cannot be read: .*\)|8 \(there is no file `007.png` in .*\))",
         caplog.messages[0],
     )
+    rows = task.dataset("train")
+    assert len(rows) == 12
+    assert learned(task, task.collate([rows[3], rows[4], rows[11]])) == [" green</s>", " green</s>", " blue</s>"]
     few = ImageTextToText(llava, tmp_path / "rows.jsonl", max_skipped=0.1)
     must = r"at most 0\.1 of the rows may be skipped \(`max_skipped`\), but 2 of 12 in 'train' already, as row \d \(.*\); repair or drop them\."
     with pytest.raises(TaskError, match=f"^{must}$"):
@@ -345,6 +348,12 @@ def test_a_question_longer_than_the_context(llava: Path) -> None:
         TaskError, match=r"^the data must have rows that can be used in every split, but 'train' has none, as row"
     ):
         list(few.train_batches(0))
+
+
+def test_an_answer_of_one_token_that_fits_is_no_long_question(model) -> None:
+    row = conversation("which?", "x", "and then? " * 20, "y")
+    task = ImageTextToText(model("llava"), splits(row), max_length=40)
+    assert learned(task, in_order(task)) == [" x"]
 
 
 def test_long_answers_are_cut_and_long_images_are_not(llava: Path) -> None:

@@ -37,6 +37,14 @@ logger = logging.getLogger(__name__)
 _HASHED_BYTES = 2**30  # image files up to this size in all are fingerprinted by content
 
 
+def image_text_class(source: str | Path) -> str | type:
+    """Return the class of a model: the one its `architectures` name if that is rankscope's, else by transformers' table."""
+    from rankscope.tasks.mobile_vlm import MobileLlava  # which imports transformers' LLaVA
+
+    named = getattr(load_pretrained("AutoConfig", source), "architectures", None) or ()
+    return MobileLlava if MobileLlava.__name__ in named else "AutoModelForImageTextToText"
+
+
 class ImageTextToText(PretrainedTask):
     """Conversations about images; a vision-language model learns the answers. Its head stays frozen.
 
@@ -52,7 +60,8 @@ class ImageTextToText(PretrainedTask):
     A row is skipped if its image cannot be read, or if no answer begins within `max_length`.
 
     Args:
-        model: A local model folder or hub id, of any class that `AutoModelForImageTextToText` and `AutoProcessor` load.
+        model: A local model folder or hub id, of any class that `AutoModelForImageTextToText` and `AutoProcessor` load, or a
+            `MobileLlava`, which is LLaVA with MobileVLM's projector.
         data: As for `TextClassification`. Without a column `split`, rows with the same image are in the same split. Rows that
             occur twice are kept once.
         columns: Names of the columns for `image`, `question`, `answer` and `messages`, where others.
@@ -99,7 +108,7 @@ class ImageTextToText(PretrainedTask):
     @cached_property
     def _loaded(self) -> Any:
         self.processor  # noqa: B018  # its errors are told before weights are loaded
-        model = load_model("AutoModelForImageTextToText", self.model, fresh=r"$")
+        model = load_model(image_text_class(self.model), self.model, fresh=r"$")
         wanted = getattr(model.config, "image_token_id", None)
         if wanted is not None and wanted != (held := self.processor.image_token_id):
             must = f"`{self.model}` must have one image token"

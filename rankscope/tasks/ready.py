@@ -19,7 +19,7 @@ from torch import nn
 from rankscope.errors import TaskError, checked, did_you_mean, fits, one_line, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
-from rankscope.tasks.image_text import ImageTextToText
+from rankscope.tasks.image_text import ImageTextToText, image_text_class
 from rankscope.tasks.pretrained import (
     PretrainedTask,
     check_source,
@@ -102,8 +102,10 @@ def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
     check_source(options["model"], base=base)
     config = load_pretrained("AutoConfig", options["model"])
     try:
+        found = image_text_class(options["model"]) if kind == "image-text-to-text" else _AUTO_CLASSES[kind]
         with torch.device("meta"):
-            model = getattr(transformers, _AUTO_CLASSES[kind]).from_config(config)
+            build = getattr(transformers, found).from_config if isinstance(found, str) else found
+            model = build(config).to(config.dtype or torch.float32)
     except (ValueError, TypeError, AttributeError) as error:  # of configurations
         must = f"`{options['model']}` must be the configuration of a model that {_AUTO_CLASSES[kind]} builds"
         raise TaskError(f"{must}, but is not ({one_line(error)}); check `task.type` and config.json.") from error

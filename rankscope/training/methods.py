@@ -148,9 +148,18 @@ class AdaLora(Method):
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Running:
         """Score ranks at each step, and mask the least important."""
         steps, tuner = count(1), cast(Any, model).base_model
+
+        def score(loss: Tensor) -> None:
+            for (
+                parameter
+            ) in model.parameters():  # PEFT multiplies by gradients, which modules outside the loss have none of
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = parameter.new_zeros(parameter.shape)
+            tuner.update_and_allocate(next(steps))
+
         return Running(
             ranks=lambda: RankAllocation.from_ranks(self.targets, ranks_of_adalora(model), strategy=self.name),
-            step=lambda loss: tuner.update_and_allocate(next(steps)),
+            step=score,
         )
 
 

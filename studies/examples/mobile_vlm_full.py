@@ -1,8 +1,9 @@
 """MobileVLM's two stages at full size, on several GPUs with transformers' Trainer.
 
-MobileVLM (Chu et al., arXiv 2312.16886) is CLIP ViT-L/14 at 336 px, a projector and MobileLLaMA-1.4B. Stage I trains the projector
-on LLaVA's 558 thousand captions, stage II the language model on its 665 thousand instructions; here with LoRA, whose ranks
-rankscope places. The two study files hold the settings; `--dry-run` checks them without weights and data:
+MobileVLM (Chu et al., arXiv 2312.16886) is CLIP ViT-L/14 at 336 px, a projector that leaves 144 of 576 tokens, and
+MobileLLaMA-1.4B. Stage I trains the projector on LLaVA's 558 thousand captions, stage II the language model on its 665 thousand
+instructions; here with LoRA, whose ranks rankscope places. The two study files hold the settings; `--dry-run` checks them
+without weights and data:
 
     rankscope train studies/examples/mobile_vlm_full.yaml --dry-run
 
@@ -12,9 +13,9 @@ rankscope places. The two study files hold the settings; `--dry-run` checks them
     torchrun --nproc-per-node 8 mobile_vlm_full.py train mobile_vlm_stage1.yaml --model start stage1
     torchrun --nproc-per-node 8 mobile_vlm_full.py train mobile_vlm_full.yaml --model stage1 stage2
 
-Stage I trains the parents of the study's targets in full. Stage II trains LoRA: of the allocation in `--allocation`, else uniform;
-with `controller: {mode: on}`, ranks move within the budget. `python mobile_vlm_full.py config FOLDER` writes the configuration
-that the dry run reads.
+Stage I trains the parents of the study's targets in full. Stage II trains LoRA: of the allocation in `--allocation`, else
+uniform; with `controller: {mode: on}`, ranks move within the budget. `python mobile_vlm_full.py config FOLDER` writes the
+configuration that the dry run reads.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     Trainer,
     TrainingArguments,
@@ -45,6 +45,7 @@ from transformers import (
 
 import rankscope as rs
 from rankscope.settings import StudySettings
+from rankscope.tasks.mobile_vlm import MobileLlava
 
 # CLIP ViT-L/14-336 as its model card has it; MobileLLaMA-1.4B: MobileVLM's paper, table 2, and its model card.
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -66,12 +67,12 @@ def write_config(folder: Path) -> None:
     """The configuration at full size."""
     vision, language = CLIPVisionConfig(**VISION), LlamaConfig(**LANGUAGE, dtype="bfloat16")
     config = LlavaConfig(vision_config=vision, text_config=language, image_token_index=32000, dtype="bfloat16")
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [MobileLlava.__name__]
     config.save_pretrained(folder)
 
 
 def assemble(vision: str, language: str, folder: Path) -> None:
-    """A LLaVA of a CLIP vision tower, a fresh projector and a language model, with its processor."""
+    """A `MobileLlava` of a CLIP vision tower, a fresh projector and a language model, with its processor."""
     tower = CLIPVisionModel.from_pretrained(vision)
     decoder = AutoModelForCausalLM.from_pretrained(language)
     tokenizer = AutoTokenizer.from_pretrained(language)
@@ -80,13 +81,14 @@ def assemble(vision: str, language: str, folder: Path) -> None:
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = LlavaConfig(vision_config=tower.config, text_config=decoder.config, image_token_index=image_token)
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    model = MobileLlava(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
     images = AutoImageProcessor.from_pretrained(vision)
-    sizes = {"patch_size": tower.config.patch_size, "num_additional_image_tokens": 1}
+    # The projector halves each side: as if patches were twice as large.
+    sizes = {"patch_size": 2 * tower.config.patch_size, "num_additional_image_tokens": 1}
     strategy = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
     LlavaProcessor(images, tokenizer, chat_template=CHAT, **sizes, **strategy).save_pretrained(folder)
 
@@ -129,7 +131,7 @@ def train(study: StudySettings, model: str, folder: Path, allocation: Path | Non
             warmup_steps=round(settings.warmup_fraction * settings.steps),
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            bf16=on_gpu,
+            bf16=True,
             use_cpu=not on_gpu,
             dataloader_num_workers=4 if on_gpu else 0,
             ddp_find_unused_parameters=True,  # rows without an image use neither vision tower nor projector
@@ -155,8 +157,8 @@ def train(study: StudySettings, model: str, folder: Path, allocation: Path | Non
 def with_adapters(network: Any, study: StudySettings, targets: Any, file: Path | None) -> tuple[Any, list[Any]]:
     """The model with LoRA of an allocation, or of uniform ranks, and the controller's callback if it is on."""
     size, training = study.budget, study.training
-    budget = rs.ParameterBudget.uniform(targets, size.uniform_rank) if size.uniform_rank else None
-    budget = budget or rs.ParameterBudget(size.parameters)
+    limit = rs.ParameterBudget.uniform(targets, size.uniform_rank).limit if size.uniform_rank else size.parameters
+    budget = rs.ParameterBudget(limit, towers=size.towers)
     ranks = rs.RankAllocation.from_json(file) if file else rs.allocate("uniform", targets=targets, budget=budget)
     options = {"scaling": training.scaling, "lora_dropout": training.lora_dropout}
     if study.controller.mode != "on":

@@ -18,7 +18,7 @@ import rankscope as rs
 from rankscope.errors import TaskError
 from rankscope.tasks import ImageTextToText, evaluate, fingerprint_task, profile_task
 from rankscope.tasks.conversations import open_image
-from rankscope.training import save_adapter
+from rankscope.training import AdaLora, save_adapter
 from tests.tasks.models import save_llama
 from tests.tasks.vision_models import FAMILIES, ID, png, questions, save_family, save_rows
 
@@ -138,6 +138,13 @@ def test_a_model_learns_answers_that_only_the_image_tells(llava: Path) -> None:
     metrics = task.evaluate(network, "test")
     assert metrics["exact_match"] > 0.9
     assert metrics["token_accuracy"] > 0.9
+
+
+def test_adalora_where_modules_are_outside_the_loss(llava: Path) -> None:
+    task = ImageTextToText(llava, questions(), batch_size=3)  # LLaVA does not use its vision tower's last layer
+    targets = rs.find_targets(task.build_model())
+    _, result = rs.train(task, AdaLora(targets, 2, 32.0), steps=10)
+    assert result.allocation.parameters > 0
 
 
 # --- answers ---------------------------------------------------------------------------------------------------

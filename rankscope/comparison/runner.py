@@ -226,7 +226,7 @@ def _read(stem: Path, terms: Mapping[str, Any]) -> RunResult | None:
     row = read_json(path, what="a run")
     remedy = "delete it, and it is done again."
     require_same(row.pop("made_from", {}), terms, what=f"`{path}`", remedy=remedy)
-    if set(row) != {each.name for each in fields(RunResult)} - {"decisions"}:
+    if {*row, "test_metrics"} != {each.name for each in fields(RunResult)} - {"decisions"}:  # older runs have none
         raise FileError(f"`{path}` must hold a run, but its keys are others; {remedy}")
     table = read_parquet(decisions, what="decisions").to_pandas() if decisions.exists() else None
     return RunResult.from_row(row, table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
@@ -219,7 +220,9 @@ def _without_videos(kind: type, source: str | Path) -> Any:
 
 def takes_suffix(processor: Any) -> bool:
     """Whether the processor takes question and answer as a prefix and a suffix, as PaliGemma's does, and has no chats."""
-    return "suffix" in inspect.signature(type(processor).__call__).parameters
+    from transformers import PaliGemmaProcessor
+
+    return isinstance(processor, PaliGemmaProcessor)
 
 
 def encode(processor: Any, row: Conversation, images: list[Any]) -> dict[str, Tensor]:
@@ -269,18 +272,23 @@ def _moved(place: int, replaced: Sequence[Mapping[str, Any]]) -> int:
 def _render(processor: Any, row: Conversation) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as one text, and where in it each answer begins and ends."""
     messages, tokenizer = list(row.messages), processor.tokenizer
-    text: str = processor.apply_chat_template(messages)
+    template = processor.chat_template or tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template["default"]
+    # The processor's own method adds nothing for images; that of SmolVLM needs its half for videos.
+    render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
+    text: str = render(messages)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = processor.apply_chat_template(messages[:index], add_generation_prompt=True)
+        before = render(messages[:index], add_generation_prompt=True)
         if not text.startswith(before):
             must = "the chat template must begin an answer as it prompts for one"
             raise TaskError(
                 f"{must}, but that of {type(processor).__name__} does not in row {row.number:,}; correct it."
             )
-        after = text if index == len(messages) - 1 else processor.apply_chat_template(messages[: index + 1])
+        after = text if index == len(messages) - 1 else render(messages[: index + 1])
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, after, strict=False)))
         spans.append((len(before), max(len(text[:shared].rstrip()), len(before))))
     special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)

@@ -13,6 +13,7 @@ import torch
 from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.models.smolvlm import processing_smolvlm
 
 import rankscope as rs
 from rankscope.errors import TaskError
@@ -29,6 +30,7 @@ ROLES = {  # of vision tower and projector; the language models have the same
     "llava": (CLIP, {"linear_1", "linear_2"}),
     "mobile-vlm": (CLIP, {"point_1", "point_2"}),
     "idefics3": (CLIP, {"proj"}),
+    "smolvlm": (CLIP, {"proj"}),
     "paligemma": (CLIP, {"linear"}),
     "qwen2-vl": (QWEN | {"fc1", "fc2"}, {"mlp_0", "mlp_2"}),
     "qwen2.5-vl": (QWEN | {"gate_proj", "up_proj", "down_proj"}, {"mlp_0", "mlp_2"}),
@@ -44,6 +46,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(folders: Path) -> Callable[[str], Path]:
     return lambda name: folders / name if (folders / name).exists() else save_family(name, folders / name)
+
+
+@pytest.fixture(autouse=True)
+def _counts_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolVLM's processor asks for the package num2words, which it needs for videos only."""
+    if processing_smolvlm.num2words is None:
+        monkeypatch.setattr(processing_smolvlm, "num2words", str)
 
 
 @pytest.fixture
@@ -153,6 +162,7 @@ ANSWERS = {
     "llava": " blue</s>",
     "mobile-vlm": " blue</s>",
     "idefics3": " blue<end_of_utterance>",
+    "smolvlm": " blue<end_of_utterance>",
     "paligemma": "blue</s>",
     "qwen2-vl": "blue<|im_end|>",
     "qwen2.5-vl": "blue<|im_end|>",
@@ -451,6 +461,16 @@ def test_processors_that_cannot_serve(tmp_path: Path) -> None:
         f"`{other}` must have one image token, but its config.json has token 9, and its processor {ID['<image>']} "
         "('<image>'); save model and processor that belong together.",
         lambda: ImageTextToText(other, questions()).build_model(),
+    )
+
+
+def test_a_package_that_a_processor_needs(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model("smolvlm")
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    refused(
+        f"`{folder}` must have a processor that loads, but has none: Package `num2words` is required to run SmolVLM processor. "
+        "Install it with `pip install num2words`.",
+        lambda: ImageTextToText(folder, questions()).build_model(),
     )
 
 

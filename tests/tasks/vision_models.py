@@ -96,6 +96,16 @@ def _idefics3() -> tuple[Any, Any]:
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
+def _smolvlm() -> tuple[Any, Any]:
+    vision = {**SMALL, "image_size": 8, "patch_size": 4}
+    config = transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_id=IMAGE, scale_factor=2
+    )
+    images = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+    parts = (images, tokenizer(), TEMPLATES["idefics3"], {"processor_class": "SmolVLMProcessor", "image_seq_len": 1})
+    return transformers.SmolVLMForConditionalGeneration(config), parts
+
+
 def _paligemma() -> tuple[Any, Any]:
     vision = {**SMALL, "image_size": 8, "patch_size": 4, "projection_dim": 32, "vision_use_head": False}
     backend = tokenizer()
@@ -168,6 +178,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": _llava,
     "mobile-vlm": _mobile,
     "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
     "paligemma": _paligemma,
     "qwen2-vl": lambda: _qwen("Qwen2VL"),
     "qwen2.5-vl": lambda: _qwen("Qwen2_5_VL"),
@@ -180,8 +191,10 @@ def save_family(name: str, folder: Path) -> Path:
     model, processor = FAMILIES[name]()
     model.save_pretrained(folder)
     if isinstance(processor, tuple):
-        images, tokens, template = processor
+        images, tokens, template, *values = processor  # its half for videos needs torchvision
         images.save_pretrained(folder)
+        if values:
+            (folder / "processor_config.json").write_text(json.dumps(values[0]))
         tokens.save_pretrained(folder)
         (folder / "chat_template.jinja").write_text(template)
     else:

@@ -143,10 +143,17 @@ def test_without_image_tokens_there_are_no_columns(tmp_path: Path) -> None:
             plot_modalities(found)
 
 
-def test_texts_among_images_count_as_text() -> None:
+def some_texts() -> list[dict[str, Tensor]]:
+    """Two batches with images, and two without."""
     seen = batches()
-    words = seen[2]["input_ids"].masked_fill(seen[2]["input_ids"] == IMAGE, 7)
-    seen[2] = {"input_ids": words, "labels": words, "attention_mask": torch.ones_like(words)}
+    for place in (2, 3):
+        words = seen[place]["input_ids"].masked_fill(seen[place]["input_ids"] == IMAGE, 7)
+        seen[place] = {"input_ids": words, "labels": words, "attention_mask": torch.ones_like(words)}
+    return seen
+
+
+def test_texts_among_images_count_as_text() -> None:
+    seen = some_texts()
     found = rs.profile(llava(), seen).table.set_index("module")
     masks = [batch["input_ids"] == IMAGE for batch in seen]
     for name, (image, text) in exact_parts(seen, masks).items():

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 import rankscope as rs
+from tests.profiling.test_modalities import llava, some_texts
 
 WORKER = """
 import sys
 import torch
+import rankscope
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from tests.profiling.test_modalities import llava, some_texts
 from tests.profiling.test_processes import batches, build, routed, take, take_routed
 
 torch.set_num_threads(1)
@@ -30,6 +33,8 @@ for part in sharded[:3]:
     fully_shard(part)
 take(fully_shard(sharded), batches()[:6][rank::2]).to_parquet(f"{sys.argv[1]}/sharded-{rank}.parquet")
 take_routed(routed()[rank]).to_parquet(f"{sys.argv[1]}/routed-{rank}.parquet")
+found = rankscope.profile(llava(), some_texts()[2 * rank : 2 * rank + 2])
+found.to_parquet(f"{sys.argv[1]}/llava-{rank}.parquet")
 distributed.destroy_process_group()
 """
 
@@ -100,6 +105,12 @@ def test_two_processes_give_the_profile_of_one(tmp_path: Path) -> None:
         assert found.metadata["without_gradient"] == ["experts.2"]
         pd.testing.assert_frame_equal(found.table[numbers(one)], one.table[numbers(one)], rtol=1e-3, check_dtype=False)
         assert len(found.table["activation_values"].iloc[-1]) == 0
+    one = rs.profile(llava(), some_texts())
+    for rank in (0, 1):  # the second process saw no image
+        found = rs.read_profile(tmp_path / f"llava-{rank}.parquet")
+        assert found.metadata["image_tokens"] == one.metadata["image_tokens"]
+        columns = ["image_energy", "text_energy"]
+        pd.testing.assert_frame_equal(found.table[columns], one.table[columns], rtol=1e-3)
 
 
 def numbers(profile: rs.Profile) -> list[str]:

@@ -108,7 +108,9 @@ def plot_modalities(profile: Profile) -> Figure:
     """Heatmaps of the share of image tokens in a module's gradient energy: image / (image + text), each part's on its own.
 
     The parts leave out twice their inner product, which the energy of their sum has beside them. Modules whose inputs are no
-    tokens, such as those of the vision tower, are not shown. ModelError without image tokens.
+    tokens, such as those of the vision tower, are not shown. The first token of a sequence, where language models keep huge
+    activations whatever it is (attention sinks, Xiao et al., arXiv 2309.17453), may be an image token: an `image_mask` in the
+    batches leaves it out. ModelError without image tokens.
     """
     if not profile.tells_modalities:
         must = "the profile must tell image tokens from others, but its batches had none"

@@ -84,9 +84,7 @@ def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str], conve
         turns = _turns(values[named["messages"]], where=where)
     else:
         turns = [("user", str(values[named["question"]])), ("assistant", str(values[named["answer"]]))]
-    messages: list[Message] = [
-        {"role": role, "content": _parts(content, role, where=f"row {number:,}")} for role, content in turns
-    ]
+    messages: list[Message] = [{"role": role, "content": _parts(content, role, where=where)} for role, content in turns]
     spoken = [message for message in messages if message["role"] != "system"]
     if not spoken or spoken[0]["role"] != "user" or not any(message["role"] == "assistant" for message in spoken):
         raise TaskError(f"each row must hold a question, then an answer, but {where} does not; drop it.")

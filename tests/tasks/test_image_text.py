@@ -3,8 +3,10 @@
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -410,6 +412,14 @@ def test_fingerprints_follow_rows_images_and_templates(llava: Path, tmp_path: Pa
     facts = fingerprint_task(ImageTextToText(llava, tmp_path / "rows.jsonl", max_length=99))
     assert facts["task"]["max_length"] == 99
     assert facts["weights"] == fingerprint_task(ImageTextToText(llava, questions()))["weights"]
+
+
+def test_a_hub_data_set_of_one_split_is_split_here(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = questions(10).drop(columns="split")
+    parts = {"owner/colours": {"train": SimpleNamespace(to_pandas=lambda: rows)}}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=parts.__getitem__))
+    task = ImageTextToText(llava, "owner/colours")
+    assert sorted(len(rows) for rows in task._examples.values()) == [4, 5, 21]
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------

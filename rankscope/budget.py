@@ -57,7 +57,7 @@ class ParameterBudget:
             raise SettingsError(f"`limit` {must}, but got {shown(self.limit)}.")
         given: Any = dict(self.towers) if isinstance(self.towers, Mapping) else self.towers
         object.__setattr__(self, "limit", limit)
-        object.__setattr__(self, "towers", BudgetSettings(parameters=1, towers=given).towers if given else {})
+        object.__setattr__(self, "towers", BudgetSettings(parameters=1, towers=given).towers)
         for tower, (least, most) in self.bounds.items():
             if least > most:
                 raise SettingsError(
@@ -96,7 +96,7 @@ class ParameterBudget:
                 f"rank {shown(whole)} is above the full rank of {len(low)} of {len(targets)} target modules, as of "
                 f"`{low[0].name}` ({low[0].full_rank}); the budget counts their full rank: {limit:,} parameters."
             )
-        return cls(limit, search, towers or {})
+        return cls(limit, search, {} if towers is None else towers)
 
     @classmethod
     def bounded(cls, limit: int, bounds: Mapping[str, tuple[int, int]]) -> ParameterBudget:

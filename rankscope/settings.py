@@ -539,7 +539,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"the key `{key}` is missing; add it."
     message = _PROBLEMS.get(kind, first["msg"].removeprefix("Value error, "))
-    whole = isinstance(value, dict | BaseModel) or (value, kind) == (None, "value_error")
+    whole = isinstance(value, dict | BaseModel) or (value is None and kind == "value_error")
     given = "" if whole else f", but got {shown(list(value) if isinstance(value, tuple) else value)}"
     return f"`{key}`: {message[0].lower()}{message[1:]}{given}."
 

@@ -30,6 +30,7 @@ from rankscope.profiling import (
     RandomMatrices,
     energy_tail,
     in_range,
+    leaves,
     signal_shares,
     thin_svd,
 )
@@ -52,7 +53,8 @@ class Signals:
 class GradientWindow:
     """Sketches of the gradients of some steps.
 
-    The hooks are on the modules only while a step is sampled. They see gradients of module outputs, which neither clipping nor
+    The hooks are on the modules only while a step is sampled; a forward or backward pass that raises removes them, and the
+    step does not count. They see gradients of module outputs, which neither clipping nor
     `zero_grad` touches. Every training forward pass of the PEFT model (a micro-batch) counts as a batch; evaluation and the
     recomputation of checkpointed segments do not. If the model may be `compiled`, sampled steps run eagerly, since compiled code
     ignores new hooks. Nothing is copied from the device before `measure`.
@@ -92,13 +94,28 @@ class GradientWindow:
                 passes.append(weight)
                 observer.begin_batch(weight, factor=factor)
 
-        hooks = ExitStack()
+        def end_pass(model: nn.Module, _: Any, output: Any) -> None:
+            if (
+                output is None and next(reversed(model._forward_hooks)) == handle.id
+            ):  # it raised; torch is past all others
+                abandon()
+            for _, tensor in leaves(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _: _at_failed_backward(abandon))
+
+        def abandon() -> None:
+            passes.clear()
+            remove()
+
+        hooks, model = ExitStack(), self._model
         if self._compiled:
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
         hooks.enter_context(observer.hooked())
-        hooks.callback(self._model.register_forward_pre_hook(LocalHook(begin_pass)).remove)
+        hooks.callback(model.register_forward_pre_hook(LocalHook(begin_pass)).remove)
+        handle = model.register_forward_hook(LocalHook(end_pass), always_call=True)
+        hooks.callback(handle.remove)
         hooks.callback(observer.end_batch)
-        remove = weakref.finalize(self, hooks.close)  # at the latest with the window: a step may raise
+        remove = weakref.finalize(self, hooks.close)  # at the latest with the window: what follows a pass may raise
         remove.atexit = False
         self._step = observer, passes, len(self._copied), remove
 
@@ -197,6 +214,16 @@ class GradientWindow:
         finite = torch.stack([flag.cpu() for flag, _ in unread]).tolist() if unread else []
         self._broken += finite.count(False)
         self._weights += [w for fine, (_, weights) in zip(finite, unread, strict=True) if fine for w in weights]
+
+
+def _at_failed_backward(call: Callable[[], object]) -> None:
+    """Call if the backward pass that is running raises: the engine then drops, uncalled, what it was to call at its end."""
+
+    def ended() -> None:
+        dropped.detach()
+
+    dropped = weakref.finalize(ended, call)
+    torch.autograd.Variable._execution_engine.queue_callback(ended)
 
 
 def full_spectrum(found: Decomposition, weight: float, share: float, size: int, *, factor: float = 1.0) -> list[float]:

@@ -20,6 +20,24 @@ from rankscope.settings import ControllerSettings
 STATE_FILE = "rank_controller.pt"
 
 
+class _TrainersController(RankController):
+    """Its hooks are on the model during the passes of sampled steps only, since a training that raises ends without a call."""
+
+    def _go_on(self) -> None:
+        self._reminder.remove()
+        if self.frozen:
+            self._end()
+
+    def begin_step(self) -> None:
+        """The forward and backward passes of a step begin."""
+        if not self.frozen:
+            super()._go_on()
+
+    def end_passes(self) -> None:
+        """They are over."""
+        self._window.end_step()
+
+
 class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     """Runs a `RankController` during a Trainer's training; pass it to the Trainer's constructor.
 
@@ -28,7 +46,8 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     scalars of each decision go to the log history. With `torch_compile` ranks are masked.
 
     A Trainer does not show itself to callbacks. `bind(trainer)` adds what needs it: the scalars also go to TensorBoard, W&B and
-    other reporters; a model that `model_init` makes can be resumed.
+    other reporters; a model that `model_init` makes can be resumed; no hook stays on the model, whatever raises in a training.
+    Without, the hooks of a step go if its forward or backward pass raises, and Ctrl-C may leave them until the next training.
 
     Args:
         budget: The most adapter parameters at any time.
@@ -40,7 +59,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
     >>> callback.bind(trainer)  # doctest: +SKIP
     """
 
-    controller: RankController  # once training has begun
+    controller: _TrainersController  # a `RankController`, once training has begun
 
     @checked
     def __init__(
@@ -91,7 +110,7 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             settings = ControllerSettings.of(settings, rank_change="mask")
         if state.global_step > 0:
             start, saved = None, _saved_state(loaded_from(model, self._adapter), state.global_step)
-        self.controller = RankController(
+        self.controller = _TrainersController(
             model, optimizer, budget=self._budget, settings=settings, total_steps=state.max_steps, start=start
         )
         if saved is not None:
@@ -100,6 +119,14 @@ class RankControllerCallback(TrainerCallback):  # type: ignore[misc]
             except BaseException:
                 self.controller.close()
                 raise
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The first batch is here."""
+        self.controller.begin_step()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are complete, and clipped."""
+        self.controller.end_passes()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped and gradients are zero."""

@@ -184,14 +184,18 @@ def wrap_with_eva(
             return flat
         return flat[seen.flatten().to(flat.device)]
 
-    peft.initialize_lora_eva_weights(
-        wrapped,
-        [_without_class_labels(batch) for batch in batches],
-        forward_fn=forward,
-        prepare_model_inputs_fn=_tokens_seen,
-        prepare_layer_inputs_fn=rows,
-        show_progress_bar=False,
-    )
+    try:
+        peft.initialize_lora_eva_weights(
+            wrapped,
+            [_without_class_labels(batch) for batch in batches],
+            forward_fn=forward,
+            prepare_model_inputs_fn=_tokens_seen,
+            prepare_layer_inputs_fn=rows,
+            show_progress_bar=False,
+        )
+    except BaseException:  # PEFT's hooks are still on the adapted modules
+        wrapped.unload()
+        raise
     adapter = LiveAdapter(wrapped)
     wrapped.peft_config["default"] = adapter.config(adapter.ranks)  # EVA's has a pattern for each module
     return wrapped

@@ -142,7 +142,7 @@ class _Run:
 
     def see(self, batch: Any) -> None:
         """Forward and backward of one batch; an empty one, or one without a finite loss, does not count."""
-        tensors = list(_leaves(batch))
+        tensors = list(leaves(batch))
         first = dict(reversed(tensors))  # under each key
         mask, ids = first.get("attention_mask"), first.get("input_ids")
         mask = mask if mask is not None and mask.ndim == 2 else None
@@ -259,13 +259,13 @@ class _Run:
         return Measured(target, sums.exact, gradient, split, inputs, weight, change, keep, parts)
 
 
-def _leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
+def leaves(batch: Any, name: Any = None) -> Iterator[tuple[Any, Tensor]]:
     """The tensors of a batch of nested mappings and sequences, in order, each with the key above it."""
     if isinstance(batch, Tensor):
         yield name, batch
     elif isinstance(batch, Mapping | list | tuple):
         for key, value in batch.items() if isinstance(batch, Mapping) else zip(repeat(name), batch):
-            yield from _leaves(value, key)
+            yield from leaves(value, key)
 
 
 def image_positions(model: nn.Module, tensors: Mapping[Any, Tensor]) -> Tensor | None:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -86,18 +86,18 @@ def train(
         model = method.adapt(placed(task.build_model()), task, settings, seed)
         with _trained_in_float32(model):
             optimizer = torch.optim.AdamW(_groups(task, model, settings), weight_decay=settings.weight_decay)
-            running = method.follow(model, optimizer, settings, seed)
             history = {}
-            for step in _steps(task, model, optimizer, running, settings, seed):
-                if on_step:
-                    on_step(step)
-                if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
-                    history[step] = evaluate(task, model)
-                    if not math.isfinite(value := history[step][task.metric]):
-                        must = f"`{task.metric}` must be finite, but is {value} at step {step}"
-                        raise TrainingError(f"{must}; lower `learning_rate`.")
-                    if on_evaluation:
-                        on_evaluation(step, history[step])
+            with closing(method.follow(model, optimizer, settings, seed)) as running:
+                for step in _steps(task, model, optimizer, running, settings, seed):
+                    if on_step:
+                        on_step(step)
+                    if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                        history[step] = evaluate(task, model)
+                        if not math.isfinite(value := history[step][task.metric]):
+                            must = f"`{task.metric}` must be finite, but is {value} at step {step}"
+                            raise TrainingError(f"{must}; lower `learning_rate`.")
+                        if on_evaluation:
+                            on_evaluation(step, history[step])
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter
     allocation, seconds = running.allocation, time.perf_counter() - started

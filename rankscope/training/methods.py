@@ -27,6 +27,7 @@ class Running:
 
     ranks: Callable[[], RankAllocation | None] = lambda: None
     step: Callable[[Tensor], object] = lambda loss: None  # follows an optimizer step; gradients are not zeroed yet
+    close: Callable[[], object] = lambda: None  # the training is over, or raised: leave no hooks
 
     decisions = None
 

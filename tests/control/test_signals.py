@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_nothing_seen_is_no_signal_and_no_hook_stays() -> None:
 
     assert hooks() == 0
     seen.watch()
-    assert hooks() == 5
+    assert hooks() == 6
     seen.close()
     seen.watch()
     seen.end_step()
@@ -131,6 +132,38 @@ def test_a_step_that_is_never_ended_leaves_nothing_behind() -> None:
     gc.collect()
     assert torch._dynamo.eval_frame._stance.stance == "default"
     assert not model._forward_pre_hooks
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise KeyError("backward")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_pass_that_raises_leaves_no_hook_and_its_step_does_not_count(where: str) -> None:
+    model = net()
+    model.train()
+    seen, clean = window(model, compiled=True), window(model)
+    seen.watch()
+    model(**batch(0)).loss.backward()  # an accumulated batch, which goes with its step
+    fourth = model.get_base_model().fourth
+    plain = fourth.forward
+    with pytest.raises(KeyError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fourth, "forward", (lambda x: {}[x]) if where == "forward" else (lambda x: Fails.apply(plain(x))))
+        model(**batch(1)).loss.backward()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    seen.end_step()
+    for each in (seen, clean):
+        each.watch()
+        model(**batch(2)).loss.backward()
+        each.end_step()
+    np.testing.assert_array_equal(shape(measured(seen, model)), shape(measured(clean, model)))
 
 
 def test_the_state_goes_on_where_it_was() -> None:

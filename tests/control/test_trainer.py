@@ -436,18 +436,42 @@ def test_an_adapter_that_peft_loaded(digits: Task, tmp_path: Path, checkpoint: P
     assert len(controller_of(run).decisions) == 3
 
 
-def test_a_second_training_after_one_that_failed(digits: Task, tmp_path: Path) -> None:
+class Raises(TrainerCallback):
+    """Raises at a step that is sampled, before one that is, or while gradients are computed."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (self.where, state.global_step) == ("on_step_end", 1):
+            raise KeyError("once")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (self.where, state.global_step) == ("on_optimizer_step", 1):
+            raise KeyError("once")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and self.where in ("forward", "backward"):
+            layer = model.get_base_model().vit.layers[0].mlp.fc2
+            hook = (
+                (lambda *_: {}["once"])
+                if self.where == "forward"
+                else (lambda *a: a[-1].register_hook(lambda _: {}["once"]) and None)
+            )
+            layer.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("bind", [False, True])
+@pytest.mark.parametrize("where", ["on_step_end", "on_optimizer_step", "forward", "backward"])
+def test_a_second_training_after_one_that_failed(digits: Task, tmp_path: Path, where: str, bind: bool) -> None:
     """Nothing of the first run's controller stays on model, optimizer or Trainer."""
-
-    class Fails(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 5:
-                raise KeyError("once")
-
-    run = trainer(digits, tmp_path, callbacks=(failing := Fails(),), save_strategy="no", bind=True)
+    run = trainer(digits, tmp_path, callbacks=(failing := Raises(where),), save_strategy="no", bind=bind)
     with pytest.raises(KeyError):
         run.train()
+    if where in ("forward", "backward"):
+        run.model.get_base_model().vit.layers[0].mlp.fc2._forward_hooks.popitem()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
+    assert not run.optimizer.optimizer._optimizer_step_post_hooks
     run.remove_callback(failing)
     run.train()
     assert controller_of(run).decisions["step"].tolist() == [3, 6, 9]

@@ -182,3 +182,4 @@ def test_eva_names_targets_without_inputs() -> None:
     )
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         wrap_with_eva(model, targets, [{"input_ids": tokens}], rank=2, scaling=2.0)
+    assert not any(module._forward_hooks or hasattr(module, "lora_A") for module in model.modules())

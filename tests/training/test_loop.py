@@ -100,6 +100,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(uniform: rs.RankAllocation) -> 
         rs.train(Broken(), uniform, rs.TrainingSettings(steps=20, learning_rate=0.01))
 
 
+@pytest.mark.parametrize("where", ["loss", "evaluate", "on_step"])
+def test_a_run_that_raises_leaves_no_hook_on_the_model(uniform: rs.RankAllocation, where: str) -> None:
+    class Mine(DigitsShift):
+        n_losses = 0
+
+        def build_model(self) -> nn.Module:
+            self.model = super().build_model()
+            return self.model
+
+        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+            self.n_losses += 1
+            assert (where, self.n_losses) != ("loss", 3)
+            return super().loss(model, batch)
+
+        def evaluate(self, model: nn.Module, split: str = "validation") -> dict[str, float]:
+            raise AssertionError
+
+    def on_step(step: int) -> None:
+        assert (where, step) != ("on_step", 3)
+
+    task, options = Mine(), {"controller": {"every": 5}, "on_step": on_step}
+    with pytest.raises(AssertionError) as caught:
+        rs.train(task, uniform, rs.TrainingSettings(steps=20, learning_rate=0.01, evaluate_every=3), **options)
+    assert caught.tb  # which keeps the run's objects, as in a notebook
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in task.model.modules())
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(SettingsError, match=r"^`learning_rate`: input should be greater than 0, but got 0\.$"):
         rs.TrainingSettings(learning_rate=0)

@@ -1,6 +1,6 @@
 """Stage I: trains the projector alone, vision tower and language model frozen, into `projector.safetensors`.
 
-    python data/scenes/train.py [--out data/scenes/projector.safetensors] [--steps 150 80]
+    python data/scenes/train.py [--out data/scenes/projector.safetensors] [--steps 500 100]
 
 Both data sets' training scenes are used, without their questions. First each token is drawn to the word embedding of the thing
 in its cell, for which the language model need not run; then the language model is to name the four things in reading order.
@@ -80,7 +80,7 @@ def main() -> None:
     """Trains and writes the projector."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "projector.safetensors")
-    parser.add_argument("--steps", type=int, nargs=2, default=(150, 80))
+    parser.add_argument("--steps", type=int, nargs=2, default=(500, 100))
     arguments = parser.parse_args()
     tokenizer = load_pretrained("AutoTokenizer", smollm2())
     with seeded(0):

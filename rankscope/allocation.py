@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
-from rankscope.errors import FileError, SettingsError
+from rankscope.errors import FileError, SettingsError, shown
 from rankscope.files import AnyPath, read_json, write_json
 from rankscope.targets import Kind, TargetModule, find_targets, fingerprint_targets
 
@@ -52,17 +52,23 @@ class RankAllocation:
                 raise SettingsError(f"the rank of `{target.name}` {must}, but got {rank}.")
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "vector", tuple(int(rank) for rank in ranks))
+        try:
+            bounds = {str(tower): (int(least), int(most)) for tower, (least, most) in self.tower_bounds.items()}
+        except (AttributeError, TypeError, ValueError):
+            must = "must be the least and the most parameters by tower"
+            raise SettingsError(f"`tower_bounds` {must}, but got {shown(self.tower_bounds)}.") from None
+        object.__setattr__(self, "tower_bounds", bounds)
 
     @classmethod
     def from_ranks(
         cls, targets: Sequence[TargetModule], ranks: Mapping[str, int], *, strategy: str = "", budget: int | None = None,
-        tower_bounds: Mapping[str, tuple[int, int]] | None = None,
+        tower_bounds: Mapping[str, tuple[int, int]] = {},
     ) -> RankAllocation:  # fmt: skip
         """An allocation from `{module name: rank}`; target modules not named get rank 0."""
         if unknown := set(ranks) - {target.name for target in targets}:
             raise SettingsError(f"`ranks` must name target modules only, but names {sorted(unknown)[0]!r}.")
         vector = tuple(ranks.get(t.name, 0) for t in targets)
-        return cls(tuple(targets), vector, strategy=strategy, budget=budget, tower_bounds=dict(tower_bounds or {}))
+        return cls(tuple(targets), vector, strategy=strategy, budget=budget, tower_bounds=tower_bounds)
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -108,11 +114,7 @@ class RankAllocation:
             "schema": SCHEMA,
             "strategy": self.strategy,
             "budget": self.budget,
-            **(
-                {"tower_bounds": {tower: list(each) for tower, each in self.tower_bounds.items()}}
-                if self.tower_bounds
-                else {}
-            ),
+            **({"tower_bounds": dict(self.tower_bounds)} if self.tower_bounds else {}),
             "parameters": self.parameters,
             "ranks": dict(self.ranks),
             "model": fingerprint_targets(self.targets),
@@ -129,7 +131,7 @@ class RankAllocation:
             strategy, budget = value["strategy"], value["budget"]
             if not isinstance(strategy, str) or not (budget is None or (type(budget) is int and budget >= 0)):
                 raise TypeError(f"strategy {strategy!r}, budget {budget!r}")
-            bounds = {str(tower): (int(low), int(high)) for tower, (low, high) in value.get("tower_bounds", {}).items()}
+            bounds = value.get("tower_bounds", {})
             allocation = cls.from_ranks(targets, value["ranks"], strategy=strategy, budget=budget, tower_bounds=bounds)
             cost, model = allocation.parameters, fingerprint_targets(targets)
             checks = {

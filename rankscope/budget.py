@@ -58,14 +58,15 @@ class ParameterBudget:
         given: Any = dict(self.towers) if isinstance(self.towers, Mapping) else self.towers
         object.__setattr__(self, "limit", limit)
         object.__setattr__(self, "towers", BudgetSettings(parameters=1, towers=given).towers)
-        for tower, (least, most) in self.bounds.items():
+        bounds = self.bounds
+        for tower, (least, most) in bounds.items():
             if least > most:
                 raise SettingsError(
                     f"`towers` must let `{tower}` have as much as they ask for, but of a budget of {shown(limit)} parameters "
                     f"`at_least` is {shown(least)} and `at_most` {shown(most)}; lower the one, or raise the other."
                 )
-        if (asked := sum(least for least, _ in self.bounds.values())) > limit:
-            each = ", ".join(f"{tower} {shown(least)}" for tower, (least, _) in self.bounds.items() if least)
+        if (asked := sum(least for least, _ in bounds.values())) > limit:
+            each = ", ".join(f"{tower} {shown(least)}" for tower, (least, _) in bounds.items() if least)
             raise SettingsError(
                 f"`towers` must ask for no more than the budget of {shown(limit)} parameters, but ask for at least "
                 f"{shown(asked)} ({each}); lower `at_least` of a tower, or raise the budget."
@@ -114,10 +115,11 @@ class ParameterBudget:
         towers: Mapping[str, Any] = self.towers
         return {tower: each.bounds(self.limit) for tower, each in towers.items()}
 
-    def terms(self) -> dict[str, dict[str, float]]:
-        """The bounds on towers as plain values, for fingerprints and files."""
+    def terms(self) -> dict[str, Any]:
+        """The limit, and the bounds on towers if there are any, as plain values: what results depend on."""
         towers: Mapping[str, Any] = self.towers
-        return {tower: each.terms() for tower, each in towers.items()}
+        bounded = {"towers": {tower: each.terms() for tower, each in towers.items()}} if towers else {}
+        return {"budget": self.limit, **bounded}
 
     def at(self, limit: int) -> ParameterBudget:
         """A budget of so many parameters with the same bounds on towers: shares are of the new limit."""
@@ -132,12 +134,11 @@ class ParameterBudget:
         }
         return ParameterBudget.bounded(max(self.limit - sum(spent.values()), 1), left)
 
-    def require(self, allocation: RankAllocation, what: str) -> None:
-        """Raise a SettingsError unless an allocation keeps within the budget and the bounds on towers."""
+    def require(self, allocation: RankAllocation, what: str, *, or_else: str = "lower ranks") -> None:
+        """Raise a SettingsError unless an allocation keeps within the budget, `or_else` told, and the bounds on towers."""
         if (found := allocation.parameters) > self.limit:
-            raise SettingsError(
-                f"`budget` must cover {what} ({found:,} parameters), but got {self.limit:,}; raise it, or lower ranks."
-            )
+            must = f"`budget` must cover {what} ({found:,} parameters)"
+            raise SettingsError(f"{must}, but got {self.limit:,}; raise it, or {or_else}.")
         spent = allocation.parameters_by_tower
         for tower, (least, most) in self.bounds.items():
             if not least <= spent.get(tower, 0) <= most:

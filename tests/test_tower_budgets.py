@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import rankscope as rs
 from rankscope.budget import RankLimits, _cheapest_cover, _warn_once, allocate_marginal, allocate_proportional
 from rankscope.cli import app
-from rankscope.errors import SettingsError
+from rankscope.errors import FileError, SettingsError
 from rankscope.settings import read_study
 from tests.inventories import vit_inventory
 
@@ -222,6 +222,14 @@ def test_every_strategy_keeps_shares(strategy: str, rank: int) -> None:
     assert found.tower_bounds == budget.bounds
     again = rs.RankAllocation.from_dict(found.to_dict())
     assert again.tower_bounds == budget.bounds
+
+
+@pytest.mark.parametrize("bounds", [None, 3, {"vision": ["few", 2]}, {"vision": [1, 2, 3]}], ids=str)
+def test_bounds_of_an_edited_file_are_one_line(bounds: Any, tmp_path: Path) -> None:
+    found = rs.allocate("uniform", targets=VLM, budget=rs.ParameterBudget.uniform(VLM, 1))
+    (tmp_path / "allocation.json").write_text(json.dumps({**found.to_dict(), "tower_bounds": bounds}))
+    with pytest.raises(FileError, match="`tower_bounds` must be the least and the most parameters by tower, but got "):
+        rs.RankAllocation.from_json(tmp_path / "allocation.json")
 
 
 def test_a_tower_may_be_left_without_adapters() -> None:

@@ -519,11 +519,8 @@ def run_budget(session: Session, *, as_json: bool) -> None:
 def _write_study(session: Session, budget: int) -> Path:
     """The study at this budget, in the output folder; relative paths go on to name the same files."""
     values = session.study.model_dump(mode="json", exclude_unset=True)
-    values |= {"name": f"{session.study.name}-{budget}"[-100:]}
-    values["budget"] = {
-        "parameters": budget,
-        **{key: each for key, each in values["budget"].items() if key == "towers"},
-    }
+    towers = {key: each for key, each in values["budget"].items() if key == "towers"}
+    values |= {"name": f"{session.study.name}-{budget}"[-100:], "budget": {"parameters": budget, **towers}}
     base, folder = session.study.base_dir, session.out
 
     def moved(value: Any) -> Any:

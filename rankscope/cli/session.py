@@ -147,8 +147,7 @@ class Session:
         allocation, terms = study.allocation, {**self.facts, "seed": study.seed}
         if command == "profile":
             return terms | {"profile": study.profile.terms()}
-        budget = self._budget(study.budget)
-        terms |= {"budget": budget.limit, **({"towers": budget.terms()} if budget.towers else {})}
+        terms |= self._budget(study.budget).terms()
         terms |= {"min_rank": allocation.min_rank, "max_rank": allocation.max_rank}
         if command == "search":
             terms |= {"training": study.training.terms(), "search": study.search.terms()}

@@ -508,8 +508,7 @@ def compare(
     run = partial(run_tuned, n_jobs=settings.n_jobs, kept_in=kept_in, on_run=on_run)
     runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
     table = pd.DataFrame([each.to_row() for each in runs])
-    terms = {"targets": fingerprint_targets(targets), "budget": budget.limit, "training": training.terms()}
-    terms |= {"towers": budget.terms()} if budget.towers else {}
+    terms = {"targets": fingerprint_targets(targets), **budget.terms(), "training": training.terms()}
     made_from: dict[Any, Any] = {"format": FORMAT, **fingerprint_task(task), **terms, "seeds": list(seeds)}
     table.attrs = made_from
     firsts = [each for each in runs if (each.role, each.factor, each.seed) == (REPORTED, 1.0, seeds[0])]

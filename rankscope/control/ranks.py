@@ -84,12 +84,7 @@ class LiveRanks:
         begin = RankAllocation.from_ranks(present.targets, given)
         if not begin.parameters:
             raise SettingsError("`start` must give at least one module a rank, but gives none; raise one.")
-        if begin.parameters > budget.limit:
-            raise SettingsError(
-                f"`budget` must cover the ranks to begin with ({begin.parameters:,} parameters), but got {budget.limit:,}; "
-                "raise it, or pass `start`."
-            )
-        budget.require(begin, "the ranks to begin with")
+        budget.require(begin, "the ranks to begin with", or_else="pass `start`")
         if self.masked and self.masks is None and begin == present:
             raise ModelError(
                 "masked ranks must have room to grow, but every module begins at its capacity, the rank it was wrapped with; "

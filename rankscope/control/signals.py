@@ -95,9 +95,8 @@ class GradientWindow:
                 observer.begin_batch(weight, factor=factor)
 
         def end_pass(model: nn.Module, _: Any, output: Any) -> None:
-            if (
-                output is None and next(reversed(model._forward_hooks)) == handle.id
-            ):  # it raised; torch is past all others
+            # The last hook without an output: the pass raised, and torch is past all others.
+            if output is None and next(reversed(model._forward_hooks)) == handle.id:
                 abandon()
             for _, tensor in leaves(output):
                 if tensor.requires_grad:

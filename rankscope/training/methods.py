@@ -151,9 +151,8 @@ class AdaLora(Method):
         steps, tuner = count(1), cast(Any, model).base_model
 
         def score(loss: Tensor) -> None:
-            for (
-                parameter
-            ) in model.parameters():  # PEFT multiplies by gradients, which modules outside the loss have none of
+            # PEFT multiplies by gradients, which modules outside the loss have none of.
+            for parameter in model.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = parameter.new_zeros(parameter.shape)
             tuner.update_and_allocate(next(steps))

@@ -1,11 +1,9 @@
 """The full MobileVLM recipe: its configuration and studies at full size in a dry run, and both stages on a tiny model."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -17,21 +15,14 @@ from typer.testing import CliRunner
 
 from rankscope.cli import app
 from rankscope.tasks.mobile_vlm import MobileLlava
+from studies.examples import mobile_vlm_full as recipe
 from tests.tasks.vision_models import SMALL, TEXT, png, tokenizer
 
 EXAMPLES = Path("studies/examples")
 SCRIPT = EXAMPLES / "mobile_vlm_full.py"
 
 
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mobile_vlm_full", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_configuration_is_what_the_script_writes(recipe: ModuleType, tmp_path: Path) -> None:
+def test_the_configuration_is_what_the_script_writes(tmp_path: Path) -> None:
     recipe.write_config(tmp_path)
     kept, written = (json.loads((folder / "config.json").read_text()) for folder in (EXAMPLES / "mobile_vlm", tmp_path))
     assert {**kept, "transformers_version": ""} == {**written, "transformers_version": ""}
@@ -66,7 +57,7 @@ training: {steps: STEPS, gradient_accumulation: 2, learning_rate: 1.0e-2}
 
 
 @pytest.mark.slow
-def test_both_stages_on_two_processes(recipe: ModuleType, tmp_path: Path) -> None:
+def test_both_stages_on_two_processes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(**SMALL, image_size=8, patch_size=4)).save_pretrained(tmp_path / "clip")
     CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained(

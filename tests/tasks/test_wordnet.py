@@ -1,28 +1,19 @@
 """The script that draws the WordNet sample, on a source of a few synsets."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
-import pytest
+
+from data.wordnet import build
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data" / "wordnet" / "build.py"
 LICENCE = "  1 This software and database is being provided to you\n"
 
 
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wordnet_build", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_definitions_are_read_without_examples(tmp_path: Path, build: ModuleType) -> None:
+def test_definitions_are_read_without_examples(tmp_path: Path) -> None:
     lines = {
         "noun": '02084071 05 n 01 dog 0 001 @ 02083346 n 0000 | a domestic canine; kept by man; "the dog barked"  \n',
         "verb": "00001740 29 v 01 breathe 0 000 01 + 02 00 | draw air into the lungs;  \n",

@@ -84,12 +84,18 @@ def _llava(**config: Any) -> tuple[Any, Any]:
     return transformers.LlavaForConditionalGeneration(config), processor
 
 
-def _idefics3() -> tuple[Any, Any]:
+def _idefics_parts(family: str) -> tuple[Any, Any]:
+    """The configuration and the image processor of Idefics3, or of SmolVLM, which goes on from it."""
     vision = {**SMALL, "image_size": 8, "patch_size": 4}
-    config = transformers.Idefics3Config(
+    config = getattr(transformers, f"{family}Config")(
         text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_id=IMAGE, scale_factor=2
     )
-    images = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+    images = getattr(transformers, f"{family}ImageProcessorPil")
+    return config, images(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+
+
+def _idefics3() -> tuple[Any, Any]:
+    config, images = _idefics_parts("Idefics3")
     processor = transformers.Idefics3Processor(
         images, tokenizer(), image_seq_len=1, chat_template=TEMPLATES["idefics3"]
     )
@@ -97,11 +103,7 @@ def _idefics3() -> tuple[Any, Any]:
 
 
 def _smolvlm() -> tuple[Any, Any]:
-    vision = {**SMALL, "image_size": 8, "patch_size": 4}
-    config = transformers.SmolVLMConfig(
-        text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_id=IMAGE, scale_factor=2
-    )
-    images = transformers.SmolVLMImageProcessorPil(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+    config, images = _idefics_parts("SmolVLM")
     parts = (images, tokenizer(), TEMPLATES["idefics3"], {"processor_class": "SmolVLMProcessor", "image_seq_len": 1})
     return transformers.SmolVLMForConditionalGeneration(config), parts
 

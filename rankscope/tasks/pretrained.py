@@ -25,6 +25,8 @@ from rankscope.files import replacing
 from rankscope.tasks.data import fetch_package
 from rankscope.tasks.protocol import Batch, Split
 
+DTYPES = ("bfloat16", "float32")  # for frozen weights
+
 # What transformers raises for files that are missing, unknown, cut or at odds, and for missing packages.
 _LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
@@ -34,6 +36,7 @@ class PretrainedTask:
 
     metric: str
     batch_size: int
+    dtype: str | None = None  # of the frozen weights; None: the checkpoint's
     _evaluated = 4  # times as many rows make a batch in evaluation
     _loaded: Any  # the model
     _rows: Any  # by split, a list of dicts with `labels` and what the model takes
@@ -42,6 +45,11 @@ class PretrainedTask:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out loaded weights and tokens: worker processes load their own."""
         return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows", "_tokenizer")}
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
+        return {} if self.dtype is None else {"dtype": self.dtype}
 
     def build_model(self) -> nn.Module:
         """Return the model, with a fresh head if the task has one. Weights are the same at every call."""
@@ -110,11 +118,15 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
             logging.enable_progress_bar()
 
 
-def load_model(kind: str | type, source: str | Path, *, fresh: str | None = None, **options: Any) -> Any:
+def load_model(
+    kind: str | type, source: str | Path, *, dtype: str | None = None, fresh: str | None = None, **options: Any
+) -> Any:
     """Load a model; raise a TaskError if the checkpoint lacks more than a head, which transformers would draw at random.
 
-    `fresh` is a regex for the beginning of names that may be missing; default: all outside the base model.
+    `dtype` is of its weights; default: the checkpoint's. `fresh` is a regex for the beginning of names that may be missing;
+    default: all outside the base model.
     """
+    options |= {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model, report = load_pretrained(kind, source, output_loading_info=True, **options)
     allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):

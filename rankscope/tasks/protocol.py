@@ -71,6 +71,13 @@ def check_counts(**counts: int) -> None:
             raise TaskError(f"`{name}` must be a whole number from 1 to {2**31 - 1:,}, but got {shown(value)}.")
 
 
+def check_choice(value: object, known: tuple[str | None, ...], *, name: str) -> None:
+    """Raise a TaskError unless an option's value is among the known ones."""
+    if value not in known:
+        choices = " or ".join("null" if each is None else each for each in known)
+        raise TaskError(f"`{name}` must be {choices}, but got {shown(value)}.")
+
+
 def evaluate(task: Task, model: nn.Module, split: Split = "validation") -> dict[str, float]:
     """Return the task's metrics on one split. The model's outputs reach the task in float32."""
     options: Any = {"split": split} if "split" in inspect.signature(task.evaluate).parameters else {}

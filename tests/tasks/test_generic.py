@@ -5,16 +5,18 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import DistilBertConfig, DistilBertModel
 
 import rankscope as rs
 from rankscope.errors import TaskError
-from rankscope.tasks import CausalLM, TextClassification
+from rankscope.tasks import CausalLM, TextClassification, evaluate, fingerprint_task
+from rankscope.training import save_adapter
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer, sentences
 
 SPLITS = ["train", "validation", "test"]
@@ -33,6 +35,38 @@ def llama(tmp_path: Path) -> Path:
 def refused(message: str, act: Callable[[], object]) -> None:
     with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
         act()
+
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sequence-classification", "causal-lm"])
+def test_bfloat16_weights_train_float32_adapters_that_plain_peft_loads(kind: str, llama: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.parquet"
+    sentences().to_parquet(data)
+    plain: Any = {"type": kind, "model": str(llama), "data": str(data), "batch_size": 4}
+    task = rs.load_task({**plain, "dtype": "bfloat16"})
+    targets = rs.find_targets(task.build_model())
+    allocation = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, 2))
+    model, result = rs.train(task, allocation, rs.TrainingSettings(steps=3, learning_rate=0.02))
+    dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert (dtypes, model.get_input_embeddings().weight.dtype) == ({torch.float32}, torch.bfloat16)
+    save_adapter(model, task, tmp_path / "adapter")
+    loader = AutoPeftModelForSequenceClassification if kind == "sequence-classification" else AutoPeftModelForCausalLM
+    options = json.loads((tmp_path / "adapter" / "model_kwargs.json").read_text())
+    if "id2label" in options:
+        options["id2label"] = {int(code): label for code, label in options["id2label"].items()}
+    again = loader.from_pretrained(tmp_path / "adapter", **options)
+    assert again.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert evaluate(task, again) == dict(result.metrics)
+    assert fingerprint_task(task)["task"]["dtype"] == "bfloat16"
+    assert "dtype" not in fingerprint_task(rs.load_task(plain))["task"]
+
+
+def test_a_dtype_is_one_of_two(llama: Path) -> None:
+    message = "`dtype` must be bfloat16 or float32 or null, but got 'fp16'."
+    refused(message, lambda: TextClassification(llama, sentences(), dtype="fp16"))
+    refused(message, lambda: rs.load_task({"name": "dinov2-digits", "dtype": "fp16"}))
 
 
 # --- heads and wrappers ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import yaml
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
+from rankscope.budget import RankLimits
 from rankscope.cli.session import Session, finite, print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
@@ -523,14 +524,18 @@ def _write_study(session: Session, budget: int) -> Path:
     values |= {"name": f"{session.study.name}-{budget}"[-100:], "budget": {"parameters": budget, **towers}}
     base, folder = session.study.base_dir, session.out
 
-    def moved(value: Any) -> Any:
+    def moved(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: moved(each) for key, each in value.items()}
+            return {each: moved(inner, each) for each, inner in value.items()}
         if isinstance(value, list):
             return [moved(each) for each in value]
-        if isinstance(value, str) and "." in value and (base / value.partition(":")[0]).is_file():
-            return os.path.relpath(base / value, folder)
-        return value
+        if not isinstance(value, str) or os.path.isabs(value):
+            return value
+        a_file = "." in value and (base / value.partition(":")[0]).is_file()
+        a_folder = (
+            key in ("model", "data", "image_folder") and value and (base / value).is_dir()
+        )  # others may be named like a folder by chance
+        return os.path.relpath(base / value, folder) if a_file or a_folder else value
 
     path = folder / "recommended.yaml"
     with replacing(path) as temporary:
@@ -556,7 +561,12 @@ def run_compare(session: Session, *, as_json: bool) -> None:
             )
         searched = _search(session)
     methods = comparison.find_methods(
-        settings.methods, seed=seeds[0], controller=study.controller, searched=searched, base_dir=study.base_dir
+        dict.fromkeys((comparison.REFERENCE, *settings.methods)),
+        seed=seeds[0],
+        limits=RankLimits(study.allocation.min_rank, study.allocation.max_rank),
+        controller=study.controller,
+        searched=searched,
+        base_dir=study.base_dir,
     )
     with progress("comparing") as on_run:
         found = comparison.compare(

@@ -23,7 +23,7 @@ from joblib import Parallel, delayed
 
 import rankscope
 from rankscope.allocation import RankAllocation
-from rankscope.budget import ParameterBudget
+from rankscope.budget import ParameterBudget, RankLimits
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
@@ -323,6 +323,7 @@ class Contender:
     name: str
     source: str | Function | PeftAdapter
     seed: int = 0
+    limits: RankLimits = field(default_factory=RankLimits)  # of what strategies allocate
     controller: ControllerSettings | None = None  # of methods under a controller
     searched: SearchResult | None = None  # whose recommendation is compared
     base_dir: Path = Path()  # from which relative paths of files start
@@ -341,10 +342,11 @@ class Contender:
 
     def make(self, targets: Sequence[TargetModule], budget: ParameterBudget, profile: Profile | None) -> Variants:
         """The method at one budget, in several variants where they are to be chosen from."""
+        bounds: Any = {"min_rank": self.limits.min_rank, "max_rank": self.limits.max_rank}
 
         def allocated(strategy: str) -> RankAllocation:
             if strategy != SEARCHED:
-                return allocate(strategy, targets=targets, budget=budget, profile=profile, seed=self.seed)
+                return allocate(strategy, targets=targets, budget=budget, profile=profile, seed=self.seed, **bounds)
             if self.searched and self.searched.best_allocation.budget in (None, budget.limit):
                 return self.searched.best_allocation.renamed(SEARCHED)
             raise SettingsError("`searched` needs a search at this budget, but there is none; run `rankscope search`.")
@@ -419,7 +421,9 @@ def find_methods(
         if isinstance(method, Contender):
             found.append(method)
         elif method == "random":
-            found += [Contender(name=f"random {n + 1}", source=method, seed=seed + n) for n in range(N_RANDOM)]
+            found += [
+                Contender(name=f"random {n + 1}", source=method, seed=seed + n, **options) for n in range(N_RANDOM)
+            ]
         elif method == "vera":
             found += [Contender(name=name, source=name) for name in VERA]
         elif isinstance(method, PeftAdapter):

@@ -6,13 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import rankscope as rs
 from rankscope.cli import app
+from rankscope.cli.commands import _write_study
 from rankscope.comparison.summary import BEGIN, END
 from rankscope.settings import read_study
 
@@ -134,6 +138,36 @@ def test_budget_plans_and_writes_a_study(folder: Path) -> None:
     assert re.fullmatch(
         r"rankscope: `margin` must be at least [\d.]+, the noise of 3 seeds, but got 0\.0001; .*\n", errors
     )
+
+
+def test_a_recommended_study_names_the_same_files_and_folders(tmp_path: Path) -> None:
+    for folder in ("model", "images", "sentiment"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "rows.parquet").touch()
+    (tmp_path / "mine.py").touch()
+    study = tmp_path / "study.yaml"
+    study.write_text("""
+name: sentiment
+task: {type: image-text-to-text, model: model, data: rows.parquet, image_folder: images}
+budget: {uniform_rank: 1}
+compare: {methods: ["mine.py:place", one-shot]}
+""")
+    out = tmp_path / "out" / "deep"
+    out.mkdir(parents=True)
+    session: Any = SimpleNamespace(study=read_study(study), out=out, arguments=str(study))
+    values = yaml.safe_load(_write_study(session, 640).read_text())
+    task = {
+        "type": "image-text-to-text",
+        "model": "../../model",
+        "data": "../../rows.parquet",
+        "image_folder": "../../images",
+    }
+    assert values["task"] == task
+    assert (values["name"], values["compare"]["methods"]) == ("sentiment-640", ["../../mine.py:place", "one-shot"])
+    absolute = f"task: {{type: causal-lm, model: {tmp_path / 'model'}, data: {tmp_path / 'rows.parquet'}}}"
+    study.write_text(f"name: a\n{absolute}\nbudget: {{uniform_rank: 1}}\n")
+    session.study = read_study(study)
+    assert yaml.safe_load(_write_study(session, 640).read_text())["task"]["model"] == str(tmp_path / "model")
 
 
 def test_a_strategy_in_a_file_and_an_older_profile(folder: Path, tmp_path: Path) -> None:

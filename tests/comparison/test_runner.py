@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import rankscope as rs
+from rankscope.budget import RankLimits
 from rankscope.comparison import (
     Comparison,
     RunSpec,
@@ -207,6 +208,16 @@ def test_every_known_method_can_be_made(digits_profile: rs.Profile, digits_budge
                     assert method.allocation.parameters <= digits_budget.limit
                 elif isinstance(method, AdaLora):
                     assert method.rank == 1
+
+
+def test_limits_on_ranks_hold_for_what_strategies_place(
+    digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    names = ["uniform", "one-shot", "random", "uniform-rslora", "controller-one-shot"]
+    for contender in find_methods(names, limits=RankLimits(min_rank=1, max_rank=2)):
+        method = contender.make(digits_profile.targets, digits_budget.at(10_000), digits_profile)
+        assert isinstance(method, Lora)
+        assert set(method.allocation.ranks.values()) == {1, 2}
 
 
 def test_functions_and_what_was_searched_are_compared_too(

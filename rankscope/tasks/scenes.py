@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import product
 from logging import getLogger
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,6 +52,7 @@ class Scenes(PretrainedTask):
         test: What the test split is: `test`, or `shift`, scenes in a style that was never trained.
         blind: Whether every picture is blank, to see what the questions alone tell.
         batch_size: Scenes; each has eight questions.
+        evaluation_fraction: The share of validation and test scenes that is evaluated.
         dtype: Of the frozen weights, `bfloat16` or `float32`.
         model: The folder of a `MobileLlava`. Default: DINOv2-small, the projector of data/scenes, SmolLM2-135M-Instruct.
     """
@@ -67,6 +69,7 @@ class Scenes(PretrainedTask):
         test: str = "test",
         blind: bool = False,
         batch_size: int = 5,
+        evaluation_fraction: float = 1.0,
         dtype: str = "bfloat16",
         model: str | Path | None = None,
     ) -> None:
@@ -80,7 +83,11 @@ class Scenes(PretrainedTask):
             raise TaskError(f"{must}, but is {', '.join(towers) or 'empty'}; give one of them no budget instead.")
         check_choice(test, ("test", "shift"), name="test")
         check_choice(dtype, DTYPES, name="dtype")
+        if not 0 < evaluation_fraction <= 1:
+            must = f"`evaluation_fraction` must be above 0 and at most 1, but is {evaluation_fraction}"
+            raise TaskError(f"{must}; with 1 all scenes are evaluated.")
         self.test, self.blind, self.batch_size, self.dtype, self.model = test, blind, batch_size, dtype, model
+        self.evaluation_fraction = float(evaluation_fraction)
         self._table = read_scenes(self._scenes)
 
     @cached_property
@@ -131,8 +138,8 @@ class Scenes(PretrainedTask):
         from rankscope.tasks.mobile_vlm import MobileLlava
 
         model = load_model(MobileLlava, self.folder, fresh="$", dtype=self.dtype)
-        if best_device().type == "cpu":  # torch's kernel takes four times as long for sequences as short as these
-            model.model.language_model.set_attn_implementation("eager")
+        if best_device().type == "cpu":  # torch's kernel takes up to four times as long for sequences as short as these
+            model.set_attn_implementation("eager")
         return cast("MobileLlava", model)
 
     @cached_property
@@ -147,7 +154,8 @@ class Scenes(PretrainedTask):
         rows: dict[Any, list[dict[str, Any]]] = {split: [] for split in ("train", "validation", "test", "shift")}
         for scene, image in zip(scenes, self._images(), strict=True):
             rows[scene["split"]].append({"image": image, **packed(scene["questions"], tokens)})
-        return rows
+        share = self.evaluation_fraction
+        return {split: each if split == "train" else each[: ceil(share * len(each))] for split, each in rows.items()}
 
     def _images(self) -> Tensor:
         """What the model is given of every scene, in the order of the table."""

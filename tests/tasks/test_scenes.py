@@ -190,6 +190,8 @@ def test_metrics_by_kind_shift_and_blind(scenes: Any) -> None:
     assert shifted.evaluate(model, "test")["accuracy"] == metrics["shift"]
     assert shifted.evaluate(model, "test")["loss"] != metrics["loss"]
     assert shifted.evaluate(model) == task.evaluate(model)
+    part = scenes(evaluation_fraction=0.4)
+    assert {split: len(rows) for split, rows in part._rows.items()} == {"train": 6, "validation": 3, "test": 3, "shift": 3}
     blind = scenes(blind=True)
     images = torch.stack([row["image"] for rows in blind._rows.values() for row in rows])
     assert torch.equal(images, images[:1].expand_as(images))
@@ -244,6 +246,7 @@ def test_the_projector_is_local_and_saved(folder: Path, tmp_path: Path) -> None:
         ({"towers": "language"}, "`towers` of task 'emoji-scenes' must be a list, but got 'language'."),
         ({"test": "shifted"}, "`test` must be test or shift, but got 'shifted'."),
         ({"dtype": "float16"}, "`dtype` must be bfloat16 or float32, but got 'float16'."),
+        ({"evaluation_fraction": 0}, "`evaluation_fraction` must be above 0 and at most 1, but is 0; with 1 all scenes are evaluated."),
         ({"batch_size": 0}, "`batch_size` must be a whole number from 1 to 2,147,483,647, but got 0."),
     ],
 )  # fmt: skip

@@ -346,8 +346,8 @@ class CompareSettings(Settings):
 
     methods: Names = Field(
         ("uniform", "one-shot", "random", "controller", "adalora", "eva"),
-        description="Strategies, `uniform-rslora`, `qv-only`, `last-blocks`, `searched`, `controller`, `controller-STRATEGY`, "
-        "`adalora`, `eva`, `vera`, `ia3`, `full`, `head`, or `path/to/file.py:function`.",
+        description="Strategies, `uniform-rslora`, `qv-only`, `last-blocks`, `language-only`, `searched`, `controller`, "
+        "`controller-STRATEGY`, `adalora`, `eva`, `vera`, `ia3`, `full`, `head`, or `path/to/file.py:function`.",
     )  # fmt: skip
     n_seeds: Count = Field(8, description="Reported runs of each method.")
     n_tuning_seeds: Count = Field(2, description="Runs that choose each method's learning rate.")

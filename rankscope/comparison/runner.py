@@ -293,6 +293,11 @@ def _query_value(targets: Sequence[TargetModule]) -> list[TargetModule]:
     return [target for target in targets if target.role in ("q_proj", "v_proj")]
 
 
+def _language(targets: Sequence[TargetModule]) -> list[TargetModule]:
+    """The language model of several towers, where vision-language models are usually adapted."""
+    return [target for target in targets if target.tower == "language"]
+
+
 def _last_blocks(targets: Sequence[TargetModule]) -> list[TargetModule]:
     """The last third of each tower's blocks."""
     blocks: dict[str, set[int]] = {target.tower: set() for target in targets}
@@ -306,6 +311,7 @@ def _last_blocks(targets: Sequence[TargetModule]) -> list[TargetModule]:
 SUBSETS = {
     "qv-only": (_query_value, "modules of the roles q_proj and v_proj"),
     "last-blocks": (_last_blocks, "modules in blocks"),
+    "language-only": (_language, "modules of a tower `language`"),
 }
 
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator
 from scipy.stats import norm as normal
 
 from rankscope.allocation import RankAllocation
@@ -191,7 +191,10 @@ def _heatmaps(
                 if text is not None and not np.isnan(value):
                     colour = "white" if norm(value) < 0.6 else "black"
                     axis.text(column, row, text(value), ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(image, ax=figure.axes, label=label, fraction=0.04)
+    inch = 1 / figure.get_figwidth()
+    figure.colorbar(
+        image, ax=figure.axes, label=label, fraction=0.3 * inch, pad=0.15 * inch, aspect=9 * figure.get_figheight()
+    )
     return figure
 
 
@@ -262,7 +265,7 @@ def plot_spectra(profile: Profile) -> Figure:
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     roles = list(dict.fromkeys(profile.table["role"]))
-    colours = dict(zip(roles, colormaps["tab10"](np.linspace(0, 1, max(len(roles), 2), endpoint=False)), strict=False))
+    colours = dict(zip(roles, cycle(BAND_COLOURS), strict=False))
     spectra = profile.spectra(signal=False)
     for module, role in zip(profile.table["module"], profile.table["role"], strict=True):
         values = spectra[module]
@@ -281,6 +284,7 @@ def plot_spectra(profile: Profile) -> Figure:
         right.plot(*dot, "o", color="tab:orange", ms=4)
         right.annotate(f"rank {rank}: {dot[1]:.0%}", dot, xytext=(6, -11), textcoords="offset points", fontsize=7)
     right.set(xlim=(0, min(10 * uniform, parameters[-1])), ylim=(0, 1.02))
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
     x = "adapter parameters (dots: what uniform LoRA of that rank has)"
     _label(right, "energy captured, best ranks first", x, "share of gradient energy")
     return figure

@@ -387,6 +387,28 @@ class PlanSettings(Settings):
         return self
 
 
+class ModelSettings(Settings):
+    """How a task loads its model: `model_options` of the generic tasks.
+
+    >>> ModelSettings(attn_implementation="sdpa").trust_remote_code
+    False
+    """
+
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        None, description="Of the frozen weights; the rest is trained in float32. Default: the checkpoint's."
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="Frozen weights in 4 bits (NF4, doubly quantised, as in QLoRA) or 8, by bitsandbytes."
+    )
+    device_map: Name | dict[str, int | Name] | None = Field(None, description="As transformers takes it; one device.")
+    attn_implementation: Name | None = Field(None, description="`eager`, `sdpa`, `flash_attention_2`, ...")
+    revision: Name | None = Field(None, description="Branch, tag or commit of the model on the hub.")
+    trust_remote_code: bool = Field(False, description="Whether code that comes with the model may run.")
+    gradient_checkpointing: bool = Field(
+        False, description="Whether activations are computed again in the backward pass."
+    )
+
+
 _PROBLEMS = {"model_type": "must be a section of keys and values", "too_short": "must hold at least one value"}
 _UNION_MEMBER = re.compile(
     r"(str|float|constrained-int)$|function-|list\[|dict\[|tuple\(|literal\["

@@ -330,7 +330,7 @@ def fuzz_task(rng: random.Random, folder: Path) -> None:
         "batch_size": 4,
         "max_length": 8,
     }
-    options |= {"text_column": "text", "label_column": "label", "split_seed": 0, "name": "a"}
+    options |= {"columns": {"text": "text", "label": "label"}, "split_seed": 0, "name": "a"}
     if rng.random() < 0.3:
         options |= {"type": "causal-lm"}
     if rng.random() < 0.2:

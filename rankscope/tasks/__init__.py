@@ -1,5 +1,6 @@
 """Tasks: where a search gets its model, data, loss and metric from."""
 
+from rankscope.tasks.answers import Chat
 from rankscope.tasks.data import data_folder
 from rankscope.tasks.image_text import ImageTextToText
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
@@ -7,6 +8,6 @@ from rankscope.tasks.ready import DigitsShift, Outline, load_task, outline_task
 from rankscope.tasks.text import CausalLM, TextClassification
 
 __all__ = [
-    "Batch", "CausalLM", "DigitsShift", "ImageTextToText", "Outline", "Split", "Task", "TextClassification", "check_task",
+    "Batch", "CausalLM", "Chat", "DigitsShift", "ImageTextToText", "Outline", "Split", "Task", "TextClassification", "check_task",
     "data_folder", "evaluate", "fingerprint_task", "load_task", "outline_task", "profile_task",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Conversations about images: read from the rows of a table, and encoded by a model's own processor."""
+"""Conversations, about images or in text: read from the rows of a table, and encoded by a model's own processor or tokenizer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rankscope.errors import TaskError, did_you_mean, one_line, shown
-from rankscope.tasks.data import check_columns, read_table
+from rankscope.errors import TaskError, one_line, shown
+from rankscope.tasks.data import check_columns, named_columns, read_table
 from rankscope.tasks.pretrained import load_pretrained
+from rankscope.tasks.rows import UnusableError
 
 IGNORED = -100  # the label of a token that no loss or metric counts
 
 _PLACE = "<image>"  # of an image in a text, as LLaVA's data files have it
 _ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("system", "user", "assistant")}}
 
-Message = dict[str, Any]  # with `role`, and as `content` a list of parts, each with `type` text or image
+# With `role`, and as `content` a text, or where there may be images, a list of parts, each with `type` text or image.
+Message = dict[str, Any]
 
 
 class Conversation(NamedTuple):
@@ -35,15 +37,12 @@ class Conversation(NamedTuple):
     split: Any  # as the data names it; None if it does not
     images: tuple[Any, ...]  # each a path, the bytes of a file, or a PIL image
     messages: tuple[Message, ...]
+    given: int = 0  # messages at the beginning of which nothing is learned
 
     def content(self) -> list[Any]:
         """Images, and what is said about them, for hashes."""
         images = [image if isinstance(image, str | bytes) else np.asarray(image) for image in self.images]
         return [images, json.dumps(self.messages)]
-
-
-class UnusableError(Exception):
-    """Why a conversation cannot be used."""
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -53,12 +52,7 @@ def read_conversations(
     data: str | Path | pd.DataFrame, columns: Mapping[str, str] | None, *, text_only: bool
 ) -> list[Conversation]:
     """Read and check all rows. `columns` and `text_only` are as for `ImageTextToText`; images are not opened."""
-    named = {kind: kind for kind in ("image", "question", "answer", "messages")}
-    for kind in columns or ():
-        if kind not in named:
-            hint = did_you_mean(kind, named, f"it takes {', '.join(named)}.")
-            raise TaskError(f"`columns` takes no key `{kind}`; {hint}")
-    named |= columns or {}
+    named = named_columns(columns, ("image", "question", "answer", "messages"))
     table = read_table(data)
     conversing = named["messages"] in table.columns
     if not conversing and named["question"] not in table.columns:
@@ -97,6 +91,55 @@ def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str], conve
         must = "each row must have as many images as places for them"
         raise TaskError(f"{must}, but {where} has {len(images)} and {places}; correct it.")
     return Conversation(number, values.get("split"), images, tuple(messages))
+
+
+def read_chats(data: str | Path | pd.DataFrame, columns: Mapping[str, str] | None) -> list[Conversation]:
+    """Read and check all rows of conversations in text. `columns` are as for `Chat`."""
+    messages, prompt, completion = named_columns(columns, ("messages", "prompt", "completion")).values()
+    table = read_table(data)
+    conversing = messages in table.columns
+    if not conversing and prompt not in table.columns:
+        must = f"the data must have a column {messages!r}, or {prompt!r} and {completion!r}"
+        names = ", ".join(str(name) for name in table.columns)
+        raise TaskError(f"{must}, but has {names}; rename them, or set `columns`.")
+    check_columns(table, (messages,) if conversing else (prompt, completion), source=data, nested=True)
+    rows = []
+    for number, row in enumerate(table.to_dict("records"), start=1):
+        where = f"row {number:,}"
+        if conversing:
+            before, turns = [], _texts(_turns(row[messages], where=where), where=where)
+        else:
+            before = _texts(_said(row[prompt], "user", where=where), where=where)
+            turns = _texts(_said(row[completion], "assistant", where=where), where=where)
+        if not any(role == "assistant" for role, _ in turns) or not before + turns[:-1]:
+            raise TaskError(
+                f"each row must hold a turn of the assistant, and one before it, but {where} does not; drop it."
+            )
+        while turns[-1][0] != "assistant":  # nothing is learned from what comes after the last answer
+            turns.pop()
+        said = tuple({"role": role, "content": content} for role, content in before + turns)
+        rows.append(Conversation(number, row.get("split"), (), said, len(before)))
+    return rows
+
+
+def _said(value: Any, role: str, *, where: str) -> list[tuple[str, Any]]:
+    """The turns of a prompt or a completion: a list of messages, or one text."""
+    return [(role, value)] if isinstance(value, str) else _turns(value, where=where)
+
+
+def _texts(turns: list[tuple[str, Any]], *, where: str) -> list[tuple[str, str]]:
+    """Turns whose content is text."""
+    texts = []
+    for role, content in turns:
+        if isinstance(content, list | tuple | np.ndarray):
+            parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            content = None if None in parts else "".join(map(str, parts))
+        if not isinstance(content, str) or not content.strip():
+            raise TaskError(
+                f"each turn must hold a text, but {where} has one of the {role} without; correct or drop it."
+            )
+        texts.append((role, content))
+    return texts
 
 
 def _images(value: Any, *, where: str) -> tuple[Any, ...]:
@@ -172,7 +215,7 @@ def open_image(image: Any, folder: Path) -> Any:
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
-def load_processor(source: str | Path) -> Any:
+def load_processor(source: str | Path, **options: Any) -> Any:
     """Load a model's processor; a TaskError if it cannot make inputs of images and texts.
 
     Where torchvision is missing, a processor for images and videos is built without its half for videos, which needs it.
@@ -180,11 +223,11 @@ def load_processor(source: str | Path) -> Any:
     from transformers import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
-    kind = PROCESSOR_MAPPING.get(type(load_pretrained("AutoConfig", source)), None)
+    kind = PROCESSOR_MAPPING.get(type(load_pretrained("AutoConfig", source, **options)), None)
     if kind and "video_processor" in inspect.signature(kind).parameters and not is_torchvision_available():
-        processor = _without_videos(kind, source)
+        processor = _without_videos(kind, source, **options)
     else:
-        processor = load_pretrained("AutoProcessor", source)
+        processor = load_pretrained("AutoProcessor", source, **options)
     must, has = f"`{source}` must have a processor", type(processor).__name__
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise TaskError(f"{must} for images and texts, but has only {has}; save it there with save_pretrained.")
@@ -200,15 +243,15 @@ def load_processor(source: str | Path) -> Any:
     return processor
 
 
-def _without_videos(kind: type, source: str | Path) -> Any:
+def _without_videos(kind: type, source: str | Path, **options: Any) -> Any:
     class ImagesOnly(kind):  # type: ignore[misc]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
-    parts = {"image_processor": load_pretrained("AutoImageProcessor", source)}
-    parts |= {"tokenizer": load_pretrained("AutoTokenizer", source), "video_processor": None}
+    parts = {"image_processor": load_pretrained("AutoImageProcessor", source, **options)}
+    parts |= {"tokenizer": load_pretrained("AutoTokenizer", source, **options), "video_processor": None}
     ImagesOnly.__name__ = kind.__name__
-    values, _ = kind.get_processor_dict(source, local_files_only=Path(source).is_dir())  # type: ignore[attr-defined]
+    values, _ = kind.get_processor_dict(source, local_files_only=Path(source).is_dir(), **options)  # type: ignore[attr-defined]
     taken = inspect.signature(kind).parameters.keys() - parts.keys()
     try:
         return ImagesOnly(**parts, **{key: value for key, value in values.items() if key in taken})
@@ -247,18 +290,45 @@ def _encode_suffix(processor: Any, row: Conversation, images: list[Any]) -> dict
 
 def _encode_chat(processor: Any, row: Conversation, images: list[Any]) -> dict[str, Tensor]:
     """Inputs of a conversation in the processor's chat template."""
-    text, spans = _render(processor, row)
     tokenizer = processor.tokenizer
-    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    template = processor.chat_template or tokenizer.chat_template
+    # The processor's own method adds nothing for images; that of SmolVLM needs its half for videos.
+    text, spans = _render(tokenizer, template, row, of=type(processor).__name__)
     options = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-    encoded = processor(text=[text], images=[images] if images else None, add_special_tokens=not begun, **options)
+    options["add_special_tokens"] = not _begun(tokenizer, text)
+    encoded = processor(text=[text], images=[images] if images else None, **options)
     offsets, replaced = encoded.pop("offset_mapping")[0], (encoded.pop("text_replacement_offsets", None) or [[]])[0]
     inputs = dict(encoded.convert_to_tensors("pt"))
-    labels = torch.full_like(inputs["input_ids"], IGNORED)
-    for start, end in ((_moved(start, replaced), _moved(end, replaced)) for start, end in spans):
+    moved = [(_moved(start, replaced), _moved(end, replaced)) for start, end in spans]
+    return {**inputs, "labels": _labels(inputs["input_ids"], offsets, moved)}
+
+
+def encode_chat(tokenizer: Any, row: Conversation) -> dict[str, Tensor]:
+    """The model's inputs for one conversation in text, in a batch of one, with `labels`; an UnusableError if none can be made."""
+    from jinja2 import TemplateError
+
+    try:
+        text, spans = _render(tokenizer, tokenizer.chat_template, row, of=type(tokenizer).__name__)
+    except TemplateError as error:  # of roles that do not alternate, and the like
+        raise UnusableError(f"the chat template refuses it: {one_line(error)}") from error
+    special = not _begun(tokenizer, text)
+    encoded = tokenizer([text], return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+    offsets = encoded.pop("offset_mapping")[0]
+    inputs = dict(encoded.convert_to_tensors("pt"))
+    return {**inputs, "labels": _labels(inputs["input_ids"], offsets, spans)}
+
+
+def _begun(tokenizer: Any, text: str) -> bool:
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def _labels(tokens: Tensor, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Tensor:
+    """(1, length): the tokens inside the spans of the text, from offset to offset."""
+    labels = torch.full_like(tokens, IGNORED)
+    for start, end in spans:
         inside = [i for i, (first, last) in enumerate(offsets) if first < last and first < end and last > start]
-        labels[0, inside] = inputs["input_ids"][0, inside]
-    return {**inputs, "labels": labels}
+        labels[0, inside] = tokens[0, inside]
+    return labels
 
 
 def _moved(place: int, replaced: Sequence[Mapping[str, Any]]) -> int:
@@ -267,30 +337,42 @@ def _moved(place: int, replaced: Sequence[Mapping[str, Any]]) -> int:
     return place + (gains[-1] if gains else 0)
 
 
-def _render(processor: Any, row: Conversation) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as one text, and where in it each answer begins and ends."""
-    messages, tokenizer = list(row.messages), processor.tokenizer
-    template = processor.chat_template or tokenizer.chat_template
+def _render(tokenizer: Any, template: Any, row: Conversation, *, of: str) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as one text, and where in it each answer begins and ends. The template is that `of` a class."""
+    messages = list(row.messages)
     if isinstance(template, dict):
         template = template["default"]
-    # The processor's own method adds nothing for images; that of SmolVLM needs its half for videos.
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     text: str = render(messages)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < row.given:
             continue
         before = render(messages[:index], add_generation_prompt=True)
         if not text.startswith(before):
             must = "the chat template must begin an answer as it prompts for one"
-            raise TaskError(
-                f"{must}, but that of {type(processor).__name__} does not in row {row.number:,}; correct it."
-            )
+            raise TaskError(f"{must}, but that of {of} does not in row {row.number:,}; correct it.")
+        # A template may write the last answer otherwise than those before it, as one that keeps only the last one's thoughts.
         after = text if index == len(messages) - 1 else render(messages[: index + 1])
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, after, strict=False)))
-        spans.append((len(before), max(len(text[:shared].rstrip()), len(before))))
+        said, ended = (_end_of(message["content"], each, len(before)) for each in (text, after))
+        if said is None or ended is None:
+            must = "the chat template must write each answer as it is"
+            raise TaskError(f"{must}, but that of {of} drops or changes one in row {row.number:,}; correct it.")
+        ends = zip(text[said:], after[ended:], strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+        spans.append((len(before), max(len(text[: said + shared].rstrip()), len(before))))
     special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     if tokenizer.eos_token and not text.rstrip().endswith(special):
         text = text.rstrip() + tokenizer.eos_token
         spans[-1] = (spans[-1][0], len(text))
     return text, spans
+
+
+def _end_of(content: Any, text: str, start: int) -> int | None:
+    """Where in a text, from `start`, a message's content ends; None if it is not there."""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    for part in parts:
+        if (found := text.find(part.strip(), start)) < 0:
+            return None
+        start = found + len(part.strip())
+    return start

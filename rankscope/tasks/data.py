@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -23,6 +23,7 @@ from rankscope.files import packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
 _WHAT = "the task's data"
+_HASHED_BYTES = 2**30
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 _PIP_FAILS = {
     "No module named pip": "there is no pip in this environment); install rankscope[demo], which brings it.",
@@ -79,6 +80,15 @@ def check_columns(
         if filled and n_blank:
             found = f"{n_blank:,} of {len(table):,} have none"
             raise TaskError(f"the column {column!r} must hold a value in every row, but {found}; drop those rows.")
+
+
+def named_columns(columns: Mapping[str, str] | None, kinds: Sequence[str]) -> dict[str, str]:
+    """The name of each kind of column: `columns` where it gives one, else that of the kind."""
+    for kind in columns or ():
+        if kind not in kinds:
+            hint = did_you_mean(kind, kinds, f"it takes {', '.join(kinds)}.")
+            raise TaskError(f"`columns` takes no key `{kind}`; {hint}")
+    return {kind: kind for kind in kinds} | dict(columns or {})
 
 
 def _named(source: str | Path | pd.DataFrame) -> str:
@@ -163,6 +173,13 @@ def _read_hub(name: str) -> pd.DataFrame:
         return cast(pd.DataFrame, next(iter(parts.values())).to_pandas())
     tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
     return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
+
+
+def hashed_files(paths: Iterable[Path]) -> list[Any]:
+    """What a hash of files is made from: their content up to 1 GiB in all; above, name, size and time of change."""
+    found = {path: path.stat() for path in dict.fromkeys(paths) if path.is_file()}
+    whole = sum(stat.st_size for stat in found.values()) <= _HASHED_BYTES
+    return [path.read_bytes() if whole else (path.name, s.st_size, s.st_mtime_ns) for path, s in found.items()]
 
 
 def data_folder(name: str) -> Path:

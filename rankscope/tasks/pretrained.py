@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
@@ -22,8 +23,9 @@ from torch.utils.data import DataLoader, default_collate
 from rankscope.distributed import batch_device, seeded
 from rankscope.errors import TaskError, did_you_mean, one_line
 from rankscope.files import replacing
+from rankscope.settings import ModelSettings
 from rankscope.tasks.data import fetch_package
-from rankscope.tasks.protocol import Batch, Split
+from rankscope.tasks.protocol import Batch, Split, check_choice
 
 DTYPES = ("bfloat16", "float32")  # for frozen weights
 
@@ -31,25 +33,59 @@ DTYPES = ("bfloat16", "float32")  # for frozen weights
 _LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
+_OWN_TO_A_PROCESS = ("_loaded", "_rows", "_tokenizer", "processor", "_limit")
+
+
 class PretrainedTask:
     """A task on a model that computes its own loss, and on rows that a `DataLoader` batches."""
 
     metric: str
+    model: Any  # a local model folder or hub id
     batch_size: int
     dtype: str | None = None  # of the frozen weights; None: the checkpoint's
+    model_options = ModelSettings()
     _evaluated = 4  # times as many rows make a batch in evaluation
     _loaded: Any  # the model
     _rows: Any  # by split, a list of dicts with `labels` and what the model takes
     _collate: Any = staticmethod(default_collate)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out loaded weights and tokens: worker processes load their own."""
-        return {key: value for key, value in vars(self).items() if key not in ("_loaded", "_rows", "_tokenizer")}
+        """Leave out loaded weights, tokenizers and tokens: worker processes load their own."""
+        return {key: value for key, value in vars(self).items() if key not in _OWN_TO_A_PROCESS}
+
+    def _take(
+        self, model: str | Path, options: ModelSettings | Mapping[str, Any] | None, dtype: str | None = None
+    ) -> None:
+        """Keep what says which model to load, and how."""
+        check_choice(dtype, (*DTYPES, None), name="dtype")
+        self.model, self.model_options = model, ModelSettings.of(options)
+        if dtype and self.model_options.dtype:
+            raise TaskError("`dtype` is given twice, by itself and in `model_options`; leave out one.")
+        self.dtype = dtype or self.model_options.dtype
+
+    def _load_model(self, kind: str | type, **options: Any) -> Any:
+        given: dict[str, Any] = {"dtype": self.dtype, "settings": self.model_options, "apart": self._quantized_apart}
+        return load_model(kind, self.model, **given, **options)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return {} if self.dtype is None else {"dtype": self.dtype}
+        options = quantized(self.model_options, self.dtype, self._quantized_apart)
+        if options:  # as JSON
+            options["quantization_config"] = options["quantization_config"].to_dict()
+        if self.model_options.trust_remote_code:
+            options["trust_remote_code"] = True
+        return ({} if self.dtype is None else {"dtype": self.dtype}) | options
+
+    @property
+    def revision(self) -> str | None:
+        """That of the model on the hub, for saved adapters."""
+        return self.model_options.revision
+
+    @property
+    def _quantized_apart(self) -> Sequence[str]:
+        """Modules that quantisation leaves out; none: transformers' choice, the output embeddings."""
+        return ()
 
     def build_model(self) -> nn.Module:
         """Return the model, with a fresh head if the task has one. Weights are the same at every call."""
@@ -90,6 +126,43 @@ class PretrainedTask:
         return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients, and in evaluation mode; the model keeps its own."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def hub_options(settings: ModelSettings) -> dict[str, Any]:
+    """What every `from_pretrained` of a model's folder gets: configuration, tokenizer, processor and weights."""
+    revision = {} if settings.revision is None else {"revision": settings.revision}
+    return {**revision, "trust_remote_code": settings.trust_remote_code}
+
+
+def quantized(settings: ModelSettings, dtype: str | None, apart: Sequence[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of a model, if it is quantised; the modules `apart` are not.
+
+    In 4 bits as in QLoRA (Dettmers et al., arXiv 2305.14314): NF4, doubly quantised; products in the frozen weights' dtype.
+    """
+    if settings.quantization is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        must = f"`quantization: {settings.quantization}` needs the package bitsandbytes, but it is not installed"
+        raise TaskError(f"{must}; install rankscope[quantized].")
+    options: dict[str, Any] = {"llm_int8_skip_modules": list(apart) or None}
+    if settings.quantization == "4bit":
+        options |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["bnb_4bit_compute_dtype"] = dtype or "bfloat16"
+    return {"quantization_config": BitsAndBytesConfig(**{f"load_in_{settings.quantization}": True}, **options)}
+
+
 def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any:
     """Load a class, or transformers' class of a name. Weights that the checkpoint lacks come from a fixed seed."""
     import transformers
@@ -100,6 +173,7 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
     if local and not Path(source, "config.json").exists() and "gguf_file" not in options:
         must = f"`{source}` must be a model folder, but has no config.json"
         raise TaskError(f"{must}; save the model there with save_pretrained.")
+    options.setdefault("trust_remote_code", False)  # without a value transformers would ask on the terminal
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a fresh head is on purpose
     logging.disable_progress_bar()
@@ -111,6 +185,9 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         if "ignore_mismatched_sizes" in reason:  # it points at a report that is kept quiet here
             reason = "its config.json does not fit its weights."
+        if "trust_remote_code" in str(error):
+            must = f"`{source}` must be a model of transformers' own code, but holds code that would run here"
+            raise TaskError(f"{must}; if you trust it, set `model_options: {{trust_remote_code: true}}`.") from None
         raise TaskError(f"`{source}` must be a model folder or hub id that loads, but does not: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -118,15 +195,60 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
             logging.enable_progress_bar()
 
 
+def load_tokenizer(source: str | Path, settings: ModelSettings, **options: Any) -> Any:
+    """Load a model's tokenizer, which pads on the right; a TaskError if there is none."""
+    tokenizer = load_pretrained("AutoTokenizer", source, **hub_options(settings), **options)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
+        must = f"`{source}` must hold the model's tokenizer, but has none"
+        raise TaskError(f"{must}; save it there with save_pretrained.")
+    if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
+        tokenizer.pad_token_id = tokenizer.eos_token_id or 0
+    tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def own_files(source: str | Path) -> dict[str, bytes]:
+    """The small files of a local model folder, by name: its tokenizer, processor and configuration."""
+    suffixes = (".json", ".txt", ".model", ".jinja")
+    paths = [path for path in Path(source).glob("*") if path.suffix in suffixes]
+    return {path.name: path.read_bytes() for path in paths if not path.name.endswith("index.json")}
+
+
+def outline_model(kind: str | type, config: Any, **options: Any) -> Any:
+    """A model of a configuration on the meta device, without weights."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, kind).from_config(config, **options) if isinstance(kind, str) else kind(config)
+
+
+def head_of(model: Any) -> tuple[str, ...]:
+    """All modules with parameters outside the base model, such as `classifier` or `score`."""
+    children = model.named_children()
+    return tuple(
+        name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
+    )
+
+
 def load_model(
-    kind: str | type, source: str | Path, *, dtype: str | None = None, fresh: str | None = None, **options: Any
+    kind: str | type,
+    source: str | Path,
+    *,
+    dtype: str | None = None,
+    fresh: str | None = None,
+    settings: ModelSettings = ModelSettings(),  # noqa: B008  # frozen
+    apart: Sequence[str] = (),
+    **options: Any,
 ) -> Any:
     """Load a model; raise a TaskError if the checkpoint lacks more than a head, which transformers would draw at random.
 
     `dtype` is of its weights; default: the checkpoint's. `fresh` is a regex for the beginning of names that may be missing;
-    default: all outside the base model.
+    default: all outside the base model. Quantisation leaves out the modules `apart`.
     """
     options |= {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    options |= hub_options(settings) | quantized(settings, dtype, apart)
+    given = {"device_map": settings.device_map, "attn_implementation": settings.attn_implementation}
+    options |= {name: value for name, value in given.items() if value is not None}
     model, report = load_pretrained(kind, source, output_loading_info=True, **options)
     allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
@@ -134,6 +256,19 @@ def load_model(
         hint = "set `pooling: mean`, which needs no pooler." if poolers else "is it a model of another kind?"
         found = f"the weights of {type(model).__name__}, but lacks {len(missing)} of them, as {missing[0]!r}"
         raise TaskError(f"`{source}` must hold {found}; {hint}")
+    if len(places := {str(place) for place in getattr(model, "hf_device_map", {}).values()}) > 1:
+        must = "`device_map` must put the model on one device, since each run trains a copy of it"
+        raise TaskError(f"{must}, but puts it on {', '.join(sorted(places))}; name one, or quantize the model.")
+    for (
+        module
+    ) in model.modules():  # on CPUs evaluation would repack 4-bit weights for good; no gradient passes through these
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if settings.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            must = f"`gradient_checkpointing` needs a model that supports it, but {type(model).__name__} does not"
+            raise TaskError(f"{must}; leave it out.")
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # the other needs inputs with gradients
     if Path(source).is_dir():
         model.name_or_path = str(Path(source).resolve())  # goes into saved adapters
     return model

@@ -30,6 +30,7 @@ class Task(Protocol):
         task_type: PEFT's task type; None for a transformers class that PEFT has no type for, but `AutoPeftModel` builds; for a
             class that plain PEFT cannot build, its full path. Saved adapters hold it.
         model_kwargs: What `from_pretrained` of the base model needs so that a saved adapter fits.
+        revision: Of the base model on the hub. Saved adapters hold it, too.
         fingerprint_data: Method that returns a hash of all data. Without it, only the first training batches are hashed.
     """
 

@@ -18,6 +18,8 @@ from torch import nn
 
 from rankscope.errors import TaskError, checked, did_you_mean, fits, one_line, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
+from rankscope.settings import ModelSettings
+from rankscope.tasks.answers import Chat
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.image_text import ImageTextToText, image_text_class
 from rankscope.tasks.pretrained import (
@@ -26,9 +28,11 @@ from rankscope.tasks.pretrained import (
     check_source,
     dinov2_small,
     for_dinov2,
+    hub_options,
     load_model,
     load_pretrained,
     looks_like_path,
+    outline_model,
     smollm2,
 )
 from rankscope.tasks.protocol import Split, Task, check_choice, check_counts, check_task
@@ -44,6 +48,7 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
       `"emoji-scenes"`, `"digit-scenes"`), or of an entry point in `rankscope.tasks`; with options: `{"name": name, **options}`;
     - `{"type": "sequence-classification", "model": …, "data": …, **options}`, see `TextClassification`;
     - `{"type": "causal-lm", "model": …, "data": …, **options}`, see `CausalLM`;
+    - `{"type": "chat", "model": …, "data": …, **options}`, see `Chat`;
     - `{"type": "image-text-to-text", "model": …, "data": …, **options}`, see `ImageTextToText`;
     - `"path/to/file.py:factory"` or `"package.module:factory"`;
     - a task, which is returned as it is.
@@ -66,7 +71,11 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
         kind = options.pop("type")
         if not isinstance(kind, str) or kind not in _TYPES:
             raise TaskError(f"`task.type` must be one of {', '.join(_TYPES)}, but got {shown(kind)}.")
-        task = _build(_TYPES[kind], options | _resolved(options, base), what=f"task type {kind!r}")
+        options = _common(_TYPES[kind], options | _resolved(options, base))
+        name = None if "name" in inspect.signature(_TYPES[kind]).parameters else options.pop("name", None)
+        task = _build(_TYPES[kind], options, what=f"task type {kind!r}")
+        if isinstance(name, str):
+            task.name = name
         check_source(task.model, base=base)  # type: ignore[attr-defined]
         return task
     name = options.pop("name", None)
@@ -90,8 +99,6 @@ class Outline(NamedTuple):
 
 def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
     """Return the outline of a generic task, from its options and the model's configuration alone; data need not exist."""
-    import transformers
-
     kind = spec.get("type") if isinstance(spec, Mapping) else None
     if not isinstance(kind, str) or kind not in _TYPES:
         must = f"a dry run must have a generic task (`task.type` among {', '.join(_TYPES)})"
@@ -99,16 +106,18 @@ def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
             f"{must}, whose model is known by its configuration, but got {shown(spec)}; leave out --dry-run."
         )
     options, base = {str(key): value for key, value in spec.items() if key != "type"}, Path(base_dir or ".")
-    options |= _resolved(options, base)
+    options = _common(_TYPES[kind], options | _resolved(options, base))
     _check_options(_TYPES[kind], options, what=f"task type {kind!r}")
     check_source(options["model"], base=base)
-    check_choice(dtype := options.get("dtype"), (*DTYPES, None), name="dtype")
-    config = load_pretrained("AutoConfig", options["model"])
+    loading = ModelSettings.of(options.get("model_options"))
+    check_choice(dtype := options.get("dtype") or loading.dtype, (*DTYPES, None), name="dtype")
+    config = load_pretrained("AutoConfig", options["model"], **hub_options(loading))
     try:
-        found = image_text_class(options["model"]) if kind == "image-text-to-text" else _AUTO_CLASSES[kind]
-        with torch.device("meta"):
-            build = getattr(transformers, found).from_config if isinstance(found, str) else found
-            model = build(config).to(getattr(torch, dtype) if dtype else config.dtype or torch.float32)
+        found = image_text_class(options["model"], loading) if kind == "image-text-to-text" else _AUTO_CLASSES[kind]
+        code = {"trust_remote_code": True} if loading.trust_remote_code else {}
+        model = outline_model(found, config, **code).to(
+            getattr(torch, dtype) if dtype else config.dtype or torch.float32
+        )
     except (ValueError, TypeError, AttributeError) as error:  # of configurations
         must = f"`{options['model']}` must be the configuration of a model that {_AUTO_CLASSES[kind]} builds"
         raise TaskError(f"{must}, but is not ({one_line(error)}); check `task.type` and config.json.") from error
@@ -118,16 +127,27 @@ def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
     return Outline(model, **sizes)
 
 
+def _common(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which `dtype` stands in `model_options`, unless the factory takes it by itself."""
+    if "dtype" not in options or "dtype" in inspect.signature(factory).parameters:
+        return dict(options)
+    loading = options.get("model_options") or {}
+    if not isinstance(loading, Mapping) or "dtype" in loading:
+        return dict(options)  # to be refused
+    rest = {key: value for key, value in options.items() if key != "dtype"}
+    return {**rest, "model_options": {**loading, "dtype": options["dtype"]}}
+
+
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
     """Model, data and images as paths from the base folder, where they are paths; hub ids as they are."""
-    keys = ("model", "data", "image_folder")
+    keys = ("model", "data", "image_folder", "chat_template")
     given = {key: options[key] for key in keys if isinstance(options.get(key), str) and options[key]}
     for key, value in given.items():
         path = base / os.path.expanduser(value)  # leaves an unknown user as it is
         if (
             os.path.exists(path)
             or looks_like_path(value)
-            or key == "image_folder"
+            or key in ("image_folder", "chat_template")
             or (key == "data" and path.suffix and not os.path.exists(value))
         ):
             given[key] = str(path)
@@ -282,10 +302,12 @@ def glosses(*, batch_size: int = 8, max_length: int = 32, dtype: str | None = No
 
 
 _TYPES: Mapping[str, Callable[..., Task]] = {
-    "sequence-classification": TextClassification, "causal-lm": CausalLM, "image-text-to-text": ImageTextToText,
+    "sequence-classification": TextClassification, "causal-lm": CausalLM, "chat": Chat,
+    "image-text-to-text": ImageTextToText,
 }  # fmt: skip
 _AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM",
     "image-text-to-text": "AutoModelForImageTextToText",
 }  # fmt: skip
 _READY: Mapping[str, Callable[..., Task]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,22 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from rankscope.distributed import seeded
+from rankscope.distributed import batch_device, seeded
 from rankscope.errors import TaskError
 from rankscope.files import digest
-from rankscope.tasks.data import read_table, split_rows
-from rankscope.tasks.pretrained import DTYPES, PretrainedTask, dequantised, load_model, load_pretrained
-from rankscope.tasks.protocol import Split, check_choice, check_counts
+from rankscope.settings import ModelSettings
+from rankscope.tasks.data import named_columns, read_table, split_rows
+from rankscope.tasks.pretrained import (
+    PretrainedTask,
+    dequantised,
+    head_of,
+    hub_options,
+    load_pretrained,
+    load_tokenizer,
+    outline_model,
+    own_files,
+)
+from rankscope.tasks.protocol import Split, check_counts
 
 
 class TextTask(PretrainedTask):
@@ -29,14 +39,7 @@ class TextTask(PretrainedTask):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        tokenizer = load_pretrained("AutoTokenizer", self.model)
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
-            must = f"`{self.model}` must hold the model's tokenizer, but has none"
-            raise TaskError(f"{must}; save it there with save_pretrained.")
-        if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
-            tokenizer.pad_token_id = tokenizer.eos_token_id or 0
-        tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
-        return tokenizer
+        return load_tokenizer(self.model, self.model_options)
 
     @cached_property
     def _rows(self) -> dict[Split, list[dict[str, Any]]]:
@@ -58,7 +61,7 @@ class TextTask(PretrainedTask):
 
     def _load(self, kind: str, **options: Any) -> Any:
         """The model; its positions must take the longest text."""
-        model = load_model(kind, self.model, dtype=self.dtype, **options)
+        model = self._load_model(kind, **options)
         positions = getattr(model.config, "max_position_embeddings", None)
         longest = max(len(row["input_ids"]) for rows in self._rows.values() for row in rows)
         if positions is not None and longest > positions:
@@ -68,10 +71,7 @@ class TextTask(PretrainedTask):
 
     def fingerprint_data(self) -> str:
         """Return a hash of all texts and labels, and of the tokenizer's files in a local model folder."""
-        suffixes = (".json", ".txt", ".model", ".jinja")
-        paths = [path for path in Path(self.model).glob("*") if path.suffix in suffixes]
-        files = {path.name: path.read_bytes() for path in paths if not path.name.endswith("index.json")}
-        return digest([self._texts, *([self._labels] if self._labels else []), files])
+        return digest([self._texts, *([self._labels] if self._labels else []), own_files(self.model)])
 
 
 class TextClassification(TextTask):
@@ -81,10 +81,12 @@ class TextClassification(TextTask):
         model: A local model folder or hub id.
         data: A .parquet, .jsonl, .json or .csv file, a hub data set id, or a DataFrame. A column `split` is used as it is;
             otherwise rows are split 70 / 15 / 15 by `split_seed`. Texts that occur twice are kept once.
+        columns: Names of the columns for `text` and `label`, where others.
         pooling: `"model"`: transformers' classification class, which plain PEFT loads again; `"mean"`: an encoder under
             `MeanPooledClassifier`. Default: `"mean"` only if transformers has no such class for the model.
         max_length: Tokens; longer texts are cut.
         dtype: Of the frozen weights, `bfloat16` or `float32`; the rest is trained in float32. Default: the checkpoint's.
+        model_options: `ModelSettings`, or single ones of them by name.
     """
 
     metric = "accuracy"
@@ -94,21 +96,21 @@ class TextClassification(TextTask):
         model: str | Path,
         data: str | Path | pd.DataFrame,
         *,
-        text_column: str = "text",
-        label_column: str = "label",
+        columns: Mapping[str, str] | None = None,
         pooling: str | None = None,
         batch_size: int = 16,
         max_length: int = 128,
         dtype: str | None = None,
+        model_options: ModelSettings | Mapping[str, Any] | None = None,
         split_seed: int = 0,
         name: str = "sequence-classification",
     ) -> None:
         if pooling not in ("mean", "model", None):
             raise TaskError(f"`pooling` must be 'mean' or 'model', but got {pooling!r}.")
         check_counts(batch_size=batch_size, max_length=max_length)
-        check_choice(dtype, (*DTYPES, None), name="dtype")
-        self.name, self.model, self.pooling, self.dtype = name, model, pooling, dtype
-        self.batch_size, self.max_length = batch_size, max_length
+        self._take(model, model_options, dtype)
+        self.name, self.pooling, self.batch_size, self.max_length = name, pooling, batch_size, max_length
+        text_column, label_column = named_columns(columns, ("text", "label")).values()
         table = read_table(data, (text_column, label_column), filled=True)
         try:
             self.classes = sorted(table[label_column].unique().tolist())
@@ -122,9 +124,7 @@ class TextClassification(TextTask):
         codes = {value: code for code, value in enumerate(self.classes)}
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
         self._labels = {split: torch.tensor(rows[label_column].map(codes).to_numpy()) for split, rows in parts.items()}
-        labels = [str(value) for value in self.classes]
-        names = {"id2label": dict(enumerate(labels)), "label2id": {label: code for code, label in enumerate(labels)}}
-        self._head_options: dict[str, Any] = {**names, "problem_type": "single_label_classification"}
+        self._head_options = {**named_labels(self.classes), "problem_type": "single_label_classification"}
 
     @cached_property
     def _mean_pooled(self) -> bool:
@@ -132,7 +132,17 @@ class TextClassification(TextTask):
 
         if self.pooling is not None:
             return self.pooling == "mean"
-        return type(load_pretrained("AutoConfig", self.model)) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        return type(self._config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    @property
+    def _config(self) -> Any:
+        return load_pretrained("AutoConfig", self.model, **hub_options(self.model_options))
+
+    @property
+    def _quantized_apart(self) -> tuple[str, ...]:
+        if self.model_options.quantization is None or self._mean_pooled:
+            return ()
+        return head_of(outline_model("AutoModelForSequenceClassification", self._config))
 
     @property
     def task_type(self) -> str:
@@ -147,9 +157,8 @@ class TextClassification(TextTask):
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:
-        """The fresh head: all modules with parameters outside the base model, such as `classifier` or `score`."""
-        base, children = self._loaded.base_model_prefix, self._loaded.named_children()
-        return tuple(name for name, child in children if name != base and any(True for _ in child.parameters()))
+        """The fresh head."""
+        return head_of(self._loaded)
 
     @cached_property
     def _loaded(self) -> Any:
@@ -157,11 +166,17 @@ class TextClassification(TextTask):
             encoder = self._load("AutoModel", fresh=r"pooler\.", **self._head_options)
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
-            return MeanPooledClassifier(encoder, len(self.classes))
+            return MeanPooledClassifier(encoder, len(self.classes)).to(batch_device(encoder))
         model = self._load("AutoModelForSequenceClassification", **self._head_options)
         if model.config.pad_token_id is None:  # decoders find the last token of a text by it
             model.config.pad_token_id = self._tokenizer.pad_token_id
         return model
+
+
+def named_labels(classes: Sequence[Any]) -> dict[str, Any]:
+    """Names of classes for a model's configuration."""
+    labels = [str(value) for value in classes]
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: code for code, label in enumerate(labels)}}
 
 
 class MeanPooledClassifier(nn.Module):
@@ -195,7 +210,8 @@ class CausalLM(TextTask):
     """Texts continued by a causal language model, whose own head is kept and stays frozen.
 
     Arguments are as for `TextClassification`. `gguf_file` names a GGUF file in the model folder, if the weights come as one; a
-    plain copy is made beside it. Texts of fewer than two tokens predict nothing and are left out.
+    plain copy is made beside it. Texts of fewer than two tokens predict nothing and are left out. For loss on answers only, see
+    `Chat`.
     """
 
     metric = "token_accuracy"
@@ -208,18 +224,19 @@ class CausalLM(TextTask):
         model: str | Path,
         data: str | Path | pd.DataFrame,
         *,
-        text_column: str = "text",
+        columns: Mapping[str, str] | None = None,
         batch_size: int = 8,
         max_length: int = 256,
         dtype: str | None = None,
+        model_options: ModelSettings | Mapping[str, Any] | None = None,
         gguf_file: str | None = None,
         split_seed: int = 0,
         name: str = "causal-lm",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
-        check_choice(dtype, (*DTYPES, None), name="dtype")
-        self.model = dequantised(Path(model), gguf_file) if gguf_file else model
-        self.name, self.batch_size, self.max_length, self.dtype = name, batch_size, max_length, dtype
+        self._take(dequantised(Path(model), gguf_file) if gguf_file else model, model_options, dtype)
+        self.name, self.batch_size, self.max_length = name, batch_size, max_length
+        (text_column,) = named_columns(columns, ("text",)).values()
         table = read_table(data, (text_column,)).dropna(subset=text_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}

@@ -99,7 +99,8 @@ def train(
                         if on_evaluation:
                             on_evaluation(step, history[step])
     for adapter in getattr(model, "peft_config", {}).values():
-        adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter
+        adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter, as the next
+        adapter.revision = getattr(task, "revision", None)
     allocation, seconds = running.allocation, time.perf_counter() - started
     parameters = allocation.parameters if allocation else sum(p.numel() for p in _body_and_head(task, model)[0])
     return model, TrainingResult(history, parameters, seconds, allocation, running.decisions)

@@ -184,7 +184,7 @@ def test_tables_that_cannot_be_used(bert: Path) -> None:
     )
     refused(
         "the DataFrame must have a column 'txt', but has none; did you mean 'text'?",
-        lambda: CausalLM(bert, table, text_column="txt"),
+        lambda: CausalLM(bert, table, columns={"text": "txt"}),
     )
     refused("the DataFrame must hold rows, but holds none; check the data.", lambda: CausalLM(bert, table[:0]))
     refused(

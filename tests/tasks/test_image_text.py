@@ -124,7 +124,7 @@ def test_loss_is_the_models_own_and_metrics_those_of_single_rows(model, name: st
         batch = next(iter(task.train_batches(3)))
         torch.testing.assert_close(task.loss(network, batch), network(**batch).loss)
         for row in task._examples["test"]:
-            inputs = task._tokens(row)
+            inputs = task._inputs(row)
             labels = inputs.pop("labels")[0, 1:]
             logits = network(**inputs).logits[0, :-1][labels != -100]
             hits = logits.argmax(-1) == labels[labels != -100]
@@ -295,7 +295,7 @@ def test_batches_with_and_without_images(model, name: str) -> None:
     with torch.no_grad():
         logits = network(**batch).logits
         for index, row in enumerate(task._examples["train"]):
-            inputs = task._tokens(row)
+            inputs = task._inputs(row)
             alone = network(**inputs).logits[0]
             torch.testing.assert_close(logits[index, : len(alone)], alone, rtol=1e-3, atol=1e-5)
 

@@ -6,10 +6,14 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted(Path("notebooks").glob("*.ipynb"))
+FETCHING = ("03_mobile_vlm",)  # weights inside packages
+NOTEBOOKS = [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem in FETCHING), id=path.stem)
+    for path in sorted(Path("notebooks").glob("*.ipynb"))
+]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebook_runs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     printing = [cell for cell in notebook.cells if cell.cell_type == "code" and "print(" in cell.source]

@@ -3,11 +3,14 @@
 from rankscope.tasks.answers import Chat
 from rankscope.tasks.data import data_folder
 from rankscope.tasks.image_text import ImageTextToText
+from rankscope.tasks.images import ImageClassification
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
 from rankscope.tasks.ready import DigitsShift, Outline, load_task, outline_task
+from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
 
 __all__ = [
-    "Batch", "CausalLM", "Chat", "DigitsShift", "ImageTextToText", "Outline", "Split", "Task", "TextClassification", "check_task",
-    "data_folder", "evaluate", "fingerprint_task", "load_task", "outline_task", "profile_task",
+    "Batch", "CausalLM", "Chat", "DigitsShift", "ImageClassification", "ImageTextToText", "Outline", "SequenceToSequence",
+    "Split", "Task", "TextClassification", "TokenClassification", "check_task", "data_folder", "evaluate", "fingerprint_task",
+    "load_task", "outline_task", "profile_task",
 ]  # fmt: skip

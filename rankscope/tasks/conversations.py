@@ -73,7 +73,7 @@ def read_conversations(
 
 def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str], conversing: bool) -> Conversation:
     where = f"row {number:,}"
-    images = _images(values[named["image"]], where=where)
+    images = images_of(values[named["image"]], where=where)
     if conversing:
         turns = _turns(values[named["messages"]], where=where)
     else:
@@ -142,10 +142,10 @@ def _texts(turns: list[tuple[str, Any]], *, where: str) -> list[tuple[str, str]]
     return texts
 
 
-def _images(value: Any, *, where: str) -> tuple[Any, ...]:
+def images_of(value: Any, *, where: str) -> tuple[Any, ...]:
     """Images of one cell: paths, bytes, or PIL images."""
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
-        return tuple(image for each in value for image in _images(each, where=where))
+        return tuple(image for each in value for image in images_of(each, where=where))
     if isinstance(value, Mapping) and {"bytes", "path"} & value.keys():
         value = value.get("bytes") or value.get("path")
     if value is None or value is pd.NA or value == "" or (isinstance(value, float) and np.isnan(value)):

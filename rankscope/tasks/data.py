@@ -169,10 +169,22 @@ def _read_hub(name: str) -> pd.DataFrame:
     except Exception as error:  # the hub's client raises many unrelated types
         found = f"does not ({one_line(error)})"
         raise TaskError(f"the hub data set `{name}` must load, but {found}; pass a local file.") from error
-    if len(parts) == 1:  # to be split here
-        return cast(pd.DataFrame, next(iter(parts.values())).to_pandas())
-    tables = [part.to_pandas().assign(split=split) for split, part in parts.items()]
-    return cast(pd.DataFrame, pd.concat(tables, ignore_index=True))
+    tables = {
+        split: _with_names(part.to_pandas(), getattr(part, "features", None) or {}) for split, part in parts.items()
+    }
+    if len(tables) == 1:  # to be split here
+        return next(iter(tables.values()))
+    return pd.concat([table.assign(split=split) for split, table in tables.items()], ignore_index=True)
+
+
+def _with_names(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.DataFrame:
+    """A hub data set's table with the names of classes in place of their numbers, also in lists; -1 is no class."""
+    for column, feature in features.items():
+        if names := getattr(feature, "names", None):
+            table[column] = [names[code] if code >= 0 else None for code in table[column]]
+        elif names := getattr(getattr(feature, "feature", None), "names", None):
+            table[column] = [[names[code] for code in codes] for codes in table[column]]
+    return table
 
 
 def hashed_files(paths: Iterable[Path]) -> list[Any]:

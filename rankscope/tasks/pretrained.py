@@ -250,6 +250,11 @@ def load_model(
     given = {"device_map": settings.device_map, "attn_implementation": settings.attn_implementation}
     options |= {name: value for name, value in given.items() if value is not None}
     model, report = load_pretrained(kind, source, output_loading_info=True, **options)
+    if strange := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]):
+        inside = [name for name in strange if name.startswith(f"{model.base_model_prefix}.")]
+        if inside:
+            must = f"`{source}` must hold weights of the shapes that its config.json says"
+            raise TaskError(f"{must}, but {inside[0]!r} has another; save the model again.")
     allowed = fresh or rf"(?!{re.escape(model.base_model_prefix)}\.)"
     if missing := sorted(name for name in report["missing_keys"] if not re.match(allowed, name)):
         poolers = all("pooler." in name for name in missing)

@@ -22,6 +22,7 @@ from rankscope.settings import ModelSettings
 from rankscope.tasks.answers import Chat
 from rankscope.tasks.data import data_folder, fetch_package
 from rankscope.tasks.image_text import ImageTextToText, image_text_class
+from rankscope.tasks.images import ImageClassification, image_tokens
 from rankscope.tasks.pretrained import (
     DTYPES,
     PretrainedTask,
@@ -37,6 +38,7 @@ from rankscope.tasks.pretrained import (
 )
 from rankscope.tasks.protocol import Split, Task, check_choice, check_counts, check_task
 from rankscope.tasks.scenes import DigitScenes, EmojiScenes
+from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
 
 
@@ -49,6 +51,9 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
     - `{"type": "sequence-classification", "model": …, "data": …, **options}`, see `TextClassification`;
     - `{"type": "causal-lm", "model": …, "data": …, **options}`, see `CausalLM`;
     - `{"type": "chat", "model": …, "data": …, **options}`, see `Chat`;
+    - `{"type": "sequence-to-sequence", "model": …, "data": …, **options}`, see `SequenceToSequence`;
+    - `{"type": "token-classification", "model": …, "data": …, **options}`, see `TokenClassification`;
+    - `{"type": "image-classification", "model": …, "data": …, **options}`, see `ImageClassification`;
     - `{"type": "image-text-to-text", "model": …, "data": …, **options}`, see `ImageTextToText`;
     - `"path/to/file.py:factory"` or `"package.module:factory"`;
     - a task, which is returned as it is.
@@ -94,7 +99,7 @@ class Outline(NamedTuple):
 
     model: Any  # of transformers, on the meta device
     batch_size: int  # rows
-    max_length: int  # tokens of a row
+    max_length: int  # tokens of a row, or patches of its image
 
 
 def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
@@ -122,8 +127,11 @@ def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
         must = f"`{options['model']}` must be the configuration of a model that {_AUTO_CLASSES[kind]} builds"
         raise TaskError(f"{must}, but is not ({one_line(error)}); check `task.type` and config.json.") from error
     parameters = inspect.signature(_TYPES[kind]).parameters
-    sizes = {name: options.get(name, parameters[name].default) for name in ("batch_size", "max_length")}
+    known = [name for name in ("batch_size", "max_length") if name in parameters]
+    sizes = {name: options.get(name, parameters[name].default) for name in known}
     check_counts(**sizes)
+    if "max_length" not in sizes:
+        sizes["max_length"] = image_tokens(options["model"], config, loading)
     return Outline(model, **sizes)
 
 
@@ -303,11 +311,13 @@ def glosses(*, batch_size: int = 8, max_length: int = 32, dtype: str | None = No
 
 _TYPES: Mapping[str, Callable[..., Task]] = {
     "sequence-classification": TextClassification, "causal-lm": CausalLM, "chat": Chat,
-    "image-text-to-text": ImageTextToText,
+    "sequence-to-sequence": SequenceToSequence, "token-classification": TokenClassification,
+    "image-classification": ImageClassification, "image-text-to-text": ImageTextToText,
 }  # fmt: skip
 _AUTO_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification", "causal-lm": "AutoModelForCausalLM",
-    "chat": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM", "sequence-to-sequence": "AutoModelForSeq2SeqLM",
+    "token-classification": "AutoModelForTokenClassification", "image-classification": "AutoModelForImageClassification",
     "image-text-to-text": "AutoModelForImageTextToText",
 }  # fmt: skip
 _READY: Mapping[str, Callable[..., Task]] = {

@@ -112,14 +112,7 @@ class TextClassification(TextTask):
         self.name, self.pooling, self.batch_size, self.max_length = name, pooling, batch_size, max_length
         text_column, label_column = named_columns(columns, ("text", "label")).values()
         table = read_table(data, (text_column, label_column), filled=True)
-        try:
-            self.classes = sorted(table[label_column].unique().tolist())
-        except TypeError:
-            raise TaskError(
-                f"`{label_column}` must hold labels of one type, but holds several; convert them."
-            ) from None
-        if (n_classes := len(self.classes)) < 2:
-            raise TaskError(f"`{label_column}` must hold at least 2 classes, but holds {n_classes}; check the column.")
+        self.classes = classes_of(table[label_column], name=label_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         codes = {value: code for code, value in enumerate(self.classes)}
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
@@ -171,6 +164,17 @@ class TextClassification(TextTask):
         if model.config.pad_token_id is None:  # decoders find the last token of a text by it
             model.config.pad_token_id = self._tokenizer.pad_token_id
         return model
+
+
+def classes_of(labels: pd.Series, *, name: str) -> list[Any]:
+    """The classes of a column of labels, sorted; a TaskError if there are fewer than 2, or of several types."""
+    try:
+        classes: list[Any] = sorted(labels.unique().tolist())
+    except TypeError:
+        raise TaskError(f"`{name}` must hold labels of one type, but holds several; convert them.") from None
+    if len(classes) < 2:
+        raise TaskError(f"`{name}` must hold at least 2 classes, but holds {len(classes)}; check the column.")
+    return classes
 
 
 def named_labels(classes: Sequence[Any]) -> dict[str, Any]:

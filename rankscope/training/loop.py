@@ -27,7 +27,8 @@ from rankscope.training.methods import Lora, Method
 
 _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
 _LOADERS = {  # by the task's `task_type`
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM", None: "AutoPeftModel",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM", None: "AutoPeftModel",
 }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
     [
         ("superscense", "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, emoji-scenes, digit-scenes, but got 'superscense'; did you mean 'supersense'?"),
         ({"name": "digits-shift", "batchsize": 3}, "task 'digits-shift' takes no option `batchsize`; did you mean `batch_size`?"),
-        ({"type": "causal"}, "`task.type` must be one of sequence-classification, causal-lm, chat, image-text-to-text, but got 'causal'."),
+        ({"type": "causal"}, "`task.type` must be one of sequence-classification, causal-lm, chat, sequence-to-sequence, token-classification, image-classification, image-text-to-text, but got 'causal'."),
         ({"type": "causal-lm", "model": "bert"}, "task type 'causal-lm' needs the option `data`; add it."),
         ("mine.py:Mein", "`{folder}/mine.py` must define 'Mein', but does not; did you mean 'Mine'?"),
         ("mine.py:broken", "`mine.py:broken` must give a task, but raised RuntimeError: no luck (mine.py, line 18); --debug shows the traceback."),
@@ -93,7 +93,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
          "`/gone/rows.csv` must hold the task's data, but there is no such file; check the path."),
         (3, "`task` must be a task, a name, options or `path/to/file.py:factory`, but got 3."),
         ({"name": []}, "`task` must be one of digits-shift, dinov2-digits, supersense, sentiment, word-order, glosses, emoji-scenes, digit-scenes, but got []; a task of your own is \"path/to/file.py:factory\"."),
-        ({"type": []}, "`task.type` must be one of sequence-classification, causal-lm, chat, image-text-to-text, but got []."),
+        ({"type": []}, "`task.type` must be one of sequence-classification, causal-lm, chat, sequence-to-sequence, token-classification, image-classification, image-text-to-text, but got []."),
         ({"type": "causal-lm", "model": "bert", "data": 1}, "`data` of task type 'causal-lm' must be a text, but got 1."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "columns": 2}, "`columns` of task type 'causal-lm' must be a mapping or null, but got 2."),
         ({"type": "causal-lm", "model": "bert", "data": "rows.parquet", "gguf_file": []}, "`gguf_file` of task type 'causal-lm' must be a text or null, but got []."),

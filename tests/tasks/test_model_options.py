@@ -13,10 +13,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankscope as rs
 from rankscope.errors import RankscopeError, SettingsError, TaskError
-from rankscope.tasks import CausalLM, Chat, ImageTextToText, TextClassification, evaluate, pretrained, profile_task
+from rankscope.tasks import (
+    CausalLM,
+    Chat,
+    ImageClassification,
+    ImageTextToText,
+    TextClassification,
+    TokenClassification,
+    evaluate,
+    pretrained,
+    profile_task,
+)
 from rankscope.training import save_adapter
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer, sentences
 from tests.tasks.test_chat import chats, save_chat_model
+from tests.tasks.test_images import pictures, save_classifier
+from tests.tasks.test_sequences import tagged
 from tests.tasks.vision_models import questions, save_family
 
 
@@ -73,6 +85,17 @@ def test_a_quantised_mean_pooled_encoder(tmp_path: Path) -> None:
     assert isinstance(model.bert.encoder.layer[0].attention.self.query, bitsandbytes.nn.Linear4bit)
     assert type(model.classifier) is torch.nn.Linear
     assert evaluate(task, model)["loss"] > 0
+
+
+def test_fresh_heads_are_not_quantised(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    options = {"quantization": "4bit"}
+    task = ImageClassification(save_classifier("ViT", tmp_path / "vit"), pictures(), model_options=options)
+    vit = task.build_model()
+    assert isinstance(vit.vit.layers[0].mlp.fc1, bitsandbytes.nn.Linear4bit)
+    tags = TokenClassification(save_wide(tmp_path / "llama"), tagged(), model_options=options).build_model()
+    assert (type(vit.classifier), type(tags.score)) == (torch.nn.Linear, torch.nn.Linear)
+    assert evaluate(task, vit)["loss"] > 0
 
 
 def test_quantisation_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_a_dry_run_needs_a_configuration_only(tmp_path: Path) -> None:
     status, _, error = dry_run(study)
     assert (status, error) == (
         2,
-        "rankscope: a dry run must have a generic task (`task.type` among sequence-classification, causal-lm, chat, image-text-to-text), "
+        "rankscope: a dry run must have a generic task (`task.type` among sequence-classification, causal-lm, chat, sequence-to-sequence, token-classification, image-classification, image-text-to-text), "
         "whose model is known by its configuration, but got 'digits-shift'; leave out --dry-run.\n",
     )
 

@@ -32,7 +32,16 @@ from rankscope.settings import read_study
 
 STUDIES = Path(__file__).parent / "compare" / "budgets"
 RESULTS = Path(__file__).parent / "results" / "budgets"
-TASKS = ("digits-shift", "dinov2-digits", "sentiment", "supersense", "word-order", "glosses")
+TASKS = (
+    "digits-shift",
+    "dinov2-digits",
+    "sentiment",
+    "supersense",
+    "word-order",
+    "glosses",
+    "emoji-scenes",
+    "digit-scenes",
+)
 PACKED = "runs.tar.gz"
 
 

@@ -2,7 +2,10 @@
 
 import math
 import re
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,6 +49,7 @@ CASES = [
     ("sensitivity", {}),
     ("activation", {}),
     *[("one-shot", {"power": p, "signal": s}) for p in (1.0, 2.0) for s in (True, False)],
+    ("one-shot", {"power": 1.0, "block_concavity": 0.75}),
 ]
 
 
@@ -123,6 +127,30 @@ def test_one_shot_options_by_hand() -> None:
     assert found(80, signal=True, power=0.1) == (2, 1)  # 1/20, then 0.25 ** 0.1 / 20, then 3 ** 0.1 / 40
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("concavity", [0.3, 0.75, 1.0])
+def test_blocks_that_share_are_worth_most(concavity: float, seed: int) -> None:
+    """No other ranks of the budget have a larger sum over blocks of (sum over a block's modules) ** concavity."""
+    rng, names = np.random.default_rng(seed), ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "h.1.v_proj", "head"]
+    blocks = [0, 0, 1, 1, None]
+    targets = tuple(
+        rs.TargetModule(name=name, block=block, in_features=4, out_features=4)
+        for name, block in zip(names, blocks, strict=True)
+    )
+    spectra = {name: np.sort(rng.exponential(rng.exponential(3), size=4))[::-1].tolist() for name in names}
+    profile = make_profile(targets, spectra)
+
+    def worth(ranks: Sequence[int]) -> float:
+        each = [sum(spectra[name][:rank]) for name, rank in zip(names, ranks, strict=True)]
+        return (each[0] + each[1]) ** concavity + (each[2] + each[3]) ** concavity + each[4] ** concavity
+
+    options: Any = {"power": 1.0, "block_concavity": concavity, "profile": profile}
+    for n in (1, 3, 6, 10):
+        found = rs.allocate("one-shot", targets=targets, budget=8 * n, **options).vector
+        best = max(worth(ranks) for ranks in product(range(5), repeat=5) if sum(ranks) == n)
+        assert (sum(found), worth(found)) == (n, pytest.approx(best))
+
+
 @pytest.mark.parametrize("scale", [1e-150, 1e-20, 1.0, 1e20, 1e150])
 def test_one_shot_looks_at_ratios_only(scale: float) -> None:
     """Squares and higher powers of very large or very small gradients stay numbers."""
@@ -168,7 +196,7 @@ def test_mistakes_are_named() -> None:
     budget = rs.ParameterBudget(1_000)
     cases = [
         (SettingsError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'one-shoot'; did you mean 'one-shot'?"),
-        (SettingsError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, but got 'exponent'."),
+        (SettingsError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, block_concavity, but got 'exponent'."),
         (SettingsError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
         (SettingsError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
         (SettingsError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
@@ -180,6 +208,8 @@ def test_mistakes_are_named() -> None:
         (SettingsError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
         (SettingsError, "random", {"concentration": float("inf")}, "`concentration` must be a number above 0 and finite, but got inf."),
         (SettingsError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got -1."),
+        (SettingsError, "one-shot", {"block_concavity": 0, "profile": make_profile(TWO, SPECTRA)}, "`block_concavity` must be a number above 0 and finite, but got 0."),
+        (SettingsError, "one-shot", {"block_concavity": 1.5, "profile": make_profile(TWO, SPECTRA)}, "`block_concavity` must be at most 1, but got 1.5."),
         (SettingsError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'bayes'."),
         (ModelError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ModelError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),

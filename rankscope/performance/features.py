@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -163,6 +164,27 @@ def prior_gains(spectra: Mapping[str, Floats], power: float = PRIOR_POWER) -> di
     """What ranks are worth before any trial, by module: sigma ** power, over the largest of all, since only ratios count."""
     top = max((float(np.max(values, initial=0.0)) for values in spectra.values()), default=0.0) or 1.0
     return {name: (values / top) ** power for name, values in spectra.items()}
+
+
+def share_blocks(gains: Mapping[str, Floats], targets: Sequence[TargetModule], concavity: float) -> dict[str, Floats]:
+    """What ranks add where a block is worth the sum over its modules to the power of `concavity`, so that blocks share.
+
+    The modules of a block act on one residual stream: what one of them has learned, another need not. In each block the
+    ranks with the highest gain per parameter come first. As gains fall and the power is concave, so do the results, and
+    water-filling on them maximises the sum over blocks.
+    """
+    found: dict[str, Floats] = {}
+    blocks: dict[Any, list[TargetModule]] = {}
+    for target in targets:
+        blocks.setdefault(target.name if target.block is None else (target.tower, target.block), []).append(target)
+    for block in (sorted(each, key=lambda target: target.name) for each in blocks.values()):
+        parts = [gains[target.name] for target in block]
+        values, ends = np.concatenate(parts), np.cumsum([len(part) for part in parts])
+        order = np.argsort(-values / np.repeat([t.rank_cost for t in block], list(map(len, parts))), kind="stable")
+        added = np.empty_like(values)
+        added[order] = np.diff(np.cumsum(values[order]) ** concavity, prepend=0.0)
+        found |= zip((target.name for target in block), np.split(added, ends[:-1]), strict=True)
+    return found
 
 
 def as_numbers(values: ArrayLike, name: str) -> Floats:

@@ -12,6 +12,8 @@ from rankscope.lora.config import (
 from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
+from rankscope.lora.saved import PaddedAdapter, SavedAdapter, pad_adapter, read_adapter
+from rankscope.lora.shrink import Moments, ShrunkAdapter, measure_moments, shrink
 from rankscope.lora.wrapping import (
     apply_allocation,
     ia3_config,
@@ -24,8 +26,12 @@ from rankscope.lora.wrapping import (
 
 __all__ = [
     "LiveAdapter",
+    "Moments",
+    "PaddedAdapter",
     "RankMasks",
     "Resize",
+    "SavedAdapter",
+    "ShrunkAdapter",
     "adapted_modules",
     "apply_allocation",
     "check_known",
@@ -37,13 +43,17 @@ __all__ = [
     "load_adapter",
     "loaded_from",
     "masks_on",
+    "measure_moments",
+    "pad_adapter",
     "ranks_of_adalora",
+    "read_adapter",
     "refused_by_peft",
     "resize_adapters",
     "restore_ranks",
     "restore_ranks_on_load",
     "save_lora_config",
     "save_ranks",
+    "shrink",
     "to_lora_config",
     "unwrap_optimizer",
     "vera_config",

@@ -116,6 +116,30 @@ def name_fields(names: Collection[str]) -> dict[str, Any]:
     return {"target_modules": last_parts, "exclude_modules": f"(?!{names_regex(names)}$).*"}
 
 
+def with_ranks(
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    others: Mapping[str, tuple[int, float]] = {},
+) -> LoraConfig:
+    """A copy of the config with exactly these ranks and scalings; modules of rank 0 are left out.
+
+    `others` are ranks and alphas, by name, of what the config adapts beside modules.
+    """
+    config = copy.deepcopy(config)  # the object may be another adapter's, too
+    ranks = {name: rank for name, rank in ranks.items() if rank > 0}
+    alphas = {name: alpha_for(rank, scalings[name], rslora=config.use_rslora) for name, rank in ranks.items()}
+    values = name_fields(ranks) | rank_fields(
+        ranks | {name: rank for name, (rank, _) in others.items()},
+        alphas | {name: alpha for name, (_, alpha) in others.items()},
+    )
+    for field, value in (values | {"layers_to_transform": None, "layers_pattern": None}).items():
+        setattr(config, field, value)
+    if config.init_lora_weights == "orthogonal":  # takes even ranks only; weights are loaded over it
+        config.init_lora_weights = True
+    return config
+
+
 def value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A `rank_pattern` or `alpha_pattern`: one regex for each value that is not the default."""
     others = [value for value in dict.fromkeys(values.values()) if value != default]

@@ -87,17 +87,27 @@ def truncate_svd(a: Tensor, b: Tensor, rank: int) -> Resized:
     A' have A's root mean square row norm c, so that components with singular value 0 still get a gradient. Since
     A' = M A with M = c V^T Ra^-T and B' = B N with N = Ra^T V / c, the gradients become N^T dA and dB M^T, exactly.
     """
-    wide_a = _precise(a)
-    Qa, Ra = torch.linalg.qr(wide_a.T)
-    Qb, Rb = torch.linalg.qr(_precise(b))
+    Qa, Ra, Qb, Rb = _triangular(a, b)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    norm = torch.linalg.matrix_norm(wide_a) / math.sqrt(len(a))
+    norm = torch.linalg.matrix_norm(_precise(a)) / math.sqrt(len(a))
     c = torch.where(norm > 0, norm, torch.ones_like(norm))
     N = Ra.T @ Vh.T / c
     M = c * Vh @ torch.linalg.pinv(Ra.T)
     new_a, new_b = (c * Vh @ Qa.T).to(a.dtype), (Qb @ (U * S) / c).to(b.dtype)
     return Resized(new_a, new_b, Rotation(matrix=N.T.contiguous()), Rotation(matrix=M))
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Those of `B @ A`, without the scaling, descending; shape (at most rank,)."""
+    _, Ra, _, Rb = _triangular(a, b)
+    values: Tensor = torch.linalg.svdvals(Rb @ Ra.T)
+    return values
+
+
+def _triangular(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Qa, Ra, Qb and Rb with A^T = Qa Ra and B = Qb Rb."""
+    return *torch.linalg.qr(_precise(a).T), *torch.linalg.qr(_precise(b))
 
 
 SHRINKS = {"drop": drop_components, "svd": truncate_svd}

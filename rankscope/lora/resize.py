@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 
 from rankscope.distributed import n_processes
 from rankscope.errors import ModelError, did_you_mean
-from rankscope.lora.config import alpha_for, check_block_names, check_config, name_fields, rank_fields
+from rankscope.lora.config import alpha_for, check_block_names, check_config, with_ranks
 from rankscope.lora.factors import SHRINKS, RankMap, Replacement, Resized, Selection, grow, replace_parameters
 from rankscope.targets import plain_name, unwrapped
 
@@ -292,19 +291,9 @@ class LiveAdapter:
 
     def config(self, ranks: Mapping[str, int]) -> LoraConfig:
         """A copy of the adapter's config with exactly these ranks and the present scalings."""
-        config = copy.deepcopy(self.model.peft_config[self.name])  # the object may be another adapter's, too
-        ranks = {name: rank for name, rank in ranks.items() if rank > 0}
-        scalings = {name: self.modules[name].layer.scaling[self.name] for name in ranks}
-        alphas = {name: alpha_for(rank, scalings[name], rslora=config.use_rslora) for name, rank in ranks.items()}
-        values = name_fields(ranks) | rank_fields(
-            ranks | {name: layer.r[self.name] for name, layer in self.parameters.items()},
-            alphas | {name: layer.lora_alpha[self.name] for name, layer in self.parameters.items()},
-        )
-        for field, value in (values | {"layers_to_transform": None, "layers_pattern": None}).items():
-            setattr(config, field, value)
-        if config.init_lora_weights == "orthogonal":  # takes even ranks only; weights are loaded over it
-            config.init_lora_weights = True
-        return config
+        scalings = {name: module.layer.scaling[self.name] for name, module in self.modules.items() if ranks.get(name)}
+        others = {name: (layer.r[self.name], layer.lora_alpha[self.name]) for name, layer in self.parameters.items()}
+        return with_ranks(self.model.peft_config[self.name], ranks, scalings, others)
 
     def replace_factors(self, optimizer: Optimizer | None, resized: Mapping[str, Resized]) -> None:
         """Put new factors into the layers; parameters, optimizer, layer attributes and config follow."""

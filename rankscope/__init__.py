@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from rankscope.comparison import plan_budget as plan_budget
     from rankscope.control import RankController as RankController
     from rankscope.control import RankControllerCallback as RankControllerCallback
+    from rankscope.lora import export as export
+    from rankscope.lora import measure_moments as measure_moments
+    from rankscope.lora import pad_adapter as pad_adapter
+    from rankscope.lora import shrink as shrink
     from rankscope.performance import PerformanceModel as PerformanceModel
     from rankscope.performance import rank_features as rank_features
     from rankscope.profiling import Profile as Profile
@@ -58,6 +62,7 @@ _NAMES = {
     "budget": ["ParameterBudget"],
     "comparison": ["BudgetPlan", "Comparison", "compare", "plan_budget"],
     "control": ["RankController", "RankControllerCallback"],
+    "lora": ["export", "measure_moments", "pad_adapter", "shrink"],
     "performance": ["PerformanceModel", "rank_features"],
     "profiling": ["Profile", "profile", "read_profile"],
     "searching": ["HierarchicalSpace", "PerformanceModelSampler", "SearchResult", "search", "suggest_allocation"],

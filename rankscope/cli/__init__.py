@@ -279,6 +279,61 @@ def _dashboard(
     """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
 
 
+@app.command("export", epilog="Example: rankscope export out/digits/allocation.json --to axolotl")
+@reports_errors
+def _export(
+    source: Path = typer.Argument(
+        metavar="ALLOCATION", help="An allocation.json or a folder with one; for --padded, an adapter's folder."
+    ),
+    to: str | None = typer.Option(None, metavar="TOOL", help="peft, axolotl, kohya, unsloth or trl."),
+    padded: bool = typer.Option(
+        False, "--padded", help="Write the adapter with one rank, the same function, for servers such as vLLM."
+    ),
+    out: Path | None = typer.Option(
+        None,
+        metavar="PATH",
+        help="The file, instead of the terminal; the folder for --padded.  [default: ADAPTER-padded]",
+    ),
+    scaling: float | None = typer.Option(None, help="alpha / r of every module.  [default: 2; kohya: 1]"),
+    dropout: float = typer.Option(0.0, min=0.0, max=1.0, help="Dropout on the inputs of adapters."),
+    save: list[str] = typer.Option([], metavar="MODULE", help="Trained in full, as a fresh classifier; several times."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Write an allocation in the words of another tool, or an adapter padded to one rank."""
+    if (to is None) is not padded:
+        raise SettingsError("one of --to TOOL and --padded must be given, and not both; see `rankscope export --help`.")
+    from rankscope.cli.adapters import run_export, run_pad
+
+    if padded:
+        run_pad(source, out)
+    else:
+        run_export(source, str(to), out, scaling=scaling, lora_dropout=dropout, modules_to_save=save)
+
+
+@app.command(
+    "shrink", epilog="Example: rankscope shrink out/digits/adapter --parameters 1728 --study studies/digits.yaml"
+)
+@reports_errors
+def _shrink(
+    adapter: Path = typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as `save_pretrained` writes it."),
+    parameters: int = typer.Option(help="The most adapter parameters that are left."),
+    study: Path | None = typer.Option(
+        None, metavar="STUDY", help="Its task's data weighs what is cut, and its metric is told before and after."
+    ),
+    rule: str = typer.Option("energy", help="energy, threshold (PARA's rule) or uniform."),
+    batches: int = typer.Option(16, min=1, help="Training batches of the study to weigh by."),
+    out: Path | None = typer.Option(None, metavar="DIR", help="The new folder.  [default: ADAPTER-shrunk]"),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    """Cut an adapter that is trained to a parameter budget, where its output loses least; no training."""
+    from rankscope.cli.adapters import run_shrink
+    from rankscope.settings import read_study
+
+    settings = None if study is None else read_study(study)
+    run_shrink(adapter, parameters, settings, out, rule=rule, n_batches=batches, as_json=json)
+
+
 @app.command("init", epilog="Example: rankscope init my-study --template supersense")
 @reports_errors
 def _init(

@@ -52,7 +52,7 @@ class Session:
 
     def __post_init__(self) -> None:
         require_one_process("a command")
-        _quiet_libraries()
+        quiet_libraries()
         nearest = next(each for each in (self.out, *self.out.absolute().parents) if os.path.lexists(each))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
@@ -213,7 +213,7 @@ class Session:
         )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep other libraries' load reports and advice out of the terminal; torch's thread count is left to the user."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # peft asks transformers for an attribute of an old name, in this process and in workers.

@@ -9,6 +9,7 @@ from rankscope.lora.config import (
     save_lora_config,
     to_lora_config,
 )
+from rankscope.lora.export import EXPORTS, adapted_regex, export
 from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
@@ -25,6 +26,7 @@ from rankscope.lora.wrapping import (
 )
 
 __all__ = [
+    "EXPORTS",
     "LiveAdapter",
     "Moments",
     "PaddedAdapter",
@@ -33,9 +35,11 @@ __all__ = [
     "SavedAdapter",
     "ShrunkAdapter",
     "adapted_modules",
+    "adapted_regex",
     "apply_allocation",
     "check_known",
     "count_adapter_parameters",
+    "export",
     "from_lora_config",
     "from_peft_model",
     "ia3_config",

@@ -62,9 +62,14 @@ def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, 
     return LoraConfig(**ours, **peft_kwargs)
 
 
+def config_values(config: LoraConfig) -> dict[str, Any]:
+    """The config as plain values, as PEFT's own `adapter_config.json` has them."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
 def save_lora_config(config: LoraConfig, path: AnyPath) -> Path:
     """Write the config as PEFT's own `adapter_config.json`, atomically; return the path."""
-    write_json(path, {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()})
+    write_json(path, config_values(config))
     return Path(path)
 
 

@@ -75,7 +75,7 @@ def read_adapter(folder: AnyPath) -> SavedAdapter:
         raise FileError(f"`{folder}` must hold an adapter's weights, but has no {WEIGHTS[0]}; save the adapter again.")
     tensors = read_tensors(paths[0], what="an adapter's weights")
     keys, scalings = {}, {}
-    for key, a in tensors.items():
+    for key, a in sorted(tensors.items(), key=lambda item: _natural(item[0])):  # nearly the model's order
         if not (match := _FACTOR_A.fullmatch(key)):
             continue
         name, twin = match[1], key.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_A", ".lora_embedding_B")
@@ -101,6 +101,11 @@ def read_adapter(folder: AnyPath) -> SavedAdapter:
     if not keys:
         raise FileError(f"`{paths[0]}` must hold LoRA factors, but holds none; save the adapter again.")
     return SavedAdapter(folder=folder, config=config, tensors=tensors, keys=keys, scalings=scalings)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts block 10 behind block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _read_config(path: Path) -> LoraConfig:

@@ -1,6 +1,7 @@
 """Every public function and constructor with arguments of wrong types: one line of ours, or a result."""
 
 import inspect
+import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -76,13 +77,27 @@ def peft() -> dict[str, Any]:
     return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
 
 
+@cache
+def adapter() -> Path:
+    """A folder with an adapter that changes the model."""
+    folder, model = Path(tempfile.mkdtemp()), peft()["model"]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
 CONTROLLED = {"budget": BUDGET, "every": 1, "total_steps": 9}
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {  # arguments with which each works
     "allocate": lambda: {"strategy": "one-shot", "targets": TARGETS, "budget": BUDGET, "profile": profile()},
     "compare": lambda: {"task": TASK, "methods": ["one-shot"], "budget": BUDGET, "targets": TARGETS, "profile": profile(),
                         "training": SHORT, "seeds": [0], "settings": {"n_tuning_seeds": 1}},
+    "export": lambda: {"allocation": rs.allocate("uniform", targets=TARGETS, budget=BUDGET), "to": "axolotl"},
     "find_targets": lambda: {"model": TASK.build_model(), "selection": ["0"]},
     "load_task": lambda: {"spec": "digits-shift"},
+    "measure_moments": lambda: {"model": peft()["model"], "batches": TASK.train_batches(0), "loss": TASK.loss},
+    "pad_adapter": lambda: {"adapter": adapter(), "out": Path(tempfile.mkdtemp())},
     "plan_budget": lambda: {"task": TASK, "targets": TARGETS, "profile": profile(), "training": SHORT, "seeds": range(2),
                             "settings": {"n_seeds": 2, "max_seeds": 2, "n_tuning_seeds": 1, "highest": 1.0, "ceiling": False}},
     "profile": lambda: {"model": TASK.build_model(), "batches": TASK.train_batches(0), "targets": TARGETS, "loss_fn": TASK.loss},
@@ -90,6 +105,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {  # arguments with which each w
     "read_profile": lambda: {"path": "none"},
     "read_study": lambda: {"path": "studies/digits.yaml"},
     "search": lambda: {"task": TASK, "budget": BUDGET, "profile": profile(), "training": SHORT, "n_trials": 1, "confirm_fraction": 0.0},
+    "shrink": lambda: {"adapter": adapter(), "parameters": 8, "out": Path(tempfile.mkdtemp())},
     "suggest_allocation": lambda: {"trial": trial(), "space": space()},
     "train": lambda: {"task": TASK, "method": rs.allocate("uniform", targets=TARGETS, budget=BUDGET), "settings": SHORT},
     "HierarchicalSpace": lambda: {"targets": TARGETS, "gains": space().gains, "budget": BUDGET, "groups": space().groups},
@@ -123,7 +139,7 @@ def test_an_argument_of_a_wrong_type_is_one_line(name: str, argument: str, tmp_p
         if wrong is None and (name, argument) == ("profile", "loss_fn"):
             continue  # the loss is then the model's own, and this model has none
         given = {**GOOD[name](), argument: wrong}
-        monkeypatch.chdir(tmp_path) if argument in ("kept_in", "storage") else None
+        monkeypatch.chdir(tmp_path) if argument in ("kept_in", "storage", "out") else None
         try:
             with warnings.catch_warnings(action="ignore"):
                 getattr(rs, name)(**given)

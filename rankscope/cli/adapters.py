@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -108,7 +108,7 @@ def run_shrink(
         metrics["before"] = evaluate(task, model)
         moments = _moments(task, model, n_batches)
         del model
-    shrunk = shrink(adapter, parameters, out, rule=cast(Any, rule), moments=moments)
+    shrunk = shrink(adapter, parameters, out, rule=rule, moments=moments)
     if task is not None:
         metrics["after"] = evaluate(task, load_adapter(placed(task.build_model()), out))
     titles = [

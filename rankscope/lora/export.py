@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pprint import pformat
 from typing import Any
 
@@ -27,7 +28,7 @@ def export(
     *,
     scaling: float | None = None,
     lora_dropout: float = 0.0,
-    modules_to_save: Collection[str] = (),
+    modules_to_save: Sequence[str] = (),
 ) -> str:
     r"""The allocation as another tool takes it, as text: exactly these ranks, and modules of rank 0 left out.
 
@@ -65,6 +66,11 @@ def export(
     if to not in EXPORTS:
         hint = did_you_mean(to, [*EXPORTS, *_ONE_RANK], f"choose among {', '.join(EXPORTS)}.")
         raise SettingsError(f"`to` must name a tool that rankscope exports to, but got {to!r}; {hint}")
+    if scaling is not None and not 0 < scaling < math.inf:
+        raise SettingsError(f"`scaling` must be above 0 and finite, but got {scaling:g}; leave it out for the default.")
+    if not 0 <= lora_dropout < 1:
+        raise SettingsError(f"`lora_dropout` must be at least 0 and below 1, but got {lora_dropout:g}.")
+    lora_dropout = float(lora_dropout)
     if to == "kohya":
         return _kohya(allocation, scaling, lora_dropout, modules_to_save)
     options = {"lora_dropout": lora_dropout, "modules_to_save": sorted(modules_to_save) or None}
@@ -107,7 +113,7 @@ def adapted_regex(config: LoraConfig) -> str:
 
 
 def _kohya(
-    allocation: RankAllocation, scaling: float | None, lora_dropout: float, modules_to_save: Collection[str]
+    allocation: RankAllocation, scaling: float | None, lora_dropout: float, modules_to_save: Sequence[str]
 ) -> str:
     """Ranks by regex, the first match wins; the last one gives rank 0, no adapter, to all other modules.
 

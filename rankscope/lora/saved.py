@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from rankscope.allocation import RankAllocation
-from rankscope.errors import FileError, ModelError, one_line
+from rankscope.errors import FileError, ModelError, checked, one_line
 from rankscope.files import AnyPath, read_json, read_tensors, replacing
 from rankscope.lora.config import PEFT_PREFIX, check_config, save_lora_config
 from rankscope.naming import describe_modules
@@ -171,6 +171,7 @@ class PaddedAdapter:
     not_in_vllm: tuple[str, ...]  # features of the adapter that vLLM does not load
 
 
+@checked
 def pad_adapter(adapter: AnyPath, out: AnyPath) -> PaddedAdapter:
     """Write a LoRA adapter with one rank and one scaling, which computes the same function: factors are padded with zeros.
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
-from rankscope.errors import ModelError, SettingsError
+from rankscope.errors import ModelError, SettingsError, checked
 from rankscope.files import AnyPath
 from rankscope.lora.config import with_ranks
 from rankscope.lora.factors import singular_values, truncate_svd
 from rankscope.lora.resize import EMBEDDING_FACTORS, LiveAdapter
 from rankscope.lora.saved import SavedAdapter, read_adapter, write_adapter
 
-Rule = Literal["energy", "threshold", "uniform"]
+RULES = ("energy", "threshold", "uniform")
 _NEGLIGIBLE = 1e-12  # of the largest energy: rounding errors of directions that are not there
 
 
@@ -58,12 +58,13 @@ class ShrunkAdapter:
         return float(energy[: self.after.ranks[name]].sum()) / whole if whole else 1.0
 
 
+@checked
 def shrink(
     adapter: AnyPath,
     parameters: int,
     out: AnyPath,
     *,
-    rule: Rule = "energy",
+    rule: str = "energy",
     moments: Mapping[str, Moments] | None = None,
 ) -> ShrunkAdapter:
     """Cut a LoRA adapter of any ranks to a budget, without training, and write it as PEFT loads it.
@@ -88,17 +89,17 @@ def shrink(
         ModelError: Its ranks cannot change, or its update is zero.
         SettingsError: The budget pays for no rank.
     """
-    if rule not in get_args(Rule):
-        raise SettingsError(f"`rule` must be among {', '.join(get_args(Rule))}, but got {rule!r}.")
+    if rule not in RULES:
+        raise SettingsError(f"`rule` must be among {', '.join(RULES)}, but got {rule!r}.")
     saved = read_adapter(adapter)
     before = saved.allocation
     if moments is not None:
         _check_moments(saved, moments)
     energies = {name: _energy(saved, name, moments) for name in saved.keys}
     least = min(target.rank_cost for target in before.targets)
-    if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < least:
+    if parameters < least:
         raise SettingsError(
-            f"`parameters` must pay for one rank at least ({least:,} parameters, of the smallest module), but got {parameters!r}."
+            f"`parameters` must pay for one rank at least ({least:,} parameters, of the smallest module), but got {parameters:,}."
         )
     if parameters >= before.parameters:
         path = write_adapter(saved, out, saved.config, saved.tensors)
@@ -117,7 +118,7 @@ def _allocate(
     before: RankAllocation,
     energies: Mapping[str, NDArray[np.float64]],
     parameters: int,
-    rule: Rule,
+    rule: str,
 ) -> RankAllocation:
     """The ranks after the cut: none without energy, and none above the present one."""
     largest = max(float(energy.max()) for energy in energies.values())
@@ -126,7 +127,7 @@ def _allocate(
     config = saved.config
     lowest = int(bool(config.use_dora or config.lora_bias or config.bias != "none"))
     highest = {name: max(int((each > _NEGLIGIBLE * largest).sum()), lowest) for name, each in energies.items()}
-    budget, limits = ParameterBudget(parameters), RankLimits(min_rank=lowest, max_rank=highest)
+    budget, limits = ParameterBudget(int(parameters)), RankLimits(min_rank=lowest, max_rank=highest)
     if rule == "uniform":
         allocation = allocate_proportional(before.targets, dict.fromkeys(energies, 1.0), budget, limits)
     else:
@@ -213,6 +214,7 @@ def _check_moments(saved: SavedAdapter, moments: Mapping[str, Moments]) -> None:
 # --- the moments ----------------------------------------------------------------------------------------------------
 
 
+@checked
 def measure_moments(
     model: PeftModel,
     batches: Iterable[Any],

@@ -90,7 +90,7 @@ def cut(task: Task, adapter: Path, budgets: dict[str, int], scores: Scores, fact
     for name, parameters in budgets.items():
         for rule in RULES:
             for by, given in weights.items():
-                shrunk = shrink(adapter, parameters, out, rule=rule, moments=given)  # type: ignore[arg-type]
+                shrunk = shrink(adapter, parameters, out, rule=rule, moments=given)
                 key = f"{rule}, by {by}", name
                 scores[key].append(evaluate(task, load_adapter(task.build_model(), out), "test")[task.metric])
                 facts[key] = {"parameters": shrunk.after.parameters, "energy_kept": shrunk.kept}

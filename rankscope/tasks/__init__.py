@@ -8,9 +8,10 @@ from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, f
 from rankscope.tasks.ready import DigitsShift, Outline, load_task, outline_task
 from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
+from rankscope.tasks.trainers import TrainerTask, undisturbed
 
 __all__ = [
     "Batch", "CausalLM", "Chat", "DigitsShift", "ImageClassification", "ImageTextToText", "Outline", "SequenceToSequence",
-    "Split", "Task", "TextClassification", "TokenClassification", "check_task", "data_folder", "evaluate", "fingerprint_task",
-    "load_task", "outline_task", "profile_task",
+    "Split", "Task", "TextClassification", "TokenClassification", "TrainerTask", "check_task", "data_folder", "evaluate",
+    "fingerprint_task", "load_task", "outline_task", "profile_task", "undisturbed",
 ]  # fmt: skip

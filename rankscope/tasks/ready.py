@@ -40,6 +40,7 @@ from rankscope.tasks.protocol import Split, Task, check_choice, check_counts, ch
 from rankscope.tasks.scenes import DigitScenes, EmojiScenes
 from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
+from rankscope.tasks.trainers import TrainerTask, makes_trainer
 
 
 @checked
@@ -55,7 +56,8 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
     - `{"type": "token-classification", "model": …, "data": …, **options}`, see `TokenClassification`;
     - `{"type": "image-classification", "model": …, "data": …, **options}`, see `ImageClassification`;
     - `{"type": "image-text-to-text", "model": …, "data": …, **options}`, see `ImageTextToText`;
-    - `"path/to/file.py:factory"` or `"package.module:factory"`;
+    - `"path/to/file.py:factory"` or `"package.module:factory"`, which makes a task; or a Trainer of a `peft_config`, see
+      `TrainerTask`;
     - a task, which is returned as it is.
 
     >>> load_task("digits-shift").metric
@@ -65,7 +67,7 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
     if isinstance(spec, str):
         if ":" in spec:
             with user_function(spec, base, gives="a task", error=TaskError) as factory:
-                return check_task(factory())
+                return TrainerTask(factory, name=spec) if makes_trainer(factory) else check_task(factory())
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
         if type(spec).__module__ != "builtins":

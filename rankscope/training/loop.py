@@ -22,8 +22,9 @@ from rankscope.distributed import batch_device, mixed_precision, placed, require
 from rankscope.errors import TrainingError, checked
 from rankscope.files import replacing, write_json
 from rankscope.settings import ControllerSettings, TrainingSettings
-from rankscope.tasks import Batch, Task, evaluate, load_task
+from rankscope.tasks import Batch, Task, TrainerTask, evaluate, load_task
 from rankscope.training.methods import Lora, Method
+from rankscope.training.trainers import Run
 
 _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
 _LOADERS = {  # by the task's `task_type`
@@ -82,6 +83,9 @@ def train(
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     method.check(task, settings)
+    if isinstance(task, TrainerTask):
+        run = Run(task, method, settings, seed=seed, on_evaluation=on_evaluation, on_step=on_step)
+        return _finished(task, run.model, run.history, run.wall_seconds, run.allocation, run.decisions)
     started = time.perf_counter()
     with seeded(seed):
         model = method.adapt(placed(task.build_model()), task, settings, seed)
@@ -99,12 +103,23 @@ def train(
                             raise TrainingError(f"{must}; lower `learning_rate`.")
                         if on_evaluation:
                             on_evaluation(step, history[step])
+    return _finished(task, model, history, time.perf_counter() - started, running.allocation, running.decisions)
+
+
+def _finished(
+    task: Task,
+    model: nn.Module,
+    history: Mapping[int, Mapping[str, float]],
+    seconds: float,
+    allocation: RankAllocation | None,
+    decisions: pd.DataFrame | None,
+) -> tuple[nn.Module, TrainingResult]:
+    """The model, whose adapter knows how it is loaded, and the result."""
     for adapter in getattr(model, "peft_config", {}).values():
         adapter.task_type = getattr(task, "task_type", None)  # goes into the saved adapter, as the next
         adapter.revision = getattr(task, "revision", None)
-    allocation, seconds = running.allocation, time.perf_counter() - started
     parameters = allocation.parameters if allocation else sum(p.numel() for p in _body_and_head(task, model)[0])
-    return model, TrainingResult(history, parameters, seconds, allocation, running.decisions)
+    return model, TrainingResult(history, parameters, seconds, allocation, decisions)
 
 
 def _steps(

@@ -94,12 +94,16 @@ class Lora(Method):
 
     def adapt(self, model: nn.Module, task: Task, settings: TrainingSettings, seed: int) -> nn.Module:
         """Add adapters of these ranks; under a controller, inactive ones on modules of rank 0."""
+        options = self.options(task, settings)
+        return cast(nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **options))
+
+    def options(self, task: Task, settings: TrainingSettings) -> dict[str, Any]:
+        """What `to_lora_config` takes beside the ranks."""
         options: dict[str, Any] = {"scaling": settings.scaling}
         if self.rank_stabilised:
             ranks = [rank for rank in self.allocation.vector if rank]
             options = {"use_rslora": True, "lora_alpha": settings.scaling * sum(ranks) / len(ranks)}
-        options |= _peft_options(task, settings)
-        return cast(nn.Module, apply_allocation(model, self.allocation, dormant=bool(self.controller), **options))
+        return options | _peft_options(task, settings)
 
     def follow(self, model: nn.Module, optimizer: Any, settings: TrainingSettings, seed: int) -> Any:
         """Start the controller, if there is one."""

@@ -339,6 +339,16 @@ class ControllerSettings(Settings):
         return self.every or max(1, min(50, int(self.freeze_fraction * steps) // 4))
 
 
+class AxolotlSettings(Settings):
+    """The section `rankscope` of an axolotl YAML."""
+
+    allocation: Name = Field(description="An allocation file, from the folder in which axolotl runs.")
+    scaling: Positive = Field(2.0, description="alpha / r of every module.")
+    controller: bool | dict[str, Any] = Field(
+        False, description="Whether ranks move during the training, or the controller's settings."
+    )
+
+
 class CompareSettings(Settings):
     """What is compared at equal parameters, on how many seeds."""
 

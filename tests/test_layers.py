@@ -20,7 +20,7 @@ LAYERS = [
     ["profiling", "lora"],
     ["performance"],
     ["strategies", "tasks", "control", "training", "searching"],
-    ["plotting", "comparison"],
+    ["plotting", "comparison", "integrations"],
     ["cli"],
 ]
 ORDER = {name: (layer, row) for layer, rows in enumerate(LAYERS) for row, name in enumerate(rows)}

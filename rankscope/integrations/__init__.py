@@ -1,0 +1,1 @@
+"""rankscope inside other tools: `rankscope.integrations.axolotl.RankscopePlugin`."""

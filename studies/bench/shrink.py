@@ -38,6 +38,7 @@ HEAD_RATE = 0.05  # as in the study
 FACTORS = {"1": 1.0, "1/4": 0.25}  # of uniform rank 1's parameters
 RULES = ("energy", "threshold", "uniform")
 OURS, PARA, RESIZE = "energy, by inputs and gradients", "threshold, by weights", "uniform, by weights"
+RETRAINED = f"retrained uniform, rank {RANK}"  # the adapters that are cut
 TRAINED = ("uniform", "one-shot", "controller-one-shot")
 
 Scores = dict[tuple[str, str], list[float]]  # by method and budget, one a seed
@@ -53,21 +54,25 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     facts: dict[tuple[str, str], dict[str, Any]] = {}
     for name, factor in {**FACTORS, str(RANK): float(RANK)}.items():
         for method in TRAINED if name in FACTORS else ("uniform",):
-            key = f"trained {method}", name
+            key = _trained(method, name), name
             scores[key], facts[key] = trained(runs, method, factor, seeds)
     targets = rs.find_targets(task.build_model())
     whole = rs.ParameterBudget.uniform(targets, 1).limit
     wide = rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, RANK))
-    rate = facts["trained uniform", str(RANK)]["learning_rate"]
+    rate = facts[_trained("uniform", str(RANK)), str(RANK)]["learning_rate"]
     training = TrainingSettings(steps=STEPS, learning_rate=rate, head_learning_rate=HEAD_RATE)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
             adapter = Path(folder) / "adapter"
             spec = RunSpec(method=Lora(wide), training=training, seed=seed, save_to=adapter)
-            scores["retrained uniform", str(RANK)].append(run_all(task, [spec])[0].test or 0.0)
-            facts["retrained uniform", str(RANK)] = {"parameters": wide.parameters, "learning_rate": rate}
+            scores[RETRAINED, str(RANK)].append(run_all(task, [spec])[0].test or 0.0)
+            facts[RETRAINED, str(RANK)] = {"parameters": wide.parameters, "learning_rate": rate}
             cut(task, adapter, {name: round(factor * whole) for name, factor in FACTORS.items()}, scores, facts)
     return [row(key, scores, facts) for key in scores], claims_of(scores)
+
+
+def _trained(method: str, budget: str) -> str:
+    return f"trained {method}" + f", rank {RANK}" * (budget == str(RANK))
 
 
 def trained(runs: pd.DataFrame, method: str, factor: float, seeds: range) -> tuple[list[float], dict[str, Any]]:

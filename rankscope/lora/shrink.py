@@ -69,11 +69,12 @@ def shrink(
 ) -> ShrunkAdapter:
     """Cut a LoRA adapter of any ranks to a budget, without training, and write it as PEFT loads it.
 
-    With the update W = s B A of a module and the second moment C of its inputs, the rank-k update W' that loses least of the
-    output, E ||(W - W') x||^2, is the truncated SVD of W C^(1/2), times C^(-1/2) (weighted Eckart-Young). Its loss is the sum of
-    the squared singular values that are cut, the energy. All this happens in the space of A's rows: `moments` are
-    M = A C A^T = E[(A x)(A x)^T], (rank, rank) by module, as `input_moments` measures them. Without, C is the identity, and it is
-    the weight that loses least.
+    With the update W = s B A of a module, the second moment C of its inputs x and G of the loss's gradients at its outputs, the
+    rank-k update W' that loses least, tr(G (W - W') C (W - W')^T), is the truncated SVD of G^(1/2) W C^(1/2), mapped back by the
+    inverse roots (weighted Eckart-Young; as a loss it is K-FAC's, Martens and Grosse, arXiv 1503.05671). What is lost is the sum
+    of the squared singular values that are cut, the energy. Only A C A^T and B^T G B are needed, (rank, rank) by module, which
+    `measure_moments` measures. Without gradients G is the identity, and it is the output that loses least; without moments C is,
+    too, and it is the weight.
 
     Args:
         adapter: A folder that `save_pretrained` wrote: LoRA, rsLoRA or DoRA. Trained modules (`modules_to_save`) are copied.
@@ -82,7 +83,7 @@ def shrink(
         rule: `energy` fills the budget with the ranks of most energy per parameter; `threshold` keeps all singular values above
             one threshold for the whole adapter (PARA, Kumaravelu et al., arXiv 2604.27796), and then what still fits; `uniform`
             gives every module the same rank. Modules of DoRA, or with biases, keep rank 1 at least, since they act without.
-        moments: By module.
+        moments: By module, as `measure_moments` measures them on this adapter.
 
     Raises:
         FileError: `adapter` is no adapter's folder.

@@ -73,8 +73,10 @@ class ParameterBudget:
             )
 
     @classmethod
-    def of(cls, budget: ParameterBudget | int) -> ParameterBudget:
-        """The budget itself, or one of so many parameters."""
+    def of(cls, budget: ParameterBudget | RankAllocation | int) -> ParameterBudget:
+        """The budget itself, that of an allocation (what it uses, if it has none), or one of so many parameters."""
+        if isinstance(budget, RankAllocation):
+            return cls.bounded(budget.budget or budget.parameters, budget.tower_bounds)
         return budget if isinstance(budget, cls) else cls(budget)  # type: ignore[arg-type]
 
     @classmethod

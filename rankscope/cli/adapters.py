@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from rankscope.allocation import RankAllocation
-from rankscope.cli.session import print_files, print_json, print_line, print_table, progress, quiet_libraries, stderr
+from rankscope.cli.session import (
+    ALLOCATION,
+    print_files,
+    print_json,
+    print_line,
+    print_table,
+    progress,
+    quiet_libraries,
+    stderr,
+)
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process
 from rankscope.errors import FileError
 from rankscope.files import replacing, write_json
@@ -19,7 +28,6 @@ from rankscope.plotting import plot_ranks, save_figure
 from rankscope.settings import StudySettings
 from rankscope.tasks import Task, evaluate, load_task
 
-ALLOCATION = "allocation.json"
 _HINTS = {
     "peft": "save it as adapter_config.json; `LoraConfig.from_pretrained(folder)` reads it",
     "axolotl": "put these keys into the axolotl YAML, and leave `lora_target_linear` out",

@@ -28,6 +28,7 @@ from rankscope.lora import save_lora_config
 from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
+from rankscope.tasks import PATHS
 from rankscope.training import Lora, describe_towers, estimate_memory
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
@@ -532,9 +533,7 @@ def _write_study(session: Session, budget: int) -> Path:
         if not isinstance(value, str) or os.path.isabs(value):
             return value
         a_file = "." in value and (base / value.partition(":")[0]).is_file()
-        a_folder = (
-            key in ("model", "data", "image_folder") and value and (base / value).is_dir()
-        )  # others may be named like a folder by chance
+        a_folder = key in PATHS and value and (base / value).is_dir()  # others may be named like a folder by chance
         return os.path.relpath(base / value, folder) if a_file or a_folder else value
 
     path = folder / "recommended.yaml"

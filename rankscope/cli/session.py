@@ -34,6 +34,7 @@ from rankscope.strategies import allocate, needs_profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Outline, Task, fingerprint_task, load_task, outline_task, profile_task
 
+ALLOCATION = "allocation.json"
 NARROWEST = 12  # cells of a table's first column, whose texts wrap
 
 stdout = Console(highlight=False, markup=False)  # names and paths may hold brackets
@@ -56,7 +57,7 @@ class Session:
         nearest = next(each for each in (self.out, *self.out.absolute().parents) if os.path.lexists(each))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
-        self.profile_path, self.allocation_path = self.out / "profile.parquet", self.out / "allocation.json"
+        self.profile_path, self.allocation_path = self.out / "profile.parquet", self.out / ALLOCATION
 
     @property
     def arguments(self) -> str:

@@ -87,9 +87,7 @@ class RankscopePlugin(BasePlugin):  # type: ignore[misc]
         if settings is None or allocation is None or settings.controller is False:
             return []
         given = {} if settings.controller is True else dict(settings.controller)
-        limit = allocation.budget or allocation.parameters
-        budget = ParameterBudget.bounded(limit, allocation.tower_bounds)
-        RankControllerCallback(budget=budget, settings=given).bind(trainer)
+        RankControllerCallback(budget=ParameterBudget.of(allocation), settings=given).bind(trainer)
         return []
 
 

@@ -85,11 +85,17 @@ def wrap_with_config(model: nn.Module, config: peft.PeftConfig, heads: Sequence[
     """
     if not isinstance(config, peft.PeftConfig):
         raise ModelError(f"`config` must be a peft.PeftConfig, but is a {type(config).__name__}.")
+    config = with_heads(config, heads)
+    with applied_by_peft("config"):
+        return peft.get_peft_model(unwrapped(model), config)
+
+
+def with_heads(config: peft.PeftConfig, heads: Sequence[str]) -> peft.PeftConfig:
+    """A copy of the config that also trains these modules in full."""
     config = copy.deepcopy(config)
     if heads:
         config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads})
-    with applied_by_peft("config"):
-        return peft.get_peft_model(unwrapped(model), config)
+    return config
 
 
 def vera_config(targets: Sequence[TargetModule], r: int) -> peft.VeraConfig:

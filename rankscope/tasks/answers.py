@@ -17,8 +17,8 @@ from rankscope.errors import TaskError, one_line
 from rankscope.files import digest, read_text
 from rankscope.settings import ModelSettings
 from rankscope.tasks.conversations import IGNORED, Conversation, encode_chat, read_chats
-from rankscope.tasks.data import split_rows
-from rankscope.tasks.pretrained import evaluating, hub_options, load_pretrained, load_tokenizer, own_files
+from rankscope.tasks.data import split_by_image
+from rankscope.tasks.pretrained import evaluating, load_tokenizer, own_files
 from rankscope.tasks.protocol import Batch, Split, check_counts
 from rankscope.tasks.rows import RowsTask, UnusableError
 
@@ -41,7 +41,7 @@ class AnswerTask(RowsTask):
     @cached_property
     def _limit(self) -> int:
         """The most tokens of a row."""
-        config = load_pretrained("AutoConfig", self.model, **hub_options(self.model_options)).get_text_config()
+        config = self._config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None) or self.max_length
         return cast(int, min(self.max_length, positions, self._tokenizer_used.model_max_length))
 
@@ -109,15 +109,8 @@ def answer_metrics(sums: Tensor, n_rows: int) -> dict[str, float]:
 
 def split_conversations(rows: Sequence[Conversation], *, seed: int) -> dict[Split, list[Conversation]]:
     """Rows by split; without splits in the data, those with the same images are in the same one."""
-    keys = pd.DataFrame({"row": range(len(rows)), "split": [row.split for row in rows]})
-    keys["same"] = [digest(row.content()) for row in rows]
-    keys["image"] = [
-        digest(row.content()[0]) if row.images else same for row, same in zip(rows, keys["same"], strict=True)
-    ]
-    if keys["split"].isna().all():
-        keys = keys.drop(columns="split")
-    parts = split_rows(keys, key="same", group="image", seed=seed)
-    return {split: [rows[index] for index in part["row"]] for split, part in parts.items()}
+    parts = split_by_image([row.content() for row in rows], pd.Series([row.split for row in rows]), seed=seed)
+    return {split: [rows[i] for i in part] for split, part in parts.items()}
 
 
 class Chat(AnswerTask):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from rankscope.errors import FileError, TaskError, did_you_mean, one_line, shown
-from rankscope.files import packaged, parse_json, read_parquet, read_text
+from rankscope.files import digest, packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
 _WHAT = "the task's data"
@@ -120,6 +120,25 @@ def split_rows(table: pd.DataFrame, *, key: str, group: str | None = None, seed:
     if empty := [split for split, rows in parts.items() if rows.empty]:
         raise TaskError(f"the data must have rows in every split, but {empty[0]!r} has none; {hint}")
     return {split: rows.reset_index(drop=True) for split, rows in parts.items()}
+
+
+def split_by_image(contents: Sequence[Sequence[Any]], splits: pd.Series | None, *, seed: int) -> dict[Split, list[int]]:
+    """Places of rows by split. Without splits in the data, rows whose content begins with the same images are in the same one."""
+    keys = pd.DataFrame({"row": range(len(contents)), "same": [digest(content) for content in contents]})
+    pairs = zip(contents, keys["same"], strict=True)
+    keys["image"] = [digest(content[0]) if len(content[0]) else same for content, same in pairs]
+    if splits is not None and splits.notna().any():
+        keys["split"] = list(splits)
+    parts = split_rows(keys, key="same", group="image", seed=seed)
+    return {split: part["row"].tolist() for split, part in parts.items()}
+
+
+def folder_of_images(data: str | Path | pd.DataFrame, image_folder: str | Path | None) -> Path:
+    """Where relative paths of images start: `image_folder`, else the data file's folder, or the working directory."""
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise TaskError(f"`image_folder` must be a folder, but `{image_folder}` is none; check the path.")
+    beside = Path() if isinstance(data, pd.DataFrame) else Path(data).parent
+    return beside if image_folder is None else Path(image_folder)
 
 
 def _read(source: str | Path) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from rankscope.tasks.conversations import (
     read_conversations,
     takes_suffix,
 )
-from rankscope.tasks.data import hashed_files
+from rankscope.tasks.data import folder_of_images, hashed_files
 from rankscope.tasks.pretrained import hub_options, load_pretrained, own_files
 from rankscope.tasks.protocol import check_counts
 
@@ -84,10 +83,7 @@ class ImageTextToText(AnswerTask):
         check_counts(batch_size=batch_size, max_length=max_length)
         self._take(model, model_options)
         self.batch_size, self.max_length, self.text_only = batch_size, max_length, text_only
-        if image_folder is not None and not os.path.isdir(image_folder):
-            raise TaskError(f"`image_folder` must be a folder, but `{image_folder}` is none; check the path.")
-        beside = Path() if isinstance(data, pd.DataFrame) else Path(data).parent
-        self._folder = beside if image_folder is None else Path(image_folder)
+        self._folder = folder_of_images(data, image_folder)
         rows = read_conversations(data, columns, text_only=text_only)
         self._hold(split_conversations(rows, seed=split_seed), max_skipped=max_skipped)
 

@@ -18,13 +18,19 @@ from rankscope.errors import TaskError, one_line
 from rankscope.files import digest
 from rankscope.settings import ModelSettings
 from rankscope.tasks.conversations import images_of, open_image
-from rankscope.tasks.data import check_columns, hashed_files, named_columns, read_table, split_rows
-from rankscope.tasks.pretrained import evaluating, head_of, hub_options, load_pretrained, outline_model, own_files
+from rankscope.tasks.data import (
+    check_columns,
+    folder_of_images,
+    hashed_files,
+    named_columns,
+    read_table,
+    split_by_image,
+)
+from rankscope.tasks.pretrained import FreshHead, evaluating, hub_options, load_pretrained, own_files
 from rankscope.tasks.protocol import Split, check_counts
 from rankscope.tasks.rows import RowsTask, UnusableError
 from rankscope.tasks.text import classes_of, named_labels
 
-_CLASS = "AutoModelForImageClassification"
 _SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
 
 
@@ -40,7 +46,7 @@ class Labelled(NamedTuple):
         return [self.image if isinstance(self.image, str | bytes) else np.asarray(self.image), self.label]
 
 
-class ImageClassification(RowsTask):
+class ImageClassification(FreshHead, RowsTask):
     """Labelled images, classified by a model with a fresh head that is trained beside the adapters.
 
     The model's own image processor resizes and normalises; there is no augmentation. An image that cannot be read is skipped.
@@ -59,6 +65,7 @@ class ImageClassification(RowsTask):
 
     metric = "accuracy"
     task_type = None  # PEFT has none; `AutoPeftModel` builds the model
+    _head_class = "AutoModelForImageClassification"
 
     def __init__(
         self,
@@ -76,10 +83,7 @@ class ImageClassification(RowsTask):
         check_counts(batch_size=batch_size)
         self._take(model, model_options)
         self.name, self.batch_size = name, batch_size
-        if image_folder is not None and not os.path.isdir(image_folder):
-            raise TaskError(f"`image_folder` must be a folder, but `{image_folder}` is none; check the path.")
-        beside = Path() if isinstance(data, pd.DataFrame) else Path(data).parent
-        self._folder = beside if image_folder is None else Path(image_folder)
+        self._folder = folder_of_images(data, image_folder)
         if not isinstance(data, pd.DataFrame) and os.path.isdir(data):
             self._folder, data, columns = Path(data), read_image_folder(Path(data)), None
         image_column, label_column = named_columns(columns, ("image", "label")).values()
@@ -92,7 +96,8 @@ class ImageClassification(RowsTask):
         rows = [
             Labelled(number, _single(image, number), codes[label]) for number, (image, label) in enumerate(pairs, 1)
         ]
-        self._hold(_split(rows, table.get("split"), seed=split_seed), max_skipped=max_skipped)
+        parts = split_by_image([row.content() for row in rows], table.get("split"), seed=split_seed)
+        self._hold({split: [rows[i] for i in part] for split, part in parts.items()}, max_skipped=max_skipped)
         self._head_options = {**named_labels(self.classes), "problem_type": "single_label_classification"}
 
     @cached_property
@@ -100,28 +105,15 @@ class ImageClassification(RowsTask):
         """The model's own image processor."""
         return load_pretrained("AutoImageProcessor", self.model, **hub_options(self.model_options))
 
-    @cached_property
-    def head_modules(self) -> tuple[str, ...]:
-        """The fresh head."""
-        return head_of(self._loaded)
-
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return {**super().model_kwargs, **self._head_options, "ignore_mismatched_sizes": True}
-
-    @property
-    def _quantized_apart(self) -> tuple[str, ...]:
-        if self.model_options.quantization is None:
-            return ()
-        return head_of(
-            outline_model(_CLASS, load_pretrained("AutoConfig", self.model, **hub_options(self.model_options)))
-        )
+        return {**super().model_kwargs, "ignore_mismatched_sizes": True}
 
     @cached_property
     def _loaded(self) -> Any:
         self.processor  # noqa: B018  # its errors are told before weights are loaded
-        model = self._load_model(_CLASS, ignore_mismatched_sizes=True, **self._head_options)
+        model = self._load_model(self._head_class, ignore_mismatched_sizes=True, **self._head_options)
         if (channels := getattr(model.config, "num_channels", 3)) != 3:
             raise TaskError(f"`{self.model}` must take images of 3 channels, but takes {channels}; take another model.")
         return model
@@ -186,13 +178,3 @@ def _single(value: Any, number: int) -> Any:
     if len(images) != 1:
         raise TaskError(f"each row must hold one image, but {where} holds {len(images)}; correct or drop it.")
     return images[0]
-
-
-def _split(rows: list[Labelled], splits: Any, *, seed: int) -> dict[Split, list[Labelled]]:
-    keys = pd.DataFrame({"row": range(len(rows))})
-    keys["same"] = [digest(row.content()) for row in rows]
-    keys["image"] = [digest(row.content()[0]) for row in rows]
-    if splits is not None and splits.notna().any():
-        keys["split"] = list(splits)
-    parts = split_rows(keys, key="same", group="image", seed=seed)
-    return {split: [rows[index] for index in part["row"]] for split, part in parts.items()}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
@@ -31,7 +31,6 @@ DTYPES = ("bfloat16", "float32")  # for frozen weights
 
 # What transformers raises for files that are missing, unknown, cut or at odds, and for missing packages.
 _LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-
 
 _OWN_TO_A_PROCESS = ("_loaded", "_rows", "_tokenizer", "processor", "_limit")
 
@@ -83,6 +82,10 @@ class PretrainedTask:
         return self.model_options.revision
 
     @property
+    def _config(self) -> Any:
+        return load_pretrained("AutoConfig", self.model, **hub_options(self.model_options))
+
+    @property
     def _quantized_apart(self) -> Sequence[str]:
         """Modules that quantisation leaves out; none: transformers' choice, the output embeddings."""
         return ()
@@ -124,6 +127,29 @@ class PretrainedTask:
     def _batches(self, split: Split, order: Sequence[int], batch_size: int) -> DataLoader[Any]:
         own = torch.Generator()  # without one the loader would draw from torch's global generator
         return DataLoader(self._rows[split], batch_size, sampler=order, collate_fn=self._collate, generator=own)
+
+
+class FreshHead(PretrainedTask):
+    """A task whose model gets a fresh head for its classes, which is trained beside the adapters."""
+
+    _head_class: str  # transformers' class with the head
+    _head_options: Mapping[str, Any]  # names of the classes, and the like, for the model's configuration
+
+    @cached_property
+    def head_modules(self) -> tuple[str, ...]:
+        """The fresh head."""
+        return head_of(self._loaded)
+
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
+        return {**super().model_kwargs, **self._head_options}
+
+    @property
+    def _quantized_apart(self) -> Sequence[str]:
+        if self.model_options.quantization is None:
+            return ()
+        return head_of(outline_model(self._head_class, self._config))
 
 
 @contextmanager

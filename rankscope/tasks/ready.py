@@ -42,6 +42,8 @@ from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
 from rankscope.tasks.trainers import TrainerTask, makes_trainer
 
+PATHS = ("model", "data", "image_folder", "chat_template")  # options of generic tasks that may be paths
+
 
 @checked
 def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | None = None) -> Task:
@@ -150,8 +152,7 @@ def _common(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str
 
 def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
     """Model, data and images as paths from the base folder, where they are paths; hub ids as they are."""
-    keys = ("model", "data", "image_folder", "chat_template")
-    given = {key: options[key] for key in keys if isinstance(options.get(key), str) and options[key]}
+    given = {key: options[key] for key in PATHS if isinstance(options.get(key), str) and options[key]}
     for key, value in given.items():
         path = base / os.path.expanduser(value)  # leaves an unknown user as it is
         if (

@@ -19,28 +19,15 @@ from rankscope.settings import ModelSettings
 from rankscope.tasks.answers import answer_metrics, answer_sums
 from rankscope.tasks.conversations import IGNORED
 from rankscope.tasks.data import check_columns, named_columns, read_table, split_rows
-from rankscope.tasks.pretrained import (
-    evaluating,
-    head_of,
-    hub_options,
-    load_pretrained,
-    load_tokenizer,
-    outline_model,
-    own_files,
-)
+from rankscope.tasks.pretrained import FreshHead, evaluating, load_tokenizer, own_files
 from rankscope.tasks.protocol import Split, check_counts
 from rankscope.tasks.text import TextTask, classes_of, named_labels
 
-_WANT_A_SPACE = {
-    "bloom",
-    "deberta",
-    "gpt2",
-    "longformer",
-    "roberta",
-}  # before the first of the words that they are given
+# Before the first of the words that they are given.
+_WANT_A_SPACE = {"bloom", "deberta", "gpt2", "longformer", "roberta"}
 
 
-class TokenClassification(TextTask):
+class TokenClassification(FreshHead, TextTask):
     """Words with a tag each, classified by a model with a fresh head that is trained beside the adapters.
 
     A row has `tokens` (a list of words) and `tags` (a list of as many). The first token of each word bears its tag. Where all
@@ -56,6 +43,7 @@ class TokenClassification(TextTask):
     """
 
     task_type = "TOKEN_CLS"
+    _head_class = "AutoModelForTokenClassification"
 
     def __init__(
         self,
@@ -94,10 +82,6 @@ class TokenClassification(TextTask):
             raise TaskError(f"{must}, but has {type(tokenizer).__name__}; convert it.")
         return tokenizer
 
-    @property
-    def _config(self) -> Any:
-        return load_pretrained("AutoConfig", self.model, **hub_options(self.model_options))
-
     @cached_property
     def _rows(self) -> dict[Split, list[dict[str, Any]]]:
         codes = {tag: code for code, tag in enumerate(self.classes)}
@@ -120,25 +104,9 @@ class TokenClassification(TextTask):
 
         return dict(DataCollatorForTokenClassification(self._tokenizer)(rows))
 
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """What `from_pretrained` of the base model needs so that a trained adapter fits."""
-        return {**super().model_kwargs, **self._head_options}
-
-    @cached_property
-    def head_modules(self) -> tuple[str, ...]:
-        """The fresh head."""
-        return head_of(self._loaded)
-
-    @property
-    def _quantized_apart(self) -> tuple[str, ...]:
-        if self.model_options.quantization is None:
-            return ()
-        return head_of(outline_model("AutoModelForTokenClassification", self._config))
-
     @cached_property
     def _loaded(self) -> Any:
-        return self._load("AutoModelForTokenClassification", **self._head_options)
+        return self._load(self._head_class, **self._head_options)
 
     def evaluate(self, model: nn.Module, split: Split = "validation") -> dict[str, float]:
         """Return accuracy of words, mean cross-entropy, and `f1` of entities if tags tell them. The model keeps its mode."""

@@ -16,16 +16,7 @@ from rankscope.errors import TaskError
 from rankscope.files import digest
 from rankscope.settings import ModelSettings
 from rankscope.tasks.data import named_columns, read_table, split_rows
-from rankscope.tasks.pretrained import (
-    PretrainedTask,
-    dequantised,
-    head_of,
-    hub_options,
-    load_pretrained,
-    load_tokenizer,
-    outline_model,
-    own_files,
-)
+from rankscope.tasks.pretrained import FreshHead, PretrainedTask, dequantised, load_tokenizer, own_files
 from rankscope.tasks.protocol import Split, check_counts
 
 
@@ -74,7 +65,7 @@ class TextTask(PretrainedTask):
         return digest([self._texts, *([self._labels] if self._labels else []), own_files(self.model)])
 
 
-class TextClassification(TextTask):
+class TextClassification(FreshHead, TextTask):
     """Labelled texts, classified by a model with a fresh head that is trained beside the adapters.
 
     Args:
@@ -90,6 +81,7 @@ class TextClassification(TextTask):
     """
 
     metric = "accuracy"
+    _head_class = "AutoModelForSequenceClassification"
 
     def __init__(
         self,
@@ -128,14 +120,8 @@ class TextClassification(TextTask):
         return type(self._config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     @property
-    def _config(self) -> Any:
-        return load_pretrained("AutoConfig", self.model, **hub_options(self.model_options))
-
-    @property
-    def _quantized_apart(self) -> tuple[str, ...]:
-        if self.model_options.quantization is None or self._mean_pooled:
-            return ()
-        return head_of(outline_model("AutoModelForSequenceClassification", self._config))
+    def _quantized_apart(self) -> Sequence[str]:
+        return () if self._mean_pooled else super()._quantized_apart
 
     @property
     def task_type(self) -> str:
@@ -146,12 +132,7 @@ class TextClassification(TextTask):
     def model_kwargs(self) -> dict[str, Any]:
         """What `from_pretrained` of the base model needs so that a trained adapter fits."""
         padding = {} if self._mean_pooled else {"pad_token_id": self._loaded.config.pad_token_id}
-        return {**super().model_kwargs, **self._head_options, **padding}
-
-    @cached_property
-    def head_modules(self) -> tuple[str, ...]:
-        """The fresh head."""
-        return head_of(self._loaded)
+        return {**super().model_kwargs, **padding}
 
     @cached_property
     def _loaded(self) -> Any:
@@ -160,7 +141,7 @@ class TextClassification(TextTask):
             if hasattr(encoder, "pooler"):
                 encoder.pooler = None  # unused by the mean; an adapter there would never get a gradient
             return MeanPooledClassifier(encoder, len(self.classes)).to(batch_device(encoder))
-        model = self._load("AutoModelForSequenceClassification", **self._head_options)
+        model = self._load(self._head_class, **self._head_options)
         if model.config.pad_token_id is None:  # decoders find the last token of a text by it
             model.config.pad_token_id = self._tokenizer.pad_token_id
         return model

@@ -109,8 +109,7 @@ class Lora(Method):
         """Start the controller, if there is one."""
         if self.controller is None:
             return Running(lambda: self.allocation)
-        limit = self.allocation.budget or self.allocation.parameters
-        budget = ParameterBudget.bounded(limit, self.allocation.tower_bounds)
+        budget = ParameterBudget.of(self.allocation)
         return RankController(
             model, optimizer, budget=budget, settings=self.controller, total_steps=settings.steps, seed=seed
         )

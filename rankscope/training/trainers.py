@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankControllerCallback
 from rankscope.errors import SettingsError, TrainingError, shown
-from rankscope.lora import Resize, count_adapter_parameters, from_peft_model, resize_adapters
+from rankscope.lora import Resize, count_adapter_parameters, from_peft_model, resize_adapters, with_heads
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import TrainerTask, evaluate, undisturbed
 from rankscope.training.methods import FullFineTuning, HeadOnly, Lora, Method, PeftAdapter
@@ -76,10 +75,7 @@ class Run:
             method.adapt(trainer.model, task, settings, seed)
             return trainer
         if isinstance(method, PeftAdapter):
-            config = deepcopy(method.config)
-            if heads := task.head_modules:
-                config.modules_to_save = sorted({*(getattr(config, "modules_to_save", None) or ()), *heads})
-            return task.make(config, seed=seed)
+            return task.make(with_heads(method.config, task.head_modules), seed=seed)
         if not isinstance(method, Lora):
             must = f"{method.name} must run in rankscope's own loop, but `{task.name}` brings a Trainer"
             raise TrainingError(f"{must}; leave it out.")
@@ -107,8 +103,7 @@ class Run:
     def _controlled(self, trainer: Any, method: Method) -> RankControllerCallback | None:
         if not isinstance(method, Lora) or method.controller is None:
             return None
-        limit = method.allocation.budget or method.allocation.parameters
-        budget = ParameterBudget.bounded(limit, method.allocation.tower_bounds)
+        budget = ParameterBudget.of(method.allocation)
         return RankControllerCallback(budget=budget, settings=method.controller).bind(trainer)
 
 

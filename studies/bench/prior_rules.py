@@ -13,6 +13,7 @@ only shown. Runs are kept in .cache/prior_rules, so an interrupted study resumes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -24,8 +25,7 @@ from digit_shifts import turned
 
 import rankscope as rs
 from rankscope.comparison import make_grid, paired_difference, run_tuned
-from rankscope.performance import prior_gains, share_blocks
-from rankscope.strategies import Gains, Request
+from rankscope.strategies import Gains, Request, one_shot
 from rankscope.tasks import Task, profile_task
 
 KEPT = Path(__file__).parents[2] / ".cache" / "prior_rules"
@@ -48,11 +48,7 @@ def power(p: float, even: float = 0.0) -> Any:
 
 def in_blocks(p: float, concavity: float = 0.75) -> Any:
     """The rule sigma^p, where blocks share: each is worth the sum over its modules to the power of `concavity`."""
-
-    def rule(request: Request) -> Gains:
-        return share_blocks(prior_gains(request.profiled.spectra(), p), request.targets, concavity)
-
-    return rule
+    return partial(one_shot, power=p, block_concavity=concavity)
 
 
 RULES: dict[str, Any] = {

@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 import rankscope as rs
-from rankscope.cli import app
 from rankscope.lora import apply_allocation, load_adapter, read_adapter
 from rankscope.tasks import evaluate
 from rankscope.training import save_adapter
+from tests.cli.terminal import invoke
 
 STUDY = "task: digits-shift\nbudget: {uniform_rank: 1}\n"
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 import rankscope as rs
-from rankscope.cli import app
 from rankscope.cli.commands import _write_study
 from rankscope.comparison.summary import BEGIN, END
 from rankscope.settings import read_study
+from tests.cli.terminal import invoke
 
 STUDY = """
 task: digits-shift
@@ -27,11 +26,6 @@ profile: {head_steps: 5}
 training: {steps: 4, learning_rate: 0.01}
 search: {n_trials: 9, confirm_fraction: 0.67}
 """
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

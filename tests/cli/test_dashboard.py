@@ -18,9 +18,8 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from typer.testing import CliRunner
 
-from rankscope.cli import app
+from tests.cli.terminal import invoke
 
 STUDY = """
 task: digits-shift
@@ -35,11 +34,6 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1500,1500",
 )  # fmt: skip
 PATIENCE = 60  # seconds until a page must show something, on a busy machine
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

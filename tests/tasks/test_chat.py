@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import rankscope as rs
-from rankscope.errors import TaskError
 from rankscope.tasks import Chat, evaluate, fingerprint_task, profile_task
 from rankscope.training import save_adapter
+from tests.refusals import refused
+from tests.tasks.answer_metrics import check_answer_metrics
 from tests.tasks.models import save_llama
 from tests.tasks.vision_models import TEXT, tokenizer
 
@@ -50,11 +50,6 @@ def save_chat_model(folder: Path, template: str | None = CHATML) -> Path:
 @pytest.fixture
 def model(tmp_path: Path) -> Callable[[str | None], Path]:
     return lambda template=CHATML: save_chat_model(tmp_path / "model", template)
-
-
-def refused(message: str, act: Callable[[], object]) -> None:
-    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        act()
 
 
 def messages(*turns: str, system: str = "") -> list[dict[str, str]]:
@@ -117,23 +112,7 @@ def test_a_model_learns_the_answers(model) -> None:
 
 def test_loss_is_the_models_own_and_metrics_those_of_single_rows(model) -> None:
     task = Chat(model(), chats(), batch_size=4)
-    network = task.build_model().eval()
-    right = exact = n_tokens = 0
-    losses = []
-    with torch.no_grad():
-        batch = next(iter(task.train_batches(3)))
-        torch.testing.assert_close(task.loss(network, batch), network(**batch).loss)
-        for row in task._examples["test"]:
-            inputs = task._inputs(row)
-            labels = inputs.pop("labels")[0, 1:]
-            logits = network(**inputs).logits[0, :-1][labels != -100]
-            hits = logits.argmax(-1) == labels[labels != -100]
-            right, exact, n_tokens = right + int(hits.sum()), exact + int(hits.all()), n_tokens + len(hits)
-            losses.append(torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum"))
-    metrics = evaluate(task, network, "test")
-    assert metrics["token_accuracy"] == pytest.approx(right / n_tokens)
-    assert metrics["exact_match"] == pytest.approx(exact / len(task._examples["test"]))
-    assert metrics["loss"] == pytest.approx(float(sum(losses)) / n_tokens, rel=1e-4)
+    check_answer_metrics(task)
 
 
 def test_a_model_whose_head_takes_all_places(model, tmp_path: Path) -> None:

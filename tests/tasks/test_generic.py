@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import DistilBertConfig, DistilBertModel
 
 import rankscope as rs
-from rankscope.errors import TaskError
 from rankscope.tasks import CausalLM, TextClassification, evaluate, fingerprint_task
 from rankscope.training import save_adapter
+from tests.refusals import refused
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer, sentences
 
 SPLITS = ["train", "validation", "test"]
@@ -30,11 +28,6 @@ def bert(tmp_path: Path) -> Path:
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     return save_llama(tmp_path / "llama")
-
-
-def refused(message: str, act: Callable[[], object]) -> None:
-    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        act()
 
 
 # --- precision ---------------------------------------------------------------------------------------------------

@@ -19,9 +19,11 @@ from transformers.models.smolvlm import processing_smolvlm
 
 import rankscope as rs
 from rankscope.errors import TaskError
-from rankscope.tasks import ImageTextToText, evaluate, fingerprint_task, profile_task
+from rankscope.tasks import ImageTextToText, fingerprint_task, profile_task
 from rankscope.tasks.conversations import open_image
 from rankscope.training import AdaLora, save_adapter
+from tests.refusals import refused
+from tests.tasks.answer_metrics import check_answer_metrics
 from tests.tasks.models import save_llama
 from tests.tasks.vision_models import FAMILIES, ID, png, questions, save_family, save_rows
 
@@ -60,11 +62,6 @@ def _counts_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def llava(model) -> Path:
     return model("llava")
-
-
-def refused(message: str, act: Callable[[], object]) -> None:
-    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        act()
 
 
 def learned(task: ImageTextToText, batch: dict[str, torch.Tensor]) -> list[str]:
@@ -117,23 +114,7 @@ def test_each_family_from_its_targets_to_plain_peft(model, name: str, tmp_path: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_is_the_models_own_and_metrics_those_of_single_rows(model, name: str) -> None:
     task = ImageTextToText(model(name), questions(), batch_size=4)
-    network = task.build_model().eval()
-    right = exact = n_tokens = 0
-    losses = []
-    with torch.no_grad():
-        batch = next(iter(task.train_batches(3)))
-        torch.testing.assert_close(task.loss(network, batch), network(**batch).loss)
-        for row in task._examples["test"]:
-            inputs = task._inputs(row)
-            labels = inputs.pop("labels")[0, 1:]
-            logits = network(**inputs).logits[0, :-1][labels != -100]
-            hits = logits.argmax(-1) == labels[labels != -100]
-            right, exact, n_tokens = right + int(hits.sum()), exact + int(hits.all()), n_tokens + len(hits)
-            losses.append(torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum"))
-        metrics = evaluate(task, network, "test")
-    assert metrics["token_accuracy"] == pytest.approx(right / n_tokens)
-    assert metrics["exact_match"] == pytest.approx(exact / len(task._examples["test"]))
-    assert metrics["loss"] == pytest.approx(float(sum(losses)) / n_tokens, rel=1e-4)
+    check_answer_metrics(task)
 
 
 def test_a_model_learns_answers_that_only_the_image_tells(llava: Path) -> None:

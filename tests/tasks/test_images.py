@@ -2,8 +2,6 @@
 
 import json
 import logging
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import rankscope as rs
 from rankscope.errors import TaskError
 from rankscope.tasks import ImageClassification, evaluate, fingerprint_task, outline_task, profile_task
 from rankscope.training import save_adapter
+from tests.refusals import refused
 from tests.tasks.vision_models import COLOURS, png
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
@@ -43,11 +42,6 @@ def save_classifier(name: str, folder: Path, n_labels: int = 7) -> Path:
     side = FAMILIES[name]["image_size"]
     transformers.ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     return folder
-
-
-def refused(message: str, act: Callable[[], object]) -> None:
-    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        act()
 
 
 def pictures(n: int = 6) -> pd.DataFrame:

@@ -1,8 +1,6 @@
 """How the generic tasks load their models: precision, quantisation, checkpointing, code of the model's own."""
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankscope as rs
-from rankscope.errors import RankscopeError, SettingsError, TaskError
+from rankscope.errors import SettingsError, TaskError
 from rankscope.tasks import (
     CausalLM,
     Chat,
@@ -25,16 +23,12 @@ from rankscope.tasks import (
     profile_task,
 )
 from rankscope.training import save_adapter
+from tests.refusals import refused
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer, sentences
 from tests.tasks.test_chat import chats, save_chat_model
 from tests.tasks.test_images import pictures, save_classifier
 from tests.tasks.test_sequences import tagged
 from tests.tasks.vision_models import questions, save_family
-
-
-def refused(message: str, act: Callable[[], object], kind: type[RankscopeError] = TaskError) -> None:
-    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
-        act()
 
 
 def save_wide(folder: Path) -> Path:

@@ -2,8 +2,7 @@
 
 import itertools
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,18 +14,12 @@ from peft import AutoPeftModelForSeq2SeqLM, AutoPeftModelForTokenClassification
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import rankscope as rs
-from rankscope.errors import TaskError
 from rankscope.tasks import SequenceToSequence, TokenClassification, evaluate, outline_task, profile_task
 from rankscope.tasks.sequences import entities, entity_f1
 from rankscope.training import save_adapter
+from tests.refusals import refused
 from tests.tasks.models import WORDS, save_bert, save_llama, save_tokenizer
 from tests.tasks.vision_models import tokenizer
-
-
-def refused(message: str, act: Callable[[], object]) -> None:
-    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
-        act()
-
 
 # --- tags ------------------------------------------------------------------------------------------------------
 

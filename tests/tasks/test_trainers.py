@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from typer.testing import CliRunner
 
 import rankscope as rs
 from rankscope.cli import app
-from rankscope.errors import RankscopeError, SettingsError, TaskError, TrainingError
+from rankscope.errors import SettingsError, TaskError, TrainingError
 from rankscope.tasks import TrainerTask, evaluate, fingerprint_task, profile_task
 from rankscope.training import AdaLora, FullFineTuning, HeadOnly, PeftAdapter, save_adapter
 from tests.architectures import build
+from tests.refusals import refused
 from tests.tasks.models import save_bert, sentences
 
 SOURCE = '''
@@ -128,11 +128,6 @@ def uniform(task: Any, rank: int = 1) -> rs.RankAllocation:
     return rs.allocate("uniform", targets=targets, budget=rs.ParameterBudget.uniform(targets, rank))
 
 
-def refused(message: str, act: Callable[[], object], kind: type[RankscopeError] = TrainingError) -> None:
-    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
-        act()
-
-
 def test_from_the_profile_to_plain_peft(load, folder: Path) -> None:
     task = load()
     assert isinstance(task, TrainerTask)
@@ -220,6 +215,7 @@ def test_other_methods(load) -> None:
     refused(
         "AdaLoRA must run in rankscope's own loop, but `train.py:make_trainer` brings a Trainer; leave it out.",
         lambda: rs.train(task, AdaLora(uniform(task).targets, 1, 8.0), steps=10),
+        TrainingError,
     )
 
 
@@ -285,11 +281,13 @@ def test_functions_that_cannot_work(load, folder: Path) -> None:
         f"`train.py:ignores` must build the ranks of its `peft_config` ({asked.parameters:,} adapter parameters), but built others "
         "(192); pass it to get_peft_model, or to TRL's Trainer.",
         lambda: rs.train(task, asked, steps=1),
+        TrainingError,
     )
     refused(
         f"`train.py:without` must build the ranks of its `peft_config` ({asked.parameters:,} adapter parameters), but built no "
         "adapter; pass it to get_peft_model, or to TRL's Trainer.",
         lambda: rs.train(load("without"), asked, steps=1),
+        TrainingError,
     )
     refused(
         "`train.py:always` must give the model without adapters where `peft_config` is None, but it has some; call get_peft_model "

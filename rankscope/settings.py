@@ -218,7 +218,7 @@ class ProfileSettings(Settings):
 
 
 class AllocationSettings(Settings):
-    """The one-shot strategy, and the bounds on ranks, which also hold for `search` and for what strategies place in `compare`."""
+    """The one-shot strategy. Its bounds also hold for `search`, `compare` and `budget`, its options for the latter two."""
 
     strategy: str = Field("one-shot", description="The one-shot strategy, or `path/to/file.py:function`.")
     options: dict[str, Any] = Field({}, description="Options of the strategy.")

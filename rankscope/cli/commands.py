@@ -18,7 +18,6 @@ import yaml
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
-from rankscope.budget import RankLimits
 from rankscope.cli.session import Session, finite, print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
@@ -486,6 +485,7 @@ def run_budget(session: Session, *, as_json: bool) -> None:
             training=study.training,
             settings=settings,
             towers=study.budget.towers,
+            allocation=study.allocation,
             kept_in=session.out / "runs",
             on_run=on_run,
         )
@@ -562,7 +562,7 @@ def run_compare(session: Session, *, as_json: bool) -> None:
     methods = comparison.find_methods(
         dict.fromkeys((comparison.REFERENCE, *settings.methods)),
         seed=seeds[0],
-        limits=RankLimits(study.allocation.min_rank, study.allocation.max_rank),
+        allocation=study.allocation,
         controller=study.controller,
         searched=searched,
         base_dir=study.base_dir,

@@ -41,7 +41,7 @@ from rankscope.errors import SettingsError, checked
 from rankscope.files import AnyPath
 from rankscope.profiling import Profile
 from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
-from rankscope.settings import PlanSettings, TrainingSettings
+from rankscope.settings import AllocationSettings, PlanSettings, TrainingSettings
 from rankscope.targets import TargetModule, find_targets
 from rankscope.tasks import Task, load_task, profile_task
 
@@ -51,17 +51,25 @@ FULL, HEAD = ("full", 0), ("head", 0)
 STRIDE = 16.0  # between the first budgets, before the crossing is bisected
 
 
-def budget_grid(targets: Sequence[TargetModule], settings: PlanSettings) -> tuple[int, ...]:
-    """Budgets in even steps from `lowest` to `highest` that the model admits, and the reference's.
+def budget_grid(
+    targets: Sequence[TargetModule], settings: PlanSettings, allocation: AllocationSettings | None = None
+) -> tuple[int, ...]:
+    """Budgets in even steps from `lowest` to `highest` that the model and the bounds on ranks admit, and the reference's.
 
     >>> targets = [TargetModule(name="fc1", in_features=64, out_features=64)]
     >>> budget_grid(targets, PlanSettings(lowest=0.5, highest=16, step=4))
     (128, 256, 1024, 2048)
     """
     one = ParameterBudget.uniform(targets, 1).limit
-    least = min(target.rank_cost for target in targets)
-    most = sum(target.rank_cost * target.full_rank for target in targets)
-    between = f"between {least:,} parameters (one rank of the cheapest module) and {most:,} (full rank)"
+    bounds = allocation or AllocationSettings()
+    lowest, highest = bounds.min_rank, bounds.max_rank or math.inf
+    least = lowest * one or min(target.rank_cost for target in targets)
+    most = sum(target.rank_cost * int(min(target.full_rank, highest)) for target in targets)
+    ends = (
+        f"`min_rank` {lowest}" if lowest else "one rank of the cheapest module",
+        (f"`max_rank` {highest}" if bounds.max_rank else "full rank"),
+    )
+    between = f"between {least:,} parameters ({ends[0]}) and {most:,} ({ends[1]})"
     n = math.floor(math.log(settings.highest / settings.lowest, settings.step) + 1e-9)
     factors = [*(settings.lowest * settings.step**power for power in range(n + 1)), settings.highest]
     grid = {min(max(round(factor * one), least), most) for factor in factors}
@@ -329,6 +337,7 @@ def plan_budget(
     training: TrainingSettings | Mapping[str, Any] | None = None,
     settings: PlanSettings | Mapping[str, Any] | None = None,
     towers: Mapping[str, Any] | None = None,
+    allocation: AllocationSettings | Mapping[str, Any] | None = None,
     kept_in: AnyPath | None = None,
     on_run: Callable[[int, int], object] = lambda done, total: None,
     **overrides: Any,
@@ -346,6 +355,7 @@ def plan_budget(
         training: Every cell is tuned over its learning rates (full fine-tuning over a thirtieth of them).
         settings: The grid, the reference and the margin; `overrides` are values of it.
         towers: Bounds on towers at every budget, as `ParameterBudget` takes them.
+        allocation: Bounds on ranks at every budget, and options of its strategy.
         kept_in: Folder that keeps every run, shared with `compare`.
         on_run: Called with the number of runs done, and of runs known to be needed so far.
         **overrides: See `settings`.
@@ -358,12 +368,13 @@ def plan_budget(
     """
     task, settings, training = load_task(task), PlanSettings.of(settings, **overrides), TrainingSettings.of(training)
     seeds = list(range(settings.max_seeds) if seeds is None else seeds)
-    contenders = _contenders(settings, seeds)
+    bounds = AllocationSettings.of(allocation)
+    contenders = _contenders(settings, seeds, bounds)
     if profile is None and contenders[settings.strategy].needs_profile:
         profile = profile_task(task, targets=targets)
     if targets is None:
         targets = find_targets(task.build_model()) if profile is None else profile.targets
-    grid = budget_grid(targets, settings)
+    grid = budget_grid(targets, settings, bounds)
     cells = _Cells(task, contenders, targets, profile, training, settings, seeds, kept_in, on_run, towers)
     found = explore(grid, settings, cells.train, head=bool(getattr(task, "head_modules", ())))
     budget = found.smallest(settings.strategy)
@@ -375,14 +386,14 @@ def plan_budget(
     )
 
 
-def _contenders(settings: PlanSettings, seeds: Sequence[int]) -> dict[str, Contender]:
+def _contenders(settings: PlanSettings, seeds: Sequence[int], allocation: AllocationSettings) -> dict[str, Contender]:
     """Uniform, what places ranks, and the bounds; raises a SettingsError where they cannot be planned."""
     if len(set(seeds)) < settings.max_seeds:
         raise SettingsError(f"`seeds` must hold `max_seeds` = {settings.max_seeds} seeds, but holds {len(set(seeds))}.")
     seeds_that_tune(settings.n_tuning_seeds, seeds)
     if settings.strategy in (REFERENCE, "random", *UNLIMITED):
         raise SettingsError(f"`strategy` must place ranks, but got {settings.strategy!r}; take `one-shot`.")
-    found = find_methods([REFERENCE, settings.strategy, *UNLIMITED], seed=min(seeds))
+    found = find_methods([REFERENCE, settings.strategy, *UNLIMITED], seed=min(seeds), allocation=allocation)
     return {each.name: each for each in found}
 
 

@@ -23,7 +23,7 @@ from joblib import Parallel, delayed
 
 import rankscope
 from rankscope.allocation import RankAllocation
-from rankscope.budget import ParameterBudget, RankLimits
+from rankscope.budget import ParameterBudget
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
@@ -32,7 +32,7 @@ from rankscope.lora import ia3_config, vera_config
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
 from rankscope.searching import SearchResult
-from rankscope.settings import CompareSettings, ControllerSettings, TrainingSettings
+from rankscope.settings import AllocationSettings, CompareSettings, ControllerSettings, TrainingSettings
 from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, allocate
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Task, evaluate, fingerprint_task, load_task, profile_task
@@ -329,7 +329,9 @@ class Contender:
     name: str
     source: str | Function | PeftAdapter
     seed: int = 0
-    limits: RankLimits = field(default_factory=RankLimits)  # of what strategies allocate
+    allocation: AllocationSettings = field(
+        default_factory=AllocationSettings
+    )  # bounds for all, options for its strategy
     controller: ControllerSettings | None = None  # of methods under a controller
     searched: SearchResult | None = None  # whose recommendation is compared
     base_dir: Path = Path()  # from which relative paths of files start
@@ -348,11 +350,13 @@ class Contender:
 
     def make(self, targets: Sequence[TargetModule], budget: ParameterBudget, profile: Profile | None) -> Variants:
         """The method at one budget, in several variants where they are to be chosen from."""
-        bounds: Any = {"min_rank": self.limits.min_rank, "max_rank": self.limits.max_rank}
+        own = self.allocation
+        bounds: Any = {"min_rank": own.min_rank, "max_rank": own.max_rank}
 
         def allocated(strategy: str) -> RankAllocation:
             if strategy != SEARCHED:
-                return allocate(strategy, targets=targets, budget=budget, profile=profile, seed=self.seed, **bounds)
+                terms = bounds | (own.options if strategy == own.strategy else {})
+                return allocate(strategy, targets=targets, budget=budget, profile=profile, seed=self.seed, **terms)
             if self.searched and self.searched.best_allocation.budget in (None, budget.limit):
                 return self.searched.best_allocation.renamed(SEARCHED)
             raise SettingsError("`searched` needs a search at this budget, but there is none; run `rankscope search`.")

@@ -13,7 +13,7 @@ import rankscope as rs
 from rankscope.comparison import compare
 from rankscope.comparison.planner import FULL, HEAD, Assessment, Cell, budget_grid, explore
 from rankscope.errors import SettingsError
-from rankscope.settings import PlanSettings, TrainingSettings
+from rankscope.settings import AllocationSettings, PlanSettings, TrainingSettings
 from rankscope.tasks import Task
 from tests.inventories import vit_inventory
 
@@ -50,6 +50,8 @@ def test_the_grid_doubles_from_a_sixteenth_of_rank_1_to_rank_16() -> None:
     assert budget_grid(VIT, PlanSettings(step=4, reference=20_000)) == (432, 1728, 6912, 20_000, 27_648, 110_592)
     ends = budget_grid(VIT, PlanSettings(lowest=1e-6, highest=1e6, step=1000))
     assert (ends[0], ends[-1]) == (128, 442_368)  # one rank of the cheapest module, and full rank
+    bounded = budget_grid(VIT, PlanSettings(step=4), AllocationSettings(min_rank=1, max_rank=2))
+    assert bounded == (6912, 13_824)  # nothing else has such ranks
 
 
 def test_on_known_curves_the_answer_is_right_and_its_interval_covers() -> None:

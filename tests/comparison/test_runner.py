@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import rankscope as rs
-from rankscope.budget import RankLimits
 from rankscope.comparison import (
     Comparison,
     RunSpec,
@@ -26,7 +25,7 @@ from rankscope.comparison import (
 )
 from rankscope.comparison.runner import RunResult, _peak_memory, known_methods, run_one
 from rankscope.errors import FileError, SettingsError
-from rankscope.settings import TrainingSettings
+from rankscope.settings import AllocationSettings, TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import AdaLora, HeadOnly, Lora, PeftAdapter
 
@@ -214,10 +213,29 @@ def test_limits_on_ranks_hold_for_what_strategies_place(
     digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
     names = ["uniform", "one-shot", "random", "uniform-rslora", "controller-one-shot"]
-    for contender in find_methods(names, limits=RankLimits(min_rank=1, max_rank=2)):
+    for contender in find_methods(names, allocation=AllocationSettings(min_rank=1, max_rank=2)):
         method = contender.make(digits_profile.targets, digits_budget.at(10_000), digits_profile)
         assert isinstance(method, Lora)
         assert set(method.allocation.ranks.values()) == {1, 2}
+
+
+def test_a_strategys_options_hold_where_it_is_compared(
+    digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    terms: Any = {"targets": digits_profile.targets, "budget": digits_budget, "profile": digits_profile}
+    usual = rs.allocate("one-shot", **terms)
+    asked = rs.allocate("one-shot", **terms, power=0.5)
+    assert usual.ranks != asked.ranks
+    settings = AllocationSettings(strategy="one-shot", options={"power": 0.5})
+    for name, expected in {
+        "one-shot": asked,
+        "controller-one-shot": asked,
+        "uniform": rs.allocate("uniform", **terms),
+    }.items():
+        (contender,) = find_methods([name], allocation=settings)
+        method = contender.make(**terms)
+        assert isinstance(method, Lora)
+        assert method.allocation.ranks == expected.ranks
 
 
 def test_functions_and_what_was_searched_are_compared_too(

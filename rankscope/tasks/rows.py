@@ -96,7 +96,7 @@ class _Examples(IterableDataset[dict[str, Tensor]]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return _usable(self.task, self.split, self.order)
+        return usable(self.task, self.split, self.order)
 
 
 class _Rows(Dataset[dict[str, Tensor]]):
@@ -109,10 +109,10 @@ class _Rows(Dataset[dict[str, Tensor]]):
         return len(self.task._examples[self.split])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return next(_usable(self.task, self.split, chain(range(index, len(self)), range(index))))
+        return next(usable(self.task, self.split, chain(range(index, len(self)), range(index))))
 
 
-def _usable(task: RowsTask, split: Split, order: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+def usable(task: RowsTask, split: Split, order: Iterable[int]) -> Iterator[dict[str, Tensor]]:
     """Yield rows as the model takes them. Those that cannot be used are left out and counted, and told once."""
     rows, skipped = task._examples[split], task._skipped[split]
     n_known = len(skipped)

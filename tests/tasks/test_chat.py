@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -182,6 +183,87 @@ def test_a_template_of_ones_own(model, tmp_path: Path) -> None:
     assert learned(task).endswith("<|im_end|>")
     other = fingerprint_task(rs.load_task(spec, base_dir=tmp_path), task.build_model())
     assert fingerprint_task(task)["data"] != other["data"]
+
+
+# --- packing ---------------------------------------------------------------------------------------------------
+
+
+def token_losses(task: Chat, network: Any, batch: dict[str, Any]) -> list[float]:
+    """The loss of each answer token."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = network(**inputs, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none").tolist()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_packed_tokens_have_the_loss_that_they_have_alone(tmp_path: Path, attention: str, kind: str) -> None:
+    folder = save_chat_model(tmp_path / "model")
+    if kind == "gpt2":
+        GPT2LMHeadModel(GPT2Config(vocab_size=TEXT["vocab_size"], n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+            folder
+        )
+    options = {"attn_implementation": attention}
+    packed = Chat(folder, chats(24), packing=True, max_length=300, batch_size=2, model_options=options)
+    network = packed.build_model().eval()
+    alone = {tuple(row["input_ids"][0].tolist()): row for row in map(packed._inputs, packed._examples["train"])}
+    with torch.no_grad():
+        expected = [loss for row in alone.values() for loss in token_losses(packed, network, row)]
+        batches = list(packed.train_batches(0))
+        found = [loss for batch in batches for loss in token_losses(packed, network, batch)]
+    assert sorted(found) == pytest.approx(sorted(expected), abs=1e-4)
+    assert all(batch["input_ids"].shape[1] <= 300 for batch in batches)
+    n_tokens = sum(len(ids) for ids in alone)
+    assert sum(len(batch["input_ids"]) for batch in batches) <= -(-n_tokens // 240)  # sequences are four fifths full
+    assert max(int((batch["position_ids"] == 0).sum(1).max()) for batch in batches) > 1
+    batch = batches[0]
+    loss = torch.tensor(token_losses(packed, network, batch)).mean()
+    torch.testing.assert_close(packed.loss(network, batch), loss)
+
+
+def test_packing_trains_profiles_and_evaluates_single_conversations(model) -> None:
+    folder = model()
+    plain, packed = (
+        Chat(folder, chats(24), packing=packing, max_length=300, batch_size=2) for packing in (False, True)
+    )
+    assert evaluate(packed, packed.build_model()) == evaluate(plain, plain.build_model())
+    targets = rs.find_targets(packed.build_model())
+    budget = rs.ParameterBudget.uniform(targets, 1)
+    allocation = rs.allocate("one-shot", targets=targets, budget=budget, profile=profile_task(packed))
+    _, result = rs.train(packed, allocation, steps=4, learning_rate=0.01, seed=1)
+    assert dict(result.metrics) != evaluate(packed, packed.build_model())
+    orders = [[batch["input_ids"].tolist() for batch in packed.train_batches(seed)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert fingerprint_task(packed)["task"] != fingerprint_task(plain)["task"]
+
+
+def test_flash_attention_gets_one_sequence(model) -> None:
+    options = {"attn_implementation": "flash_attention_2"}
+    task = Chat(model(), chats(24), packing=True, max_length=300, batch_size=2, model_options=options)
+    assert all(len(batch["input_ids"]) == 1 for batch in task.train_batches(0))
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Bloom", "Lfm2"])
+def test_a_model_that_mixes_packed_conversations_is_refused(model, kind: str) -> None:
+    """By a state, biases of distance, or convolutions."""
+    folder = model()
+    options: dict[str, Any] = {"vocab_size": TEXT["vocab_size"], "hidden_size": 16, "num_hidden_layers": 2}
+    if kind == "Lfm2":
+        options |= {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+        options["layer_types"] = ["conv", "full_attention"]
+    elif kind == "Bloom":
+        options = {"vocab_size": TEXT["vocab_size"], "hidden_size": 16, "n_layer": 2, "n_head": 2}
+    config = getattr(transformers, f"{kind}Config")(**options)
+    network = getattr(transformers, f"{kind}ForCausalLM")(config)
+    network.save_pretrained(folder)
+    attention = getattr(network.config, "_attn_implementation", None)
+    refused(
+        "`packing` needs a model that keeps the conversations of a sequence apart by their positions, but "
+        f"{kind}ForCausalLM with {attention} attention does not; leave it out.",
+        Chat(folder, chats(), packing=True).build_model,
+    )
+    Chat(folder, chats()).build_model()
 
 
 # --- rows that cannot be used ----------------------------------------------------------------------------------

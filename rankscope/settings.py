@@ -340,13 +340,23 @@ class ControllerSettings(Settings):
 
 
 class AxolotlSettings(Settings):
-    """The section `rankscope` of an axolotl YAML."""
+    """The section `rankscope` of an axolotl YAML: an allocation file, or the budget of one that is made on the spot."""
 
-    allocation: Name = Field(description="An allocation file, from the folder in which axolotl runs.")
+    allocation: Name | None = Field(None, description="An allocation file, from the folder in which axolotl runs.")
+    budget: BudgetSettings | None = Field(None, description="The most adapter parameters, to allocate on the spot.")
+    strategy: Name = Field("one-shot", description="What allocates on the spot.")
+    targets: str | list[str] = Field("all-linear", description="What it allocates to, as in a study.")
+    profile: ProfileSettings = ProfileSettings(n_batches=32)
     scaling: Positive = Field(2.0, description="alpha / r of every module.")
     controller: bool | dict[str, Any] = Field(
         False, description="Whether ranks move during the training, or the controller's settings."
     )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.allocation is None) == (self.budget is None):
+            raise ValueError("give either `allocation` or `budget`")
+        return self
 
 
 class CompareSettings(Settings):

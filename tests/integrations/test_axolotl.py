@@ -1,7 +1,9 @@
 """The plugin's hooks in the order in which axolotl calls them (cli/config.py, loaders/model.py, core/builders/base.py)."""
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import rankscope as rs
-from rankscope.errors import SettingsError
+from rankscope.errors import SettingsError, TaskError
 from rankscope.integrations.axolotl import RankscopeArgs, RankscopePlugin
 from rankscope.lora import from_peft_model
 from tests.architectures import build
+from tests.refusals import refused
 
 
 class Cfg(dict):
@@ -75,6 +78,97 @@ def test_a_controller_runs_inside_the_trainer(allocation: rs.RankAllocation, tmp
     (found,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, rs.RankControllerCallback)]
     assert found.controller.last_decision is not None
     assert sum(from_peft_model(trainer.model).values()) > 0
+
+
+def on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, **more: Any) -> tuple[Any, Cfg, Any]:
+    """Plugin, YAML and model after `load_datasets` and `pre_lora_load`; axolotl's own loader gives `rows`."""
+    loaders = ModuleType("axolotl.common.datasets")
+    loaders.load_datasets = lambda cfg: SimpleNamespace(train_dataset=rows, eval_dataset=None, total_num_steps=1)
+    monkeypatch.setitem(sys.modules, "axolotl", ModuleType("axolotl"))
+    monkeypatch.setitem(sys.modules, "axolotl.common", ModuleType("axolotl.common"))
+    monkeypatch.setitem(sys.modules, "axolotl.common.datasets", loaders)
+    section = Cfg({"budget": Cfg(uniform_rank=2), "strategy": "one-shot", "profile": Cfg(n_batches=4)} | more)
+    plugin = RankscopePlugin()
+    cfg = Cfg(adapter="lora", rankscope=section, micro_batch_size=2, output_dir=str(tmp_path / "out"), seed=3)
+    plugin.register(cfg)
+    assert not cfg.lora_r
+    assert plugin.load_datasets(cfg, preprocess=True) is None
+    data = plugin.load_datasets(cfg)
+    model = build("llama")
+    plugin.pre_lora_load(cfg, model)
+    return plugin, cfg, (data, model)
+
+
+ROWS = [
+    {"input_ids": [7 + i % 3, 5, 9, 4][: 3 + i % 2], "labels": [-100, -100, 9, 4][: 3 + i % 2], "length": 3}
+    for i in range(12)
+]
+
+
+@pytest.mark.parametrize("rows", [ROWS, iter(ROWS)], ids=["list", "stream"])
+def test_it_profiles_on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
+    plugin, cfg, (data, model) = on_the_spot(tmp_path, monkeypatch, rows, controller=True)
+    assert data.train_dataset is rows
+    config = LoraConfig(
+        r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=cfg.lora_target_modules, target_parameters=[],
+        rank_pattern=cfg.lora_rank_pattern, alpha_pattern=cfg.lora_alpha_pattern, bias="none", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    kept = rs.RankAllocation.from_json(tmp_path / "out" / "rankscope" / "allocation.json")
+    assert from_peft_model(get_peft_model(model, config)) == {name: rank for name, rank in kept.ranks.items() if rank}
+    targets = rs.find_targets(build("llama"))
+    budget = rs.ParameterBudget.uniform(targets, 2)
+    found = rs.read_profile(tmp_path / "out" / "rankscope" / "profile.parquet")
+    assert found.metadata["batches"] == 4
+    if not isinstance(rows, list):  # which are taken in their order
+        short, long = ({"input_ids": [0], "labels": [-100], "mask": [0]}, {"input_ids": [], "labels": [], "mask": []})
+        full = [
+            {key: row.get(key, [1] * len(row["labels"])) + more[key] for key in more}
+            for row, more in zip(ROWS, [short, long] * 6, strict=True)
+        ]
+        pairs = [[full[i], full[i + 1]] for i in range(0, 8, 2)]
+        batches = [{key: torch.tensor([row[key] for row in pair]) for key in short} for pair in pairs]
+        batches = [{**batch, "attention_mask": batch.pop("mask")} for batch in batches]
+        expected = rs.profile(build("llama"), batches, targets=targets, budget=budget)
+        assert found.column("gradient_norm") == pytest.approx(expected.column("gradient_norm"), rel=1e-4)
+    assert kept == rs.allocate("one-shot", targets=targets, budget=budget, profile=found, seed=3)
+    assert plugin._allocation == kept
+
+
+def test_a_strategy_without_a_profile_loads_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, cfg, (data, _) = on_the_spot(tmp_path, monkeypatch, None, strategy="uniform")
+    assert data is None
+    assert cfg.lora_r == 2
+    assert not (tmp_path / "out" / "rankscope" / "profile.parquet").exists()
+
+
+def test_rows_that_cannot_be_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    must = "`rankscope.budget` must profile on tokenised rows of axolotl's training set, but "
+    refused(
+        f"{must}they hold messages; allocate first, with `rankscope profile`.",
+        lambda: on_the_spot(tmp_path, monkeypatch, [{"messages": []}]),
+        TaskError,
+    )
+    refused(
+        f"{must}this way to run axolotl has not loaded them through its plugins; use `axolotl train`.",
+        lambda: on_the_spot(tmp_path, monkeypatch, None),
+        TaskError,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rl": "dpo"}, "`rankscope.budget` must profile on supervised rows, but `rl` is dpo; allocate with"),
+        ({"deepspeed": "z3.json"}, "`rankscope.budget` must profile a whole model, but `deepspeed` shards it; allocate with"),
+        ({"lora_r": 8}, "`lora_r` follows from `rankscope.budget`; leave it out."),
+        ({"lora_model_dir": "x"}, "`lora_model_dir` already has ranks, and `rankscope.budget` makes others; leave one out."),
+        ({"rankscope": {"budget": {"uniform_rank": 1}, "allocation": "x"}}, "give either `allocation` or `budget`."),
+        ({"rankscope": {"controller": True}}, "give either `allocation` or `budget`."),
+    ],
+)  # fmt: skip
+def test_what_the_yaml_must_not_say_on_the_spot(change: dict, message: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        RankscopePlugin().register(Cfg({"adapter": "lora", "rankscope": Cfg(budget=Cfg(uniform_rank=1))} | change))
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ class Chat(AnswerTask):
         model_options: `ModelSettings`, or single ones of them by name.
     """
 
+    name = "chat"
     task_type = "CAUSAL_LM"
 
     def __init__(
@@ -229,11 +230,10 @@ class Chat(AnswerTask):
         max_skipped: float = 0.05,
         model_options: ModelSettings | Mapping[str, Any] | None = None,
         split_seed: int = 0,
-        name: str = "chat",
     ) -> None:
         check_counts(batch_size=batch_size, max_length=max_length)
         self._take(model, model_options)
-        self.name, self.batch_size, self.max_length, self.packing = name, batch_size, max_length, packing
+        self.batch_size, self.max_length, self.packing = batch_size, max_length, packing
         self._template = None if chat_template is None else read_text(chat_template, what="a chat template")
         self._hold(split_conversations(read_chats(data, columns), seed=split_seed), max_skipped=max_skipped)
 

@@ -56,6 +56,11 @@ def _as_url(value: Any) -> Any:
     return f"sqlite:///{os.fspath(value)}" if isinstance(value, os.PathLike) else value
 
 
+def _as_text(value: Any) -> Any:
+    """The text of a path."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _as_mode(value: Any) -> Any:
     """YAML reads `on` and `off` as true and false."""
     return ("on" if value else "off") if isinstance(value, bool) else value
@@ -268,7 +273,7 @@ class TrainingSettings(Settings):
 class SearchSettings(Settings):
     """How allocations are searched."""
 
-    _free = frozenset({"n_trials", "confirm_fraction", "storage", "study_name", "pruner"})
+    _free = frozenset({"n_trials", "confirm_fraction", "storage", "study_name", "pruner", "artifacts"})
 
     n_trials: Count = Field(60, description="Trainings in all, confirmation included.")
     n_seeds: Count = Field(1, description="Training seeds of each trial; each counts as one of `n_trials`.")
@@ -287,6 +292,10 @@ class SearchSettings(Settings):
         "output folder; in Python, memory.",
     )  # fmt: skip
     study_name: str | None = Field(None, description="Name of the Optuna study. Default: the study's, or the task's.")
+    artifacts: Annotated[str | None, BeforeValidator(_as_text)] = Field(
+        None, description="Folder for the rank maps that Optuna's dashboard shows, from the study file on. Default: `artifacts` "
+        "in the output folder; in Python, beside an SQLite database.",
+    )  # fmt: skip
     pruner: Annotated[Literal["none", "median", "hyperband"], OrObject] = Field(
         "none", description="What stops bad trials early; needs `training.evaluate_every`."
     )

@@ -15,7 +15,7 @@ PACKAGE = Path(rankscope.__file__).parent
 # One list a layer, its rows in order.
 LAYERS = [
     ["errors", "plugins", "files", "settings"],
-    ["naming", "targets", "allocation", "budget"],
+    ["naming", "targets", "maps", "allocation", "budget"],
     ["distributed"],
     ["profiling", "lora"],
     ["performance"],

@@ -202,6 +202,7 @@ def _search(session: Session) -> SearchResult:
             max_rank=bounds.max_rank,
             on_progress=lambda stage, done, total: update(done, total, stage),
             storage=session.storage,
+            artifacts=session.artifacts,
             study_name=session.study_name,
             seed=session.study.seed if settings.seed is None else settings.seed,
         )

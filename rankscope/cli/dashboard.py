@@ -1,7 +1,6 @@
-"""`rankscope dashboard`: Optuna's dashboard on a study's search, with a note and each trial's ranks as a picture.
+"""`rankscope dashboard`: Optuna's dashboard on a study's search, on this machine.
 
-Pictures are drawn when they are looked at. Optuna lets nothing be added to a finished trial, so the dashboard's artifacts and
-notes of trials are attributes of the study, where the dashboard reads them, too.
+Searches attach notes and pictures themselves (`rankscope.searching.attachments`). What is missing is added here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import logging
 import uuid
 import webbrowser
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -21,14 +20,14 @@ from typing import Any, BinaryIO
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.storages import BaseStorage
 
 from rankscope.cli.session import Session, print_json, print_line
 from rankscope.errors import SettingsError
-from rankscope.plotting import plot_ranks
+from rankscope.maps import ranks_png
 from rankscope.profiling import read_profile
-from rankscope.searching import STUDY_KEY, Trial, load_study, read_trials
+from rankscope.searching import STUDY_KEY, Trial, load_study, picture_name, read_trials, study_note, trial_note
 from rankscope.targets import TargetModule, fingerprint_targets
 
 logger = logging.getLogger(__name__)
@@ -36,51 +35,58 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"  # whoever reaches the dashboard may delete the study: this machine only
 WSGIApplication = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
-NOTE = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")  # of a study, for `str.format`
-
 
 class RankPictures(FileSystemArtifactStore):
-    """The pictures of a study's trials, as an artifact store for `optuna_dashboard`; uploads of users go into a folder."""
+    """A folder of artifacts, with pictures drawn for the trials that have none in it: of a search elsewhere, or of long ago.
+
+    Optuna lets nothing be added to a finished trial, so such a picture is listed by an attribute of the study, as are notes.
+    """
 
     def __init__(
-        self, study: optuna.Study, storage: BaseStorage, targets: tuple[TargetModule, ...], uploads: Path
+        self, study: optuna.Study, storage: BaseStorage, targets: tuple[TargetModule, ...], folder: Path
     ) -> None:
-        super().__init__(uploads)
-        self._study, self._storage, self._targets, self._uploads = study, storage, targets, uploads
+        super().__init__(folder)
+        self._study, self._storage, self._targets, self._folder = study, storage, targets, folder
+        self._numbers: set[int] = set()  # of trials that are listed
         self._trials: dict[str, Trial] = {}
         self._drawn: dict[str, bytes] = {}
-        self._listing, self._drawing = Lock(), Lock()  # the server has a thread a request; matplotlib is for one
+        self._listing, self._drawing = Lock(), Lock()  # the server has a thread a request
 
     def list_new(self) -> None:
         """List the pictures of trials that completed since the last call; trials that rankscope did not make have none."""
         with self._listing:
             study_id = self._storage.get_study_id_from_name(self._study.study_name)
             listed = self._storage.get_study_system_attrs(study_id)
+            frozen = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
             for trial in read_trials(self._study, self._targets, skip_foreign=True):
+                if trial.number in self._numbers:
+                    continue
+                self._numbers.add(trial.number)
+                attached = get_all_artifact_meta(frozen[trial.number], storage=self._storage)
+                found = [each.artifact_id for each in attached if each.filename == picture_name(trial.number)]
+                if found:  # drawn again if its file is on another machine
+                    self._trials |= dict.fromkeys(found, trial)
+                    continue
                 # The same in every process, so that two dashboards on one study list a picture once.
                 artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"rankscope:{self._study.study_name}:{trial.number}"))
-                if artifact not in self._trials:
-                    self._trials[artifact] = trial
-                    for key, value in self._attributes(artifact, trial, study_id).items():
-                        if key not in listed:  # a user may have edited the note
-                            self._storage.set_study_system_attr(study_id, key, value)
+                self._trials[artifact] = trial
+                for key, value in self._attributes(artifact, trial, study_id).items():
+                    if key not in listed:  # a user may have edited the note
+                        self._storage.set_study_system_attr(study_id, key, value)
 
     def _attributes(self, artifact: str, trial: Trial, study_id: int) -> dict[str, Any]:
         """What lists the trial's picture and note."""
         trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
-        name, metric = f"ranks of trial {trial.number}.png", self._study.user_attrs[STUDY_KEY]["metric"]
+        name = picture_name(trial.number)
         picture = {"artifact_id": artifact, "filename": name, "mimetype": "image/png", "encoding": None}
-        note = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: validation {metric} {trial.metric:.4g}"
-        if trial.difference is not None:
-            note += f", {trial.difference:+.4f} to uniform"
         # The page shows an artifact as small as a stamp, and what the note holds at full size.
-        note += f"\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})\n"
+        note = f"{trial_note(trial, self._study)}\n\n![{name}](/artifacts/{study_id}/{trial_id}/{artifact})"
         texts = {f"dashboard:{trial_id}:note_str:0": note, f"dashboard:{trial_id}:note_ver": 1}
         return {f"dashboard:artifacts:{trial_id}:{artifact}": json.dumps(picture), **texts}
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        """A picture, drawn at its first look; or what a user has uploaded."""
-        if artifact_id not in self._trials:
+        """A file of the folder, or a picture, drawn at its first look."""
+        if artifact_id not in self._trials or (self._folder / artifact_id).is_file():
             return super().open_reader(artifact_id)
         with self._drawing:
             if artifact_id not in self._drawn:
@@ -89,30 +95,23 @@ class RankPictures(FileSystemArtifactStore):
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Keep what a user uploads."""
-        self._uploads.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         super().write(artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
-        """Delete what a user has uploaded; a picture has no file."""
-        if artifact_id not in self._trials:
+        """Delete a file of the folder; a drawn picture has none."""
+        if artifact_id not in self._trials or (self._folder / artifact_id).is_file():
             super().remove(artifact_id)
 
 
 def draw_trial(trial: Trial) -> bytes:
-    """A trial's ranks as a heatmap, in PNG."""
-    buffer = BytesIO()
+    """A trial's ranks as a map, in PNG."""
     title = f"trial {trial.number}, {trial.origin}: {trial.allocation.parameters:,} parameters"
-    plot_ranks(trial.allocation, titles=[title]).savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    return buffer.getvalue()
-
-
-def study_note(about: Mapping[str, Any], n_targets: int) -> str:
-    """How to read a search in the dashboard, in Markdown, from what the search is about."""
-    return NOTE.format(n_targets=n_targets, **{key: about[key] for key in ("budget", "metric", "n_seeds")})
+    return ranks_png(trial.allocation.targets, trial.allocation.ranks, titles=[title])
 
 
 def make_app(
-    study: optuna.Study, storage: BaseStorage, targets: tuple[TargetModule, ...], *, uploads: Path
+    study: optuna.Study, storage: BaseStorage, targets: tuple[TargetModule, ...], *, folder: Path
 ) -> WSGIApplication:
     """Optuna's dashboard as a WSGI application, with rankscope's note and pictures, also of trials that complete later.
 
@@ -127,8 +126,8 @@ def make_app(
             "use the `targets` and the model it was searched with, or another study name or storage."
         )
     if not optuna_dashboard.get_note(study):
-        optuna_dashboard.save_note(study, study_note(about, len(targets)))
-    pictures = RankPictures(study, storage, targets, uploads)
+        optuna_dashboard.save_note(study, study_note(study, len(targets)))
+    pictures = RankPictures(study, storage, targets, folder)
     pictures.list_new()
     polled = f"/api/studies/{storage.get_study_id_from_name(study.study_name)}"
     inner: WSGIApplication = optuna_dashboard.wsgi(storage, artifact_store=pictures)
@@ -179,7 +178,7 @@ def run_dashboard(session: Session, *, port: int, open_browser: bool, as_json: b
     study = load_study(session.study_name, session.storage)
     name, storage = study.study_name, study._storage
     targets = _targets(session, study.user_attrs[STUDY_KEY]["model"])
-    app = make_app(study, storage, targets, uploads=session.out / "artifacts")
+    app = make_app(study, storage, targets, folder=session.artifacts)
     with open_server(app, port) as server:
         study_id = storage.get_study_id_from_name(name)
         url = f"http://{HOST}:{server.server_port}/dashboard/studies/{study_id}"

@@ -115,6 +115,12 @@ class Session:
         return self.study.search.storage or f"sqlite:///{self.out / 'search.db'}"
 
     @property
+    def artifacts(self) -> Path:
+        """The folder of the search's pictures, and of what users upload in the dashboard."""
+        given = self.study.search.artifacts
+        return self.out / "artifacts" if given is None else self.study.base_dir / given
+
+    @property
     def has_search(self) -> bool:
         """Whether there can be a search: its database is in the output folder, or where the study says."""
         return self.study.search.storage is not None or (self.out / "search.db").exists()

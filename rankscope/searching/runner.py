@@ -24,6 +24,7 @@ from rankscope.files import FORMAT, digest, replacing
 from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
 from rankscope.searching import confirmation, storage
+from rankscope.searching.attachments import Attachments, artifact_folder
 from rankscope.searching.sampler import PerformanceModelSampler, make_pruner, make_sampler, suggest_allocation
 from rankscope.searching.space import BUDGET, HierarchicalSpace, make_space
 from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, SAMPLER, STEPS_KEY, UNIFORM
@@ -241,6 +242,8 @@ class _Search:
         seed = (settings.seed or 0) + len(self._trials())
         self.study.sampler, self.study.pruner = make_sampler(settings.sampler, space, seed), pruner
         storage.fail_orphans(self.study)
+        folder = Path(settings.artifacts) if settings.artifacts else artifact_folder(settings.storage)
+        self.attachments = Attachments(self.study, space.targets, folder)
 
     def explore(self, on_progress: Progress) -> None:
         """Runs trials until so many are finished: uniform and one-shot, proposals, and the posterior mean's allocation last."""
@@ -286,6 +289,7 @@ class _Search:
         found = SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
         if trials:
             study.set_user_attr("recommendation", f"{found.best_trial.number}: {found.recommendation.reason}")
+            self.attachments.finish(found)
         return found
 
     def _queue_start(self, origin: str, tilts: dict[str, float]) -> None:
@@ -315,6 +319,11 @@ class _Search:
         return max(0, self.n_trials - sum(map(_finished, self._trials())))
 
     def _evaluate(self, running: optuna.Trial) -> float:
+        """A trial's objective; its picture and note are attached at its end."""
+        with self.attachments.attached(running):
+            return self._measure(running)
+
+    def _measure(self, running: optuna.Trial) -> float:
         """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""
         running.set_user_attr(storage.WORKER_KEY, storage.this_worker())  # another process may have queued it
         allocation, rates = suggest_allocation(running, self.space), self.training.learning_rates

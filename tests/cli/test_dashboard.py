@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -101,6 +102,48 @@ def test_a_browser_shows_a_trial_s_picture_and_the_study_s_note(
         text = browser.find_element(By.TAG_NAME, "body").text
         assert "one LoRA rank for each of 36 target modules, 6,912 adapter parameters in all at most" in text
         assert "The best value observed is not the recommendation." in text
+
+
+@contextmanager
+def plain_dashboard(out: Path) -> Iterator[str]:
+    """`optuna-dashboard` itself on a search's files, as a process of its own; yields its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("optuna-dashboard"), f"sqlite:///{out}/search.db", "--port", port]
+    command += ["--artifact-dir", out / "artifacts", "--server", "wsgiref", "--quiet"]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(10 * PATIENCE):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/dashboard/studies/1"
+        finally:
+            process.kill()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Debian's Chromium: apt-get install chromium chromium-driver"
+)
+def test_the_plain_optuna_dashboard_shows_what_the_search_attached(
+    searched: tuple[Path, Path], browser: webdriver.Chrome
+) -> None:
+    _, out = searched
+    with plain_dashboard(out) as address:
+        wait = WebDriverWait(browser, PATIENCE)
+        browser.get(f"{address}/trials?numbers=1")
+        pictures = "return [...document.images].filter(i => i.complete && i.naturalWidth > 0).map(i => i.alt)"
+        wait.until(lambda driver: driver.execute_script(pictures) == ["ranks of trial 1.png"] * 2)
+        assert (
+            "one-shot, 6,912 adapter parameters: validation accuracy" in browser.find_element(By.TAG_NAME, "body").text
+        )
+
+        browser.get(f"{address}/note")
+        wait.until(lambda driver: "★ Recommended: trial" in driver.find_element(By.TAG_NAME, "body").text)
+        wait.until(lambda driver: len(driver.execute_script(pictures)) == 1)
+        (name,) = browser.execute_script(pictures)
+        assert re.fullmatch(r"recommended ranks, trial \d\.png", name)
 
 
 def test_json_without_a_profile_at_hand_and_with_the_user_s_browser(

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 import rankscope as rs
-from rankscope.cli.dashboard import draw_trial, make_app, open_server, study_note
+from rankscope.cli.dashboard import draw_trial, make_app, open_server
 from rankscope.errors import SettingsError
+from rankscope.searching import study_note, trial_note
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, SAMPLER, UNIFORM
 from rankscope.tasks import Task
 
@@ -73,7 +75,7 @@ def result(storage: BaseStorage, digits_profile: rs.Profile) -> rs.SearchResult:
 @pytest.fixture
 def opened(result: rs.SearchResult, storage: BaseStorage, tmp_path: Path) -> Callable[[], Ask]:
     def open_app() -> Ask:
-        app = make_app(result.study, storage, result.targets, uploads=tmp_path / "artifacts")
+        app = make_app(result.study, storage, result.targets, folder=tmp_path / "artifacts")
 
         def ask(path: str, method: str = "GET", body: Any = None) -> tuple[int, Any]:
             """Status and answer; JSON is parsed."""
@@ -107,17 +109,17 @@ def test_each_trial_has_its_picture_and_the_study_its_note(result, opened, stora
     ask = opened()
     status, study = ask(study_path(storage))
     assert status == 200
-    assert study["note"]["body"] == study_note(result.study.user_attrs["rankscope"], 36)
+    assert study["note"]["body"].startswith("## ★ Recommended: trial ")
+    assert study["note"]["body"].endswith(study_note(result.study, 36))
     for shown, trial in zip(study["trials"], result.trials, strict=True):
         assert [(a["filename"], a["mimetype"]) for a in shown["artifacts"]] == [
             (f"ranks of trial {trial.number}.png", "image/png")
         ]
         path = picture_path(storage, shown)
         assert ask(path) == (200, draw_trial(trial))
-        summary = f"{trial.origin}, {trial.allocation.parameters:,} adapter parameters: validation accuracy {trial.metric:.4g}"
-        if trial.origin != "uniform":
-            summary += f", {trial.difference:+.4f} to uniform"
-        assert shown["note"] == {"version": 1, "body": f"{summary}\n\n![ranks of trial {trial.number}.png]({path})\n"}
+        assert trial_note(trial, result.study) in shown["note"]["body"]
+        starred = shown["note"]["body"].startswith("> ★ **recommended**")
+        assert starred == (trial.number == result.study.user_attrs["recommended_trial"])
 
 
 def test_a_picture_is_the_plot_of_the_trial_s_ranks(digits_profile: rs.Profile) -> None:
@@ -144,10 +146,16 @@ def test_only_completed_trials_of_rankscope_have_one(result, opened, storage: Ba
     assert [bool(trial["note"]["body"]) for trial in shown] == [True, True, True, False, False, False, False]
 
 
-def test_a_search_that_goes_on_is_followed(search, opened, storage: BaseStorage) -> None:
+def test_a_search_without_the_extra_is_followed(
+    search, opened, storage: BaseStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trials have no pictures and notes of their own: the dashboard adds them."""
     ask = opened()
     assert len(ask(study_path(storage))[1]["trials"]) == 3
-    last = search(storage, 4).trials[-1]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "optuna_dashboard", None)
+        found = search(storage, 4)
+    last = found.trials[-1]
     before = system_attributes(storage)
     ask("/api/meta")
     assert system_attributes(storage) == before
@@ -157,9 +165,18 @@ def test_a_search_that_goes_on_is_followed(search, opened, storage: BaseStorage)
     listed = [
         key.removeprefix(prefix) for key in set(system_attributes(storage)) - set(before) if key.startswith(prefix)
     ]
-    assert [ask(f"/artifacts/{study_id}/{prefix.split(':')[2]}/{artifact}") for artifact in listed] == [
-        (200, draw_trial(last))
-    ]
+    path = f"/artifacts/{study_id}/{prefix.split(':')[2]}/{listed[0]}"
+    assert [ask(path), len(listed)] == [(200, draw_trial(last)), 1]
+    name = f"ranks of trial {last.number}.png"
+    noted = system_attributes(storage)[f"dashboard:{prefix.split(':')[2]}:note_str:0"]
+    assert noted == f"{trial_note(last, found.study)}\n\n![{name}]({path})"
+
+
+def test_a_picture_whose_file_is_elsewhere_is_drawn(result, opened, storage: BaseStorage, tmp_path: Path) -> None:
+    ask = opened()
+    shutil.rmtree(tmp_path / "artifacts", ignore_errors=True)
+    for shown, trial in zip(ask(study_path(storage))[1]["trials"], result.trials, strict=True):
+        assert ask(picture_path(storage, shown)) == (200, draw_trial(trial))
 
 
 def test_a_second_opening_changes_nothing(result, opened, storage: BaseStorage) -> None:
@@ -171,9 +188,10 @@ def test_a_second_opening_changes_nothing(result, opened, storage: BaseStorage) 
 
 def test_what_a_user_writes_and_attaches_is_kept(result, opened, storage: BaseStorage, tmp_path: Path) -> None:
     ask, path = opened(), study_path(storage)
-    first = ask(path)[1]["trials"][0]
-    assert ask(f"{path}/note", "PUT", {"version": 2, "body": "mine"})[0] == 204
-    assert ask(f"{path}/{first['trial_id']}/note", "PUT", {"version": 2, "body": "good"})[0] == 204
+    held = ask(path)[1]
+    first = held["trials"][0]
+    for at, note, body in ((path, held["note"], "mine"), (f"{path}/{first['trial_id']}", first["note"], "good")):
+        assert ask(f"{at}/note", "PUT", {"version": note["version"] + 1, "body": body})[0] == 204
     sent = {"file": "data:text/plain;base64,aGVsbG8=", "filename": "hello.txt"}
     status, uploaded = ask(path.replace("studies", "artifacts"), "POST", sent)
     assert status == 201
@@ -185,7 +203,7 @@ def test_what_a_user_writes_and_attaches_is_kept(result, opened, storage: BaseSt
     attached = f"{path.replace('api/studies', 'artifacts')}/{uploaded['artifact_id']}"
     assert ask(attached) == (200, b"hello")
     assert ask(f"/api{attached}", "DELETE")[0] == 204
-    assert not list((tmp_path / "artifacts").iterdir())
+    assert not (tmp_path / "artifacts" / uploaded["artifact_id"]).exists()
 
 
 def test_a_study_can_be_deleted_with_its_pictures(result, opened, storage: BaseStorage) -> None:
@@ -199,13 +217,16 @@ def test_other_target_modules_are_refused(result, storage: BaseStorage, tmp_path
         "study `short` must be about this study file's target modules, but was searched with others; "
         "use the `targets` and the model it was searched with, or another study name or storage."
     )
+    before = system_attributes(storage)
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        make_app(result.study, storage, result.targets[1:], uploads=tmp_path)
-    assert not system_attributes(storage)
+        make_app(result.study, storage, result.targets[1:], folder=tmp_path)
+    assert system_attributes(storage) == before
 
 
 def test_the_note_explains_what_a_trial_shows() -> None:
-    note = study_note({"budget": 6_912, "metric": "accuracy", "n_seeds": 2, "task": "digits-shift"}, 36)
+    study = optuna.create_study()
+    study.set_user_attr("rankscope", {"budget": 6_912, "metric": "accuracy", "n_seeds": 2, "task": "digits-shift"})
+    note = study_note(study, 36)
     assert note.startswith(
         "## Which LoRA rank where\n\nEach trial fine-tunes one **allocation**: one LoRA rank for each of 36 target modules, "
         "6,912 adapter parameters in all at most. The objective is the validation accuracy, mean over training seeds "

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rankscope.searching import HierarchicalSpace as HierarchicalSpace
     from rankscope.searching import PerformanceModelSampler as PerformanceModelSampler
     from rankscope.searching import SearchResult as SearchResult
+    from rankscope.searching import hp_space as hp_space
     from rankscope.searching import search as search
     from rankscope.searching import suggest_allocation as suggest_allocation
     from rankscope.settings import AllocationSettings as AllocationSettings
@@ -65,7 +66,9 @@ _NAMES = {
     "lora": ["export", "measure_moments", "pad_adapter", "shrink"],
     "performance": ["PerformanceModel", "rank_features"],
     "profiling": ["Profile", "profile", "read_profile"],
-    "searching": ["HierarchicalSpace", "PerformanceModelSampler", "SearchResult", "search", "suggest_allocation"],
+    "searching": [
+        "HierarchicalSpace", "PerformanceModelSampler", "SearchResult", "hp_space", "search", "suggest_allocation",
+    ],
     "settings": [
         "AllocationSettings", "BudgetSettings", "CompareSettings", "ControllerSettings", "PlanSettings", "ProfileSettings",
         "SearchSettings", "StudySettings", "TrainingSettings", "read_study",

@@ -42,7 +42,7 @@ try:
 except ImportError:  # the hooks can be called without axolotl
     BasePlugin = object
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("axolotl.rankscope")  # axolotl shows what its own loggers say
 
 _KEYS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_rank_pattern", "lora_alpha_pattern")
 _SHARDS = ("fsdp", "fsdp_config", "deepspeed", "tensor_parallel_size", "context_parallel_size")

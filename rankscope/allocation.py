@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
+class _ByName:
+    """Room for the ranks by name, made at the first look and no field: fingerprints, pickles and comparisons leave it out."""
+
+    __slots__ = ("_by_name",)
+    _by_name: Mapping[str, int]
+
+
 @dataclass(frozen=True, slots=True)
-class RankAllocation:
+class RankAllocation(_ByName):
     """One rank for each target module; 0 leaves it without an adapter. Allocations are equal when modules and ranks are.
 
     >>> targets = (TargetModule(name="fc1", in_features=64, out_features=256),)
@@ -73,7 +80,10 @@ class RankAllocation:
     @property
     def ranks(self) -> Mapping[str, int]:
         """The rank of each target module by name, in the model's order; read-only."""
-        return MappingProxyType({t.name: rank for t, rank in zip(self.targets, self.vector, strict=True)})
+        if not hasattr(self, "_by_name"):
+            found = {t.name: rank for t, rank in zip(self.targets, self.vector, strict=True)}
+            object.__setattr__(self, "_by_name", MappingProxyType(found))
+        return self._by_name
 
     @property
     def parameters(self) -> int:

@@ -132,7 +132,8 @@ def describe_modules(names: Sequence[str]) -> dict[str, tuple[str, int | None, s
 
 def find_heads(names: Collection[str]) -> set[str]:
     """The modules that are part of an output head."""
-    return {n for n in names if _HEAD.search(n) or ("classifier" in names and n in _BEFORE_CLASSIFIER)}
+    classified = "classifier" in names  # names may be a list
+    return {n for n in names if _HEAD.search(n) or (classified and n in _BEFORE_CLASSIFIER)}
 
 
 def name_towers(names: Collection[str]) -> dict[str, str]:

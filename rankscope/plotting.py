@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, NullLocator
+from numpy.typing import NDArray
 from scipy.stats import norm as normal
 
 from rankscope.allocation import RankAllocation
@@ -24,6 +25,8 @@ from rankscope.files import AnyPath, replacing
 from rankscope.profiling import Profile, cumulative_energy
 from rankscope.targets import TargetModule
 
+Floats = NDArray[np.float64]
+
 if TYPE_CHECKING:
     from rankscope.performance import PerformanceModel
     from rankscope.searching import SearchResult
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 REFERENCE = "uniform"
 ROLES = "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj down_proj fc1 fc2".split()  # noqa: SIM905
 BLOCKS_ACROSS = 24  # of all heatmaps side by side
+MANY_MODULES = 1000  # from here on, pictures show groups of blocks
+BLOCK_GROUPS = 24  # of one tower
+MOST_COEFFICIENTS = 48  # of one level
 MOST_WAYPOINTS = 6
 PANELS_ABREAST = 3
 VERDICT_COLOURS = {"better": "#1b7f4d", "worse": "#b3402e"}
@@ -65,33 +71,75 @@ def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -
 
     Values are summed where modules share a cell, and NaN where there is none. Modules outside blocks are in the last column, `-`.
     """
-    rows = [(t.tower, t.role, math.inf if t.block is None else t.block, values[t.name]) for t in targets]
-    grids = {}
-    for tower, mine in pd.DataFrame(rows, columns=["tower", "role", "block", "value"]).groupby("tower", sort=False):
-        grid = mine.pivot_table("value", "role", "block", aggfunc="sum")
+    return _grids(targets, values, "sum", lambda t: (math.inf, "-") if t.block is None else (t.block, f"{t.block}"))
+
+
+def grouped_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -> dict[str, pd.DataFrame]:
+    """`module_grids` that can be read however large the model is.
+
+    From `MANY_MODULES` on, columns are at most `BLOCK_GROUPS` groups of blocks that follow each other, as `0-3`, and cells are
+    means over modules.
+    """
+    if len(targets) < MANY_MODULES:
+        return module_grids(targets, values)
+    groups = _block_groups(targets)
+    return _grids(targets, values, "mean", lambda target: groups[target.tower, target.block])
+
+
+def _block_groups(targets: Sequence[TargetModule]) -> dict[tuple[str, int | None], tuple[float, str]]:
+    """By tower and block, the place and the name of the block's group: at most `BLOCK_GROUPS` of nearly equal size a tower."""
+    stacks: dict[str, set[int]] = {target.tower: set() for target in targets}
+    for target in targets:
+        stacks[target.tower] |= set() if target.block is None else {target.block}
+    found: dict[tuple[str, int | None], tuple[float, str]] = {(tower, None): (math.inf, "-") for tower in stacks}
+    for tower, blocks in stacks.items():
+        for group in filter(len, np.array_split(sorted(blocks), BLOCK_GROUPS)):
+            low, high = int(group[0]), int(group[-1])
+            found |= {(tower, int(block)): (low, f"{low}-{high}" if high > low else f"{low}") for block in group}
+    return found
+
+
+def _grids(
+    targets: Sequence[TargetModule],
+    values: Mapping[str, float],
+    how: Literal["sum", "mean"],
+    place_of: Callable[[TargetModule], tuple[float, str]],
+) -> dict[str, pd.DataFrame]:
+    """Values as tables of role x column, whose place and name `place_of` gives; `how` combines modules that share a cell."""
+    places = [place_of(target) for target in targets]
+    rows = [(t.tower, t.role, place, values[t.name]) for t, (place, _) in zip(targets, places, strict=True)]
+    frame, found = pd.DataFrame(rows, columns=["tower", "role", "block", "value"]), {}
+    for tower, mine in frame.groupby("tower", sort=False):
+        grid = mine.pivot_table("value", "role", "block", aggfunc=how)
         roles = sorted(grid.index, key=lambda role: (ROLES.index(role) if role in ROLES else 99, role))
-        grids[str(tower)] = grid.loc[roles].rename(columns=lambda block: "-" if math.isinf(block) else f"{block:.0f}")
-    return grids
+        names = {place: name for target, (place, name) in zip(targets, places, strict=True) if target.tower == tower}
+        found[str(tower)] = grid.loc[roles].rename(columns=names)
+    return found
 
 
 def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None, framed: bool = False) -> Figure:
     """Ranks over the same modules as heatmaps of block x role on one colour scale, a dot for 0.
 
     Models with several towers get one row per allocation, and each panel tells the tower's share of the parameters. If `framed`,
-    ranks above those of the panel before are.
+    ranks above those of the panel before are. From `MANY_MODULES` on, cells are means over groups of blocks.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
-    rows = [module_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
-    norm, label = (
-        Normalize(0, max(1, *(max(a.vector) for a in allocations))),
-        "rank (framed: gained)" if framed else "rank",
-    )
+    rows = [grouped_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
+    many = len(allocations[0].targets) >= MANY_MODULES
+    highest = max(np.nanmax(grid.to_numpy()) for grids in rows for grid in grids.values()) if many else 0.0
+    norm = Normalize(0, max(1, highest if many else max(max(a.vector) for a in allocations)))
+    label = f"{'mean rank' if many else 'rank'}{' (framed: gained)' * framed}"
     shares = [
         {tower: f"{spent / max(a.parameters, 1):.0%}" for tower, spent in a.parameters_by_tower.items()}
         for a in allocations
     ]
     options: Any = {"framed": framed, "notes": shares}
-    return _heatmaps(rows, titles, norm, label, lambda rank: f"{rank:.0f}" if rank else "·", **options)
+    return _heatmaps(rows, titles, norm, label, _rank_text, **options)
+
+
+def _rank_text(rank: float) -> str:
+    """A rank, or a mean of ranks, that fits its cell."""
+    return (f"{rank:.0f}" if rank >= 10 or float(rank).is_integer() else f"{rank:.1f}") if rank else "·"
 
 
 def plot_energy(profile: Profile) -> Figure:
@@ -101,7 +149,7 @@ def plot_energy(profile: Profile) -> Figure:
     positive = [value for value in density.values() if value > 0]
     norm = LogNorm(max(min(positive), max(positive) * 1e-4), max(positive))
     title = f"gradient energy per parameter of one rank, {profile.metadata['batches']} batches"
-    return _heatmaps([module_grids(targets, density)], [title], norm, "squared gradient norm / rank cost")
+    return _heatmaps([grouped_grids(targets, density)], [title], norm, "squared gradient norm / rank cost")
 
 
 def plot_modalities(profile: Profile) -> Figure:
@@ -117,7 +165,7 @@ def plot_modalities(profile: Profile) -> Figure:
         raise ModelError(f"{must}; give them an `image_mask`, or profile with images.")
     image, text = profile.column("image_energy"), profile.column("text_energy")
     targets = [target for target in profile.targets if not math.isnan(image[target.name])]
-    ours, theirs = (module_grids(targets, values) for values in (image, text))
+    ours, theirs = (grouped_grids(targets, values) for values in (image, text))
     shares = {tower: grid / (grid + theirs[tower]) for tower, grid in ours.items()}
     title, norm = "share of image tokens in the gradient energy", Normalize(0.0, 1.0)
     return _heatmaps([shares], [title], norm, "image / (image + text)", "{:.0%}".format)
@@ -134,7 +182,7 @@ def plot_belief(model: PerformanceModel) -> Figure:
     relative = {name: value / mean for name, value in density.items()}
     title = "what the search believes one more rank is worth, per parameter (mean: 1)"
     norm = Normalize(0.0, max(2.0, *relative.values()))
-    return _heatmaps([module_grids(targets, relative)], [title], norm, "worth over the mean", "{:.1f}".format)
+    return _heatmaps([grouped_grids(targets, relative)], [title], norm, "worth over the mean", "{:.1f}".format)
 
 
 def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
@@ -181,6 +229,8 @@ def _heatmaps(
             named = [heading] * (axis is axes[place, 0]) + [name] * (n_towers > 1)
             _label(axis, "\n".join(named), x="block" if bottom else "", spines=())
             axis.set_xticks(range(len(grid.columns)), grid.columns)
+            if max(map(len, grid.columns)) > 4:  # groups of blocks
+                axis.tick_params(axis="x", rotation=90)
             axis.set_yticks(range(len(grid.index)), grid.index)
             axis.tick_params(length=0, labelbottom=bottom, labelleft=n_towers > 1 or place % n_across == 0)
             before = rows[place - 1][tower] if framed and place else grid
@@ -221,7 +271,8 @@ def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.
     """Each tower and role's share of the adapter parameters (rows), from the start and from each move on (columns: steps)."""
     used = {}
     for step, allocation in waypoints(decisions, targets):
-        grids = module_grids(targets, {t.name: float(t.rank_cost * allocation.ranks[t.name]) for t in targets})
+        ranks = allocation.ranks
+        grids = module_grids(targets, {t.name: float(t.rank_cost * ranks[t.name]) for t in targets})
         used[step] = pd.concat({tower: grid.sum(axis="columns") for tower, grid in grids.items()})
     parameters = pd.DataFrame(used)
     return parameters / parameters.sum()
@@ -260,22 +311,47 @@ def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figur
     return figure
 
 
+def _spectra(profile: Profile) -> tuple[list[tuple[str, Floats]], str]:
+    """Roles and singular values over the first down to 1e-4, (n_values,), of each module; and what a line stands for.
+
+    From `MANY_MODULES` on, of each role in each group of blocks, the mean over modules.
+    """
+    spectra, lines = profile.spectra(signal=False), list[tuple[TargetModule, Floats]]()
+    for target in profile.targets:
+        values = spectra[target.name]
+        if len(values) and values[0] > 0:
+            lines.append((target, values[values > 1e-4 * values[0]] / values[0]))
+    if len(spectra) < MANY_MODULES:
+        return [(target.role, values) for target, values in lines], "module"
+    groups, members = _block_groups(profile.targets), dict[tuple[str, str, str], list[Floats]]()
+    for target, values in lines:
+        members.setdefault((target.tower, groups[target.tower, target.block][1], target.role), []).append(values)
+    means = []
+    for (*_, role), mine in members.items():
+        lengths = [len(values) for values in mine]
+        total, n = np.zeros(max(lengths)), np.cumsum(np.bincount(lengths)[::-1])[::-1][1:]  # values at each index
+        for values in mine:
+            total[: len(values)] += values
+        means.append((role, total / n))
+    return means, "role in a group of blocks"
+
+
 def plot_spectra(profile: Profile) -> Figure:
-    """Left: singular values of every module over its first, coloured by role. Right: energy captured against parameters."""
+    """Left: singular values of modules over the first, coloured by role. Right: energy captured against parameters.
+
+    From `MANY_MODULES` on, lines are means over the modules of a role in a group of blocks.
+    """
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     roles = list(dict.fromkeys(profile.table["role"]))
     colours = dict(zip(roles, cycle(BAND_COLOURS), strict=False))
-    spectra = profile.spectra(signal=False)
-    for module, role in zip(profile.table["module"], profile.table["role"], strict=True):
-        values = spectra[module]
-        if len(values) and values[0] > 0:
-            kept = values[values > 1e-4 * values[0]] / values[0]
-            label = role if role not in left.get_legend_handles_labels()[1] else None
-            left.plot(range(1, len(kept) + 1), kept, color=colours[role], alpha=0.6, lw=1, label=label)
+    lines, kind = _spectra(profile)
+    for role, values in lines:
+        label = roles.pop(roles.index(role)) if role in roles else None
+        left.plot(range(1, len(values) + 1), values, color=colours[role], alpha=0.6, lw=1, label=label)
     left.set_yscale("log")
     left.legend(fontsize=7, frameon=False)
-    _label(left, "gradient spectra, one line a module", "index", "singular value / first")
+    _label(left, f"gradient spectra, one line a {kind}", "index", "singular value / first")
     parameters, captured = cumulative_energy(profile)
     right.plot(parameters, captured, color="tab:blue")
     uniform = float(profile.table["rank_cost"].sum())
@@ -315,10 +391,15 @@ def plot_predictions(model: PerformanceModel, result: SearchResult) -> Figure:
 def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
     """Posterior of the coefficients of towers, block groups, blocks and roles, one panel per level.
 
-    Zero is what the levels above say; to the right of it, ranks are worth more than that.
+    Zero is what the levels above say; to the right of it, ranks are worth more than that. Of a level with more than
+    `MOST_COEFFICIENTS`, those furthest from zero are shown.
     """
     shown = model.coefficients().query("level not in ('model', 'profile', 'module')")
-    levels = {str(level): mine for level, mine in shown.groupby("level", sort=False)}
+    levels, titles = {}, {}
+    for level, mine in shown.groupby("level", sort=False):
+        furthest = mine.loc[mine["mean"].abs().nlargest(MOST_COEFFICIENTS).index].sort_index()
+        levels[str(level)] = furthest
+        titles[str(level)] = f"{level}" + f": {len(furthest)} of {len(mine)}" * (len(furthest) < len(mine))
     counts = [len(mine) for mine in levels.values()]
     figure = _figure(4.6, 0.8 + 0.2 * sum(counts) + 0.35 * len(levels))
     panels = figure.subplots(len(levels), 1, squeeze=False, sharex=True, height_ratios=counts)[:, 0]
@@ -329,7 +410,7 @@ def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
         axis.axvline(0.0, color="black", lw=0.6)
         axis.set_yticks(range(len(mine)), mine["name"].str.removeprefix(f"{level}/"))
         axis.set_ylim(len(mine) - 0.5, -0.5)
-        _label(axis, title=level)
+        _label(axis, title=titles[level])
     panels[-1].set_xlabel(f"θ, in standard deviations of the metric; {confidence:.0%} interval", fontsize=8)
     return figure
 

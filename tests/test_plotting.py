@@ -12,6 +12,7 @@ import rankscope as rs
 from rankscope.errors import ModelError, SettingsError
 from rankscope.plotting import (
     budget_flow,
+    grouped_grids,
     module_grids,
     plot_energy,
     plot_flow,
@@ -141,6 +142,40 @@ def test_grids_hold_every_module_once() -> None:
         assert grids[t.tower].loc[t.role, "-" if t.block is None else str(t.block)] == i + 1
     assert sum(grid.notna().sum().sum() for grid in grids.values()) == len(targets)
     assert " ".join(grids["language"].index) == "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+
+
+def deep_inventory(n_blocks: int = 200) -> tuple[rs.TargetModule, ...]:
+    """Six modules in each of many blocks, and one outside."""
+    outside = rs.TargetModule(name="pooler", in_features=64, out_features=64, role="pooler")
+    return (*vit_inventory(n_blocks), outside)
+
+
+def test_large_models_are_shown_by_groups_of_blocks() -> None:
+    targets = deep_inventory()
+    values = {t.name: float(i) for i, t in enumerate(targets)}
+    (grid,) = grouped_grids(targets, values).values()
+    assert list(grid.columns[:2]) == ["0-8", "9-17"]  # 200 blocks in 24 groups: eight of 9, then sixteen of 8
+    assert list(grid.columns[-2:]) == ["192-199", "-"]
+    assert len(grid.columns) == 25
+    first = [values[f"layers.{block}.fc1"] for block in range(9)]
+    assert grid.loc["fc1", "0-8"] == pytest.approx(np.mean(first))
+    assert grid.loc["pooler", "-"] == values["pooler"]
+    few = vit_inventory()
+    (same,) = grouped_grids(few, {t.name: 1.0 for t in few}).values()
+    assert list(same.columns) == list("012345")
+
+
+def test_pictures_of_large_models_stay_small(tmp_path: Path) -> None:
+    targets = deep_inventory()
+    rng = np.random.default_rng(0)
+    ranks = rs.RankAllocation(targets, tuple(rng.integers(0, 9, len(targets)).tolist()), strategy="drawn")
+    figure = plot_ranks(ranks)
+    assert figure.get_figwidth() < 20
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert len(texts) == 6 * 24 + 1  # a cell for each role and group, and the module outside
+    drawn = [rank for t, rank in zip(targets, ranks.vector, strict=True) if t.role == "q_proj"]
+    assert texts[0] == f"{np.mean(drawn[:9]):.1f}"  # a row's first: of blocks 0 to 8
+    assert save_figure(figure, tmp_path / "ranks.png").stat().st_size > 0
 
 
 def test_rank_plots_write_each_rank(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PEFT_PREFIX = "base_model.model."  # of the base model's names inside a PeftModel
+MOST_ALTERNATIVES = 256  # side by side in a regex
 
 
 def to_lora_config(allocation: RankAllocation, *, scaling: float | None = None, **peft_kwargs: Any) -> LoraConfig:
@@ -86,16 +87,79 @@ def from_lora_config(config: LoraConfig, targets: Sequence[TargetModule]) -> dic
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = (target.name for target in targets if target.kind in ("linear", "conv1d"))
         config.target_modules = {name for name in linear if not OUTPUT_EMBEDDING.fullmatch(name)}
+    entries = {field: getattr(config, field) or () for field in ("target_modules", "exclude_modules")}
+    lists = {field: frozenset(listed) for field, listed in entries.items() if not isinstance(listed, str)}
     with applied_by_peft("config"):
-        names = [target.name for target in targets if check_target_module_exists(config, target.name)]
+        names = [target.name for target in targets if _adapts(config, lists, target.name)]
     ranks = dict.fromkeys(_not_saved(names, config), config.r)
     if not ranks:
         raise SettingsError(f"`config` must adapt at least one of the {len(targets)} target modules, but adapts none.")
     if not isinstance(patterns, Mapping):
         raise SettingsError(f"`rank_pattern` must be a mapping from regexes to ranks, but got {patterns!r}.")
-    for pattern, rank in reversed(list(patterns.items())):  # the first match wins; one by one: each is compiled once
-        ranks |= {name: rank for name in ranks if get_pattern_key([pattern], name) == pattern}
-    return ranks
+    return ranks | {name: patterns[key] for name, key in first_matches(list(patterns), list(ranks)).items()}
+
+
+def _adapts(config: LoraConfig, lists: Mapping[str, frozenset[str]], name: str) -> bool:
+    """Whether PEFT adapts a module: its own rule, shown only those entries of the config's lists that the name ends with."""
+    for field, listed in lists.items():
+        setattr(config, field, listed.intersection(_ends(name)))
+    return bool(check_target_module_exists(config, name))
+
+
+def _ends(name: str) -> list[str]:
+    """The name, and what is left of it after each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def first_matches(patterns: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """By name, the first pattern that matches it by PEFT's rule (`get_pattern_key`); names that none matches are left out.
+
+    Tools that write one pattern for each module write plain names. These are looked up, so that the time is linear in them.
+    """
+    found = dict.fromkeys(names, len(patterns))
+    plain, rest, single = _sorted_out(patterns)
+    ends: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for name in names:
+        for end in _ends(name):
+            ends[len(end)].append((end, name))
+    for (length, *dots), numbers in plain.items():
+        for end, name in ends[length]:
+            letters = list(end)
+            for place in dots:
+                letters[place] = "."
+            found[name] = min(found[name], numbers.get("".join(letters), len(patterns)))
+    either = re.compile("|".join(rf"(?=(?:.*\.)?(?:{patterns[number]})$)(?P<_{number}>)" for number in rest) or "(?!)")
+    for name in names:
+        if (match := either.match(name)) and match.lastgroup:
+            found[name] = min(found[name], int(match.lastgroup[1:]))
+        for number in single:
+            if found[name] > number and get_pattern_key(patterns[number : number + 1], name) == patterns[number]:
+                found[name] = number
+    return {name: patterns[number] for name, number in found.items() if number < len(patterns)}
+
+
+def _sorted_out(patterns: Sequence[str]) -> tuple[dict[tuple[int, ...], dict[str, int]], list[int], list[int]]:
+    """Patterns by number: plain names by length and places of dots for any character, regexes to try together, and the others."""
+    plain: dict[tuple[int, ...], dict[str, int]] = defaultdict(dict)
+    together, single = list[int](), list[int]()
+    for number, pattern in enumerate(patterns):
+        if re.fullmatch(r"(?:[\w-]|\\?\.)+", pattern):
+            text = pattern.replace("\\.", "\0")
+            shape = (len(text), *(place for place, letter in enumerate(text) if letter == "."))
+            plain[shape].setdefault(text.replace("\0", "."), number)
+        else:
+            (together if _stands_alone(pattern) else single).append(number)
+    return plain, together, single
+
+
+def _stands_alone(pattern: str) -> bool:
+    """Whether a regex means the same within another: it has no groups, which would be counted differently, nor flags."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error:  # PEFT has it within another
+        return False
+    return not compiled.groups and compiled.flags == re.UNICODE
 
 
 # PEFT rewrites a regex in `target_modules` on mixture-of-experts models, but not in `exclude_modules`. Beyond 512 patterns it
@@ -147,9 +211,10 @@ def with_ranks(
 
 def value_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A `rank_pattern` or `alpha_pattern`: one regex for each value that is not the default."""
-    others = [value for value in dict.fromkeys(values.values()) if value != default]
-    regexes = {value: names_regex(name for name in values if values[name] == value) for value in others}
-    return {f"^{regex}": value for value, regex in regexes.items()}  # PEFT appends `$`
+    names: dict[Any, list[str]] = defaultdict(list)
+    for name, value in values.items():
+        names[value].append(name)
+    return {f"^{names_regex(mine)}": value for value, mine in names.items() if value != default}  # PEFT appends `$`
 
 
 def names_regex(names: Iterable[str]) -> str:
@@ -162,12 +227,28 @@ def names_regex(names: Iterable[str]) -> str:
     for name in names:
         first, dot, rest = name.partition(".")
         following.setdefault(first, []).append(dot + rest)
-    alike: dict[str, list[str]] = {}
+    after: dict[str, str] = {}
     for part, rests in following.items():
         longer = [rest[1:] for rest in rests if rest]
         regex = rf"\.{names_regex(longer)}" if longer else ""
-        alike.setdefault(f"(?:{regex})?" if 0 < len(longer) < len(rests) else regex, []).append(re.escape(part))
-    return _either([_either(parts) + regex for regex, parts in alike.items()])
+        after[part] = f"(?:{regex})?" if 0 < len(longer) < len(rests) else regex
+    return _told_apart(after)
+
+
+def _told_apart(after: Mapping[str, str]) -> str:
+    """A regex for any of these texts, each with its regex behind it.
+
+    An engine tries alternatives one by one, so that many of them are told apart letter by letter.
+    """
+    if len(after) <= MOST_ALTERNATIVES:
+        alike: dict[str, list[str]] = {}
+        for part, regex in after.items():
+            alike.setdefault(regex, []).append(re.escape(part))
+        return _either([_either(parts) + regex for regex, parts in alike.items()])
+    by_letter: dict[str, dict[str, str]] = defaultdict(dict)
+    for part, regex in after.items():
+        by_letter[part[:1]][part[1:]] = regex
+    return _either([re.escape(letter) + _told_apart(rests) for letter, rests in by_letter.items()])
 
 
 def _either(choices: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import issparse
+from scipy.sparse import csr_array, issparse, vstack
 
 from rankscope.budget import ParameterBudget, allocate_proportional
 from rankscope.errors import SettingsError, checked
@@ -36,14 +36,14 @@ class RankFeatures:
         reference: Uniform's ranks, (n_modules,).
         curves: Cumulative gains by name, (n_modules, max_rank + 1).
         names: Of the features, as level/key: `role/q_proj`, or `profile/norm` for a curve of the profile.
-        weights: Of each module in each feature, (n_features, n_modules).
+        weights: Of each module in each feature, (n_features, n_modules); sparse, as a feature of a module alone has one.
     """
 
     targets: tuple[TargetModule, ...]
     reference: Ints
     curves: Mapping[str, Floats]
     names: tuple[str, ...]
-    weights: Floats
+    weights: csr_array
 
     def __repr__(self) -> str:
         return f"<RankFeatures of {len(self.targets)} modules: {len(self.names)}>"
@@ -71,8 +71,13 @@ class RankFeatures:
     def gains(self, coefficients: ArrayLike) -> dict[str, Floats]:
         """What a linear model says each rank of each module adds, by module name, made non-negative and non-increasing."""
         beta, parts = np.asarray(coefficients, dtype=np.float64), self._by_curve()
-        total = sum((beta[mine] @ self.weights[mine])[:, None] * np.diff(curve, axis=1) for curve, mine in parts)
-        total = np.minimum.accumulate(np.maximum(total, 0.0), axis=1)
+        total = np.zeros((len(self.targets), next(iter(self.curves.values())).shape[1] - 1))
+        for curve, mine in parts:  # in place: in large models a curve has tens of megabytes
+            step = np.diff(curve, axis=1)
+            step *= (beta[mine] @ self.weights[mine])[:, None]
+            total += step
+        np.maximum(total, 0.0, out=total)
+        np.minimum.accumulate(total, axis=1, out=total)
         return {target.name: total[i, : target.full_rank] for i, target in enumerate(self.targets)}
 
     def without(self, *levels: str) -> RankFeatures:
@@ -135,15 +140,18 @@ def rank_features(
     }
     kept = [level for level, keys in members.items() if level == "model" or len(set(keys)) > 1]
     features = [(level, key) for level in kept for key in dict.fromkeys(members[level])]
-    rows = np.array([[each == key for each in members[level]] for level, key in features], dtype=np.float64)
+    place = {feature: number for number, feature in enumerate(features)}
+    rows = [place[level, key] for level in kept for key in members[level]]
+    columns, n = np.tile(np.arange(len(targets)), len(kept)), len(targets)
+    weights = csr_array((np.tile(costs / costs.mean(), len(kept)), (rows, columns)), shape=(len(features), n))
     of_profile = {} if gains is None else _captured(targets, gains, highest)
     uniform = allocate_proportional(targets, dict.fromkeys((t.name for t in targets), 1.0), budget)
     return RankFeatures(
         targets=targets,
         reference=np.array(uniform.vector, dtype=np.int64),
-        curves={"log": np.log1p(np.arange(highest + 1.0))[None, :].repeat(len(targets), axis=0), **of_profile},
+        curves={"log": np.broadcast_to(np.log1p(np.arange(highest + 1.0)), (n, highest + 1)), **of_profile},
         names=(*(f"{level}/{key}" for level, key in features), *(f"profile/{name}" for name in of_profile)),
-        weights=np.vstack([rows * (costs / costs.mean()), np.ones((len(of_profile), len(targets)))]),
+        weights=vstack([weights, np.ones((len(of_profile), n))], format="csr"),
     )
 
 
@@ -157,7 +165,11 @@ def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], h
         row[1 : len(values) + 1] = values[:highest]
     tiny = np.finfo(np.float64).tiny
     curves = {"energy": gained, "norm": np.sqrt(gained)}
-    return {name: np.cumsum(each, axis=1) / max(each.sum(axis=1).mean(), tiny) for name, each in curves.items()}
+    for each in curves.values():
+        mean = max(each.sum(axis=1).mean(), tiny)
+        np.cumsum(each, axis=1, out=each)
+        each /= mean
+    return curves
 
 
 def prior_gains(spectra: Mapping[str, Floats], power: float = PRIOR_POWER) -> dict[str, Floats]:

@@ -153,12 +153,14 @@ def group_by_depth(targets: Sequence[TargetModule], n_groups: int = 3) -> dict[s
     >>> list(group_by_depth(targets).values())
     ['model/0', 'model/0', 'model/1', 'model/1', 'model/2', 'model/2']
     """
-    groups = {}
+    stacks: dict[str, set[int]] = {}
     for target in targets:
-        blocks = sorted({t.block for t in targets if t.tower == target.tower and t.block is not None})
-        place = "-" if target.block is None else blocks.index(target.block) * min(n_groups, len(blocks)) // len(blocks)
-        groups[target.name] = f"{target.tower}/{place}"
-    return groups
+        stacks.setdefault(target.tower, set()).update(() if target.block is None else (target.block,))
+    groups: dict[tuple[str, int | None], str] = {(tower, None): f"{tower}/-" for tower in stacks}
+    for tower, blocks in stacks.items():
+        for number, block in enumerate(sorted(blocks)):
+            groups[tower, block] = f"{tower}/{number * min(n_groups, len(blocks)) // len(blocks)}"
+    return {target.name: groups[target.tower, target.block] for target in targets}
 
 
 def group_by_gradient(targets: Sequence[TargetModule], energies: Mapping[str, float], n_groups: int) -> dict[str, str]:

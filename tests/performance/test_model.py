@@ -58,6 +58,32 @@ def test_features_are_differences_to_uniform(features: RankFeatures) -> None:
     assert not any(changed.values())
 
 
+def test_features_are_those_of_the_dense_weights(features: RankFeatures, ranks: np.ndarray) -> None:
+    """Against the definition, with a row of n weights for each feature: x_f = sum_i W[f, i] h(i, r_i)."""
+    members = {
+        "model": lambda t: "all",
+        "block": lambda t: f"model/{t.block}",
+        "role": lambda t: t.role,
+        "module": lambda t: t.name,
+    }
+    costs = np.array([t.rank_cost for t in TARGETS])
+    dense = np.array(
+        [
+            [c * (members[level](t) == key) for t, c in zip(TARGETS, costs / costs.mean(), strict=True)]
+            for level, _, key in (name.partition("/") for name in features.names)
+        ]
+    )
+    assert (features.weights.toarray() == dense).all()
+    assert features.weights.nnz == 4 * len(TARGETS)  # a level of one module a feature adds n, not n ** 2
+    log = np.log1p(ranks) - np.log1p(features.reference)
+    assert features.transform(ranks) == pytest.approx(log @ dense.T, rel=1e-12, abs=1e-12)
+    beta = np.random.default_rng(0).gamma(1.0, size=len(dense))
+    gains = features.gains(beta)
+    steps = np.diff(np.log1p(np.arange(17)))  # falling, and all weights are positive
+    for target, weight in zip(TARGETS, beta @ dense, strict=True):
+        assert gains[target.name] == pytest.approx(weight * steps, rel=1e-12)
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=25, deadline=None)
 def test_gains_add_up_to_the_linear_models_value(seed: int) -> None:

@@ -217,10 +217,10 @@ def finalists_table(result: SearchResult) -> str:
         difference = "" if each.difference is None else Interval(each.difference, *ends).text()
         expected = result.posterior.get(each.trial.allocation)
         star = "★ " if each.trial.number == result.best_trial.number else ""
-        metrics = [f"{each.metrics_by_seed[seed]:.4g}" for seed in seeds]
+        metrics = [f"{each.metrics_by_seed[seed]:.4f}" for seed in seeds]
         posterior = expected.text() if expected and each.trial.origin != UNIFORM else ""
         lines.append(
-            [f"{star}{each.trial.number}", each.trial.origin, *metrics, f"{each.metric:.4g}", difference, posterior]
+            [f"{star}{each.trial.number}", each.trial.origin, *metrics, f"{each.metric:.4f}", difference, posterior]
         )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"### Confirming runs: validation {result.metric_name} on fresh seeds\n\n{table}"

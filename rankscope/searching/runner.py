@@ -26,7 +26,7 @@ from rankscope.profiling import Profile
 from rankscope.searching import confirmation, storage
 from rankscope.searching.attachments import Attachments, artifact_folder
 from rankscope.searching.sampler import PerformanceModelSampler, make_pruner, make_sampler, suggest_allocation
-from rankscope.searching.space import BUDGET, HierarchicalSpace, make_space
+from rankscope.searching.space import BUDGET, OLD_NAMES, HierarchicalSpace, make_space
 from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, SAMPLER, STEPS_KEY, UNIFORM
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
@@ -117,7 +117,7 @@ class SearchResult:
     @property
     def over_budgets(self) -> bool:
         """Whether the search tried smaller budgets as well."""
-        return BUDGET in self.study.user_attrs[storage.STUDY_KEY]["tilts"]
+        return OLD_NAMES[BUDGET] in self.study.user_attrs[storage.STUDY_KEY]["tilts"]
 
     @property
     def front(self) -> list[storage.Trial]:
@@ -231,7 +231,7 @@ class _Search:
             "trial_steps": self.training.steps,
             "learning_rates": list(full.learning_rates),
             "n_seeds": n_seeds,
-            "tilts": [tilt.name for tilt in space.tilts],
+            "tilts": space.dimensions,
             "profile": {key: profile.metadata.get(key) for key in PROFILE_TERMS},
             "grouping": settings.grouping,
             "n_groups": settings.n_groups,

@@ -25,7 +25,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.errors import SettingsError, checked
 from rankscope.performance import PerformanceModel, Validation, believable, validate
 from rankscope.searching.confirmation import residual_variance
-from rankscope.searching.space import BUDGET, HierarchicalSpace
+from rankscope.searching.space import BUDGET, TAU, HierarchicalSpace
 from rankscope.searching.storage import LEARNING_RATE, RANKS_KEY, TRIAL_KEY
 from rankscope.settings import SearchSettings, TrainingSettings
 
@@ -123,7 +123,7 @@ class PerformanceModelSampler(BaseSampler):
             if not self._ready:
                 width = self._rng.choice([0.25, 0.5, 1.0])
                 tilts = {t.name: float(self._rng.uniform(t.low, t.high) * width) for t in self.space.tilts}
-                tilts["tau"] = float(self._rng.uniform(0.25, 1.25))
+                tilts[TAU] = float(self._rng.uniform(0.25, 1.25))
                 tilts |= {
                     name: float(self._rng.uniform(low, high)) for name, low, high in self.space.tilts if name == BUDGET
                 }
@@ -184,8 +184,8 @@ class PerformanceModelSampler(BaseSampler):
             members = [name in self.space.offsets_of(target) for target in targets]
             mine, one_shots = (costs * members @ each.vector + costs.min() for each in (allocation, self._one_shot))
             offset = math.log2(share) if name == BUDGET else math.log(mine / (share * one_shots))
-            if name.startswith("group/"):
-                offset -= tilts.get(self.space.offsets_of(targets[members.index(True)])[0], 0.0)
+            tower, group, _ = self.space.offsets_of(targets[members.index(True)]) if name != BUDGET else ("", "", "")
+            offset -= tilts.get(tower, 0.0) if name == group else 0.0
             tilts[name] = float(np.clip(offset, low, high))
         return tilts
 

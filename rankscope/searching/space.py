@@ -12,9 +12,10 @@ point is projected onto the budget, and onto those of towers.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import count, takewhile
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -32,13 +33,16 @@ from rankscope.targets import TargetModule
 
 MAX_TAU = 1.5
 MAX_OFFSET = 2.0
-BUDGET = "log2_budget"  # the dimension of a search over budgets: log2 of the share of the budget
+# Names of Optuna parameters, as its dashboard shows them; what studies keep under `tilts` are the older, shorter ones.
+TAU, BUDGET = "one-shot weight", "log2 of budget share"  # the second in a search over budgets only
+OLD_NAMES = {TAU: "tau", BUDGET: "log2_budget"}
+MAX_NAME = 48  # characters
 LEAST_SHARE = 1 / 16
 NO_LIMITS = RankLimits()
 
 
 class Tilt(NamedTuple):
-    """One dimension of the space: its name, as in `group/model/0`, and its bounds."""
+    """One dimension of the space: its name, as in `blocks 0-3`, and its bounds."""
 
     name: str
     low: float
@@ -56,23 +60,35 @@ class HierarchicalSpace:
     groups: Mapping[str, str]  # by module: its block group, as in `model/0`
     limits: RankLimits = NO_LIMITS
     features: RankFeatures = field(init=False)  # for the performance model
+    names: Mapping[str, str] = field(init=False)  # of the offsets, by level and key: `role/q_proj` is `role q_proj`
     least_share: float = field(init=False)  # of the budget that a search over budgets goes down to
 
     def __post_init__(self) -> None:
         features = rank_features(self.targets, self.budget, gains=self.gains, groups=self.groups)
         object.__setattr__(self, "features", features)
+        object.__setattr__(self, "names", name_offsets(self.targets, self.groups))
         object.__setattr__(self, "least_share", self._least_share())
 
     @property
     def tilts(self) -> tuple[Tilt, ...]:
-        """The dimensions, `tau` first, then the budget if it is searched; the only tower, group or role has no offset."""
-        levels = [sorted(set(names)) for names in zip(*map(self.offsets_of, self.targets), strict=True)]
-        offsets = [name for names in levels if len(names) > 1 for name in names]
+        """The dimensions, that of tau first, then the budget if it is searched; the only tower, group or role has no offset."""
+        levels = [sorted(set(keys)) for keys in zip(*map(self._offset_keys, self.targets), strict=True)]
+        offsets = [self.names[key] for keys in levels if len(keys) > 1 for key in keys]
         shares = [Tilt(BUDGET, math.log2(self.least_share), 0.0)] if self.budget.search else []
-        return (Tilt("tau", 0.0, MAX_TAU), *shares, *(Tilt(name, -MAX_OFFSET, MAX_OFFSET) for name in offsets))
+        return (Tilt(TAU, 0.0, MAX_TAU), *shares, *(Tilt(name, -MAX_OFFSET, MAX_OFFSET) for name in offsets))
+
+    @property
+    def dimensions(self) -> list[str]:
+        """The dimensions as studies keep them: `tau`, `group/model/0`, `role/q_proj`, …"""
+        older = OLD_NAMES | {name: key for key, name in self.names.items()}
+        return [older[tilt.name] for tilt in self.tilts]
 
     def offsets_of(self, target: TargetModule) -> tuple[str, str, str]:
         """The names of the offsets that a module's gains have, coarse to fine."""
+        tower, group, role = (self.names[key] for key in self._offset_keys(target))
+        return tower, group, role
+
+    def _offset_keys(self, target: TargetModule) -> tuple[str, str, str]:
         return f"tower/{target.tower}", f"group/{self.groups[target.name]}", f"role/{target.role}"
 
     def _least_share(self) -> float:
@@ -103,7 +119,7 @@ class HierarchicalSpace:
 
     def point(self, *, tau: float) -> dict[str, float]:
         """The point with zero offsets, at the full budget: tau = 1 is the one-shot allocation, tau = 0 the uniform one."""
-        return {tilt.name: tau if tilt.name == "tau" else 0.0 for tilt in self.tilts}
+        return {tilt.name: tau if tilt.name == TAU else 0.0 for tilt in self.tilts}
 
     def allocation(self, point: Mapping[str, float]) -> RankAllocation:
         """The allocation at a point; SettingsError where it lacks a finite number, all gains are zero, or nothing is feasible."""
@@ -113,7 +129,7 @@ class HierarchicalSpace:
                 raise SettingsError(f"`point` must hold a finite number for each tilt, but {name!r} is {value!r}.")
         # Gradients may be tiny, and their powers must not underflow.
         scale = max(float(np.max(self.gains[t.name], initial=0.0)) / t.rank_cost for t in self.targets) or 1.0
-        tau, tilted = point["tau"], {}
+        tau, tilted = point[TAU], {}
         for target in self.targets:
             offset = sum(point.get(name, 0.0) for name in self.offsets_of(target))
             density = np.asarray(self.gains[target.name], dtype=np.float64) / target.rank_cost / scale
@@ -127,6 +143,33 @@ class HierarchicalSpace:
         """The allocation with the highest total of such gains within a share of the budget, by water-filling."""
         limit = self.budget.limit if share == 1.0 else math.ceil(max(share, self.least_share) * self.budget.limit)
         return allocate_marginal(self.targets, gains, self.budget.at(limit), self.limits)
+
+
+def name_offsets(targets: Sequence[TargetModule], groups: Mapping[str, str]) -> dict[str, str]:
+    """Readable names of all offsets, by level and key.
+
+    >>> targets = [TargetModule(name=f"h.{i}.fc1", in_features=8, out_features=8, block=i, role="fc1") for i in range(6)]
+    >>> names = name_offsets(targets, {target.name: f"model/{target.block % 2 if target.block < 4 else 2}" for target in targets})
+    >>> list(names.values())
+    ['tower model', 'role fc1', 'blocks 0, 2', 'blocks 1, 3', 'blocks 4-5']
+    """
+    several = len({target.tower for target in targets}) > 1
+    names = {f"tower/{target.tower}": f"tower {target.tower}" for target in targets}
+    names |= {f"role/{target.role}": f"role {target.role}" for target in targets}
+    members: dict[str, set[int]] = {}
+    for target in targets:
+        members.setdefault(groups[target.name], set()).update(() if target.block is None else (target.block,))
+    for group, blocks in sorted(members.items()):
+        tower, _, number = group.rpartition("/")
+        runs = [[block] for block in sorted(blocks) if block - 1 not in blocks]
+        for run in runs:
+            run.append(next(last for last in count(run[0]) if last + 1 not in blocks))
+        listed = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+        name = f"block{'s' * (len(blocks) > 1)} {listed}" if blocks else "outside blocks"
+        name = name if len(name) <= MAX_NAME else f"{len(blocks)} blocks, group {number}"
+        names[f"group/{group}"] = f"{tower} {name}" if several else name
+    shared = {name for name, times in Counter(names.values()).items() if times > 1}  # groups of a user's own making
+    return {key: key if name in shared else name for key, name in names.items()}
 
 
 def make_space(

@@ -232,7 +232,17 @@ def test_the_note_explains_what_a_trial_shows() -> None:
         "6,912 adapter parameters in all at most. The objective is the validation accuracy, mean over training seeds "
         "(2 a trial); higher is better.\n\n**The best value observed is not the recommendation.** "
     )
-    words = (UNIFORM, ONE_SHOT, SAMPLER, POSTERIOR_MEAN, "ranks", "rankscope", "tau", "learning_rate", "difference")
+    words = (
+        UNIFORM,
+        ONE_SHOT,
+        SAMPLER,
+        POSTERIOR_MEAN,
+        "ranks",
+        "rankscope",
+        "one-shot weight",
+        "learning_rate",
+        "difference",
+    )
     assert all(f"`{word}`" in note for word in words)
 
 

@@ -232,7 +232,7 @@ def test_reseeding_changes_the_draws() -> None:
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_tilts_that_are_fixed_from_outside_hold_for_the_allocation() -> None:
     sampler = rs.PerformanceModelSampler(SPACE, seed=0)
-    fixed = {"tau": 0.5, "role/fc1": 1.5}
+    fixed = {"one-shot weight": 0.5, "role fc1": 1.5}
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.PartialFixedSampler(fixed, sampler))
     study.optimize(objective, n_trials=15)
     for trial in study.trials:
@@ -247,14 +247,14 @@ def test_only_the_given_search_space_is_sampled_and_within_its_bounds() -> None:
     trial = study.ask()
     frozen = study.get_trials(deepcopy=False)[trial.number]
     space = {
-        "group/model/0": FloatDistribution(-2.0, 2.0),
-        "tau": FloatDistribution(0.0, 0.1),
+        "blocks 0-1": FloatDistribution(-2.0, 2.0),
+        "one-shot weight": FloatDistribution(0.0, 0.1),
         "x": IntDistribution(1, 3),
     }
     for _ in range(5):
         found = sampler.sample_relative(study, frozen, space)
         assert set(found) == set(space)
-        assert 0.0 <= found["tau"] <= 0.1
+        assert 0.0 <= found["one-shot weight"] <= 0.1
         assert found["x"] in (1, 2, 3)
     assert sampler.sample_relative(study, frozen, {}) == {}
 
@@ -423,9 +423,9 @@ def test_a_search_over_budgets_tries_all_sizes(sampler: str) -> None:
         budget=rs.ParameterBudget.uniform(TARGETS, 4, search=True),
         gains={t.name: 1.0 / np.arange(1, 17) for t in TARGETS},
     )
-    assert space.tilts[1] == ("log2_budget", -4.0, 0.0)
+    assert space.tilts[1] == ("log2 of budget share", -4.0, 0.0)
     assert space.allocation(space.point(tau=0.0)).vector == (4,) * 12
-    assert space.allocation(space.point(tau=1.0) | {"log2_budget": -2.0}).parameters == BUDGET.limit // 4
+    assert space.allocation(space.point(tau=1.0) | {"log2 of budget share": -2.0}).parameters == BUDGET.limit // 4
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, space, 0))
     study.optimize(lambda trial: worth(rs.suggest_allocation(trial, space)), n_trials=40)
     sizes = np.array([sum(trial.user_attrs["ranks"]) for trial in study.trials])
@@ -435,9 +435,9 @@ def test_a_search_over_budgets_tries_all_sizes(sampler: str) -> None:
     if sampler == "performance-model":
         full, quarter = (study.sampler.best(study, share).allocation for share in (1.0, 0.25))
         assert (full.parameters, quarter.parameters) == (BUDGET.limit, BUDGET.limit // 4)
-        even = space.allocation(space.point(tau=0.0) | {"log2_budget": -2.0})
+        even = space.allocation(space.point(tau=0.0) | {"log2 of budget share": -2.0})
         assert worth(full) > worth(quarter) > worth(even)
-        assert -2.6 < study.trials[-1].params["log2_budget"] - math.log2(sizes[-1] / 48) < 0.1
+        assert -2.6 < study.trials[-1].params["log2 of budget share"] - math.log2(sizes[-1] / 48) < 0.1
 
 
 def test_a_search_over_budgets_keeps_to_the_least_ranks() -> None:
@@ -445,8 +445,8 @@ def test_a_search_over_budgets_keeps_to_the_least_ranks() -> None:
     space = space_of(
         3, budget=rs.ParameterBudget.uniform(TARGETS[:3], 4, search=True), gains=gains, limits=RankLimits(min_rank=2)
     )
-    assert space.tilts[1] == ("log2_budget", -1.0, 0.0)
-    assert space.allocation(space.point(tau=1.0) | {"log2_budget": -4.0}).vector == (2, 2, 2)
+    assert space.tilts[1] == ("log2 of budget share", -1.0, 0.0)
+    assert space.allocation(space.point(tau=1.0) | {"log2 of budget share": -4.0}).vector == (2, 2, 2)
 
 
 # --- an allocation of a trial ----------------------------------------------------------------------------------------

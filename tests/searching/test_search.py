@@ -132,7 +132,7 @@ def test_an_equal_allocation_is_reused(
 ) -> None:
     first = run(digits, digits_profile, digits_budget, None, n_trials=2)
     one_shot = first.study.trials[1]
-    first.study.enqueue_trial({**one_shot.params, "tau": 1.0})
+    first.study.enqueue_trial({**one_shot.params, "one-shot weight": 1.0})
     counted = []
     again = search(
         digits, budget=digits_budget, profile=digits_profile, n_trials=3, training=SHORT, confirm_fraction=0.0,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.errors import SettingsError
-from rankscope.searching.space import HierarchicalSpace, group_by_depth, group_by_gradient
+from rankscope.searching.space import HierarchicalSpace, group_by_depth, group_by_gradient, name_offsets
 from tests.inventories import check_feasible, inventories, vit_inventory
 
 VIT = vit_inventory()
@@ -25,12 +25,28 @@ def space(limit: int) -> HierarchicalSpace:
 
 def test_tilts_are_few_and_named() -> None:
     names = [tilt.name for tilt in space(6_912).tilts]
-    assert names == ["tau", "group/model/0", "group/model/1", "group/model/2", "role/fc1", "role/fc2", "role/k_proj",
-                     "role/o_proj", "role/q_proj", "role/v_proj"]  # fmt: skip
+    assert names == ["one-shot weight", "blocks 0-1", "blocks 2-3", "blocks 4-5", "role fc1", "role fc2", "role k_proj",
+                     "role o_proj", "role q_proj", "role v_proj"]  # fmt: skip
+    assert space(6_912).dimensions == ["tau", "group/model/0", "group/model/1", "group/model/2", "role/fc1", "role/fc2",
+                                       "role/k_proj", "role/o_proj", "role/q_proj", "role/v_proj"]  # fmt: skip
     one = HierarchicalSpace(
         targets=VIT[:1], gains=GAINS, budget=rs.ParameterBudget(128), groups=group_by_depth(VIT[:1])
     )
-    assert [tilt.name for tilt in one.tilts] == ["tau"]
+    assert [tilt.name for tilt in one.tilts] == ["one-shot weight"]
+
+
+def test_names_tell_groups_apart() -> None:
+    """By gradient, groups are no runs of blocks; users' groups may lie in the same blocks; names of many blocks are short."""
+    by_gradient = {t.name: f"model/{t.block % 2}" for t in VIT}
+    assert name_offsets(VIT, by_gradient)["group/model/0"] == "blocks 0, 2, 4"
+    own = {t.name: "attention" if t.role.endswith("_proj") else "mlp" for t in VIT}
+    names = name_offsets(VIT, own)
+    assert (names["group/attention"], names["group/mlp"]) == ("group/attention", "group/mlp")
+    deep = vit_inventory(60)
+    names = name_offsets(deep, {t.name: f"model/{t.block % 2}" for t in deep})
+    assert (names["group/model/0"], names["group/model/1"]) == ("30 blocks, group 0", "30 blocks, group 1")
+    outside = (*VIT, rs.TargetModule(name="stem", in_features=3, out_features=64, role="stem"))
+    assert name_offsets(outside, group_by_depth(outside))["group/model/-"] == "outside blocks"
 
 
 @pytest.mark.parametrize("limit", [6_912, 13_824, 20_736, 10_000, 7_111])
@@ -75,8 +91,8 @@ def test_offsets_move_ranks_where_they_say() -> None:
     found = space(20_736)
     base = found.allocation(found.point(tau=0.5))
     for name, chosen in (
-        ("group/model/2", [t.block in (4, 5) for t in VIT]),
-        ("role/fc1", [t.role == "fc1" for t in VIT]),
+        ("blocks 4-5", [t.block in (4, 5) for t in VIT]),
+        ("role fc1", [t.role == "fc1" for t in VIT]),
     ):
         moved = found.allocation({**found.point(tau=0.5), name: 1.5})
         gained = sum(m - b for m, b, c in zip(moved.vector, base.vector, chosen, strict=True) if c)
@@ -93,11 +109,13 @@ def test_every_point_is_feasible_and_tight(data: st.DataObject, limit: int) -> N
 
 def test_mistakes_are_named() -> None:
     found = space(6_912)
-    with pytest.raises(SettingsError, match=r"^`point` must hold a finite number for each tilt, but 'tau' is None\.$"):
-        found.allocation({})
-    partly = {name: value for name, value in found.point(tau=1.0).items() if name != "role/fc2"}
     with pytest.raises(
-        SettingsError, match=r"^`point` must hold a finite number for each tilt, but 'role/fc2' is None\.$"
+        SettingsError, match=r"^`point` must hold a finite number for each tilt, but 'one-shot weight' is None\.$"
+    ):
+        found.allocation({})
+    partly = {name: value for name, value in found.point(tau=1.0).items() if name != "role fc2"}
+    with pytest.raises(
+        SettingsError, match=r"^`point` must hold a finite number for each tilt, but 'role fc2' is None\.$"
     ):
         found.allocation(partly)
     zero = HierarchicalSpace(
@@ -158,15 +176,15 @@ def test_a_point_holds_finite_numbers(value: object) -> None:
     space = rs.HierarchicalSpace(
         targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=group_by_depth(VIT)
     )
-    message = f"`point` must hold a finite number for each tilt, but 'tau' is {value!r}."
+    message = f"`point` must hold a finite number for each tilt, but 'one-shot weight' is {value!r}."
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-        space.allocation(space.point(tau=1.0) | {"tau": value})
+        space.allocation(space.point(tau=1.0) | {"one-shot weight": value})
 
 
 def test_a_group_without_modules_is_no_dimension() -> None:
     groups = {**group_by_depth(VIT), "elsewhere": "model/9"}
     space = rs.HierarchicalSpace(targets=VIT, gains=GOOD, budget=rs.ParameterBudget.uniform(VIT, 2), groups=groups)
-    assert "group/model/9" not in {tilt.name for tilt in space.tilts}
+    assert "group/model/9" not in space.dimensions
 
 
 # --- towers ----------------------------------------------------------------------------------------------------------
@@ -187,12 +205,12 @@ def tower_space(budget: rs.ParameterBudget, **options: object) -> HierarchicalSp
 def test_towers_are_the_top_level() -> None:
     found = tower_space(rs.ParameterBudget.uniform(VLM, 2))
     names = [tilt.name for tilt in found.tilts]
-    assert names[:7] == ["tau", "tower/language", "tower/vision", "group/language/0", "group/language/1",
-                         "group/vision/0", "group/vision/1"]  # fmt: skip
+    assert names[:7] == ["one-shot weight", "tower language", "tower vision", "language blocks 0-1", "language blocks 2-3",
+                         "vision block 0", "vision block 1"]  # fmt: skip
     flat = found.allocation(found.point(tau=1.0)).parameters_by_tower
-    more = found.allocation(found.point(tau=1.0) | {"tower/vision": 1.0}).parameters_by_tower
+    more = found.allocation(found.point(tau=1.0) | {"tower vision": 1.0}).parameters_by_tower
     assert more["vision"] > flat["vision"]
-    groups = dict.fromkeys(("group/vision/0", "group/vision/1"), 1.0)
+    groups = dict.fromkeys(("vision block 0", "vision block 1"), 1.0)
     assert found.allocation(found.point(tau=1.0) | groups).parameters_by_tower == more
 
 

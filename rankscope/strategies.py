@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits, allocate_marginal, allocate_proportional
 from rankscope.errors import ModelError, SettingsError, checked, did_you_mean, shown
-from rankscope.performance import PRIOR_POWER, prior_gains, share_blocks
+from rankscope.performance import PRIOR_DEPTH, PRIOR_POWER, prior_gains
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.profiling import Profile
 from rankscope.targets import TargetModule
@@ -161,18 +161,15 @@ def activation(request: Request) -> Gains:
     return {name: values / max(variance[name], _TINY) for name, values in request.profiled.input_variances().items()}
 
 
-def one_shot(request: Request, power: float = PRIOR_POWER, signal: bool = True, block_concavity: float = 1.0) -> Gains:
-    """The gradient energy that the r-th rank captures, sigma_r ** 2; with `signal`, of what the profile's batches agree on.
+def one_shot(request: Request, power: float = PRIOR_POWER, depth: float = PRIOR_DEPTH, signal: bool = True) -> Gains:
+    """The gradient's r-th singular value to a power, times the share of blocks that a change passes through to a power.
 
     The first step of LoRA with B = 0 and A along the gradient's leading right singular vectors moves the weight along the best
-    rank-r part of the gradient, whose energy is the sum of its r leading sigma^2 (LoRA-GA, arXiv 2407.05000, Thm 3.1).
-
-    With a `block_concavity` below 1, a block is worth the sum over its modules to that power, so that blocks share: coarse
-    between blocks, fine within each (`share_blocks`).
+    rank-r part of the gradient, whose energy is the sum of its r leading sigma^2 (LoRA-GA, arXiv 2407.05000, Thm 3.1). How that
+    becomes a gain is `rankscope.performance.prior_gains`. With `signal`, only what the profile's batches agree on counts.
     """
     _check_positive("power", power)
-    _check_positive("block_concavity", block_concavity)
-    _check("block_concavity", block_concavity, block_concavity <= 1, "be at most 1")
+    _check("depth", depth, _is_number(depth) and 0 <= depth <= sys.float_info.max, "be a finite number of 0 or more")
     _check("signal", signal, isinstance(signal, bool), "be true or false")
     profile = request.profiled
     mean_rank = request.budget.limit / max(sum(target.rank_cost for target in request.targets), 1)
@@ -182,13 +179,15 @@ def one_shot(request: Request, power: float = PRIOR_POWER, signal: bool = True, 
             f"{columns} are estimates; take the profile with `budget`"
         )
     spectra = profile.spectra(signal=signal)
-    gains = prior_gains({target.name: spectra[target.name] for target in request.targets}, power)
-    return gains if block_concavity == 1 else share_blocks(gains, request.targets, block_concavity)
+    return prior_gains(spectra, request.targets, power, depth)
 
 
 def _check_positive(option: str, value: Any) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    _check(option, value, number and 0 < value <= sys.float_info.max, "be a number above 0 and finite")
+    _check(option, value, _is_number(value) and 0 < value <= sys.float_info.max, "be a number above 0 and finite")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check(option: str, value: Any, valid: bool, must: str) -> None:

@@ -194,7 +194,7 @@ OVERRIDES = {
     "profile.n_batches": 3,
 }
 ROWS = [{"text": f"text {i}", "label": i % 2, "split": ("train", "validation", "test")[i % 3]} for i in range(12)]
-OPTION_VALUES = {"concentration": 0.5, "signal": True, "power": 2.0, "block_concavity": 0.75}
+OPTION_VALUES = {"concentration": 0.5, "signal": True, "power": 2.0, "depth": 0.0}
 CARD = f"# Card\n\n{BEGIN}\n| a |\n{END}\nmore\n".encode()
 
 

@@ -2,10 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
 from importlib.metadata import EntryPoint
-from itertools import product
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +11,7 @@ import torch
 
 import rankscope as rs
 from rankscope.errors import ModelError, SettingsError
-from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, Request, Strategy
+from rankscope.strategies import NEEDS_PROFILE, STRATEGIES, Request, Strategy, one_shot
 from rankscope.targets import fingerprint_targets
 from tests.inventories import check_feasible, vit_inventory
 
@@ -49,7 +46,7 @@ CASES = [
     ("sensitivity", {}),
     ("activation", {}),
     *[("one-shot", {"power": p, "signal": s}) for p in (1.0, 2.0) for s in (True, False)],
-    ("one-shot", {"power": 1.0, "block_concavity": 0.75}),
+    ("one-shot", {"power": 2.0, "depth": 0.0}),
 ]
 
 
@@ -102,10 +99,17 @@ SPECTRA = {"narrow": [4.0, 2.0, 1.0], "wide": [6.0, 2.0, 0.5]}
 
 
 def test_one_shot_by_hand() -> None:
-    """Energy per parameter: narrow 16/20, 4/20, 1/20; wide 36/40, 4/40, … in the order wide, narrow, narrow, wide."""
+    """Values per parameter: narrow 4/20, 2/20, 1/20; wide 6/40, 2/40, …; squares: narrow 16/20, 4/20, …; wide 36/40, 4/40."""
     profile = make_profile(TWO, SPECTRA)
-    for limit, ranks in [(40, (0, 1)), (60, (1, 1)), (80, (2, 1)), (120, (2, 2)), (140, (3, 2))]:
-        assert rs.allocate("one-shot", targets=TWO, budget=rs.ParameterBudget(limit), profile=profile).vector == ranks
+    first = [(40, (2, 0)), (60, (1, 1)), (80, (2, 1)), (140, (3, 2))]
+    squares = [(40, (0, 1)), (60, (1, 1)), (80, (2, 1)), (120, (2, 2)), (140, (3, 2))]
+    for power, cases in ((1, first), (2, squares)):
+        for limit, ranks in cases:
+            budget = rs.ParameterBudget(limit)
+            found = rs.allocate("one-shot", targets=TWO, budget=budget, profile=profile, power=power)
+            assert found.vector == ranks
+            if power == 1:
+                assert rs.allocate("one-shot", targets=TWO, budget=budget, profile=profile) == found
 
 
 def test_one_shot_options_by_hand() -> None:
@@ -117,9 +121,9 @@ def test_one_shot_options_by_hand() -> None:
         budget = rs.ParameterBudget(limit)
         return rs.allocate("one-shot", targets=TWO, budget=budget, profile=profile, **options).vector
 
-    assert found(40) == found(40, signal=True, power=2) == (0, 1)
-    assert found(40, signal=False) == (2, 0)  # the wide module's first rank no longer fits
-    assert found(60, signal=False) == (1, 1)
+    assert found(40, power=2) == found(40, signal=True, power=2) == (0, 1)
+    assert found(40, signal=False, power=2) == (2, 0)  # the wide module's first rank no longer fits
+    assert found(60, signal=False, power=2) == (1, 1)
     assert found(80, signal=True, power=2) == (0, 2)
     assert found(80, signal=False, power=2) == (2, 1)  # 9/40 comes twice before 1/20, but only once fits
     assert found(100, signal=False, power=2) == (1, 2)
@@ -127,28 +131,21 @@ def test_one_shot_options_by_hand() -> None:
     assert found(80, signal=True, power=0.1) == (2, 1)  # 1/20, then 0.25 ** 0.1 / 20, then 3 ** 0.1 / 40
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("concavity", [0.3, 0.75, 1.0])
-def test_blocks_that_share_are_worth_most(concavity: float, seed: int) -> None:
-    """No other ranks of the budget have a larger sum over blocks of (sum over a block's modules) ** concavity."""
-    rng, names = np.random.default_rng(seed), ["h.0.q_proj", "h.0.v_proj", "h.1.q_proj", "h.1.v_proj", "head"]
-    blocks = [0, 0, 1, 1, None]
+def test_one_shot_counts_the_blocks_that_a_change_passes_through() -> None:
+    """Equal gradients: in blocks 0, 1 and 2 of three they count 3/3, 2/3 and 1/3, in the other tower 2/2 and 1/2, outside 1."""
+    towers = [("vision", 0), ("vision", 1), ("vision", 2), ("language", 0), ("language", 1), ("model", None)]
     targets = tuple(
-        rs.TargetModule(name=name, block=block, in_features=4, out_features=4)
-        for name, block in zip(names, blocks, strict=True)
+        rs.TargetModule(name=f"{tower}.{block}", tower=tower, block=block, in_features=4, out_features=4)
+        for tower, block in towers
     )
-    spectra = {name: np.sort(rng.exponential(rng.exponential(3), size=4))[::-1].tolist() for name in names}
-    profile = make_profile(targets, spectra)
-
-    def worth(ranks: Sequence[int]) -> float:
-        each = [sum(spectra[name][:rank]) for name, rank in zip(names, ranks, strict=True)]
-        return (each[0] + each[1]) ** concavity + (each[2] + each[3]) ** concavity + each[4] ** concavity
-
-    options: Any = {"power": 1.0, "block_concavity": concavity, "profile": profile}
-    for n in (1, 3, 6, 10):
-        found = rs.allocate("one-shot", targets=targets, budget=8 * n, **options).vector
-        best = max(worth(ranks) for ranks in product(range(5), repeat=5) if sum(ranks) == n)
-        assert (sum(found), worth(found)) == (n, pytest.approx(best))
+    spectra = {target.name: [2.0, 1.0] for target in targets}
+    request = Request(targets=targets, budget=rs.ParameterBudget(80), profile=make_profile(targets, spectra), seed=0)
+    shares = [1, 2 / 3, 1 / 3, 1, 1 / 2, 1]
+    for depth in (0.0, 1.0, 2.0):
+        gains = one_shot(request, depth=depth)
+        for target, share in zip(targets, shares, strict=True):
+            assert gains[target.name][:2] == pytest.approx(np.array([1.0, 0.5]) * share**depth)
+    assert rs.allocate("one-shot", targets=targets, budget=32, profile=request.profile).vector == (1, 1, 0, 1, 0, 1)
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e-20, 1.0, 1e20, 1e150])
@@ -196,7 +193,7 @@ def test_mistakes_are_named() -> None:
     budget = rs.ParameterBudget(1_000)
     cases = [
         (SettingsError, "one-shoot", {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'one-shoot'; did you mean 'one-shot'?"),
-        (SettingsError, "one-shot", {"exponent": 2}, "`one-shot` takes power, signal, block_concavity, but got 'exponent'."),
+        (SettingsError, "one-shot", {"exponent": 2}, "`one-shot` takes power, depth, signal, but got 'exponent'."),
         (SettingsError, "uniform", {"power": 2}, "`uniform` takes no options, but got 'power'."),
         (SettingsError, "random", {"concentration": 0}, "`concentration` must be a number above 0 and finite, but got 0."),
         (SettingsError, "random", {"concentration": [1]}, "`concentration` must be a number above 0 and finite, but got [1]."),
@@ -208,8 +205,8 @@ def test_mistakes_are_named() -> None:
         (SettingsError, "one-shot", {"signal": "no", "profile": make_profile(TWO, SPECTRA)}, "`signal` must be true or false, but got 'no'."),
         (SettingsError, "random", {"concentration": float("inf")}, "`concentration` must be a number above 0 and finite, but got inf."),
         (SettingsError, "one-shot", {"power": -1, "profile": make_profile(TWO, SPECTRA)}, "`power` must be a number above 0 and finite, but got -1."),
-        (SettingsError, "one-shot", {"block_concavity": 0, "profile": make_profile(TWO, SPECTRA)}, "`block_concavity` must be a number above 0 and finite, but got 0."),
-        (SettingsError, "one-shot", {"block_concavity": 1.5, "profile": make_profile(TWO, SPECTRA)}, "`block_concavity` must be at most 1, but got 1.5."),
+        (SettingsError, "one-shot", {"depth": -1, "profile": make_profile(TWO, SPECTRA)}, "`depth` must be a finite number of 0 or more, but got -1."),
+        (SettingsError, "one-shot", {"depth": True, "profile": make_profile(TWO, SPECTRA)}, "`depth` must be a finite number of 0 or more, but got True."),
         (SettingsError, "bayes", {}, "`strategy` must be one of uniform, random, gradient-norm, sensitivity, activation, one-shot, but got 'bayes'."),
         (ModelError, "one-shot", {}, "this strategy needs a profile, but got none; take one with `rs.profile(model, batches)`."),
         (ModelError, "one-shot", {"profile": make_profile(TWO[:1], SPECTRA)}, "`profile` must cover every target module, but 1 of 2 are missing, as `wide`; take it again on this model and these targets."),

@@ -327,7 +327,8 @@ class RankController:
 
     def _valued(self, signals: Sequence[ModuleSignals]) -> list[ModuleSignals]:
         """The signals, with ranks worth what one-shot takes them to be worth."""
-        worth = prior_gains({s.target.name: np.sqrt(s.worth) for s in signals})
+        spectra = {s.target.name: np.sqrt(s.worth) for s in signals}
+        worth = prior_gains(spectra, [s.target for s in signals], power=2.0, depth=0.0)
         return [replace(s, worth=tuple(worth[s.target.name].tolist())) for s in signals]
 
     def _mean_losses(self) -> list[float]:

@@ -1,7 +1,7 @@
 """Rank features: sums over modules of concave gains, so that water-filling maximises a linear model on them.
 
 A feature is x_f(ranks) = sum_i W[f, i] h(i, r_i), where h is one of three concave curves of the rank: `log`, log(1 + r), the
-same for every module; `energy` and `norm`, what r ranks capture of the module's own spectrum (sigma^2 or sigma). A linear
+same for every module; `norm` and `energy`, what r ranks capture of the module's prior gains or their squares. A linear
 model with coefficients beta values rank r of module i at sum_f beta_f W[f, i] (h(i, r) - h(i, r - 1)).
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +22,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 CURVE_CELLS = 4_000_000  # of a table of gains, which is 32 MB: in larger models, ranks above
-PRIOR_POWER = 2.0  # of sigma, in `prior_gains`
+PRIOR_POWER, PRIOR_DEPTH = 1.0, 1.0  # of sigma, and of the share of blocks passed, in `prior_gains`
 MIN_REACH = 512  # this one and that many cells count as the highest there
 
 
@@ -118,7 +117,7 @@ def rank_features(
     Args:
         targets: The target modules.
         budget: Its uniform allocation is the reference.
-        gains: The gradient energy sigma^2 of each rank, by module name, for the profile's terms.
+        gains: What each rank is worth before any trial (`prior_gains`), by module name, for the profile's terms.
         groups: The block group of each module by name.
     """
     targets, budget = tuple(targets), ParameterBudget.of(budget)
@@ -164,7 +163,8 @@ def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], h
             raise SettingsError(f"`gains` of `{target.name}` must be finite and not negative; take the profile again.")
         row[1 : len(values) + 1] = values[:highest]
     tiny = np.finfo(np.float64).tiny
-    curves = {"energy": gained, "norm": np.sqrt(gained)}
+    squares = (gained / max(gained.max(), tiny)) ** 2  # over the largest, as the squares of tiny gains are 0
+    curves = {"energy": squares, "norm": gained}
     for each in curves.values():
         mean = max(each.sum(axis=1).mean(), tiny)
         np.cumsum(each, axis=1, out=each)
@@ -172,31 +172,24 @@ def _captured(targets: Sequence[TargetModule], gains: Mapping[str, ArrayLike], h
     return curves
 
 
-def prior_gains(spectra: Mapping[str, Floats], power: float = PRIOR_POWER) -> dict[str, Floats]:
-    """What ranks are worth before any trial, by module: sigma ** power, over the largest of all, since only ratios count."""
-    top = max((float(np.max(values, initial=0.0)) for values in spectra.values()), default=0.0) or 1.0
-    return {name: (values / top) ** power for name, values in spectra.items()}
+def prior_gains(
+    spectra: Mapping[str, Floats],
+    targets: Sequence[TargetModule],
+    power: float = PRIOR_POWER,
+    depth: float = PRIOR_DEPTH,
+) -> dict[str, Floats]:
+    """What ranks are worth before any trial, by module: sigma ** power * d ** depth, over the largest sigma's.
 
-
-def share_blocks(gains: Mapping[str, Floats], targets: Sequence[TargetModule], concavity: float) -> dict[str, Floats]:
-    """What ranks add where a block is worth the sum over its modules to the power of `concavity`, so that blocks share.
-
-    The modules of a block act on one residual stream: what one of them has learned, another need not. In each block the
-    ranks with the highest gain per parameter come first. As gains fall and the power is concave, so do the results, and
-    water-filling on them maximises the sum over blocks.
+    d is the share of the tower's blocks that a module's change passes through, its own block included: 1 in the first block,
+    1/n in the last of n, and 1 outside blocks. The gradient tells what a change does at once, which is most in the last blocks;
+    what is learned in an early block, all later ones use (measured by studies/bench/prior_rules.py).
     """
-    found: dict[str, Floats] = {}
-    blocks: dict[Any, list[TargetModule]] = {}
+    top = max((float(np.max(values, initial=0.0)) for values in spectra.values()), default=0.0) or 1.0
+    blocks: dict[str, int] = {}
     for target in targets:
-        blocks.setdefault(target.name if target.block is None else (target.tower, target.block), []).append(target)
-    for block in (sorted(each, key=lambda target: target.name) for each in blocks.values()):
-        parts = [gains[target.name] for target in block]
-        values, ends = np.concatenate(parts), np.cumsum([len(part) for part in parts])
-        order = np.argsort(-values / np.repeat([t.rank_cost for t in block], list(map(len, parts))), kind="stable")
-        added = np.empty_like(values)
-        added[order] = np.diff(np.cumsum(values[order]) ** concavity, prepend=0.0)
-        found |= zip((target.name for target in block), np.split(added, ends[:-1]), strict=True)
-    return found
+        blocks[target.tower] = max(blocks.get(target.tower, 0), (target.block or 0) + 1)
+    passed = {t.name: 1.0 - (t.block or 0) / blocks[t.tower] for t in targets}
+    return {t.name: (spectra[t.name] / top) ** power * passed[t.name] ** depth for t in targets}
 
 
 def as_numbers(values: ArrayLike, name: str) -> Floats:

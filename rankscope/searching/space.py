@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
 from rankscope.errors import SettingsError, checked
-from rankscope.performance import RankFeatures, rank_features
+from rankscope.performance import RankFeatures, prior_gains, rank_features
 from rankscope.profiling import Profile
 from rankscope.settings import SearchSettings
 from rankscope.targets import TargetModule
@@ -179,13 +179,13 @@ def make_space(
     settings: SearchSettings | None = None,
     limits: RankLimits = NO_LIMITS,
 ) -> HierarchicalSpace:
-    """The space whose gains are the profile's gradient spectra, with the groups that the settings ask for."""
+    """The space whose gains are one-shot's on the profile, with the groups that the settings ask for."""
     settings = settings or SearchSettings()
     groups = group_by_depth(targets, settings.n_groups)
     if settings.grouping == "gradient":
         energies = {name: norm**2 for name, norm in profile.column("gradient_norm").items()}
         groups = group_by_gradient(targets, energies, settings.n_groups)
-    gains = {name: values**2 for name, values in profile.spectra().items()}
+    gains = prior_gains(profile.spectra(), targets)
     return HierarchicalSpace(targets=tuple(targets), gains=gains, budget=budget, groups=groups, limits=limits)
 
 

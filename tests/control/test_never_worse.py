@@ -22,14 +22,14 @@ def accuracies(task: Task, start: rs.RankAllocation, seeds: Iterable[int], *, mo
 
 
 def starts(profile: rs.Profile) -> dict[str, rs.RankAllocation]:
-    """All of the same parameters; late blocks alone are a poor choice on this task."""
+    """All of (nearly) the same parameters; late blocks alone are a poor choice on this task."""
     targets, budget = profile.targets, rs.ParameterBudget.uniform(profile.targets, 1)
     late = {target.name: 2 for target in targets if target.block is not None and target.block >= 3}
     found = {
         name: rs.allocate(name, targets=targets, budget=budget, profile=profile) for name in ("uniform", "one-shot")
     }
     found["late"] = rs.RankAllocation.from_ranks(targets, late, budget=budget.limit)
-    assert {start.parameters for start in found.values()} == {budget.limit}
+    assert all(0.99 * budget.limit <= start.parameters <= budget.limit for start in found.values())
     return found
 
 

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.errors import SettingsError
-from rankscope.performance import PerformanceModel, RankFeatures, rank_features, validate
+from rankscope.performance import PerformanceModel, RankFeatures, prior_gains, rank_features, validate
 from rankscope.targets import TargetModule
 
 ROLES = ("q_proj", "v_proj", "fc1")
@@ -104,12 +104,14 @@ def test_equal_coefficients_give_uniform_ranks(features: RankFeatures) -> None:
 
 
 def test_profile_terms_follow_the_spectrum(digits_profile: rs.Profile, digits_budget: rs.ParameterBudget) -> None:
-    energies = {name: values**2 for name, values in digits_profile.spectra().items()}
-    features = rank_features(digits_profile.targets, digits_budget, gains=energies)
-    gains = features.gains([name == "profile/energy" for name in features.names])
-    solved = allocate_marginal(digits_profile.targets, gains, digits_budget)
-    one_shot = rs.allocate("one-shot", targets=digits_profile.targets, budget=digits_budget, profile=digits_profile)
-    assert solved == one_shot
+    targets = digits_profile.targets
+    features = rank_features(targets, digits_budget, gains=prior_gains(digits_profile.spectra(), targets))
+    for term, options in (("norm", {}), ("energy", {"power": 2.0, "depth": 2.0})):  # the squares
+        gains = features.gains([name == f"profile/{term}" for name in features.names])
+        solved = allocate_marginal(targets, gains, digits_budget)
+        assert solved == rs.allocate(
+            "one-shot", targets=targets, budget=digits_budget, profile=digits_profile, **options
+        )
 
 
 def test_it_ranks_allocations_it_has_not_seen(model: PerformanceModel) -> None:

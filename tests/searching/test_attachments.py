@@ -100,8 +100,8 @@ def test_a_resumed_search_leaves_one_mark_and_one_picture(
     marked = [each for each in range(4) if note_of(study, each).startswith("> ★ **recommended**")]
     assert marked == [other.number]
     run(tmp_path, n_trials=4)
-    names = [each.filename for each in get_all_artifact_meta(study)]
-    assert names == [f"recommended ranks, trial {each}.png" for each in (number, other.number)]
+    names = {each.filename for each in get_all_artifact_meta(study)}
+    assert names == {f"recommended ranks, trial {each}.png" for each in (number, other.number)}
 
 
 def test_pruned_and_failed_trials_say_why(digits: Task, run: Search, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {  # arguments with which each w
     "compare": lambda: {"task": TASK, "methods": ["one-shot"], "budget": BUDGET, "targets": TARGETS, "profile": profile(),
                         "training": SHORT, "seeds": [0], "settings": {"n_tuning_seeds": 1}},
     "export": lambda: {"allocation": rs.allocate("uniform", targets=TARGETS, budget=BUDGET), "to": "axolotl"},
+    "hp_space": lambda: {"profile": profile(), "budget": BUDGET},
     "find_targets": lambda: {"model": TASK.build_model(), "selection": ["0"]},
     "load_task": lambda: {"spec": "digits-shift"},
     "measure_moments": lambda: {"model": peft()["model"], "batches": TASK.train_batches(0), "loss": TASK.loss},

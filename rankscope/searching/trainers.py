@@ -100,7 +100,7 @@ def hp_space(
     profile: Profile,
     budget: ParameterBudget | int,
     *,
-    learning_rate: Sequence[float] | float = (),
+    learning_rate: Sequence[float] | float | None = None,
     min_rank: int | Mapping[str, int] = 0,
     max_rank: int | Mapping[str, int] | None = None,
     others: Callable[[optuna.Trial], Mapping[str, Any]] | None = None,
@@ -125,7 +125,7 @@ def hp_space(
     ... )
     >>> space.allocation(best).to_lora_config()  # doctest: +SKIP
     """
-    rates = TrainingSettings.of(learning_rate=learning_rate).learning_rates if learning_rate != () else ()
+    rates = () if learning_rate is None else TrainingSettings.of(learning_rate=learning_rate).learning_rates
     limits, targets, budget = RankLimits(min_rank, max_rank), profile.targets, ParameterBudget.of(budget)
     options: Any = {"targets": targets, "budget": budget, "min_rank": min_rank, "max_rank": max_rank}
     starts = [allocate("one-shot", profile=profile, **options), allocate("uniform", **options)]

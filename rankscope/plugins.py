@@ -34,6 +34,16 @@ def load_entry_point(point: EntryPoint, *, error: type[RankscopeError]) -> Any:
         return point.load()
 
 
+def check_file(spec: str, base: Path, *, error: type[RankscopeError]) -> Path | None:
+    """The file that `path/to/file.py:function` names, which must exist; None if `spec` names a module."""
+    place = spec.rpartition(":")[0]
+    file = base / place if place.endswith(".py") else None
+    if file and not os.path.isfile(file):  # where Path.is_file would raise, this says no
+        start = base.resolve()
+        raise error(f"`{spec}` must name a Python file, but there is no `{file}`; the path starts from {start}.")
+    return file
+
+
 @contextmanager
 def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeError]) -> Iterator[Any]:
     """Yield the function that `spec` names; errors in its module, and inside the `with` block, become one line.
@@ -42,10 +52,7 @@ def user_function(spec: str, base: Path, *, gives: str, error: type[RankscopeErr
     `gives`, as in "a task". No such file, module or function, and what the code raises, is raised as `error`.
     """
     place, _, name = spec.rpartition(":")
-    file = base / place if place.endswith(".py") else None
-    if file and not os.path.isfile(file):  # where Path.is_file would raise, this says no
-        start = base.resolve()
-        raise error(f"`{spec}` must name a Python file, but there is no `{file}`; the path starts from {start}.")
+    file = check_file(spec, base, error=error)
     wanted = f"`{spec}` must give {gives}, but"
     with user_errors(wanted, error, everywhere=True), _imported(file, place) as module:
         function = getattr(module, name, None)

@@ -10,7 +10,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,9 +140,11 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
                 if key in flags:
                     raise SettingsError(f"`{key}` must be given once, but is by {origins[key]} and {origin}; drop one.")
                 flags[key], origins[key] = value, origin
-            settings = read_study(study, flags, origins=origins)  # a mistyped key is told before torch loads
+            settings = read_study(study, flags, origins=origins)  # a mistyped key is told before torch loads,
+            place = out or Path("out") / settings.name
+            _check_early(name, study, settings, place, own)  # and so is what does not exist
             work = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
-            session = work.Session(study, flags, settings, out or Path("out") / settings.name)
+            session = work.Session(study, flags, settings, place)
             getattr(work, f"run_{name}")(session, as_json=json, **own)
 
         first, second, *last = inspect.signature(_shared, eval_str=True).parameters.values()
@@ -154,6 +156,29 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
         app.command(name, epilog=f"Example: rankscope {name} {example}")(reports_errors(command))
 
     return register
+
+
+def _check_early(name: str, study: Path, settings: Any, out: Path, own: Mapping[str, Any]) -> None:
+    """Raise what needs no work to be found wrong: names, and paths at which there is nothing."""
+    from rankscope.early import check_task_spec
+
+    if name == "dashboard":  # which needs the search's database only
+        return
+    check_task_spec(settings.task, settings.base_dir, data_too=not own.get("dry_run"))
+    if name == "train" and not own["dry_run"]:
+        require_allocation(own["allocation"] or out / "allocation.json", f"{arguments_of(study, out, settings.name)}")
+
+
+def arguments_of(study: Path, out: Path, name: str) -> str:
+    """Study and output folder as the command line takes them, for messages."""
+    return f"{study}" if out == Path("out") / name else f"{study} --out {out}"
+
+
+def require_allocation(file: Path, arguments: str) -> None:
+    """Raise a FileError if there is no allocation to train."""
+    if not file.exists():
+        again = f"run `rankscope allocate {arguments}` or `rankscope search {arguments}`"
+        raise FileError(f"`{file}` must hold an allocation, but there is no such file; {again} first.")
 
 
 def _parsed(text: str) -> tuple[str, str, Any]:
@@ -266,6 +291,10 @@ def _report(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Draw comparisons as report.html and PNGs: one task, or several together."""
+    from rankscope.early import check_file_exists
+
+    for folder in folders:
+        check_file_exists(folder / "comparison.parquet", what="a comparison")
     from rankscope.cli.commands import run_report
 
     run_report(folders, out, into, as_json=json)
@@ -302,6 +331,13 @@ def _export(
     """Write an allocation in the words of another tool, or an adapter padded to one rank."""
     if (to is None) is not padded:
         raise SettingsError("one of --to TOOL and --padded must be given, and not both; see `rankscope export --help`.")
+    from rankscope.early import check_adapter, check_file_exists, check_tool
+
+    if to:
+        check_tool(to)
+        check_file_exists(source, what="an allocation")
+    else:
+        check_adapter(source)
     from rankscope.cli.adapters import run_export, run_pad
 
     if padded:
@@ -327,10 +363,14 @@ def _shrink(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Cut an adapter that is trained to a parameter budget, where its output loses least; no training."""
-    from rankscope.cli.adapters import run_shrink
+    from rankscope.early import check_adapter, check_task_spec
     from rankscope.settings import read_study
 
-    settings = None if study is None else read_study(study)
+    check_adapter(adapter)
+    if (settings := None if study is None else read_study(study)) is not None:
+        check_task_spec(settings.task, settings.base_dir)
+    from rankscope.cli.adapters import run_shrink
+
     run_shrink(adapter, parameters, settings, out, rule=rule, n_batches=batches, as_json=json)
 
 

@@ -18,16 +18,17 @@ import yaml
 
 from rankscope import comparison, plotting, profiling, searching
 from rankscope.allocation import RankAllocation
+from rankscope.cli import require_allocation
 from rankscope.cli.session import Session, finite, print_files, print_json, print_line, print_table, progress, stderr
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
+from rankscope.early import PATHS
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import read_json, remove_others, replacing, write_json
 from rankscope.lora import save_lora_config
 from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
-from rankscope.tasks import PATHS
 from rankscope.training import Lora, describe_towers, estimate_memory
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
@@ -425,11 +426,10 @@ def _reported_seeds(session: Session, n: int) -> range:
 def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
     """The allocation of `--allocation`, or the study's own, which must have been made from the study as it is now."""
     file = path or session.allocation_path
-    again = f"run `rankscope allocate {session.arguments}` or `rankscope search {session.arguments}`"
-    if not file.exists():
-        raise FileError(f"`{file}` must hold an allocation, but there is no such file; {again} first.")
+    require_allocation(file, session.arguments)
     allocation = RankAllocation.from_json(file)
     if path is None:
+        again = f"run `rankscope allocate {session.arguments}` or `rankscope search {session.arguments}`"
         remedy = f"{again} again, or pass `--allocation {file}` to train it all the same."
         session.require_present(read_json(file, what="an allocation"), file, command="allocate", remedy=remedy)
     if set(allocation.targets) != set(session.targets):

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
+from rankscope.cli import arguments_of
 from rankscope.distributed import require_one_process
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import FORMAT, digest, digest_source, require_same
@@ -62,7 +63,7 @@ class Session:
     @property
     def arguments(self) -> str:
         """Study and output folder as the command line takes them, for messages."""
-        return f"{self.path}" if self.out == Path("out") / self.study.name else f"{self.path} --out {self.out}"
+        return arguments_of(self.path, self.out, self.study.name)
 
     @cached_property
     def task(self) -> Task:

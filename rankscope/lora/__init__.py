@@ -9,7 +9,7 @@ from rankscope.lora.config import (
     save_lora_config,
     to_lora_config,
 )
-from rankscope.lora.export import EXPORTS, adapted_regex, export
+from rankscope.lora.export import adapted_regex, export
 from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
@@ -27,7 +27,6 @@ from rankscope.lora.wrapping import (
 )
 
 __all__ = [
-    "EXPORTS",
     "LiveAdapter",
     "Moments",
     "PaddedAdapter",

@@ -13,12 +13,11 @@ import yaml
 from peft import LoraConfig
 
 from rankscope.allocation import RankAllocation
-from rankscope.errors import SettingsError, checked, did_you_mean
+from rankscope.early import check_tool
+from rankscope.errors import SettingsError, checked
 from rankscope.lora.config import config_values, names_regex, to_lora_config
 
 _UNSLOTH_SAVES = ("embed_tokens", "lm_head")
-# Tools with one rank for all modules, and what they call it.
-_ONE_RANK = {"llama-factory": ("LLaMA-Factory", "lora_rank"), "ms-swift": ("ms-swift", "lora_rank")}
 
 
 @checked
@@ -59,13 +58,7 @@ def export(
     lora_alpha_pattern:
       ^layers\.2\.q_proj: 4
     """
-    if to in _ONE_RANK:
-        tool, key = _ONE_RANK[to]
-        remedy = "train with one of these, then `rankscope export ADAPTER --padded` gives its modules one rank"
-        raise SettingsError(f"{tool} has one `{key}` for all modules and cannot train ranks by module; {remedy}.")
-    if to not in EXPORTS:
-        hint = did_you_mean(to, [*EXPORTS, *_ONE_RANK], f"choose among {', '.join(EXPORTS)}.")
-        raise SettingsError(f"`to` must name a tool that rankscope exports to, but got {to!r}; {hint}")
+    check_tool(to)
     if scaling is not None and not 0 < scaling < math.inf:
         raise SettingsError(f"`scaling` must be above 0 and finite, but got {scaling:g}; leave it out for the default.")
     if not 0 <= lora_dropout < 1:
@@ -184,4 +177,3 @@ def _arguments(config: LoraConfig) -> list[str]:
 _BY_CONFIG: Mapping[str, Callable[[LoraConfig], str]] = {
     "peft": _peft, "axolotl": _axolotl, "unsloth": _unsloth, "trl": _trl,
 }  # fmt: skip
-EXPORTS = ("peft", "axolotl", "kohya", "unsloth", "trl")

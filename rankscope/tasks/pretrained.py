@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.util import find_spec
 from logging import getLogger
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from rankscope.distributed import batch_device, seeded
-from rankscope.errors import TaskError, did_you_mean, one_line
+from rankscope.early import check_source, hub_answers
+from rankscope.errors import TaskError
 from rankscope.files import replacing
 from rankscope.settings import ModelSettings
 from rankscope.tasks.data import fetch_package
@@ -414,42 +414,3 @@ def _protobuf(message: memoryview) -> Iterator[tuple[int, Any]]:
             size = {1: 8, 5: 4}.get(kind) or varint()
             yield field, message[at : at + size]
             at += size
-
-
-def check_source(source: str | Path, *, base: Path = Path()) -> None:
-    """Raise a TaskError if there is no such model folder, looked for in `base`, and the hub cannot be asked for the model."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    must = f"`{source}` must be a model folder or hub id"
-    if not str(source).strip():
-        raise TaskError("`model` must be a model folder or hub id, but is empty.")
-    path, is_id = Path(source), not looks_like_path(source)
-    if os.path.isdir(path):
-        return
-    try:
-        if is_id and (isinstance(try_to_load_from_cache(str(source), "config.json"), str) or hub_answers()):
-            return
-    except HFValidationError as error:
-        raise TaskError(f"{must}, but is neither: {one_line(error)}") from None
-    near = (each.name for each in (base / path).parent.glob("*") if each.is_dir())
-    hint = did_you_mean(path.name, near, "check the path.", quoted=lambda name: f"`{path.with_name(name)}`")
-    where = f" in {(base / path).parent.resolve()}, and the hub cannot be asked for it" if is_id else ""
-    raise TaskError(f"{must}, but there is no such folder{where}; {hint}")
-
-
-def looks_like_path(source: str | Path) -> bool:
-    """Whether a name cannot be a hub id, which is `name` or `owner/name`."""
-    return str(source).startswith((".", "~", os.sep)) or len(Path(source).parts) > 2
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether HF_HUB_OFFLINE is unset and the hub answers within 5 seconds, where its client would try for a minute."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # of the client's HTTP library, which differs between its versions
-        return False
-    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections import abc
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -16,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from rankscope.early import check_name, check_source, check_type, resolved
 from rankscope.errors import TaskError, checked, did_you_mean, fits, one_line, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.settings import ModelSettings
@@ -26,13 +26,11 @@ from rankscope.tasks.images import ImageClassification, image_tokens
 from rankscope.tasks.pretrained import (
     DTYPES,
     PretrainedTask,
-    check_source,
     dinov2_small,
     for_dinov2,
     hub_options,
     load_model,
     load_pretrained,
-    looks_like_path,
     outline_model,
     smollm2,
 )
@@ -41,8 +39,6 @@ from rankscope.tasks.scenes import DigitScenes, EmojiScenes
 from rankscope.tasks.sequences import SequenceToSequence, TokenClassification
 from rankscope.tasks.text import CausalLM, TextClassification
 from rankscope.tasks.trainers import TrainerTask, makes_trainer
-
-PATHS = ("model", "data", "image_folder", "chat_template")  # options of generic tasks that may be paths
 
 
 @checked
@@ -77,10 +73,8 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
         raise TaskError(f"`task` must be a task, a name, options or `path/to/file.py:factory`, but got {shown(spec)}.")
     options = {str(key): value for key, value in spec.items()}
     if "type" in options:
-        kind = options.pop("type")
-        if not isinstance(kind, str) or kind not in _TYPES:
-            raise TaskError(f"`task.type` must be one of {', '.join(_TYPES)}, but got {shown(kind)}.")
-        options = _common(_TYPES[kind], options | _resolved(options, base))
+        check_type(kind := options.pop("type"))
+        options = _common(_TYPES[kind], options | resolved(options, base))
         name = None if "name" in inspect.signature(_TYPES[kind]).parameters else options.pop("name", None)
         task = _build(_TYPES[kind], options, what=f"task type {kind!r}")
         if isinstance(name, str):
@@ -90,12 +84,8 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
     name = options.pop("name", None)
     if isinstance(name, str) and name in _READY:
         return _build(_READY[name], options, what=f"task {name!r}")
-    offered = entry_points("tasks")
-    if not isinstance(name, str) or name not in offered:
-        known = [*_READY, *offered]
-        hint = did_you_mean(name, known, 'a task of your own is "path/to/file.py:factory".', cutoff=0.4)
-        raise TaskError(f"`task` must be one of {', '.join(known)}, but got {shown(name)}; {hint}")
-    return _build(load_entry_point(offered[name], error=TaskError), options, what=f"task {name!r}")
+    check_name(name)
+    return _build(load_entry_point(entry_points("tasks")[name], error=TaskError), options, what=f"task {name!r}")
 
 
 class Outline(NamedTuple):
@@ -115,7 +105,7 @@ def outline_task(spec: Any, *, base_dir: str | Path | None = None) -> Outline:
             f"{must}, whose model is known by its configuration, but got {shown(spec)}; leave out --dry-run."
         )
     options, base = {str(key): value for key, value in spec.items() if key != "type"}, Path(base_dir or ".")
-    options = _common(_TYPES[kind], options | _resolved(options, base))
+    options = _common(_TYPES[kind], options | resolved(options, base))
     _check_options(_TYPES[kind], options, what=f"task type {kind!r}")
     check_source(options["model"], base=base)
     loading = ModelSettings.of(options.get("model_options"))
@@ -148,24 +138,6 @@ def _common(factory: Callable[..., Any], options: Mapping[str, Any]) -> dict[str
         return dict(options)  # to be refused
     rest = {key: value for key, value in options.items() if key != "dtype"}
     return {**rest, "model_options": {**loading, "dtype": options["dtype"]}}
-
-
-def _resolved(options: Mapping[str, Any], base: Path) -> dict[str, str]:
-    """Model, data and images as paths from the base folder, where they are paths; hub ids as they are."""
-    given = {key: options[key] for key in PATHS if isinstance(options.get(key), str) and options[key]}
-    for key, value in given.items():
-        path = base / os.path.expanduser(value)  # leaves an unknown user as it is
-        if (
-            os.path.exists(path)
-            or looks_like_path(value)
-            or key in ("image_folder", "chat_template")
-            or (key == "data" and path.suffix and not os.path.exists(value))
-        ):
-            given[key] = str(path)
-        elif os.path.exists(value):
-            must = f"`{key}` must be found from the study file's folder ({base})"
-            raise TaskError(f"{must}, but `{value}` is there from the working directory only; correct the path.")
-    return given
 
 
 def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> Task:

@@ -28,6 +28,17 @@ HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib sci
         (["profile", "none.yaml"], 2),
         (["profile", "README.md"], 2),
         (["search", "studies/digits.yaml", "--set", "search.sampler=tpo"], 2),
+        (["profile", "studies/digits.yaml", "--set", "task=digits-shit"], 2),
+        (["profile", "studies/digits.yaml", "--set", "task=none.py:make"], 2),
+        (["profile", "studies/digits.yaml", "--set", "task={type: chats}"], 2),
+        (["profile", "studies/digits.yaml", "--set", "task={type: chat, model: ./none, data: none.csv}"], 2),
+        (["profile", "studies/digits.yaml", "--set", "task={type: chat, model: ./none, data: org/set}"], 2),
+        (["train", "studies/digits.yaml", "--out", "none"], 2),
+        (["report", "none"], 2),
+        (["export", "none", "--to", "trl"], 2),
+        (["export", "studies", "--to", "llama-factory"], 2),
+        (["export", "none", "--padded"], 2),
+        (["shrink", "none", "--parameters", "3"], 2),
     ],
 )
 def test_what_needs_no_work_imports_nothing_heavy(arguments: list[str], status: int) -> None:

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 import rankscope as rs
+from rankscope import early
 from rankscope.errors import TaskError
-from rankscope.tasks import evaluate, pretrained
+from rankscope.tasks import evaluate
 from rankscope.tasks.data import fetch_package, read_table, split_rows
 from tests.tasks.models import save_bert, save_llama, sentences
 
@@ -122,7 +123,7 @@ def test_generic_tasks_from_files(folder: Path, suffix: str) -> None:
     ],
 )  # fmt: skip
 def test_mistakes_are_named(folder: Path, spec: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "hub_answers", lambda: False)
+    monkeypatch.setattr(early, "hub_answers", lambda: False)
     with pytest.raises(TaskError, match=f"^{re.escape(message.format(folder=folder))}$"):
         rs.load_task(spec, base_dir=folder)
 
@@ -243,3 +244,25 @@ def test_packages_are_cached_and_checked(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         fetch_package("rankscope-absent==1.0", "x", sha256="0")
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["tiny-model-1.0"]
+
+
+def test_names_that_are_known_before_tasks_are_imported() -> None:
+    from rankscope.tasks import ready
+
+    assert tuple(ready._TYPES) == early.TASK_TYPES
+    assert tuple(ready._READY) == early.READY_TASKS
+
+
+def test_an_early_check_says_what_loading_would_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "hub_answers", lambda: False)
+    data = {"data": "rows.parquet"}
+    for spec in (
+        "digts-shift", "none.py:make", {"type": "chats"}, {"type": "causal-lm", "model": "./brt", **data}, {"name": 3},
+        {"type": "causal-lm", "model": "brt", **data}, {"type": "causal-lm", "model": "bert", "data": "row.parquet"},
+    ):  # fmt: skip
+        with pytest.raises(TaskError) as late:
+            rs.load_task(spec, base_dir=folder)
+        with pytest.raises(TaskError, match=f"^{re.escape(str(late.value))}$"):
+            early.check_task_spec(spec, folder)
+    early.check_task_spec({"type": "causal-lm", "model": "bert", **data}, folder)
+    early.check_task_spec({"type": "causal-lm", "model": "bert", "data": "none.csv"}, folder, data_too=False)

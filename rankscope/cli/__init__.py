@@ -33,7 +33,13 @@ UsageError: Any = typer.BadParameter.__base__  # typer's own, or click's where t
 
 
 class Commands(typer.core.TyperGroup):
-    """A mistyped command or option is one line, as any other error is."""
+    """A mistyped command or option is one line, as any other error is. Summaries of commands are whole sentences."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands; click would cut their summaries."""
+        for command in self.commands.values():
+            command.short_help = command.short_help or " ".join((command.help or "").split("\n\n")[0].split())
+        super().format_commands(ctx, formatter)
 
     def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run the command of the arguments; exit with its status, unless not `standalone_mode`."""
@@ -55,7 +61,6 @@ app = typer.Typer(
     cls=Commands,
     help="Which LoRA rank where, for your parameter budget.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -374,17 +379,31 @@ def _shrink(
     run_shrink(adapter, parameters, settings, out, rule=rule, n_batches=batches, as_json=json)
 
 
-@app.command("init", epilog="Example: rankscope init my-study --template supersense")
+@app.command("init", epilog="Example: rankscope init my-study --type chat")
 @reports_errors
 def _init(
     name: str = typer.Argument(metavar="NAME", help="Of the study; the file is NAME.yaml."),
-    template: str = typer.Option("digits", help="digits (no download), or supersense (a text task)."),
+    kind: str | None = typer.Option(
+        None,
+        "--type",
+        metavar="TYPE",
+        help="Of the task, for your model and data: sequence-classification, causal-lm, chat, sequence-to-sequence, "
+        "token-classification, image-classification, image-text-to-text; or trainer, your own Trainer.",
+    ),
+    template: str | None = typer.Option(
+        None, metavar="NAME", help="A study that runs as it is: digits (no download), or supersense.  [default: digits]"
+    ),
 ) -> None:
-    """Write an example study file, which runs as it is."""
+    """Write a commented study file: for your own task with --type, else an example that runs as it is."""
+    from rankscope.cli.templates import TYPES, write_study
     from rankscope.files import packaged
     from rankscope.settings import read_study
 
-    if template not in ("digits", "supersense"):
+    if kind and template:
+        raise SettingsError("one of --type TYPE and --template NAME may be given, and not both; drop one.")
+    if kind and kind not in TYPES:
+        raise SettingsError(f"`--type` must be one of {', '.join(TYPES)}, but got {kind!r}.")
+    if (template := template or "digits") not in ("digits", "supersense"):
         raise SettingsError(f"`template` must be digits or supersense, but got {template!r}.")
     name = name.removesuffix(".yaml")
     source, path = packaged(f"studies/{template}.yaml"), Path(f"{name}.yaml")
@@ -392,8 +411,9 @@ def _init(
     if path.exists():
         raise FileError(f"`{path}` must not exist yet, but does; choose another name.")
     text = source.read_text(encoding="utf-8").replace(f"name: {template}", f"name: {name}")
-    path.write_text(text, encoding="utf-8")
-    typer.echo(f"wrote {path}; next: rankscope profile {path}")
+    path.write_text(write_study(name, kind) if kind else text, encoding="utf-8")
+    first = "name your model and data there, then " if kind else "next: "
+    typer.echo(f"wrote {path}; {first}`rankscope profile {path}`")
 
 
 @app.command("schema", epilog="Example: rankscope schema > study.schema.json")

@@ -112,13 +112,15 @@ def run_shrink(
     task = None if study is None else load_task(study.task, base_dir=study.base_dir)
     moments, metrics = None, {}
     if task is not None:
-        model = load_adapter(placed(task.build_model()), adapter)
-        metrics["before"] = evaluate(task, model)
+        with progress("evaluating"):
+            model = load_adapter(placed(task.build_model()), adapter)
+            metrics["before"] = evaluate(task, model)
         moments = _moments(task, model, n_batches)
         del model
     shrunk = shrink(adapter, parameters, out, rule=rule, moments=moments)
     if task is not None:
-        metrics["after"] = evaluate(task, load_adapter(placed(task.build_model()), out))
+        with progress("evaluating"):
+            metrics["after"] = evaluate(task, load_adapter(placed(task.build_model()), out))
     titles = [
         f"{title}: {each.parameters:,} parameters"
         for title, each in (("before", shrunk.before), ("after", shrunk.after))

@@ -29,7 +29,7 @@ from rankscope.lora import save_lora_config
 from rankscope.searching import Finalist, Interval, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
-from rankscope.training import Lora, describe_towers, estimate_memory
+from rankscope.training import Lora, add_to_card, describe_towers, estimate_memory
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 SHOWN_MODULES = 9
@@ -367,6 +367,7 @@ def run_train(
         row |= {"validation": [run.validation for run in runs], "test": [run.test for run in runs]}
         row["difference"] = comparison.paired_difference(row["test"], rows[0]["test"]) if baseline and rows else None
         rows.append(row)
+    add_to_card(session.out / "adapter", "Results", _results(session, rows, reported[-1][0].seed, baseline=baseline))
     if as_json:
         print_json({"study": session.study.name, "metric": session.task.metric, "runs": rows}, files)
         return
@@ -382,6 +383,25 @@ def run_train(
         ],
     )  # fmt: skip
     print_files(files)
+
+
+def _results(session: Session, rows: list[dict[str, Any]], seed: int, *, baseline: bool) -> list[str]:
+    """What the trainings gave, as Markdown for the adapter's model card."""
+    metric, last, training = session.task.metric, rows[-1], session.study.training
+    lines = [
+        f"`rankscope train` on the study `{session.study.name}`: {training.steps:,} steps at learning rate "
+        f"{last['learning_rate']:g}. The budget was {session.budget.limit:,} adapter parameters. This adapter is of seed {seed}, "
+        f"the {'first' if len(last['seeds']) > 1 else 'only one'}.",
+        "", f"| mean {metric} | parameters | seeds | validation | test | to uniform, 95 % interval |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for row in rows:
+        means = f"{fmean(row['validation']):.3f} | {fmean(row['test']):.3f}"
+        difference = row["difference"].text() if row["difference"] else "-"
+        lines.append(f"| {row['strategy']} | {row['parameters']:,} | {len(row['seeds'])} | {means} | {difference} |")
+    if not baseline:
+        lines += ["", "It was not compared with uniform LoRA at as many parameters; `rankscope train --baseline` does."]
+    return lines
 
 
 def _run_dry(session: Session, allocation: Path | None, *, as_json: bool) -> None:

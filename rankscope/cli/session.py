@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,9 +37,11 @@ from rankscope.settings import BudgetSettings, Settings, StudySettings, read_stu
 from rankscope.strategies import allocate, needs_profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Outline, Task, fingerprint_task, load_task, outline_task, profile_task
+from rankscope.training import watching
 
 ALLOCATION = "allocation.json"
 NARROWEST = 12  # cells of a table's first column, whose texts wrap
+EVERY = 60.0  # seconds between lines of progress where stderr is no terminal
 
 stdout = Console(highlight=False, markup=False)  # names and paths may hold brackets
 stderr = Console(stderr=True, highlight=False, markup=False)
@@ -68,7 +73,8 @@ class Session:
     @cached_property
     def task(self) -> Task:
         """The study's task."""
-        return load_task(self.study.task, base_dir=self.study.base_dir)
+        with progress("loading model and data"):
+            return load_task(self.study.task, base_dir=self.study.base_dir)
 
     @cached_property
     def outline(self) -> Outline:
@@ -80,9 +86,10 @@ class Session:
         """Target modules and fingerprints, from one build of the model, gone afterwards; of a dry run no fingerprints."""
         if self.dry_run:
             return find_targets(self.outline.model, self.study.targets), {}
-        model = self.task.build_model()
-        targets = find_targets(model, self.study.targets)
-        facts = {"format": FORMAT, **fingerprint_task(self.task, model), "targets": fingerprint_targets(targets)}
+        with progress("loading model and data"):
+            model = self.task.build_model()
+            targets = find_targets(model, self.study.targets)
+            facts = {"format": FORMAT, **fingerprint_task(self.task, model), "targets": fingerprint_targets(targets)}
         return targets, facts
 
     @property
@@ -189,6 +196,13 @@ class Session:
 
     def take_profile(self) -> Profile:
         """Profile the task's model, and write `profile.parquet`."""
+        warms, total = getattr(self.task, "head_modules", ()) and self.study.profile.head_steps, 0
+
+        def begin(n_batches: int) -> None:
+            nonlocal total
+            total = n_batches
+            update(0, total, "warming up the head" if warms else "profiling")
+
         with progress("profiling") as update:
             taken = profile_task(
                 self.task,
@@ -196,8 +210,8 @@ class Session:
                 budget=self.budget,
                 **dict(self.study.profile),
                 seed=self.study.seed,
-                on_start=lambda n: update(0, n),
-                on_batch=lambda index, _loss: update(index + 1, None),
+                on_start=begin,
+                on_batch=lambda index, _loss: update(index + 1, total),
             )
         taken = replace(taken, metadata={**taken.metadata, **self.provenance("profile")})
         taken.to_parquet(self.profile_path)
@@ -233,21 +247,110 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@dataclass
+class _Told:
+    """What a command is at."""
+
+    what: str
+    done: int = 0
+    total: int | None = None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        counted = "" if self.total is None else f": {self.done:,} of {self.total:,}"
+        return f"{self.what}{counted}{f', {self.detail}' if self.detail else ''}"
+
+
+_shown: list[_Told] = []  # the phase that is shown, if there is one
+
+
 @contextmanager
 def progress(description: str) -> Iterator[Any]:
-    """A progress bar on stderr, as a function of what is done and the total; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        line = bar.add_task(description, total=None)
-        yield lambda done, total, what=description: bar.update(line, completed=done, total=total, description=what)
+    """What is going on, on stderr: a bar on a terminal, else a line a minute. Yields a function of what is done and the total.
+
+    Inside, trainings of this process tell their steps. A phase inside another takes its line until it ends.
+    """
+    if _shown:
+        told = _shown[-1]
+        outer = told.what, told.done, told.total, told.detail
+        told.what, told.done, told.total, told.detail = description, 0, None, ""
+        try:
+            yield _updating(told)
+        finally:
+            told.what, told.done, told.total, told.detail = outer
+        return
+    told = _Told(description)
+    _shown.append(told)
+    try:
+        with _bar(told) if stderr.is_terminal else _lines(told), watching(_stepping(told)):
+            yield _updating(told)
+    finally:
+        _shown.clear()
+
+
+def _updating(told: _Told) -> Callable[..., None]:
+    def update(done: int, total: int | None, what: str = told.what) -> None:
+        told.done, told.total, told.what, told.detail = done, total, what, ""
+
+    return update
+
+
+def _stepping(told: _Told) -> Callable[[str, int, int], None]:
+    def step(phase: str, done: int, total: int) -> None:
+        told.detail = f"{phase} {done:,} of {total:,}"
+
+    return step
+
+
+@contextmanager
+def _bar(told: _Told) -> Iterator[None]:
+    """A bar that follows what is told, ten times a second."""
+
+    class Following(Progress):
+        def get_renderables(self) -> Iterable[Any]:
+            for line in self.tasks:
+                self.update(line.id, completed=told.done, total=told.total, description=told.what, detail=told.detail)
+            return super().get_renderables()
+
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
+    columns = texts[0], BarColumn(bar_width=20), MofNCompleteColumn(), texts[1], TimeElapsedColumn()
+    with Following(*columns, console=stderr, transient=True) as bar:
+        bar.add_task(told.what, total=None, detail="")
+        yield
+
+
+@contextmanager
+def _lines(told: _Told) -> Iterator[None]:
+    """A line a minute, as long as it goes on."""
+    ended, started = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not ended.wait(EVERY):
+            minutes = (time.monotonic() - started) / 60
+            stderr.print(f"{told} ({minutes:.0f} min)", soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[Any, Any]]) -> None:
     """A table on stdout. `columns` are headers with the format of a row's values, as in `{"parameters": "{parameters:,}"}`.
 
-    Only the first column wraps; on a narrow terminal the table is wider than the terminal: no figure is cut.
+    Names in the first column are shortened in their middle, and texts there wrap. On a terminal that is too narrow even so, the
+    table is wider than the terminal: no figure is cut.
     """
     texts = [[text.format(**row) for text in columns.values()] for row in rows]
+    others = [
+        max(cell_len(line) for line in "\n".join(column).split("\n")) for column in zip(columns, *texts, strict=True)
+    ]
+    room = max(stdout.width - sum(others[1:]) - 3 * len(others) - 1, NARROWEST)
+    for row in texts:
+        row[0] = shortened(row[0], room)
     widths = [
         max(cell_len(line) for line in "\n".join(column).split("\n")) for column in zip(columns, *texts, strict=True)
     ]
@@ -261,6 +364,30 @@ def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[A
         table.add_row(*row)
     stdout.print(title, style="bold", soft_wrap=True)
     stdout.print(table, crop=False)
+
+
+def shortened(name: str, most: int) -> str:
+    """A module's dotted name in `most` letters if that can be: without other parts than numbers of blocks and the last one.
+
+    >>> shortened("vit.encoder.layer.11.attention.attention.query", 30)
+    'vit.encoder.layer.11…query'
+    >>> shortened("vit.encoder.layer.11.attention.attention.query", 20)
+    'vit…11…query'
+    """
+    if " " in name:
+        return name
+    parts = name.split(".")
+    inner = [place for place, part in enumerate(parts[:-1]) if not part.isdigit()]
+    for place in sorted(inner, key=lambda each: (each == 0, abs(each - len(parts) + 2))):  # the first part goes last
+        if len(text := _joined(parts)) <= most:
+            return text
+        parts[place] = ""
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Parts by dots; what is left out, in one row or more, is an ellipsis."""
+    return re.sub(r"\.*…[.…]*", "…", ".".join(part or "…" for part in parts))
 
 
 def print_json(values: Mapping[str, Any], files: Sequence[Path] | None = None) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,17 +17,13 @@ from torch import Tensor, nn
 from rankscope.allocation import RankAllocation
 from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
 from rankscope.errors import TrainingError, checked
-from rankscope.files import replacing, write_json
 from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.tasks import Batch, Task, TrainerTask, evaluate, load_task
 from rankscope.training.methods import Lora, Method
 from rankscope.training.trainers import Run
+from rankscope.training.watching import tell
 
 _CHECK_EVERY = 10  # steps between checks of the loss, each of which waits for the device
-_LOADERS = {  # by the task's `task_type`
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM", None: "AutoPeftModel",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +87,11 @@ def train(
             history = {}
             with closing(method.follow(model, optimizer, settings, seed)) as running:
                 for step in _steps(task, model, optimizer, running, settings, seed):
+                    tell("step", step, settings.steps)
                     if on_step:
                         on_step(step)
                     if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
+                        tell("evaluating after step", step, settings.steps)
                         history[step] = evaluate(task, model)
                         if not math.isfinite(value := history[step][task.metric]):
                             must = f"`{task.metric}` must be finite, but is {value} at step {step}"
@@ -196,33 +191,3 @@ def _groups(task: Task, model: nn.Module, settings: TrainingSettings) -> list[di
         raise TrainingError(f"`head_learning_rate` needs a task with a head, but `{task.name}` has none; leave it out.")
     groups = [{"params": body, "lr": rate}, {"params": head, "lr": settings.head_learning_rate}]
     return [group for group in groups if group["params"]]
-
-
-def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path:
-    """Save a trained model by its own `save_pretrained`, with a README that says how to load it in plain PEFT.
-
-    Options for the base model (`id2label`, …) go to `model_kwargs.json`. The folder is replaced as a whole.
-    """
-    options = dict(getattr(task, "model_kwargs", {}))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kind = f"{type(base).__module__}.{type(base).__name__}"
-    how = [f"Build the base model, a `{kind}`, then `rankscope.lora.load_adapter(base, folder)`."]
-    loader = _LOADERS.get(getattr(task, "task_type", ""))
-    if loader == "AutoPeftModel" and not kind.startswith("transformers."):  # it would refuse to import the class
-        loader = None
-    if loader:
-        code = [f"from peft import {loader}", ""]
-        if options:
-            code = ["import json", *code, 'options = json.load(open(f"{folder}/model_kwargs.json"))']
-        if "id2label" in options:  # JSON has no keys but strings
-            code.append('options["id2label"] = {int(code): label for code, label in options["id2label"].items()}')
-        code.append(f"model = {loader}.from_pretrained(folder{', **options' if options else ''})")
-        how = ["With `folder` the path of this folder:", "", "```python", *code, "```"]
-    source = json.dumps(getattr(base, "name_or_path", "") or "")
-    readme = ["---", f"base_model: {source}", "library_name: peft", "---", f"# Adapter for `{task.name}`", "", *how, ""]
-    with replacing(folder, folder=True) as temporary:
-        model.save_pretrained(str(temporary))
-        if options:
-            write_json(temporary / "model_kwargs.json", options)
-        (temporary / "README.md").write_text("\n".join(readme), encoding="utf-8")
-    return Path(folder)

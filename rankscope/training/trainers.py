@@ -18,6 +18,7 @@ from rankscope.lora import Resize, count_adapter_parameters, from_peft_model, re
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import TrainerTask, evaluate, undisturbed
 from rankscope.training.methods import FullFineTuning, HeadOnly, Lora, Method, PeftAdapter
+from rankscope.training.watching import tell
 
 # What the Trainer's own arguments say.
 _OWNED = ("head_learning_rate", "warmup_fraction", "weight_decay", "max_grad_norm", "gradient_accumulation")
@@ -60,6 +61,7 @@ class Run:
 
     def evaluated(self, step: int, model: nn.Module) -> None:
         """Validate at a step."""
+        tell("evaluating after step", step, self.settings.steps)
         metrics = self.history[step] = evaluate(self.task, model)
         if not math.isfinite(value := metrics[self.task.metric]):
             must = f"`{self.task.metric}` must be finite, but is {value} at step {step}"
@@ -125,6 +127,7 @@ def _steps_watched(run: Run) -> Any:
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
             step, every = state.global_step, run.settings.evaluate_every
+            tell("step", step, run.settings.steps)
             if run.on_step:
                 run.on_step(step)
             if every and step % every == 0 and step < run.settings.steps:

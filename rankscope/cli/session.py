@@ -372,7 +372,7 @@ def shortened(name: str, most: int) -> str:
     >>> shortened("vit.encoder.layer.11.attention.attention.query", 30)
     'vit.encoder.layer.11…query'
     >>> shortened("vit.encoder.layer.11.attention.attention.query", 20)
-    'vit…11…query'
+    'vit.encoder…11…query'
     """
     if " " in name:
         return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _MODEL = "model: path/to/model # a folder of save_pretrained, or an id on the hub"
 _FILES = ".jsonl, .json, .parquet or .csv, or an id on the hub"
-_SPLIT = "a column `split` (train, validation, test) is used; without one rows are split 70 / 15 / 15"
+_SPLIT = "# A column `split` (train, validation, test) is used; without one rows are split 70 / 15 / 15."
 _OPTIONS = "# model_options: {quantization: 4bit, gradient_checkpointing: true}"
 _HALF = "# dtype: bfloat16 # of the frozen weights; adapters are trained in float32"
 
@@ -14,7 +14,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         "type: sequence-classification # a fresh head is trained beside the adapters",
         _MODEL,
         f"data: rows.csv # {_FILES}",
-        f"# Columns `text` and `label`, or `columns: {{text: review, label: stars}}`; {_SPLIT}.",
+        "# Columns `text` and `label`, or `columns: {text: review, label: stars}`.",
+        _SPLIT,
         "batch_size: 16",
         "max_length: 128 # tokens; longer texts are cut",
         _HALF,
@@ -23,7 +24,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         "type: causal-lm # every next token is learned; for answers only, `type: chat`",
         _MODEL,
         f"data: texts.jsonl # {_FILES}",
-        f"# A column `text`; {_SPLIT}.",
+        "# A column `text`.",
+        _SPLIT,
         "batch_size: 8",
         "max_length: 256 # tokens; longer texts are cut",
         _HALF,
@@ -34,7 +36,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         _MODEL,
         f"data: chats.jsonl # {_FILES}",
         '# A column `messages`: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]; or `prompt` and',
-        f"# `completion`, or `columns: {{prompt: instruction, completion: output}}`; {_SPLIT}.",
+        "# `completion`, or `columns: {prompt: instruction, completion: output}`.",
+        _SPLIT,
         "batch_size: 8",
         "max_length: 1024 # tokens; a row whose question is longer is skipped",
         "# packing: true # several conversations to a sequence of `max_length`; then batch_size counts sequences",
@@ -46,7 +49,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         "type: sequence-to-sequence # T5, BART and the like",
         _MODEL,
         f"data: pairs.jsonl # {_FILES}",
-        f"# Columns `source` and `target`; {_SPLIT}.",
+        "# Columns `source` and `target`.",
+        _SPLIT,
         "batch_size: 8",
         "max_length: 256 # tokens of either text; longer ones are cut",
         _HALF,
@@ -55,7 +59,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         "type: token-classification # a fresh head is trained beside the adapters",
         _MODEL,
         f"data: words.jsonl # {_FILES}",
-        f"# Columns `tokens` (a list of words) and `tags` (as many, as O, B-PER, I-PER); {_SPLIT}.",
+        "# Columns `tokens` (a list of words) and `tags` (as many, as O, B-PER, I-PER).",
+        _SPLIT,
         "batch_size: 16",
         "max_length: 256 # tokens; words after it are left out",
         _HALF,
@@ -64,7 +69,7 @@ TASKS: dict[str, tuple[str, ...]] = {
         "type: image-classification # a fresh head is trained beside the adapters",
         _MODEL,
         "data: images # a folder with a folder of images for each class, perhaps below train, validation and test;",
-        f"# or a file ({_FILES}) with columns `image` (a path or bytes) and `label`",
+        "# or a file as of other tasks, with columns `image` (a path or bytes) and `label`",
         "batch_size: 16",
         "# max_skipped: 0.05 # share of images that may be unreadable",
         _HALF,
@@ -73,7 +78,8 @@ TASKS: dict[str, tuple[str, ...]] = {
         "type: image-text-to-text # the answers are learned",
         _MODEL,
         f"data: rows.jsonl # {_FILES}",
-        f"# Columns `image` (paths or bytes), and `messages`, or `question` and `answer`; {_SPLIT}.",
+        "# Columns `image` (paths or bytes), and `messages`, or `question` and `answer`.",
+        _SPLIT,
         "# image_folder: images # where relative paths of images start",
         "batch_size: 4",
         "max_length: 1024 # tokens",

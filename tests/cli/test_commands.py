@@ -73,6 +73,15 @@ def test_the_whole_path(folder: Path) -> None:
     assert status == 0
     assert json.loads(text)["metric"] == "accuracy"
     assert (out / "adapter" / "adapter_model.safetensors").exists()
+    card = (out / "adapter" / "README.md").read_text()
+    assert (
+        "4 steps at learning rate 0.01. The budget was 6,912 adapter parameters. This adapter is of seed 1000" in card
+    )
+    for run in json.loads(text)["runs"]:
+        assert (
+            f"| {run['strategy']} | {run['parameters']:,} | 1 | {run['validation'][0]:.3f} | {run['test'][0]:.3f} |"
+            in card
+        )
     assert {path.name for path in out.iterdir()} == {
         "profile.parquet", "energy.png", "spectra.png", "allocation.json", "adapter_config.json", "ranks.png", "search.db",
         "trials.parquet", "adapter",

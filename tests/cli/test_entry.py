@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rankscope.cli import app
+from rankscope.cli.templates import TYPES
 from rankscope.settings import read_study
 
 HEAVY = "torch transformers peft optuna sklearn pandas accelerate matplotlib scipy pyarrow numpy".split()  # noqa: SIM905
@@ -95,6 +96,87 @@ def test_init_writes_a_study_of_a_name(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.stderr.startswith("rankscope: `NAME`: `name`: must be fit to name a folder")
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_init_writes_a_study_for_each_type(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are those of the task, also the ones in comments."""
+    from rankscope.tasks import ready
+
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["init", "mine", "--type", kind])
+    assert result.stdout == "wrote mine.yaml; name your model and data there, then `rankscope profile mine.yaml`\n"
+    text = Path("mine.yaml").read_text()
+    assert max(map(len, text.splitlines())) <= 130
+    study = read_study("mine.yaml")
+    assert (study.name, study.compare.n_seeds) == ("mine", 5)
+    if kind == "trainer":
+        assert study.task == "train.py:make_trainer"
+        return
+    for task in (study.task, read_study(_uncommented(text, tmp_path / "all.yaml")).task):
+        options = dict(task)
+        factory = ready._TYPES[options.pop("type")]
+        ready._check_options(factory, ready._common(factory, options), what=kind)
+
+
+def _uncommented(text: str, path: Path) -> Path:
+    """The study with the options that stand in comments."""
+    path.write_text(re.sub(r"^(  |)# (\w+: )", r"\1\2", text, flags=re.MULTILINE))
+    return path
+
+
+def test_what_init_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["init", "mine", "--type", "chats"])
+    assert result.stderr.startswith("rankscope: `--type` must be one of sequence-classification, causal-lm, chat, ")
+    result = CliRunner().invoke(app, ["init", "mine", "--type", "chat", "--template", "digits"])
+    assert result.stderr == "rankscope: one of --type TYPE and --template NAME may be given, and not both; drop one.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_at_80_columns_cuts_nothing() -> None:
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert "..." not in result.stdout.partition("Commands:")[2]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "every target module into profile.parquet, and draw them." in " ".join(result.stdout.split())
+    assert "--install-completion" in result.stdout
+
+
+def test_completion_is_installed_and_completes(tmp_path: Path) -> None:
+    def run_with(*arguments: str, **variables: str) -> str:
+        given = {**os.environ, "HOME": str(tmp_path), **variables}
+        code = "import sys; from rankscope.cli import main; sys.argv[0] = 'rankscope'; main()"
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=given).stdout
+
+    run_with("--install-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert (tmp_path / ".bash_completions" / "rankscope.sh").exists()
+    completing = {"_RANKSCOPE_COMPLETE": "complete_bash", "COMP_WORDS": "rankscope tr", "COMP_CWORD": "1"}
+    assert run_with(**completing).split() == ["train"]
+
+
+PROGRESS = """
+import sys, time
+import rankscope.cli.session as session
+from rankscope.training.watching import tell
+session.EVERY = 0.05
+with session.progress("training") as update:
+    with session.progress("loading model and data"):
+        time.sleep(0.3)
+    update(1, 4)
+    tell("step", 20, 300)
+    time.sleep(0.3)
+time.sleep(0.1)
+"""
+
+
+def test_off_terminals_progress_is_a_line_now_and_then() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRESS], capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert done.stdout == ""
+    assert lines[0] == "loading model and data (0 min)"
+    assert lines[-1] == "training: 1 of 4, step 20 of 300 (0 min)"
+    assert 4 < len(lines) < 15
+
+
 TALKS = """
 import rankscope.cli as cli
 from rankscope.cli import reports_errors
@@ -158,6 +240,24 @@ print_table("[t]", columns, [{"m": "controller-one-shot", "p": 6912, "t": "+0.0 
         [sys.executable, "-c", table], capture_output=True, text=True, env={**os.environ, "COLUMNS": "30"}, check=True
     )
     assert all(text in done.stdout for text in ("[t]", "controller-o", "ne-shot", "6,912", "+0.0 [-12.0, +12.0]"))
+
+
+def test_names_are_shortened_and_blocks_stay_apart() -> None:
+    table = """
+from rankscope.cli.session import print_table
+names = [f"model.vision_tower.encoder.layers.{i}.self_attn.out_proj" for i in (3, 11)]
+columns = {"module": "{m}", "rank cost": "{p:,}", "energy": "{p:.3f}", "signal": "{p:.3f}", "in rank 1": "{p:.6f}"}
+print_table("t", columns, [{"m": name, "p": 128} for name in names])
+"""
+    for width, shown in (("140", "model.vision_tower.encoder.layers.3.self_attn.out_proj"), ("80", "3…out_proj")):
+        environment = {**os.environ, "COLUMNS": width}
+        done = subprocess.run(
+            [sys.executable, "-c", table], capture_output=True, text=True, env=environment, check=True
+        )
+        assert shown in done.stdout
+        assert shown.replace("3", "11") in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= int(width)
+        assert len(done.stdout.splitlines()) == 7
 
 
 def test_importing_says_nothing() -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import AutoPeftModel, AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
 
@@ -14,7 +15,7 @@ from rankscope.errors import FileError, TaskError
 from rankscope.lora import load_adapter
 from rankscope.tasks import Task, evaluate
 from rankscope.tasks.text import CausalLM, MeanPooledClassifier, TextClassification
-from rankscope.training import save_adapter
+from rankscope.training import add_to_card, save_adapter
 from tests.tasks.models import TINY, WORDS, save_bert, save_llama, save_tokenizer, sentences
 
 PLAIN = """
@@ -128,3 +129,36 @@ def test_a_pooler_that_would_be_random_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=message):
         TextClassification(tmp_path, sentences()).build_model()
     assert TextClassification(tmp_path, sentences(), pooling="mean").build_model()
+
+
+def test_the_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = CausalLM(save_llama(tmp_path / "base"), sentences())
+    model = trained(task, steps=1)
+    save_adapter(model, task, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    front, text = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front) == {
+        "library_name": "peft",
+        "tags": ["lora", "rankscope"],
+    }  # the hub refuses a path as base
+    allocation = rs.RankAllocation.from_peft_model(model)
+    assert f"Base model: `{tmp_path / 'base'}`." in text
+    assert f"\n{allocation.parameters:,} adapter parameters.\n" in text
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| model ")
+    ]
+    assert sum(int(row[3].replace(",", "")) for row in rows) == allocation.parameters
+    assert sum(int(row[1]) for row in rows) == sum(rank > 0 for rank in allocation.vector)
+    of_role = [
+        rank
+        for target, rank in zip(allocation.targets, allocation.vector, strict=True)
+        if target.role == "v_proj" and rank
+    ]
+    (found,) = (row[2] for row in rows if row[0] == "model v_proj")
+    assert found == (f"{min(of_role)} to {max(of_role)}" if len(set(of_role)) > 1 else f"{of_role[0]}")
+    add_to_card(tmp_path / "adapter", "Results", ["It is good."])
+    assert (tmp_path / "adapter" / "README.md").read_text() == f"{card}\n## Results\n\nIt is good.\n"
+    monkeypatch.setattr(model.get_base_model(), "name_or_path", "owner/name")
+    save_adapter(model, task, tmp_path / "adapter")
+    front = (tmp_path / "adapter" / "README.md").read_text().removeprefix("---\n").split("\n---\n", 1)[0]
+    assert yaml.safe_load(front)["base_model"] == "owner/name"

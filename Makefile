@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # One torch thread a process and two processes are faster than two threads on two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup fetch demo test test-slow lint bench clean
+.PHONY: setup fetch demo test test-slow lint docs bench clean
 
 setup: $(INSTALLED)
 
@@ -44,7 +44,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The claims in the README, measured again; each prints its figures and exits 1 if a claim does not hold.
+# The documentation, into out/site; a broken link is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The claims in the documentation, measured again; each prints its figures and exits 1 if a claim does not hold.
 bench: setup
 	failed=; for script in studies/bench/[a-z]*.py; do $(BIN)/python $$script --quick || failed="$$failed $$script"; done; \
 	if [ "$$failed" ]; then echo "claims that do not hold, in:$$failed"; exit 1; fi

@@ -1,11 +1,26 @@
-"""Write study-keys.md, the reference of all keys of a study file, from the JSON schema of `rankscope.StudySettings`."""
+"""What of the documentation is made from the code: study-keys.md, and, as a hook of mkdocs, the pages that are not kept.
 
+`python docs/build.py` writes study-keys.md, the reference of all keys of a study file. mkdocs.yml names this file as a hook: it
+adds the reference of commands, the changelog, and the files of the repository that pages link to.
+"""
+
+from __future__ import annotations
+
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from rankscope import StudySettings
 
-PAGE = Path(__file__).parent / "study-keys.md"
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PAGE = DOCS / "study-keys.md"
+PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}  # of the repository, and their names here
+LINK = re.compile(r"(\]\()([^)#\s:]+)(?=[)#])")
 INTRODUCTION = """\
 # Keys of a study file
 
@@ -61,6 +76,74 @@ def _kind(value: dict[str, Any]) -> str:
         return f"list of {_kind(value['items'])}"
     bounds = [text.format(value[name]) for name, text in BOUNDS.items() if value.get(name, CAP) < CAP]
     return " ".join([TYPES.get(value["type"], value["type"]), *bounds])
+
+
+def commands() -> str:
+    """The page of all commands, from the command line itself."""
+    from typer.cli import get_docs_for_click
+    from typer.main import get_command
+    from typer.models import Context
+
+    from rankscope.cli import app
+
+    group: Any = get_command(app)
+    pages = {
+        name: get_docs_for_click(
+            obj=each, ctx=Context(each, info_name=f"rankscope {name}"), name=f"rankscope {name}", indent=1
+        )
+        for name, each in group.commands.items()
+    }
+    lines = [
+        f"| [`{name}`](#rankscope-{name}) | {(each.help or '').partition(chr(10))[0]} |"
+        for name, each in group.commands.items()
+    ]
+    introduction = "# Commands\n\nGenerated from the command line: `rankscope COMMAND --help` prints the same."
+    return "\n".join([introduction, "", "| command | |", "| --- | --- |", *lines, "", *pages.values()])
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add what mkdocs does not find under docs/ (a hook of mkdocs)."""
+    from mkdocs.structure.files import File
+
+    files.append(File.generated(config, "commands.md", content=commands()))
+    sources = {DOCS / file.src_uri: file.src_uri for file in files if file.src_uri.endswith(".md")}
+    for source, name in PAGES.items():
+        files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
+        sources[ROOT / source] = name
+    linked = {path for source in sources if source.exists() for path in _outside(source)}
+    for path in sorted(linked):
+        files.append(File.generated(config, _place(path), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Let links to files of the repository lead to their copies in the site (a hook of mkdocs)."""
+    name = page.file.src_uri
+    source = next((ROOT / kept for kept, shown in PAGES.items() if shown == name), DOCS / name)
+
+    def moved(match: re.Match[str]) -> str:
+        path = (source.parent / match[2]).resolve()
+        if path.is_relative_to(DOCS):
+            place = path.relative_to(DOCS).as_posix()
+        elif path.is_file():
+            place = _place(path)
+        else:
+            return match[0]
+        return match[1] + os.path.relpath(place, Path(name).parent)
+
+    return LINK.sub(moved, markdown)
+
+
+def _outside(source: Path) -> list[Path]:
+    """The repository's files beside docs/ that a page links to."""
+    paths = [(source.parent / match[2]).resolve() for match in LINK.finditer(source.read_text(encoding="utf-8"))]
+    return [path for path in paths if path.is_file() and not path.is_relative_to(DOCS) and path.name not in PAGES]
+
+
+def _place(path: Path) -> str:
+    """Where the site has a file of the repository."""
+    name = path.relative_to(ROOT).as_posix()
+    return PAGES.get(name, f"repository/{name}" + (".txt" if path.suffix in (".md", ".py", ".yaml") else ""))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a wheel holds, and the page of keys."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -57,3 +58,24 @@ rankscope.tasks.data.data_folder("wordnet")
 def test_the_page_of_keys_is_current() -> None:
     page = runpy.run_path("docs/build.py")
     assert page["PAGE"].read_text(encoding="utf-8") == page["reference"](), "run python docs/build.py"
+
+
+def test_an_index_shows_the_readme_without_dead_links(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    from hatchling.build import build_wheel
+
+    wheel = zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path)))
+    name = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+    shown = wheel.read(name).decode()
+    assert "Description-Content-Type: text/markdown" in shown
+    assert shown.rstrip().endswith("Apache-2.0; data under `data/` has notices of its own.")
+    readme, for_index = Path("README.md").read_text(), runpy.run_path("hatch_build.py")["for_index"]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", readme) if not link.startswith("http")]
+    assert len(links) > 10
+    urls = re.findall(r"^Project-URL: Source, (\S+)$", shown, flags=re.MULTILINE)
+    assert shown.endswith(for_index(readme, urls[0] if urls else None))
+    assert not re.findall(r"\]\((?!https?:)", for_index(readme, None) + for_index(readme, "https://github.com/a/b"))
+    absolute = for_index(readme, "https://github.com/a/b/")
+    assert "](https://github.com/a/b/raw/HEAD/studies/results/digits_ranks.png)" in absolute
+    assert "](https://github.com/a/b/blob/HEAD/docs/evidence.md)" in absolute
+    assert "digits_ranks.png" not in for_index(readme, None)

@@ -1,11 +1,11 @@
 """Rank allocation against uniform LoRA and other baselines at equal parameters and steps, over tasks, at the best rate of each.
 
     python studies/bench/comparison.py --out studies/results/comparison.json
-    rankscope report studies/results/{digits-shift,supersense,sentiment,glosses,word-order} --out out/evidence --into README.md
+    rankscope report studies/results/{digits-shift,supersense,sentiment,glosses,word-order} --out out/all --into docs/evidence.md
 
-The latter makes README's table. Runs `rankscope compare` on the studies of studies/compare that TASKS names, and states what
-is hoped for: how far rankscope's best method is above uniform, EVA and AdaLoRA on digits-shift; by how much uniform must
-grow to match it; and what the default gains on average over the tasks. Best, and default: on validation. The committed runs
+The latter makes the table of docs/evidence.md. Runs `rankscope compare` on the studies of studies/compare that TASKS names, and
+states what is hoped for: how far rankscope's best method is above uniform, EVA and AdaLoRA on digits-shift; by how much uniform
+must grow to match it; and what the default gains on average over the tasks. Best, and default: on validation. The committed runs
 are read; delete a task's comparison.parquet to do them again (hours, on two cores). `--quick`: runs of its own, one-shot and
 uniform on digits, four seeds.
 """

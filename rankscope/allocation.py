@@ -35,6 +35,8 @@ class RankAllocation(_ByName):
     >>> allocation = RankAllocation(targets, (2,), strategy="uniform")
     >>> allocation.parameters, dict(allocation.ranks)
     (640, {'fc1': 2})
+    >>> allocation
+    RankAllocation('uniform': 640 parameters, 1 of 1 modules, rank 2)
     """
 
     targets: tuple[TargetModule, ...]  # in the model's order
@@ -42,7 +44,7 @@ class RankAllocation(_ByName):
     strategy: str = field(default="", compare=False)  # what computed it, as in "one-shot"
     budget: int | None = field(default=None, compare=False)  # the limit it was computed for, in adapter parameters
     # The least and the most parameters of the towers that the budget bounds.
-    tower_bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+    tower_bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         targets, ranks = tuple(self.targets), tuple[Any, ...](self.vector)
@@ -114,6 +116,22 @@ class RankAllocation(_ByName):
     def renamed(self, strategy: str) -> RankAllocation:
         """The same allocation under another strategy's name."""
         return replace(self, strategy=strategy)
+
+    def __repr__(self) -> str:
+        """In one line; `ranks` holds each module's."""
+        adapted = [rank for rank in self.vector if rank]
+        low, high = min(adapted, default=0), max(adapted, default=0)
+        limit = "" if self.budget is None else f" of {self.budget:,}"
+        size = f"{self.parameters:,}{limit} parameters, {len(adapted)} of {len(self.vector)} modules"
+        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        return f"RankAllocation({self.strategy!r}: {size}, {ranks})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the line above, and the ranks as a map."""
+        from rankscope.maps import html_card, ranks_png
+
+        png = ranks_png(self.targets, self.ranks, titles=[self.strategy or "allocation"]) if self.targets else None
+        return html_card(repr(self), png=png)
 
     # --- JSON --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""Plots of profiles, allocations, searches, controllers and comparisons. Each function returns a matplotlib figure."""
+"""Plots of profiles, allocations, searches, controllers and comparisons.
+
+Each returns its axes: one, or a list where it draws several panels. They lie on `figure`, which may be part of a figure and is
+given the size that the plot needs, or on a new figure of pyplot's, which notebooks show. `save_plot` writes a PNG without pyplot.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,14 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, NullLocator
 from numpy.typing import NDArray
 from scipy.stats import norm as normal
@@ -22,22 +25,33 @@ from scipy.stats import norm as normal
 from rankscope.allocation import RankAllocation
 from rankscope.errors import ModelError
 from rankscope.files import AnyPath, replacing
+from rankscope.maps import (
+    MANY_MODULES,
+    block_groups,
+    draw_energy,
+    draw_maps,
+    draw_ranks,
+    grouped_grids,
+    label_axes,
+    module_grids,
+    new_figure,
+)
 from rankscope.profiling import Profile, cumulative_energy
 from rankscope.targets import TargetModule
 
 Floats = NDArray[np.float64]
+Parent = Figure | SubFigure | None
 
 if TYPE_CHECKING:
     from rankscope.performance import PerformanceModel
     from rankscope.searching import SearchResult
 
 REFERENCE = "uniform"
-ROLES = "q_proj k_proj v_proj qkv_proj o_proj gate_proj up_proj gate_up_proj down_proj fc1 fc2".split()  # noqa: SIM905
-BLOCKS_ACROSS = 24  # of all heatmaps side by side
-MANY_MODULES = 1000  # from here on, pictures show groups of blocks
-BLOCK_GROUPS = 24  # of one tower
 MOST_COEFFICIENTS = 48  # of one level
 MOST_WAYPOINTS = 6
+ABREAST = 0.8  # share of the distance between a budget and its double over which methods at one budget are spread
+N_DRAWS = 60  # from a posterior, for an interval
+HEADLINE = 0.3  # inches
 PANELS_ABREAST = 3
 VERDICT_COLOURS = {"better": "#1b7f4d", "worse": "#b3402e"}
 ORIGIN_COLOURS = {"uniform": "tab:grey", "one-shot": "tab:orange", "sampler": "tab:blue", "posterior-mean": "tab:red"}
@@ -45,114 +59,51 @@ BAND_COLOURS = colormaps["tab20"](np.r_[0:20:2, 1:20:2])  # the ten strong ones 
 MARKERS = "osD^vP*X<>hd"
 
 
-def save_figure(figure: Figure, path: AnyPath) -> Path:
-    """Write the figure as PNG, atomically; returns the path."""
+def save_plot(plot: Callable[..., object], path: AnyPath, title: str = "") -> Path:
+    """Draw `plot(figure=…)` on a figure of its own, and write it as PNG on white, atomically; returns the path.
+
+    `title` stands on top of the figure, such as the study's name. pyplot takes no part: a server has no display.
+    """
+    figure = Figure()
+    plot(figure=figure)
+    if title:
+        _headline(figure, title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
     return Path(path)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches."""
-    return Figure(figsize=(width, height), layout="constrained")
+def _headline(figure: Figure, title: str) -> None:
+    """A line on top of a figure, which grows by it."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + HEADLINE)
+    if figure.get_layout_engine() is None:  # everything keeps its size, and its place from the bottom
+        for axis in figure.axes:
+            left, bottom, wide, high = axis.get_position().bounds
+            share = height / (height + HEADLINE)
+            axis.set_position((left, bottom * share, wide, high * share))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
-def _label(axis: Axes, title: str = "", x: str = "", y: str = "", spines: Sequence[str] = ("left", "bottom")) -> None:
-    """Texts and looks that all plots share."""
-    axis.set_title(title, loc="left", fontsize=9)
-    axis.set_xlabel(x, fontsize=8)
-    axis.set_ylabel(y, fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.spines[[side for side in axis.spines if side not in spines]].set_visible(False)
-
-
-def module_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -> dict[str, pd.DataFrame]:
-    """One value per module as a table of role x block for each tower, in the order in which the towers appear.
-
-    Values are summed where modules share a cell, and NaN where there is none. Modules outside blocks are in the last column, `-`.
-    """
-    return _grids(targets, values, "sum", lambda t: (math.inf, "-") if t.block is None else (t.block, f"{t.block}"))
-
-
-def grouped_grids(targets: Sequence[TargetModule], values: Mapping[str, float]) -> dict[str, pd.DataFrame]:
-    """`module_grids` that can be read however large the model is.
-
-    From `MANY_MODULES` on, columns are at most `BLOCK_GROUPS` groups of blocks that follow each other, as `0-3`, and cells are
-    means over modules.
-    """
-    if len(targets) < MANY_MODULES:
-        return module_grids(targets, values)
-    groups = _block_groups(targets)
-    return _grids(targets, values, "mean", lambda target: groups[target.tower, target.block])
-
-
-def _block_groups(targets: Sequence[TargetModule]) -> dict[tuple[str, int | None], tuple[float, str]]:
-    """By tower and block, the place and the name of the block's group: at most `BLOCK_GROUPS` of nearly equal size a tower."""
-    stacks: dict[str, set[int]] = {target.tower: set() for target in targets}
-    for target in targets:
-        stacks[target.tower] |= set() if target.block is None else {target.block}
-    found: dict[tuple[str, int | None], tuple[float, str]] = {(tower, None): (math.inf, "-") for tower in stacks}
-    for tower, blocks in stacks.items():
-        for group in filter(len, np.array_split(sorted(blocks), BLOCK_GROUPS)):
-            low, high = int(group[0]), int(group[-1])
-            found |= {(tower, int(block)): (low, f"{low}-{high}" if high > low else f"{low}") for block in group}
-    return found
-
-
-def _grids(
-    targets: Sequence[TargetModule],
-    values: Mapping[str, float],
-    how: Literal["sum", "mean"],
-    place_of: Callable[[TargetModule], tuple[float, str]],
-) -> dict[str, pd.DataFrame]:
-    """Values as tables of role x column, whose place and name `place_of` gives; `how` combines modules that share a cell."""
-    places = [place_of(target) for target in targets]
-    rows = [(t.tower, t.role, place, values[t.name]) for t, (place, _) in zip(targets, places, strict=True)]
-    frame, found = pd.DataFrame(rows, columns=["tower", "role", "block", "value"]), {}
-    for tower, mine in frame.groupby("tower", sort=False):
-        grid = mine.pivot_table("value", "role", "block", aggfunc=how)
-        roles = sorted(grid.index, key=lambda role: (ROLES.index(role) if role in ROLES else 99, role))
-        names = {place: name for target, (place, name) in zip(targets, places, strict=True) if target.tower == tower}
-        found[str(tower)] = grid.loc[roles].rename(columns=names)
-    return found
-
-
-def plot_ranks(*allocations: RankAllocation, titles: Sequence[str] | None = None, framed: bool = False) -> Figure:
+def plot_ranks(
+    *allocations: RankAllocation, titles: Sequence[str] | None = None, framed: bool = False, figure: Parent = None
+) -> list[Axes]:
     """Ranks over the same modules as heatmaps of block x role on one colour scale, a dot for 0.
 
     Models with several towers get one row per allocation, and each panel tells the tower's share of the parameters. If `framed`,
     ranks above those of the panel before are. From `MANY_MODULES` on, cells are means over groups of blocks.
     """
     titles = titles or [f"{a.strategy or 'allocation'}: {a.parameters:,} parameters" for a in allocations]
-    rows = [grouped_grids(a.targets, {name: float(rank) for name, rank in a.ranks.items()}) for a in allocations]
-    many = len(allocations[0].targets) >= MANY_MODULES
-    highest = max(np.nanmax(grid.to_numpy()) for grids in rows for grid in grids.values()) if many else 0.0
-    norm = Normalize(0, max(1, highest if many else max(max(a.vector) for a in allocations)))
-    label = f"{'mean rank' if many else 'rank'}{' (framed: gained)' * framed}"
-    shares = [
-        {tower: f"{spent / max(a.parameters, 1):.0%}" for tower, spent in a.parameters_by_tower.items()}
-        for a in allocations
-    ]
-    options: Any = {"framed": framed, "notes": shares}
-    return _heatmaps(rows, titles, norm, label, _rank_text, **options)
+    return draw_ranks(allocations[0].targets, [a.ranks for a in allocations], titles, framed=framed, figure=figure)
 
 
-def _rank_text(rank: float) -> str:
-    """A rank, or a mean of ranks, that fits its cell."""
-    return (f"{rank:.0f}" if rank >= 10 or float(rank).is_integer() else f"{rank:.1f}") if rank else "·"
-
-
-def plot_energy(profile: Profile) -> Figure:
+def plot_energy(profile: Profile, *, figure: Parent = None) -> list[Axes]:
     """Gradient energy per parameter as heatmaps of block x role, with logarithmic colours: what one-shot strategies see."""
-    norms, targets = profile.column("gradient_norm"), profile.targets
-    density = {t.name: norms[t.name] ** 2 / t.rank_cost for t in targets}
-    positive = [value for value in density.values() if value > 0]
-    norm = LogNorm(max(min(positive), max(positive) * 1e-4), max(positive))
     title = f"gradient energy per parameter of one rank, {profile.metadata['batches']} batches"
-    return _heatmaps([grouped_grids(targets, density)], [title], norm, "squared gradient norm / rank cost")
+    return draw_energy(profile.targets, profile.column("gradient_norm"), title, figure=figure)
 
 
-def plot_modalities(profile: Profile) -> Figure:
+def plot_modalities(profile: Profile, *, figure: Parent = None) -> list[Axes]:
     """Heatmaps of the share of image tokens in a module's gradient energy: image / (image + text), each part's on its own.
 
     The parts leave out twice their inner product, which the energy of their sum has beside them. Modules whose inputs are no
@@ -168,24 +119,40 @@ def plot_modalities(profile: Profile) -> Figure:
     ours, theirs = (grouped_grids(targets, values) for values in (image, text))
     shares = {tower: grid / (grid + theirs[tower]) for tower, grid in ours.items()}
     title, norm = "share of image tokens in the gradient energy", Normalize(0.0, 1.0)
-    return _heatmaps([shares], [title], norm, "image / (image + text)", "{:.0%}".format)
+    return draw_maps([shares], [title], norm, "image / (image + text)", "{:.0%}".format, figure=figure)
 
 
-def plot_belief(model: PerformanceModel) -> Figure:
-    """Heatmaps of what one more rank is worth at uniform's ranks, per parameter, divided by the mean over modules."""
-    gains, targets = model.utilities(), model.features.targets
-    density = {
-        t.name: float(gains[t.name][min(rank, t.full_rank - 1)]) / t.rank_cost
-        for t, rank in zip(targets, model.features.reference, strict=True)
-    }
-    mean = float(np.mean(list(density.values()))) or 1.0
-    relative = {name: value / mean for name, value in density.items()}
-    title = "what the search believes one more rank is worth, per parameter (mean: 1)"
-    norm = Normalize(0.0, max(2.0, *relative.values()))
-    return _heatmaps([grouped_grids(targets, relative)], [title], norm, "worth over the mean", "{:.1f}".format)
+def plot_belief(model: PerformanceModel, confidence: float = 0.8, *, figure: Parent = None) -> list[Axes]:
+    """Maps of what one more rank is worth at uniform's ranks, per parameter, divided by the mean over modules.
+
+    A cell holds the posterior mean, and below it the interval of posterior draws.
+    """
+    targets, rng = model.features.targets, np.random.default_rng(0)
+    chosen = [min(rank, t.full_rank - 1) for t, rank in zip(targets, model.features.reference, strict=True)]
+
+    def density(gains: Mapping[str, Floats]) -> dict[str, float]:
+        """Worth per parameter by module."""
+        return {t.name: float(gains[t.name][rank]) / t.rank_cost for t, rank in zip(targets, chosen, strict=True)}
+
+    mean = density(model.utilities())
+    scale = float(np.mean(list(mean.values()))) or 1.0
+    (grids, *drawn) = (
+        {tower: grid / scale for tower, grid in grouped_grids(targets, values).items()}
+        for values in (mean, *(density(model.sample(rng)[0]) for _ in range(N_DRAWS)))
+    )
+    below = {}
+    for tower in grids:
+        ends = np.quantile([grid[tower] for grid in drawn], [0.5 - confidence / 2, 0.5 + confidence / 2], axis=0)
+        below[tower] = [
+            [f"{low:.1f}..{high:.1f}" for low, high in zip(*row, strict=True)] for row in zip(*ends, strict=True)
+        ]
+    title = f"worth of one more rank per parameter, {confidence:.0%} intervals (mean: 1)"
+    norm = Normalize(0.0, max(2.0, *(float(np.nanmax(grid.to_numpy())) for grid in grids.values())))
+    label, text = "worth over the mean", "{:.1f}".format
+    return draw_maps([grids], [title], norm, label, text, below=below, figure=figure)
 
 
-def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
+def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule], *, figure: Parent = None) -> list[Axes]:
     """Ranks at the start and after each move of a controller, or after evenly chosen ones, as heatmaps; gains are framed."""
     shown = spread(waypoints(decisions, targets), MOST_WAYPOINTS)
     steps, ranks = zip(*shown, strict=True)
@@ -193,59 +160,7 @@ def plot_trajectories(decisions: pd.DataFrame, targets: Sequence[TargetModule]) 
     for step, (before, after) in zip(steps[1:], pairwise(ranks), strict=True):
         gained = sum(max(more, 0) for more in after.difference(before).values())
         headings.append(f"step {step:,}: +{gained} rank{'' if gained == 1 else 's'}")
-    return plot_ranks(*ranks, titles=headings, framed=True)
-
-
-def _heatmaps(
-    rows: Sequence[Mapping[str, pd.DataFrame]],
-    headings: Sequence[str],
-    norm: Normalize,
-    label: str,
-    text: Callable[[float], str] | None = None,
-    *,
-    framed: bool = False,
-    notes: Sequence[Mapping[str, str]] = (),
-) -> Figure:
-    """One panel per heading and tower; `text` writes a value into its cell, `framed` marks gains over the panel before.
-
-    `notes` are for each row and tower, in models with several.
-    """
-    roles, blocks = zip(*(grid.shape for grid in rows[0].values()), strict=True)
-    n_towers, n_roles = len(roles), max(2, *roles)
-    n_rows = math.ceil(len(rows) / max(1, BLOCKS_ACROSS // blocks[0])) if n_towers == 1 else len(rows)
-    n_across = math.ceil(len(rows) / n_rows)
-    widths = [max(n_blocks, 2) for n_blocks in blocks] * n_across
-    figure = _figure(2.2 + 0.46 * sum(widths) + 0.7 * (len(widths) - 1), n_rows * (0.75 + 0.4 * n_roles))
-    axes = figure.subplots(n_rows, len(widths), squeeze=False, width_ratios=widths).reshape(-1, n_towers)
-    for axis in axes[len(rows) :].flat:
-        axis.remove()
-    for place, (grids, heading) in enumerate(zip(rows, headings, strict=True)):
-        bottom = place + n_across >= len(rows)
-        for axis, (tower, grid) in zip(axes[place], grids.items(), strict=True):
-            image = axis.imshow(grid, norm=norm, cmap="viridis", aspect="auto")
-            name = ": ".join(
-                [*[tower] * (place == 0 or bool(notes)), *[each[tower] for each in notes[place : place + 1]]]
-            )
-            named = [heading] * (axis is axes[place, 0]) + [name] * (n_towers > 1)
-            _label(axis, "\n".join(named), x="block" if bottom else "", spines=())
-            axis.set_xticks(range(len(grid.columns)), grid.columns)
-            if max(map(len, grid.columns)) > 4:  # groups of blocks
-                axis.tick_params(axis="x", rotation=90)
-            axis.set_yticks(range(len(grid.index)), grid.index)
-            axis.tick_params(length=0, labelbottom=bottom, labelleft=n_towers > 1 or place % n_across == 0)
-            before = rows[place - 1][tower] if framed and place else grid
-            for row, column in np.argwhere((grid > before).to_numpy()):
-                corner = (column - 0.45, row - 0.45)
-                axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor="#ff3b30", linewidth=1.4))
-            for (row, column), value in np.ndenumerate(grid):
-                if text is not None and not np.isnan(value):
-                    colour = "white" if norm(value) < 0.6 else "black"
-                    axis.text(column, row, text(value), ha="center", va="center", fontsize=8, color=colour)
-    inch = 1 / figure.get_figwidth()
-    figure.colorbar(
-        image, ax=figure.axes, label=label, fraction=0.3 * inch, pad=0.15 * inch, aspect=9 * figure.get_figheight()
-    )
-    return figure
+    return plot_ranks(*ranks, titles=headings, framed=True, figure=figure)
 
 
 def waypoints(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> list[tuple[int, RankAllocation]]:
@@ -278,14 +193,14 @@ def budget_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> pd.
     return parameters / parameters.sum()
 
 
-def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figure:
+def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule], *, figure: Parent = None) -> Axes:
     """The share of the adapter parameters by tower and role, stacked; a dashed line marks the last decision."""
     flow = budget_flow(decisions, targets)
     frozen = int(decisions["step"].iloc[-1])
     end = frozen + int(decisions["step"].iloc[0])  # as long again as between two decisions
     flow[end] = flow.iloc[:, -1]  # the last shares hold until the end
-    figure = _figure(6.4, 4.2)
-    axis = figure.subplots()
+    drawn = new_figure(6.4, 4.2, figure, "constrained")
+    axis: Axes = drawn.subplots()
     roles = list(dict.fromkeys(flow.index.get_level_values(1)))
     colours = dict(zip(roles, cycle(BAND_COLOURS), strict=False))
     for (_, role), share, low in zip(flow.index, flow.to_numpy(), 1.0 - flow.cumsum().to_numpy(), strict=True):
@@ -306,9 +221,9 @@ def plot_flow(decisions: pd.DataFrame, targets: Sequence[TargetModule]) -> Figur
     axis.text(frozen, 1.01, "last decision", ha="center", va="bottom", fontsize=8)
     axis.set(xlim=(0, end), ylim=(0, 1))
     axis.yaxis.set_major_formatter("{x:.0%}")
-    _label(axis, x="optimizer step", y="share of the adapter parameters")
-    figure.legend(loc="outside lower center", ncols=7, fontsize=8, frameon=False)
-    return figure
+    label_axes(axis, x="optimizer step", y="share of the adapter parameters")
+    drawn.legend(loc="outside lower center", ncols=7, fontsize=8, frameon=False)
+    return axis
 
 
 def _spectra(profile: Profile) -> tuple[list[tuple[str, Floats]], str]:
@@ -323,7 +238,7 @@ def _spectra(profile: Profile) -> tuple[list[tuple[str, Floats]], str]:
             lines.append((target, values[values > 1e-4 * values[0]] / values[0]))
     if len(spectra) < MANY_MODULES:
         return [(target.role, values) for target, values in lines], "module"
-    groups, members = _block_groups(profile.targets), dict[tuple[str, str, str], list[Floats]]()
+    groups, members = block_groups(profile.targets), dict[tuple[str, str, str], list[Floats]]()
     for target, values in lines:
         members.setdefault((target.tower, groups[target.tower, target.block][1], target.role), []).append(values)
     means = []
@@ -336,13 +251,13 @@ def _spectra(profile: Profile) -> tuple[list[tuple[str, Floats]], str]:
     return means, "role in a group of blocks"
 
 
-def plot_spectra(profile: Profile) -> Figure:
+def plot_spectra(profile: Profile, *, figure: Parent = None) -> list[Axes]:
     """Left: singular values of modules over the first, coloured by role. Right: energy captured against parameters.
 
     From `MANY_MODULES` on, lines are means over the modules of a role in a group of blocks.
     """
-    figure = _figure(10, 3.8)
-    left, right = figure.subplots(1, 2)
+    drawn = new_figure(10, 3.8, figure, "constrained")
+    left, right = drawn.subplots(1, 2)
     roles = list(dict.fromkeys(profile.table["role"]))
     colours = dict(zip(roles, cycle(BAND_COLOURS), strict=False))
     lines, kind = _spectra(profile)
@@ -351,30 +266,31 @@ def plot_spectra(profile: Profile) -> Figure:
         left.plot(range(1, len(values) + 1), values, color=colours[role], alpha=0.6, lw=1, label=label)
     left.set_yscale("log")
     left.legend(fontsize=7, frameon=False)
-    _label(left, f"gradient spectra, one line a {kind}", "index", "singular value / first")
+    label_axes(left, f"gradient spectra, one line a {kind}", "index", "singular value / first")
     parameters, captured = cumulative_energy(profile)
     right.plot(parameters, captured, color="tab:blue")
     uniform = float(profile.table["rank_cost"].sum())
     for rank in (1, 2, 4, 8):
         dot = (rank * uniform, float(np.interp(rank * uniform, parameters, captured)))
         right.plot(*dot, "o", color="tab:orange", ms=4)
-        right.annotate(f"rank {rank}: {dot[1]:.0%}", dot, xytext=(6, -11), textcoords="offset points", fontsize=7)
+        below = -22 if rank in (2, 8) else -11  # texts of neighbours do not meet
+        right.annotate(f"rank {rank}: {dot[1]:.0%}", dot, xytext=(6, below), textcoords="offset points", fontsize=7)
     right.set(xlim=(0, min(10 * uniform, parameters[-1])), ylim=(0, 1.02))
     right.xaxis.set_major_formatter(EngFormatter(sep=""))
     x = "adapter parameters (dots: what uniform LoRA of that rank has)"
-    _label(right, "energy captured, best ranks first", x, "share of gradient energy")
-    return figure
+    label_axes(right, "energy captured, best ranks first", x, "share of gradient energy")
+    return [left, right]
 
 
-def plot_predictions(model: PerformanceModel, result: SearchResult) -> Figure:
+def plot_predictions(model: PerformanceModel, result: SearchResult, *, figure: Parent = None) -> Axes:
     """Each trial's metric against the model's prediction of it, with its 80 % interval; the model has seen these trials."""
     trials = [trial for trial in result.trials if trial.reused is None]
     ranks = np.array([trial.allocation.vector for trial in trials])
     predicted, (low, high) = model.predict(ranks), model.interval(ranks, 0.8)
     measured = np.array([trial.metric for trial in trials])
     around = np.abs([predicted - low, high - predicted])
-    figure = _figure(4.6, 4.2)
-    axis = figure.subplots()
+    drawn = new_figure(4.6, 4.2, figure, "constrained")
+    axis: Axes = drawn.subplots()
     for origin, colour in ORIGIN_COLOURS.items():
         mine = np.array([trial.origin == origin for trial in trials])
         if mine.any():
@@ -384,11 +300,11 @@ def plot_predictions(model: PerformanceModel, result: SearchResult) -> Figure:
     axis.plot(ends, ends, color="black", lw=0.6, zorder=0)
     axis.legend(fontsize=7, frameon=False)
     x, y = f"predicted {result.metric_name}, averaged over learning rates", f"measured {result.metric_name}"
-    _label(axis, "performance model on its own trials", x, y)
-    return figure
+    label_axes(axis, "performance model on its own trials", x, y)
+    return axis
 
 
-def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
+def plot_levels(model: PerformanceModel, confidence: float = 0.8, *, figure: Parent = None) -> list[Axes]:
     """Posterior of the coefficients of towers, block groups, blocks and roles, one panel per level.
 
     Zero is what the levels above say; to the right of it, ranks are worth more than that. Of a level with more than
@@ -401,8 +317,8 @@ def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
         levels[str(level)] = furthest
         titles[str(level)] = f"{level}" + f": {len(furthest)} of {len(mine)}" * (len(furthest) < len(mine))
     counts = [len(mine) for mine in levels.values()]
-    figure = _figure(4.6, 0.8 + 0.2 * sum(counts) + 0.35 * len(levels))
-    panels = figure.subplots(len(levels), 1, squeeze=False, sharex=True, height_ratios=counts)[:, 0]
+    drawn = new_figure(4.6, 0.8 + 0.2 * sum(counts) + 0.35 * len(levels), figure, "constrained")
+    panels = drawn.subplots(len(levels), 1, squeeze=False, sharex=True, height_ratios=counts)[:, 0]
     width = float(normal.ppf(0.5 + confidence / 2.0))
     for axis, (level, mine) in zip(panels, levels.items(), strict=True):
         errors = width * mine["std"]
@@ -410,19 +326,19 @@ def plot_levels(model: PerformanceModel, confidence: float = 0.8) -> Figure:
         axis.axvline(0.0, color="black", lw=0.6)
         axis.set_yticks(range(len(mine)), mine["name"].str.removeprefix(f"{level}/"))
         axis.set_ylim(len(mine) - 0.5, -0.5)
-        _label(axis, title=titles[level])
+        label_axes(axis, title=titles[level])
     panels[-1].set_xlabel(f"θ, in standard deviations of the metric; {confidence:.0%} interval", fontsize=8)
-    return figure
+    return list(panels)
 
 
-def plot_forest(table: pd.DataFrame) -> Figure:
+def plot_forest(table: pd.DataFrame, *, figure: Parent = None) -> list[Axes]:
     """Mean difference to uniform on the test split with its 95 % interval, one row per method, one panel per study.
 
     A hollow marker has no interval: fewer than 3 seeds, or differences that are all equal. The band is what two groups of
     seeds of uniform itself differ by, 95 % of the time. `table` is `summarise`'s; rows at the study's own budget are drawn.
     """
     table = table[(table["factor"] == 1.0) & (table["method"] != REFERENCE)]
-    figure, panels = _study_panels(table, height=0.28 * table.groupby("study").size().max() + 1.0)
+    _, panels = _study_panels(table, figure, height=0.28 * table.groupby("study").size().max() + 1.0)
     for axis, (study, group) in zip(panels, table.groupby("study", sort=False), strict=True):
         group = group.sort_values("difference")
         noise, n_seeds = 100 * group["noise"].iloc[0], int(group["seeds"].iloc[0])
@@ -439,38 +355,44 @@ def plot_forest(table: pd.DataFrame) -> Figure:
             labels.append(f"{row['method']}{' (over budget)' if row['over_budget'] else same}")
         axis.set_yticks(range(len(group)), labels)
         axis.set_ylim(-0.6, len(group) - 0.4)
-        _label(axis, str(study), f"points over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}", spines=("bottom",))
+        label_axes(axis, str(study), f"points over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}", spines=("bottom",))
         axis.tick_params(axis="y", length=0)
-    return figure
+    return panels
 
 
-def plot_budgets(table: pd.DataFrame) -> Figure:
+def plot_budgets(table: pd.DataFrame, *, figure: Parent = None) -> list[Axes]:
     """The test metric against adapter parameters, one panel per study: uniform's curve, and the other methods' points.
 
-    Methods without adapters lie at the parameters that they train, and are left out where those are none.
+    Bars are standard deviations over seeds. Methods at one budget lie side by side, in the order of the legend, so that none
+    hides another. Methods without adapters lie at the parameters that they train, and are left out where those are none.
     """
     table = table[table["parameters"] > 0]
     methods = [name for name in dict.fromkeys(table["method"]) if name != REFERENCE]
-    figure, panels = _study_panels(table, height=3.6)
+    drawn, panels = _study_panels(table, figure, height=3.6)
     for axis, (study, group) in zip(panels, table.groupby("study", sort=False), strict=True):
         group = group.sort_values("parameters", kind="stable")
         uniform = group[group["method"] == REFERENCE]
         x, y, deviation = (uniform[name].to_numpy() for name in ("parameters", "test", "deviation"))
         axis.plot(x, y, "o-", color="black", ms=4, lw=1.2, label=REFERENCE)
         axis.fill_between(x, y - deviation, y + deviation, color="black", alpha=0.08, lw=0)
+        apart = ABREAST * math.log(2) / max(len(methods), 1)
         for place, method in enumerate(methods):
             mine, colour = group[group["method"] == method], f"C{place % 10}"
-            marker, filled = f"{MARKERS[place % len(MARKERS)]}-", colour if place < 10 else "white"  # again, hollow
-            axis.plot(mine["parameters"], mine["test"], marker, color=colour, mfc=filled, ms=5, lw=1.0, label=method)
+            marker, filled = MARKERS[place % len(MARKERS)], colour if place < 10 else "white"  # again, hollow
+            moved = mine["parameters"] * math.exp(apart * (place + 1 - (len(methods) + 1) / 2))
+            style: Any = {"color": colour, "mfc": filled, "ms": 5, "lw": 0.6, "elinewidth": 0.8, "label": method}
+            axis.errorbar(moved, mine["test"], yerr=mine["deviation"].fillna(0.0), fmt=f"{marker}-", **style)
         axis.set_xscale("log")
         axis.set_xticks(_apart({*x, group["parameters"].min(), group["parameters"].max()}))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params(axis="x", rotation=25)
-        _label(axis, title=str(study), x="trainable parameters outside the head", y="test metric")
+        label_axes(
+            axis, title=str(study), x="trainable parameters outside the head", y="test metric, ± 1 deviation of seeds"
+        )
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    return figure
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    return panels
 
 
 def _apart(values: Collection[float], share: float = 0.08) -> list[float]:
@@ -482,13 +404,15 @@ def _apart(values: Collection[float], share: float = 0.08) -> list[float]:
     return kept
 
 
-def plot_plan(table: pd.DataFrame, *, level: float, budget: int | None = None, metric: str = "metric") -> Figure:
+def plot_plan(
+    table: pd.DataFrame, *, level: float, budget: int | None = None, metric: str = "metric", figure: Parent = None
+) -> Axes:
     """Validation metric against adapter parameters, uniform and placed, with 95 % bands; full fine-tuning and the head alone.
 
     `table` is `BudgetPlan.table`'s, `level` what is enough, and `budget` the recommended one, which is ringed.
     """
-    figure = _figure(6.4, 4.2)
-    axis = figure.subplots()
+    drawn = new_figure(6.4, 4.2, figure, "constrained")
+    axis: Axes = drawn.subplots()
     curves = table[table["budget"] > 0]
     for colour, (method, mine) in zip(("black", "tab:orange"), curves.groupby("method", sort=False), strict=False):
         axis.plot(mine["budget"], mine["validation"], "o-", color=colour, ms=4, lw=1.4, label=method)
@@ -506,15 +430,17 @@ def plot_plan(table: pd.DataFrame, *, level: float, budget: int | None = None, m
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.tick_params(axis="x", rotation=25)
-    _label(axis, x="adapter parameters", y=f"{metric} on validation")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
-    return figure
+    label_axes(axis, x="adapter parameters", y=f"{metric} on validation")
+    drawn.legend(loc="outside lower center", ncols=2, fontsize=7, frameon=False)
+    return axis
 
 
-def _study_panels(table: pd.DataFrame, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel of this height in inches for each study."""
+def _study_panels(table: pd.DataFrame, figure: Parent, height: float) -> tuple[Any, list[Axes]]:
+    """A figure with one panel of this height in inches for each study; several say that their scales differ."""
     n = table["study"].nunique()
     n_abreast = min(n, PANELS_ABREAST)
     n_rows = math.ceil(n / n_abreast)
-    figure = _figure(4.6 * n_abreast, height * n_rows)
-    return figure, [figure.add_subplot(n_rows, n_abreast, place + 1) for place in range(n)]
+    drawn = new_figure(4.6 * n_abreast + 1.8 * (n == 1), height * n_rows + 0.2 * (n > 1), figure, "constrained")
+    if n > 1:
+        drawn.suptitle("each panel has a scale of its own", x=0.01, ha="left", fontsize=8, style="italic")
+    return drawn, [drawn.add_subplot(n_rows, n_abreast, place + 1) for place in range(n)]

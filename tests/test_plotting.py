@@ -1,25 +1,30 @@
 """Plots: the data behind them by hand, and that every value is where its labels say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import rankscope as rs
 from rankscope.errors import ModelError, SettingsError
+from rankscope.maps import grouped_grids, module_grids
 from rankscope.plotting import (
     budget_flow,
-    grouped_grids,
-    module_grids,
+    plot_budgets,
     plot_energy,
     plot_flow,
+    plot_forest,
     plot_plan,
     plot_ranks,
+    plot_spectra,
     plot_trajectories,
-    save_figure,
+    save_plot,
     spread,
     waypoints,
 )
@@ -96,8 +101,7 @@ def test_trajectories_write_each_rank_and_frame_gains() -> None:
     targets = vit_inventory()
     uniform = [1] * 36
     moved = [3, 0, 0, *uniform[3:]]
-    figure = plot_trajectories(decided(targets, [uniform, moved, moved, uniform]), targets)
-    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    panels = plot_trajectories(decided(targets, [uniform, moved, moved, uniform]), targets, figure=Figure())
     assert [axis.get_title(loc="left") for axis in panels] == ["start", "step 5: +2 ranks", "step 15: +2 ranks"]
     texts = [[text.get_text() for text in axis.texts] for axis in panels]
     assert texts[0] == texts[2] == ["1"] * 36
@@ -106,20 +110,19 @@ def test_trajectories_write_each_rank_and_frame_gains() -> None:
 
 
 def test_trajectories_of_many_moves_say_which_they_show() -> None:
-    figure = plot_trajectories(decided(PAIR, [(i % 3, i) for i in range(12)], every=50), PAIR)
-    titles = [title for axis in figure.axes if (title := axis.get_title(loc="left"))]
-    assert titles[:2] == ["start\nvision: 0%", "language: 0%"]
+    panels = plot_trajectories(decided(PAIR, [(i % 3, i) for i in range(12)], every=50), PAIR, figure=Figure())
+    titles = [axis.get_title(loc="left") for axis in panels]
+    assert titles[:2] == ["start\nvision: 0%", "\nlanguage: 0%"]
     assert [title.split(":")[0] for title in titles[2::2]] == [f"step {step}" for step in (100, 200, 350, 450, 550)]
-    assert titles[2:4] == ["step 100: +4 ranks\nvision: 33%", "language: 67%"]  # (2, 2) at costs of 128 and 256
+    assert titles[2:4] == ["step 100: +4 ranks\nvision: 33%", "\nlanguage: 67%"]  # (2, 2) at costs of 128 and 256
 
 
 def test_flow_figure_marks_the_last_decision_and_what_towers_have() -> None:
-    figure = plot_flow(decided(PAIR, [(4, 2), (2, 3), (2, 3)]), PAIR)
-    axis = figure.axes[0]
+    axis = plot_flow(decided(PAIR, [(4, 2), (2, 3), (2, 3)]), PAIR, figure=Figure())
     assert (axis.get_xlabel(), axis.get_xlim()) == ("optimizer step", (0.0, 15.0))
     texts = [text.get_text().strip() for text in axis.texts]
     assert texts == ["50%", "25%", "50%", "75%", "vision\n 50% → 25%", "language\n 50% → 75%", "last decision"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["q_proj", "up_proj"]
+    assert [text.get_text() for text in axis.get_figure().legends[0].get_texts()] == ["q_proj", "up_proj"]
     assert axis.lines[-1].get_xdata() == [10, 10]
 
 
@@ -169,31 +172,31 @@ def test_pictures_of_large_models_stay_small(tmp_path: Path) -> None:
     targets = deep_inventory()
     rng = np.random.default_rng(0)
     ranks = rs.RankAllocation(targets, tuple(rng.integers(0, 9, len(targets)).tolist()), strategy="drawn")
-    figure = plot_ranks(ranks)
-    assert figure.get_figwidth() < 20
-    texts = [text.get_text() for text in figure.axes[0].texts]
+    (axis,) = plot_ranks(ranks, figure=Figure())
+    assert axis.get_figure().get_figwidth() < 20
+    texts = [text.get_text() for text in axis.texts]
     assert len(texts) == 6 * 24 + 1  # a cell for each role and group, and the module outside
     drawn = [rank for t, rank in zip(targets, ranks.vector, strict=True) if t.role == "q_proj"]
     assert texts[0] == f"{np.mean(drawn[:9]):.1f}"  # a row's first: of blocks 0 to 8
-    assert save_figure(figure, tmp_path / "ranks.png").stat().st_size > 0
+    assert save_plot(partial(plot_ranks, ranks), tmp_path / "ranks.png").stat().st_size > 0
 
 
 def test_rank_plots_write_each_rank(tmp_path: Path) -> None:
     targets = vit_inventory()
     one_rank = rs.RankAllocation.from_ranks(targets, {targets[0].name: 7}, strategy="one-shot")
-    figure = plot_ranks(rs.RankAllocation(targets, (1,) * 36, strategy="uniform"), one_rank)
-    panels = [axis for axis in figure.axes if axis.get_title(loc="left")]
+    both = partial(plot_ranks, rs.RankAllocation(targets, (1,) * 36, strategy="uniform"), one_rank)
+    panels = both(figure=Figure())
     assert [axis.get_title(loc="left") for axis in panels] == ["uniform: 6,912 parameters", "one-shot: 896 parameters"]
     texts = [[text.get_text() for text in axis.texts] for axis in panels]
     assert texts[0] == ["1"] * 36
     assert texts[1].count("7") == 1
     assert texts[1].count("·") == 35
-    assert save_figure(figure, tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert save_plot(both, tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_energy_plot(digits_profile: rs.Profile) -> None:
-    figure = plot_energy(digits_profile)
-    assert figure.axes[0].get_title(loc="left") == "gradient energy per parameter of one rank, 7 batches"
+    (axis,) = plot_energy(digits_profile, figure=Figure())
+    assert axis.get_title(loc="left") == "gradient energy per parameter of one rank, 7 batches"
 
 
 def test_a_plans_picture_rings_the_recommended_budget() -> None:
@@ -203,11 +206,89 @@ def test_a_plans_picture_rings_the_recommended_budget() -> None:
     table = table.assign(
         parameters=[400, 6912, 400, 6912, 301_504, 0], low=table["validation"] - 0.01, high=table["validation"] + 0.01
     )
-    figure = plot_plan(table, level=0.88, budget=432, metric="accuracy")
-    axis = figure.axes[0]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+    axis = plot_plan(table, level=0.88, budget=432, metric="accuracy", figure=Figure())
+    assert [text.get_text() for text in axis.get_figure().legends[0].get_texts()] == [
         "uniform", "one-shot", "full fine-tuning, 301,504 weights", "the head alone", "enough: the reference less the margin",
     ]  # fmt: skip
     rings = [line for line in axis.lines if line.get_markersize() == 12 and len(line.get_xdata())]
     assert [(ring.get_xdata().tolist(), ring.get_ydata().tolist()) for ring in rings] == [([432], [0.9])]
     assert axis.get_ylabel() == "accuracy on validation"
+
+
+def compared(methods: Sequence[str], studies: Sequence[str] = ("a",)) -> pd.DataFrame:
+    """A table as `summarise` makes it: methods at one budget, uniform at three."""
+    rows = [(study, factor, "uniform", int(1000 * factor)) for study in studies for factor in (0.5, 1.0, 2.0)]
+    rows += [(study, 1.0, method, 1000) for study in studies for method in methods]
+    table = pd.DataFrame(rows, columns=["study", "factor", "method", "parameters"])
+    values = {"test": 0.9, "deviation": 0.01, "difference": 0.0, "low": -0.01, "high": 0.01, "noise": 0.02, "seeds": 3}
+    return table.assign(**values, verdict="no difference", over_budget=False)
+
+
+def test_methods_at_one_budget_lie_side_by_side() -> None:
+    methods = [f"m{i}" for i in range(14)]
+    (axis,) = plot_budgets(compared(methods), figure=Figure())
+    xs = [bars.lines[0].get_xdata()[0] for bars in axis.containers]
+    assert len(set(xs)) == 14
+    assert xs == sorted(xs)
+    assert np.exp(np.mean(np.log(xs))) == pytest.approx(1000)
+    assert xs[0] > 1000 / 2**0.5  # nearer to their own budget than to uniform's next
+    assert xs[-1] < 1000 * 2**0.5
+    markers = [(bars.lines[0].get_marker(), bars.lines[0].get_color()) for bars in axis.containers]
+    assert len(set(markers)) == 14
+    assert all(len(bars.lines[2]) == 1 for bars in axis.containers)  # each with its deviation
+
+
+@pytest.mark.parametrize("plot", [plot_budgets, plot_forest])
+def test_panels_side_by_side_say_that_their_scales_differ(plot: Callable[..., list[Axes]]) -> None:
+    first, second = plot(compared(["m"], ["a", "b"]), figure=Figure())
+    assert first.get_figure().get_suptitle() == "each panel has a scale of its own"
+    assert [axis.get_title(loc="left") for axis in (first, second)] == ["a", "b"]
+    (alone,) = plot(compared(["m"]), figure=Figure())
+    assert not alone.get_figure().get_suptitle()
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (12, 0), (13, 2), (64, 3)])
+def test_colour_bars_of_ranks_have_whole_numbers(ranks: tuple[int, int]) -> None:
+    (axis, _) = plot_ranks(rs.RankAllocation(PAIR, ranks), figure=Figure())
+    bar = axis.get_figure().axes[-1]
+    shown = [tick for tick in bar.get_yticks() if bar.get_ylim()[0] <= tick <= bar.get_ylim()[1]]
+    assert shown == [float(round(tick)) for tick in shown]
+    assert shown == list(range(max(ranks) + 1)) if max(ranks) <= 12 else len(shown) > 3
+
+
+def test_plots_return_axes_and_take_part_of_a_figure(digits_profile: rs.Profile) -> None:
+    left, right = Figure(figsize=(12, 4)).subfigures(1, 2)
+    (ours,) = plot_energy(digits_profile, figure=left)
+    theirs = plot_spectra(digits_profile, figure=right)
+    assert (ours.figure, {axis.figure for axis in theirs}) == (left, {right})
+    assert left.get_figure(root=True).get_size_inches().tolist() == [12, 4]
+
+
+def test_a_new_figure_is_pyplot_s_and_a_file_is_not(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")
+    allocation = rs.RankAllocation(PAIR, (1, 2))
+    try:
+        axes = plot_ranks(allocation)
+        assert axes[0].get_figure() is pyplot.gcf()
+        save_plot(partial(plot_ranks, allocation), tmp_path / "a.png", "my study")
+        assert len(pyplot.get_fignums()) == 1
+    finally:
+        pyplot.close("all")
+
+
+def test_a_title_stands_above_everything(tmp_path: Path) -> None:
+    def drawn(figure: Figure) -> None:
+        plot_ranks(rs.RankAllocation(PAIR, (1, 2)), figure=figure)
+        figures.append(figure)
+
+    figures: list[Figure] = []
+    save_plot(drawn, tmp_path / "a.png")
+    save_plot(drawn, tmp_path / "b.png", "my study")
+    plain, titled = figures
+    assert titled.get_suptitle() == "my study"
+    for before, after in zip(plain.axes, titled.axes, strict=True):  # cells keep their size in inches
+        sizes = [axis.get_position().height * axis.get_figure().get_figheight() for axis in (before, after)]
+        assert sizes[0] == pytest.approx(sizes[1])
+    assert max(axis.get_position().y1 for axis in titled.axes) * titled.get_figheight() < titled.get_figheight() - 0.3

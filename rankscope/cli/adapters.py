@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rankscope.distributed import batch_device, mixed_precision, placed, require
 from rankscope.errors import FileError
 from rankscope.files import replacing, write_json
 from rankscope.lora import ShrunkAdapter, export, load_adapter, measure_moments, pad_adapter, read_adapter, shrink
-from rankscope.plotting import plot_ranks, save_figure
+from rankscope.plotting import plot_ranks, save_plot
 from rankscope.settings import StudySettings
 from rankscope.tasks import Task, evaluate, load_task
 
@@ -137,7 +138,7 @@ def run_shrink(
     }
     write_json(out / "shrink.json", report)
     shrunk.after.to_json(out / ALLOCATION)
-    picture = save_figure(plot_ranks(shrunk.before, shrunk.after, titles=titles), out / "ranks.png")
+    picture = save_plot(partial(plot_ranks, shrunk.before, shrunk.after, titles=titles), out / "ranks.png")
     files = [out, picture, out / ALLOCATION, out / "shrink.json"]
     if as_json:
         print_json({key: value for key, value in report.items() if key != "energies"}, files)

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,10 +45,10 @@ def run_profile(session: Session, *, as_json: bool) -> None:
     taken = session.take_profile()
     facts, modules = taken.metadata, profiling.rank_modules(taken)
     groups = profiling.group_energy(taken).to_dict("records")
-    pictures = session.draw(energy=plotting.plot_energy(taken), spectra=plotting.plot_spectra(taken))
+    pictures = session.draw(energy=partial(plotting.plot_energy, taken), spectra=partial(plotting.plot_spectra, taken))
     told = {"image": "{image}"} if taken.tells_modalities else {}
     if told:
-        pictures += session.draw(modalities=plotting.plot_modalities(taken))
+        pictures += session.draw(modalities=partial(plotting.plot_modalities, taken))
     remove_others(session.out, ("modalities.png",), kept=pictures)
     files = [session.profile_path, *pictures]
     if as_json:
@@ -157,7 +158,7 @@ def _export(session: Session, allocation: RankAllocation, shown: list[RankAlloca
         scaling=training.scaling, lora_dropout=training.lora_dropout, modules_to_save=heads or None
     )
     config_path = save_lora_config(config, session.out / "adapter_config.json")
-    return [session.allocation_path, config_path, *session.draw(ranks=plotting.plot_ranks(*shown))]
+    return [session.allocation_path, config_path, *session.draw(ranks=partial(plotting.plot_ranks, *shown))]
 
 
 def _allocation_summary(allocation: RankAllocation) -> dict[str, Any]:
@@ -177,8 +178,10 @@ def run_search(session: Session, *, as_json: bool) -> None:
     files = _export(session, allocation, list(shown), command="search")
     files.append(result.to_parquet(session.out / "trials.parquet"))
     if result.model is not None:
-        files += session.draw(predictions=plotting.plot_predictions(result.model, result))
-        files += session.draw(belief=plotting.plot_belief(result.model), levels=plotting.plot_levels(result.model))
+        files += session.draw(predictions=partial(plotting.plot_predictions, result.model, result))
+        files += session.draw(
+            belief=partial(plotting.plot_belief, result.model), levels=partial(plotting.plot_levels, result.model)
+        )
     remove_others(session.out, ("predictions.png", "belief.png", "levels.png"), kept=files)
     if as_json:
         print_json({"study": session.study.name, **_allocation_summary(allocation), **_search_summary(result)}, files)
@@ -487,8 +490,11 @@ def _decisions(session: Session, decisions: pd.DataFrame | None) -> list[Path]:
         remove_others(session.out, ("decisions.parquet", "trajectories.png", "flow.png"), kept=())
         return []
     written = write_decisions(decisions, session.out / "decisions.parquet")
-    trajectories = plotting.plot_trajectories(decisions, session.targets)
-    return [written, *session.draw(trajectories=trajectories, flow=plotting.plot_flow(decisions, session.targets))]
+    trajectories = partial(plotting.plot_trajectories, decisions, session.targets)
+    return [
+        written,
+        *session.draw(trajectories=trajectories, flow=partial(plotting.plot_flow, decisions, session.targets)),
+    ]
 
 
 # --- budget -----------------------------------------------------------------------------------------------------
@@ -513,7 +519,7 @@ def run_budget(session: Session, *, as_json: bool) -> None:
     table, found = plan.table(), plan.assessment
     runs = comparison.Comparison(plan.all_runs().assign(study=study.name), {})
     files = [runs.to_parquet(session.out / "plan.parquet")]
-    picture = plotting.plot_plan(table, level=found.level, budget=plan.budget, metric=session.task.metric)
+    picture = partial(plotting.plot_plan, table, level=found.level, budget=plan.budget, metric=session.task.metric)
     files += session.draw(budget=picture)
     facts: dict[str, Any] = {"study": study.name, "metric": session.task.metric, "budget": plan.budget}
     facts |= {"reference": found.reference, "margin": found.margin, "saved": plan.saved, "answers": plan.answers()}
@@ -607,7 +613,9 @@ def run_compare(session: Session, *, as_json: bool) -> None:
     files += comparison.write_report(
         session.out, found.runs, table, targets=session.targets, decisions=found.decisions, command=command
     )
-    remove_others(session.out, ("forest.png", "trajectories-*.png", "flow-*.png"), kept=files)  # of earlier comparisons
+    remove_others(
+        session.out, ("forest.png", "budgets.png", "trajectories-*.png", "flow-*.png"), kept=files
+    )  # of earlier comparisons
     _print_comparison(table, files, as_json=as_json)
 
 

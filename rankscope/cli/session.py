@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import optuna
 import transformers
-from matplotlib.figure import Figure
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -30,7 +29,7 @@ from rankscope.cli import arguments_of
 from rankscope.distributed import require_one_process
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import FORMAT, digest, digest_source, require_same
-from rankscope.plotting import save_figure
+from rankscope.plotting import save_plot
 from rankscope.plugins import user_function
 from rankscope.profiling import Profile, read_profile
 from rankscope.settings import BudgetSettings, Settings, StudySettings, read_study
@@ -133,9 +132,9 @@ class Session:
         """Whether there can be a search: its database is in the output folder, or where the study says."""
         return self.study.search.storage is not None or (self.out / "search.db").exists()
 
-    def draw(self, **figures: Figure) -> list[Path]:
-        """Write each figure as `NAME.png` into the output folder."""
-        return [save_figure(figure, self.out / f"{name}.png") for name, figure in figures.items()]
+    def draw(self, **plots: Callable[..., object]) -> list[Path]:
+        """Write what each plot draws as `NAME.png` into the output folder, under the study's name."""
+        return [save_plot(plot, self.out / f"{name}.png", self.study.name) for name, plot in plots.items()]
 
     def provenance(self, command: str) -> dict[str, Any]:
         """How this command makes an output, and what the output depends on; kept in the output's file."""

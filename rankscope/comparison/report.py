@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jinja2
 import pandas as pd
-from matplotlib.figure import Figure
 
 from rankscope.allocation import RankAllocation
 from rankscope.comparison.runner import REFERENCE
 from rankscope.comparison.summary import allocations, at_budget, format_row
 from rankscope.files import replacing
-from rankscope.plotting import plot_budgets, plot_flow, plot_forest, plot_ranks, plot_trajectories, save_figure
+from rankscope.plotting import plot_budgets, plot_flow, plot_forest, plot_ranks, plot_trajectories, save_plot
 from rankscope.targets import TargetModule
 
 MOST_ALLOCATIONS = 6
+NAMED = ("forest", "budgets")  # their panels say the study
 TITLES = {
     "forest": "Differences to uniform",
     "budgets": "The metric against parameters",
@@ -42,8 +43,10 @@ def write_report(
     `table` is what `summarise` makes of the `runs`. Pictures of ranks need the `targets` of a single study, and those of
     controllers their `decisions`, by method; without them, pictures in the folder `pictures_in` are shown as they are.
     """
-    figures = _figures(runs, table, targets, decisions or {})
-    drawn = {name: save_figure(figure, folder / f"{name}.png") for name, figure in figures.items()}
+    plots, studies = _plots(runs, table, targets, decisions or {}), ", ".join(dict.fromkeys(table["study"]))
+    drawn = {
+        name: save_plot(plot, folder / f"{name}.png", "" if name in NAMED else studies) for name, plot in plots.items()
+    }
     patterns = ("ranks.png", "trajectories-*.png", "flow-*.png")  # these need target modules or decisions
     found = [path for pattern in patterns if pictures_in for path in sorted(pictures_in.glob(pattern))]
     shown = {path.stem: path for path in found} | drawn
@@ -55,7 +58,7 @@ def write_report(
     by_study = at_budget(table).groupby("study", sort=False)
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Template(template, autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
-        title="Rank allocation compared: " + ", ".join(dict.fromkeys(table["study"])),
+        title=f"Rank allocation compared: {studies}",
         studies=[[format_row(row) for _, row in rows.iterrows()] for _, rows in by_study],
         ranking=_ranking(table),
         pictures=pictures,
@@ -68,19 +71,22 @@ def write_report(
     return [folder / "report.html", *drawn.values()]
 
 
-def _figures(
+def _plots(
     runs: pd.DataFrame, table: pd.DataFrame, targets: Sequence[TargetModule], decisions: Mapping[str, pd.DataFrame]
-) -> dict[str, Figure]:
-    """What can be drawn, by file name."""
-    found = {"forest": plot_forest(table)} if (at_budget(table)["method"] != REFERENCE).any() else {}
-    found["budgets"] = plot_budgets(table)
+) -> dict[str, Callable[..., object]]:
+    """What can be drawn, by file name; the metric against parameters where a study has several budgets."""
+    found: dict[str, Callable[..., object]] = {}
+    if (at_budget(table)["method"] != REFERENCE).any():
+        found["forest"] = partial(plot_forest, table)
+    if table.groupby("study")["factor"].nunique().max() > 1:
+        found["budgets"] = partial(plot_budgets, table)
     if targets and table["study"].nunique() == 1:
         ranks = list(allocations(runs).items())[:MOST_ALLOCATIONS]
         shown = [RankAllocation.from_ranks(targets, each, strategy=name) for name, each in ranks]
-        found["ranks"] = plot_ranks(*shown)
+        found["ranks"] = partial(plot_ranks, *shown)
         for name, each in decisions.items():
-            found[f"trajectories-{name}"] = plot_trajectories(each, targets)
-            found[f"flow-{name}"] = plot_flow(each, targets)
+            found[f"trajectories-{name}"] = partial(plot_trajectories, each, targets)
+            found[f"flow-{name}"] = partial(plot_flow, each, targets)
     return found
 
 

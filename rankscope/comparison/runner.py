@@ -29,6 +29,7 @@ from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
 from rankscope.files import FORMAT, AnyPath, digest, read_json, read_parquet, replacing, require_same, write_json
 from rankscope.lora import ia3_config, vera_config
+from rankscope.maps import html_card, ranks_png
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
 from rankscope.profiling import Profile
 from rankscope.searching import SearchResult
@@ -46,6 +47,7 @@ FROM_RANK_1 = ("adalora", "eva")  # give every module a rank, so that they have 
 UNLIMITED = ("full", "head")  # shown beside the others, not at equal parameters
 VERA = ("vera-16", "vera-64", "vera-256")  # by their r, at sizes of their own, as (IA)³
 N_RANDOM = 3
+SHOWN_MAPS = 4  # in notebooks
 SCHEDULES = ((32.0, 0.7), (128.0, 0.7), (512.0, 0.7), (128.0, 0.4))  # of AdaLoRA: alpha, and when ranks settle
 SHARES = (0.75,)  # of AdaLoRA's ranks: those that it keeps cost up to 1.3 times uniform's
 RHOS = (2.0, 1.0)  # of EVA: its own ranks, whose parameters may exceed uniform's; uniform ranks
@@ -453,12 +455,32 @@ def find_methods(
     return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
     """All runs of a comparison."""
 
     runs: pd.DataFrame  # a row per run, in the columns of `RunResult`; `attrs`, also in the file: what they depend on
     decisions: Mapping[str, pd.DataFrame]  # by method: of a controller's first reported run at the study's budget
+    targets: tuple[TargetModule, ...] = ()  # for maps of ranks
+
+    def __repr__(self) -> str:
+        """In one line; `runs` holds the rest."""
+        studies, methods = (", ".join(dict.fromkeys(map(str, self.runs[name]))) for name in ("study", "method"))
+        return f"Comparison({studies}: {methods}; {len(self.runs)} runs)"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: each method's difference to uniform, and where the ranks are at the end of its first run."""
+        from rankscope.comparison.summary import allocations, at_budget, format_row, summarise
+
+        rows = [format_row(row) for _, row in at_budget(summarise(self.runs)).iterrows()]
+        columns = {"method": "method", "parameters": "parameters", "test": "test", "points": "points over uniform, 95 %",
+                   "verdict": "verdict"}  # fmt: skip
+        table = pd.DataFrame(rows)[list(columns)].rename(columns=columns).to_html(index=False, border=0)
+        found = dict(islice(allocations(self.runs).items(), SHOWN_MAPS)) if self.runs["study"].nunique() == 1 else {}
+        known = {target.name for target in self.targets}
+        ranks = {name: {**dict.fromkeys(known, 0), **each} for name, each in found.items() if set(each) <= known}
+        png = ranks_png(self.targets, *ranks.values(), titles=list(ranks)) if ranks and known else None
+        return html_card(repr(self), png=png, table=table)
 
     def to_parquet(self, path: AnyPath) -> Path:
         """Write the runs atomically; returns the path."""
@@ -526,7 +548,8 @@ def compare(
     made_from: dict[Any, Any] = {"format": FORMAT, **fingerprint_task(task), **terms, "seeds": list(seeds)}
     table.attrs = made_from
     firsts = [each for each in runs if (each.role, each.factor, each.seed) == (REPORTED, 1.0, seeds[0])]
-    return Comparison(table, {each.method: each.decisions for each in firsts if each.decisions is not None})
+    decisions = {each.method: each.decisions for each in firsts if each.decisions is not None}
+    return Comparison(table, decisions, tuple(targets))
 
 
 def _plan(

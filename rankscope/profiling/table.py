@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rankscope.errors import FileError, ModelError, checked, shown
 from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
+from rankscope.maps import draw_energy, html_card, to_png
 from rankscope.profiling.sketch import Decomposition, InputSketch
 from rankscope.profiling.statistics import EnergySplit, Floats, energy_tail, frobenius_norm, signal_shares
 from rankscope.targets import TargetModule, fingerprint_targets
@@ -107,7 +108,7 @@ def tabulate(modules: Iterable[Measured], n_batches: int) -> pd.DataFrame:
     return table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Profile:
     """The features of every target module, and how they were measured."""
 
@@ -121,6 +122,18 @@ class Profile:
         known = self.table[fields].rename(columns={"module": "name"}).astype(object)
         rows: list[dict[Any, Any]] = known.where(known.notna(), None).to_dict("records")
         return tuple(TargetModule(**row) for row in rows)
+
+    def __repr__(self) -> str:
+        """In one line; `table` and `metadata` hold the rest."""
+        facts = self.metadata
+        tokens = f", {facts['tokens']:,} tokens" if facts.get("tokens") else ""
+        loss = f", loss {facts['loss']:.4g}" if "loss" in facts else ""
+        return f"Profile({len(self.table)} modules, {facts.get('batches', 0)} batches{tokens}{loss})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the line above, and a map of the gradient energy per parameter."""
+        title, norms = "gradient energy per parameter of one rank", self.column("gradient_norm")
+        return html_card(repr(self), png=to_png(lambda figure: draw_energy(self.targets, norms, title, figure=figure)))
 
     @property
     def tells_modalities(self) -> bool:

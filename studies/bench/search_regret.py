@@ -23,8 +23,6 @@ from _harness import Claim, run_benchmark
 from joblib import Parallel, delayed
 from searches import BUDGETS, METHODS, OURS, plot_regret, run_search, tabulate
 
-from rankscope.plotting import save_figure
-
 LOG = Path(__file__).parents[2] / ".cache" / "search_regret.jsonl"
 SHARED = (
     "studies/bench/searches",
@@ -54,7 +52,8 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     curves = run_all(cells, budgets)
     found = tabulate({cell: curves[cell] for cell in cells})
     if not quick:
-        save_figure(plot_regret(found), Path(__file__).parents[1] / "results" / "search_regret.png")
+        path = Path(__file__).parents[1] / "results" / "search_regret.png"
+        plot_regret(found).savefig(path, dpi=150, bbox_inches="tight")
     quartiles = (
         found.groupby(["landscape", "method", "trials"], sort=False)["regret"].quantile([0.25, 0.5, 0.75]).unstack()
     )

@@ -45,6 +45,12 @@ def test_the_page_is_self_contained_and_shows_every_method(
     assert f"<td>{mean:.4f}</td>" in page
     assert "uniform needs" in page
     assert "Over all tasks" not in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page  # tables scroll on phones
+    assert page.count('<div class="scroll">') == page.count("<table>") == 2
+    assert "@media (prefers-color-scheme: dark)" in page
+    one_budget = found.runs[found.runs["factor"] == 1.0]
+    drawn = write_report(tmp_path / "one", one_budget, summarise(one_budget))
+    assert [path.name for path in drawn] == ["report.html", "forest.png"]  # no curve over a single budget
 
     other = found.runs.assign(study="another", task="another")
     runs = pd.concat([found.runs, other], ignore_index=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
@@ -176,7 +177,7 @@ def test_a_file_keeps_them_and_a_plot_shows_them(profile: rs.Profile, tmp_path: 
     language = profile.table.query("tower == 'language' and role == 'q_proj'")
     image, text = language["image_energy"].sum(), language["text_energy"].sum()
     assert groups["language", "q_proj"] == pytest.approx(image / (image + text))
-    axis, _ = plot_modalities(profile).axes
+    axis, *_ = plot_modalities(profile, figure=Figure())
     first = language.iloc[0]
     share = first["image_energy"] / (first["image_energy"] + first["text_energy"])
     assert axis.texts[0].get_text() == f"{share:.0%}"

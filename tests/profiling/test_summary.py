@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 import rankscope as rs
 from rankscope.plotting import plot_spectra
@@ -14,7 +15,7 @@ def profile() -> rs.Profile:
     rows = {
         "module": ["a", "b", "c"], "tower": ["model"] * 3, "role": ["fc1", "fc2", "fc1"], "rank_cost": [10, 20, 10],
         "gradient_norm": [5.0, 2.0, 1.0], "singular_values": [[4.0, 3.0], [2.0], [1.0]], "signal_share": [0.5] * 3,
-        "in_features": [2, 1, 1], "out_features": [8, 19, 9],
+        "in_features": [2, 1, 1], "out_features": [8, 19, 9], "block": [0, 0, 1], "kind": ["linear"] * 3,
     }  # fmt: skip
     return rs.Profile(pd.DataFrame(rows), {})
 
@@ -41,7 +42,7 @@ def test_cumulative_energy_takes_the_densest_rank_first(profile: rs.Profile) -> 
 
 
 def test_spectra_are_drawn_one_line_a_module(profile: rs.Profile) -> None:
-    left, right = plot_spectra(profile).axes
+    left, right = plot_spectra(profile, figure=Figure())
     assert len(left.lines) == 3
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["fc1", "fc2"]
     assert right.lines[0].get_xydata()[-1].tolist() == [50, 1]

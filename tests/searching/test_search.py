@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from torch import nn
 
 import rankscope as rs
@@ -324,11 +325,16 @@ def test_the_posterior_of_trials_and_fresh_seeds_is_in_the_table(modelled: rs.Se
 
 def test_plots_of_the_model(modelled: rs.SearchResult) -> None:
     assert modelled.model is not None
-    figure = plot_predictions(modelled.model, modelled)
-    assert figure.axes[0].get_xlabel().startswith("predicted accuracy")
-    cells = [text.get_text() for text in plot_belief(modelled.model).axes[0].texts]
-    assert len(cells) == 36
-    assert np.mean([float(cell) for cell in cells]) == pytest.approx(1.0, abs=0.05)
+    axis = plot_predictions(modelled.model, modelled, figure=Figure())
+    assert axis.get_xlabel().startswith("predicted accuracy")
+    (axis,) = plot_belief(modelled.model, figure=Figure())
+    cells = [text.get_text() for text in axis.texts]
+    means, intervals = cells[::2], [[float(end) for end in cell.split("..")] for cell in cells[1::2]]
+    assert len(means) == len(intervals) == 36
+    assert np.mean([float(cell) for cell in means]) == pytest.approx(1.0, abs=0.05)
+    assert all(low <= high for low, high in intervals)
+    inside = [low <= float(mean) <= high for mean, (low, high) in zip(means, intervals, strict=True)]
+    assert np.mean(inside) > 0.9
 
 
 @pytest.mark.parametrize("sampler", ["tpe", optuna.samplers.GPSampler(seed=0)], ids=["tpe", "an object"])

@@ -84,7 +84,7 @@ def test_the_whole_path(folder: Path) -> None:
         )
     assert {path.name for path in out.iterdir()} == {
         "profile.parquet", "energy.png", "spectra.png", "allocation.json", "adapter_config.json", "ranks.png", "search.db",
-        "trials.parquet", "adapter",
+        "trials.parquet", "adapter", "artifacts",
     }  # fmt: skip
 
 

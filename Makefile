@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/rankscope compare studies/demo.yaml --jobs 2
 	@echo
 	@echo "Next, with your own model and data:"
-	@echo "  $(BIN)/rankscope init my             # writes my.yaml: name model and data there"
+	@echo "  $(BIN)/rankscope init my --type chat # writes my.yaml: name model and data there"
 	@echo "  $(BIN)/rankscope profile my.yaml     # where the gradient is"
 	@echo "  $(BIN)/rankscope allocate my.yaml    # ranks within its budget, as a plain PEFT config in out/my"
 	@echo "  $(BIN)/rankscope budget my.yaml      # how few adapter parameters the task needs"

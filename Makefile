@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # One torch thread a process and two processes are faster than two threads on two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup fetch demo test test-slow lint docs bench clean
+.PHONY: setup fetch demo test test-slow lint audit docs bench clean
 
 setup: $(INSTALLED)
 
@@ -43,6 +43,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r rankscope studies data
+
+# Known vulnerabilities of what constraints.txt pins; needs PyPI's own index, and says where it is not reached.
+audit: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[audit]'
+	$(BIN)/python .ci/audit.py
 
 # The documentation, into out/site; a broken link is an error.
 docs: setup

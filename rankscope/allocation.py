@@ -178,7 +178,7 @@ class RankAllocation(_ByName):
 
     def to_json(self, path: AnyPath) -> Path:
         """Writes `allocation.json`, atomically; returns the path."""
-        write_json(path, self.to_dict())
+        write_json(path, self.to_dict(), sealed=True)
         return Path(path)
 
     @classmethod

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from types import UnionType
@@ -18,7 +19,7 @@ class RankscopeError(Exception):
     """The root of every error that rankscope raises on purpose."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(" ".join(message.splitlines()))  # names and values may hold line breaks
+        super().__init__(without_secrets(" ".join(message.splitlines())))  # names and values may hold line breaks
 
 
 class SettingsError(RankscopeError, ValueError):
@@ -43,8 +44,27 @@ class TrainingError(RankscopeError, RuntimeError):
 
 def one_line(error: BaseException, most: int = 300) -> str:
     """Another library's error message on one line; its type where the message is empty."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = without_secrets(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= most else text[:most] + " …"
+
+
+# Passwords of URLs, up to the last @ of a word; named ones; tokens of the Hugging Face hub.
+_SECRETS = (
+    (re.compile(r"(\w://[^\s/:@]*):[^\s`'\"]*@"), r"\1:***@"),
+    (re.compile(r"\b((?:password|passwd|pwd|secret|token|api_?key)=)[^\s&;,`'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"\bhf_\w{20,}"), "hf_***"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text with its passwords and tokens as `***`.
+
+    >>> without_secrets("no driver for postgresql://me:pa/ss@host/db?password=x")
+    'no driver for postgresql://me:***@host/db?password=***'
+    """
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def did_you_mean(
@@ -60,6 +80,7 @@ def shown(value: object, most: int = 80) -> str:
     if isinstance(value, int) and abs(value) >= 10**18:
         return f"an integer of about {round(value.bit_length() * math.log10(2))} digits"
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else repr(value)
+    text = without_secrets(text)  # before it is cut
     return text if len(text) <= most else text[:most] + "…"
 
 

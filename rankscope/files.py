@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AnyPath = str | os.PathLike[str]
+CHECKSUM = "checksum"  # its key in our own files
+SEALED: Any = {"write_page_checksum": True}  # options with which Parquet is written
 FORMAT = 2  # of every kept result; raise it where the same settings give other results than before
 _MOST_YAML = 2**21  # bytes, and characters with aliases written out: PyYAML reads some 100 kB a second
+_MOST_NODES, _MOST_ALIASES, _MOST_DEPTH, _MOST_DIGITS = 50_000, 1_000, 50, 4_000  # of YAML
 
 
 def packaged(name: str) -> Path:
@@ -96,10 +99,52 @@ def remove_others(folder: Path, names: Iterable[str], kept: Collection[Path]) ->
             path.unlink()
 
 
-def write_json(path: AnyPath, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+def write_json(path: AnyPath, value: Any, *, sealed: bool = False) -> None:
+    """Writes `value` as indented JSON, atomically; `sealed`: an object, with a checksum by which `read_json` tells damage."""
+    if sealed:
+        value = {**value, CHECKSUM: _checksum(json.dumps(value).encode())}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def seal_tensors(path: AnyPath) -> None:
+    """Adds the checksum of names, shapes and numbers to a safetensors file's own metadata, by which `read_tensors` tells damage.
+
+    Other programs read the file as before, and what they write instead has no checksum.
+    """
+    header, numbers = _split_safetensors(Path(path).read_bytes())
+    about = header.pop("__metadata__", {})
+    about = {"__metadata__": {**about, CHECKSUM: _checksum(json.dumps(header, sort_keys=True).encode(), numbers)}}
+    text = json.dumps({**about, **header}).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers stay aligned
+    with replacing(path) as temporary:
+        temporary.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def _split_safetensors(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """Header and numbers: https://huggingface.co/docs/safetensors, "Format"."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), memoryview(data)[end:]
+
+
+def _checksum(*parts: bytes | memoryview) -> str:
+    content = hashlib.sha256()
+    for part in parts:
+        content.update(part)
+    return content.hexdigest()[:16]
+
+
+def seal_metadata(text: bytes) -> dict[bytes, bytes]:
+    """The checksum of what Parquet metadata hold under `rankscope`, as a further entry."""
+    return {CHECKSUM.encode(): _checksum(text).encode()}
+
+
+def _require_checksum(kept: Any, found: str, path: AnyPath, what: str) -> None:
+    """A FileError where a file that says its checksum holds something else; older files say none."""
+    if kept is not None and kept != found:
+        raise FileError(
+            f"`{path}` must hold {what} as it was written, but its checksum differs: it is damaged or was edited; write it again."
+        )
 
 
 # --- reading: `what` says what a file should hold, as in "an allocation"; whatever is wrong with it is a `FileError` ---
@@ -110,6 +155,8 @@ def read_json(path: AnyPath, *, what: str) -> dict[str, Any]:
     value = parse_json(_read_bytes(path, what, most=2**28), where=f"`{path}`", what=what)
     if not isinstance(value, dict):
         raise FileError(f"`{path}` must hold {what} as a JSON object, but holds a {type(value).__name__}.")
+    if CHECKSUM in value:
+        _require_checksum(value.pop(CHECKSUM), _checksum(json.dumps(value).encode()), path, what)
     return value
 
 
@@ -144,7 +191,7 @@ def read_yaml(path: AnyPath, *, what: str) -> Any:
 def parse_yaml(data: str | bytes, *, where: str, what: str) -> Any:
     """Parses YAML of plain values. Beyond YAML 1.1: floats as `1e-3`, only texts as keys, and none of them twice."""
     with _parsing(where, what, "YAML", yaml.YAMLError, remedy="mend it there."):
-        return yaml.load(data, Loader=_YamlLoader)
+        return yaml.load(data, Loader=_YamlLoader)  # nosec B506: a SafeLoader
 
 
 def read_parquet(path: AnyPath, *, what: str, schema: pa.Schema | None = None) -> pa.Table:
@@ -154,10 +201,13 @@ def read_parquet(path: AnyPath, *, what: str, schema: pa.Schema | None = None) -
 
     data = _read_bytes(path, what)
     with _parsing(f"`{path}`", what, "Parquet", pa.ArrowException, MemoryError, OSError, ValueError):
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        # Pages say their checksums where rankscope wrote them (`SEALED`).
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
         table.validate(full=True)
     # pandas' own metadata would be believed by `to_pandas`, whatever it says.
     kept = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"pandas"}
+    seal = kept.pop(CHECKSUM.encode(), None)
+    _require_checksum(seal and seal.decode("ascii", "replace"), _checksum(kept.get(b"rankscope", b"")), path, what)
     table = table.replace_schema_metadata(kept)
     return table if schema is None else with_checked_columns(table, schema, path, what=what)
 
@@ -195,6 +245,10 @@ def read_tensors(path: AnyPath, *, what: str, device: str = "cpu") -> dict[str, 
     data, form = _read_bytes(path, what), "safetensors" if Path(path).suffix == ".safetensors" else "tensors"
     with _parsing(f"`{path}`", what, form, Exception):  # a broken pickle raises whatever its objects raise
         tensors = load(data) if form == "safetensors" else torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    if form == "safetensors":
+        header, numbers = _split_safetensors(data)
+        kept = header.pop("__metadata__", {}).get(CHECKSUM)
+        _require_checksum(kept, kept and _checksum(json.dumps(header, sort_keys=True).encode(), numbers), path, what)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise FileError(f"`{path}` must hold {what} as tensors by name, but holds something else; write it again.")
     return {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -232,7 +286,25 @@ def _parsing(
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML of plain values only. Problems are said with their line."""
+    """YAML of plain values only, within limits. Problems are said with their line."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth, self._counts = 0, Counter[str]()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        events: Any = self
+        event = events.peek_event()
+        self._depth += 1
+        self._counts["aliases" if isinstance(event, yaml.AliasEvent) else "values"] += 1
+        for what, most in {"aliases": _MOST_ALIASES, "values": _MOST_NODES}.items():
+            if self._counts[what] > most:
+                raise _complaint(f"more than {most:,} {what} are no study", event)
+        if self._depth > _MOST_DEPTH:
+            raise _complaint(f"nested more than {_MOST_DEPTH} deep", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -250,6 +322,8 @@ class _YamlLoader(yaml.SafeLoader):
         kind = node.tag.rpartition(":")[2]
         if kind in ("timestamp", "binary", "set", "omap", "pairs"):
             raise _complaint(f"a {kind} is no plain value: put it in quotes", node)
+        if kind in ("int", "float") and len(node.value) > _MOST_DIGITS:
+            raise _complaint(f"this is no {kind} (of {len(node.value):,} characters)", node)
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
         parts = chain(*pairs) if pairs else node.value
         size = 1 + (len(parts) if isinstance(parts, str) else sum(self._check(part, sizes) for part in parts))

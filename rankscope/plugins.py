@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 USER_MODULE = "rankscope_user_"  # begins the names of modules from users' files
+
+
+def code_of(task: Any, **names: str | Iterable[str]) -> dict[str, str]:
+    """What of a study is code that it brings, with the key that names it: functions, and code that comes with a model.
+
+    `names` are strategies and methods by key.
+
+    >>> code_of("own.py:task", methods=("uniform", "rules.py:mine"))
+    {'own.py:task': 'task', 'rules.py:mine': 'methods'}
+    """
+    found = {task: "task"} if isinstance(task, str) and ":" in task else {}
+    for key, each in names.items():
+        found |= {name: key for name in ([each] if isinstance(each, str) else each) if ":" in name}
+    if isinstance(task, Mapping):
+        options = task.get("model_options")
+        if isinstance(options, Mapping) and options.get("trust_remote_code") is True:
+            found[str(task.get("model"))] = "task.model_options.trust_remote_code"
+    return found
 
 
 def entry_points(kind: str) -> dict[str, EntryPoint]:

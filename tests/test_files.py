@@ -2,16 +2,30 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rankscope.errors import FileError, RankscopeError, TaskError
-from rankscope.files import read_json, read_parquet, read_tensors, read_yaml, replacing, write_json
+from rankscope.files import (
+    SEALED,
+    read_json,
+    read_parquet,
+    read_tensors,
+    read_yaml,
+    replacing,
+    seal_metadata,
+    seal_tensors,
+    write_json,
+)
 
 
 def test_success_replaces_and_failure_leaves_the_old_file(tmp_path: Path) -> None:
@@ -170,6 +184,9 @@ def test_read_only_files_stay(tmp_path: Path) -> None:
 
 DEEP = b"a: " + b"[" * 3000 + b"]" * 3000
 BOMB = b"a: &a [x, x]\n" + b"".join(b"%c: &%c [*%c, *%c]\n" % (i + 1, i + 1, i, i) for i in range(97, 121))
+LAUGHS = b"a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + b"".join(
+    b"%c: &%c [%s]\n" % (i + 1, i + 1, b", ".join([b"*%c" % i] * 9)) for i in range(97, 106)
+)
 MERGES = b"a: &a {x: 1}\n" + b"".join(b"%c: &%c {<<: [*%c, *%c]}\n" % (i + 1, i + 1, i, i) for i in range(97, 121))
 
 
@@ -184,7 +201,8 @@ MERGES = b"a: &a {x: 1}\n" + b"".join(b"%c: &%c {<<: [*%c, *%c]}\n" % (i + 1, i 
         (b"a: 0x_", "this is no int (invalid literal for int() with base 16: '')"),
         (b"a: !!int abc", "this is no int (invalid literal for int() with base 10: 'abc')"),
         (b"a: !!bool abc", "this is no bool ('abc')"),
-        (b"a: " + b"9" * 5000, "this is no int (Exceeds the limit"),
+        (b"a: " + b"9" * 5000, "line 1: this is no int (of 5,000 characters)"),
+        (b"a: " + b"1:" * 5000 + b"1", "line 1: this is no int (of 10,001 characters)"),
         (b'a: "\\ud800"', "this is no str ("),
         (b"a: !!python/name:os.system x", "could not determine a constructor for the tag"),
         (b"a: &a [*a]", "this holds itself"),
@@ -196,7 +214,10 @@ MERGES = b"a: &a {x: 1}\n" + b"".join(b"%c: &%c {<<: [*%c, *%c]}\n" % (i + 1, i 
         (b"a: x\0y", "special characters are not allowed"),
         (b"a: \xff", "invalid start byte"),
         (b"a: [", "line 1: expected the node content"),
-        (DEEP, "it is nested too deeply"),
+        (DEEP, "line 1: nested more than 50 deep"),
+        (b"".join(b" " * i + b"a:\n" for i in range(60)), "line 50: nested more than 50 deep"),
+        (b"a: &a 1\nb:\n" + b"- *a\n" * 1001, "line 1003: more than 1,000 aliases are no study"),
+        (LAUGHS, "with its aliases written out, this is too large"),
         (BOMB, "with its aliases written out, this is too large"),
         (MERGES, "with its aliases written out, this is too large"),
     ],
@@ -223,6 +244,14 @@ def test_yaml_comes_in_the_usual_encodings_and_ways(encoding: str, tmp_path: Pat
         "e": "1.2.3e4",
         "f": "-e5",
     }
+
+
+def test_a_billion_laughs_are_refused_within_a_second(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(LAUGHS)
+    started = time.process_time()
+    with pytest.raises(FileError):
+        read_yaml(tmp_path / "a.yaml", what="a study")
+    assert time.process_time() - started < 1.0
 
 
 def test_a_yaml_file_beyond_measure_is_not_read(tmp_path: Path) -> None:
@@ -315,3 +344,80 @@ def test_a_pickle_of_something_else_is_told(tmp_path: Path) -> None:
 def test_messages_are_one_line_whatever_they_name() -> None:
     assert str(TaskError("no `a\nb\r\u2028c` here")) == "no `a b  c` here"
     assert issubclass(TaskError, RankscopeError)
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+DAMAGED = "as it was written, but its checksum differs: it is damaged or was edited; write it again."
+
+
+def flipped(path: Path, place: int, bit: int = 0) -> None:
+    """One bit of a file is another."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+
+def test_sealed_json_tells_an_edit_and_an_older_file_has_no_seal(tmp_path: Path) -> None:
+    path, value = tmp_path / "a.json", {"a": [1, 2.5, None], "b": {"c": "ü"}, "t": (1,), "x": float("nan"), "y": 1e-300}
+    write_json(path, value, sealed=True)
+    read = read_json(path, what="a run")
+    assert repr(read) == repr({**value, "t": [1]})
+    text = path.read_text()
+    path.write_text(text.replace("2.5", "2.7"))
+    with pytest.raises(FileError, match=f"^`{re.escape(str(path))}` must hold a run {re.escape(DAMAGED)}$"):
+        read_json(path, what="a run")
+    write_json(path, value)
+    assert repr(read_json(path, what="a run")) == repr(read)
+
+
+def test_sealed_tensors_tell_a_flipped_bit(tmp_path: Path) -> None:
+    path, tensors = (
+        tmp_path / "a.safetensors",
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)},
+    )
+    save_file(tensors, path, {"format": "pt"})
+    older = read_tensors(path, what="weights")
+    seal_tensors(path)
+    for read in (read_tensors(path, what="weights"), load_file(path), older):
+        assert all(
+            torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors
+        )
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    sealed = path.read_bytes()
+    for place in range(len(sealed)):
+        path.write_bytes(sealed)
+        flipped(path, place, bit=place % 8)
+        try:
+            read = read_tensors(path, what="weights")
+        except FileError:
+            continue
+        else:  # what was hit says nothing about the tensors
+            assert set(read) == set(tensors)
+            assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_sealed_parquet_tells_a_flipped_bit(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    frame = pd.DataFrame({"a": np.random.default_rng(0).normal(size=500), "b": list("vwxyz") * 100})
+    text = b'{"batches": 8}'
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(
+        {b"rankscope": text, **seal_metadata(text)}
+    )
+    pq.write_table(table, path, compression="zstd", **SEALED)
+    assert read_parquet(path, what="a profile").to_pandas().equals(frame)
+    sealed = path.read_bytes()
+    refused = 0
+    for place in range(0, len(sealed), 11):
+        path.write_bytes(sealed)
+        flipped(path, place, bit=place % 8)
+        try:
+            read = read_parquet(path, what="a profile")
+        except FileError:
+            refused += 1
+        else:
+            assert (read.schema.metadata or {}).get(b"rankscope", text) == text
+            if read.column_names == ["a", "b"]:  # a column of another name is missed by its reader
+                assert read.to_pandas().equals(frame)
+    assert refused > 0.7 * len(sealed) / 11

@@ -8,26 +8,45 @@ import inspect
 import io
 import os
 import select
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 import typer.core
 
 from rankscope import __version__
-from rankscope.errors import FileError, RankscopeError, SettingsError, TaskError, TrainingError, one_line
-from rankscope.plugins import user_errors
+from rankscope.errors import (
+    FileError,
+    RankscopeError,
+    SettingsError,
+    TaskError,
+    TrainingError,
+    one_line,
+    without_secrets,
+)
+from rankscope.plugins import code_of, user_errors
 
-__all__ = ["app", "main", "reports_errors"]
+if TYPE_CHECKING:
+    from rankscope.settings import StudySettings
 
+__all__ = ["app", "main", "reports_errors", "what_is_kept"]
+
+SEARCHES = ("search", "worker")  # commands that train trials
+RESUMING = (*SEARCHES, "compare", "budget")  # commands that go on where they stopped
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 BUDGET = {"uniform_rank": "budget.uniform_rank", "parameters": "budget.parameters"}
 UNIFORM_RANK = typer.Option(None, help="Overrides `budget`: what uniform LoRA of this rank uses.")
 PARAMETERS = typer.Option(None, help="Overrides `budget`: adapter parameters.")
+ALLOW_CODE = typer.Option(
+    False, "--allow-code", help="Run the code that the study names though the file is outside the working directory."
+)
 
 UsageError: Any = typer.BadParameter.__base__  # typer's own, or click's where typer uses it
 
@@ -76,6 +95,12 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()
+    except SystemExit as end:
+        if (
+            end.code == INTERRUPTED
+        ):  # a further Ctrl-C leaves at once, without a page about threads that were waited for
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        raise
     except BrokenPipeError:  # the reader has gone, as `head` does; what is still buffered would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -93,15 +118,16 @@ def reports_errors(command: Command) -> Command:
             if isinstance(error, BrokenPipeError) and _stdout_is_closed():
                 raise typer.Exit(141) from None
             if kwargs.get("debug"):
-                traceback.print_exc()
+                sys.stderr.write(without_secrets(traceback.format_exc()))
             line = one_line(error, most=10_000)
             if isinstance(error, OSError) and error.filename is not None:
                 line = f"`{error.filename}` cannot be used ({error.strerror}); check the path."
             sys.stderr.write(f"rankscope: {line}\n")
             raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
-        except KeyboardInterrupt:
-            sys.stderr.write("rankscope: interrupted; what was finished is kept.\n")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stopped:
+            kept = str(stopped) or "files are written whole or not at all"
+            sys.stderr.write(f"rankscope: interrupted; {kept}.\n")
+            raise typer.Exit(INTERRUPTED) from None
 
     return wrapped  # type: ignore[return-value]
 
@@ -120,6 +146,7 @@ def _shared(
     ),
     seed: int | None = typer.Option(None, help="Overrides the study's `seed`."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+    allow_code: bool = ALLOW_CODE,
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """The arguments and options of every command on a study."""
@@ -133,8 +160,9 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
 
     def register(described: Callable[..., None]) -> None:
         def command(
-            study: Path, out: Path | None, sets: list[str], seed: int | None, json: bool, debug: bool, **own: Any
-        ) -> None:
+            study: Path, out: Path | None, sets: list[str], seed: int | None, json: bool, allow_code: bool, debug: bool,
+            **own: Any,
+        ) -> None:  # fmt: skip
             from rankscope.settings import read_study
 
             named = [(key, f"--{flag.replace('_', '-')}", own.pop(flag)) for flag, key in keys.items()]
@@ -148,9 +176,16 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
             settings = read_study(study, flags, origins=origins)  # a mistyped key is told before torch loads,
             place = out or Path("out") / settings.name
             _check_early(name, study, settings, place, own)  # and so is what does not exist
+            if name != "dashboard":  # which runs nothing of the study
+                say_code(study, settings, flags, allowed=allow_code)
             work = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
             session = work.Session(study, flags, settings, place)
-            getattr(work, f"run_{name}")(session, as_json=json, **own)
+            started, elsewhere = time.time(), name in SEARCHES and settings.search.storage is not None
+            try:
+                getattr(work, f"run_{name}")(session, as_json=json, **own)
+            except KeyboardInterrupt:
+                told = what_is_kept(place, started, resumes=name in RESUMING, elsewhere=elsewhere)
+                raise KeyboardInterrupt(told) from None
 
         first, second, *last = inspect.signature(_shared, eval_str=True).parameters.values()
         parameters = [first, second, *inspect.signature(described, eval_str=True).parameters.values(), *last]
@@ -184,6 +219,40 @@ def require_allocation(file: Path, arguments: str) -> None:
     if not file.exists():
         again = f"run `rankscope allocate {arguments}` or `rankscope search {arguments}`"
         raise FileError(f"`{file}` must hold an allocation, but there is no such file; {again} first.")
+
+
+def what_is_kept(folder: Path, since: float, *, resumes: bool = False, elsewhere: bool = False) -> str:
+    """What an interrupted command has left: the files of its output folder that changed since, and trials `elsewhere`."""
+    found: dict[str, int] = {}
+    for path in sorted(folder.rglob("*")):
+        first, *rest = path.relative_to(folder).parts
+        if not first.startswith(".") and path.is_file() and path.stat().st_mtime >= since - 1:  # clocks of file systems
+            found[first] = found.get(first, 0) + bool(rest)
+    names = [f"{name}/ ({n} file{'s' * (n != 1)})" if n else name for name, n in found.items()]
+    kept = f"kept in {folder}: {', '.join(names)}" if names else f"nothing was written to {folder}"
+    kept += "; trials that ended are in the study's storage" if elsewhere else ""
+    return kept + ("; the same command goes on from there" if resumes and (names or elsewhere) else "")
+
+
+def say_code(path: Path, study: StudySettings, flags: Collection[str] = (), *, allowed: bool = False) -> None:
+    """Say which code of the study file may run; a SettingsError where the file lies elsewhere, unless `allowed`.
+
+    What the command line names in `flags`, the user has named.
+    """
+    named = {
+        "task": study.task, "allocation.strategy": study.allocation.strategy, "compare.methods": study.compare.methods,
+        "plan.strategy": study.plan.strategy,
+    }  # fmt: skip
+    kept: dict[str, Any] = {key: value for key, value in named.items() if key not in flags}
+    if not (code := code_of(kept.pop("task", None), **kept)):
+        return
+    listed = ", ".join(f"{name} ({key})" for name, key in code.items())
+    if not allowed and not path.resolve().is_relative_to(Path.cwd()):
+        raise SettingsError(
+            f"`{path}` must lie in the working directory to run code, but names {listed} and lies elsewhere; read that code, "
+            "then pass --allow-code."
+        )
+    sys.stderr.write(f"`{path}` brings code, which runs here: {listed}\n")
 
 
 def _parsed(text: str) -> tuple[str, str, Any]:
@@ -365,6 +434,7 @@ def _shrink(
     batches: int = typer.Option(16, min=1, help="Training batches of the study to weigh by."),
     out: Path | None = typer.Option(None, metavar="DIR", help="The new folder.  [default: ADAPTER-shrunk]"),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
+    allow_code: bool = ALLOW_CODE,
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """Cut an adapter that is trained to a parameter budget, where its output loses least; no training."""
@@ -372,8 +442,9 @@ def _shrink(
     from rankscope.settings import read_study
 
     check_adapter(adapter)
-    if (settings := None if study is None else read_study(study)) is not None:
+    if (settings := None if study is None else read_study(study)) is not None and study is not None:
         check_task_spec(settings.task, settings.base_dir)
+        say_code(study, settings, allowed=allow_code)
     from rankscope.cli.adapters import run_shrink
 
     run_shrink(adapter, parameters, settings, out, rule=rule, n_batches=batches, as_json=json)

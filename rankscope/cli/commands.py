@@ -24,7 +24,7 @@ from rankscope.cli.session import Session, finite, print_files, print_json, prin
 from rankscope.comparison import REFERENCE, SEARCHED
 from rankscope.control import write_decisions
 from rankscope.early import PATHS
-from rankscope.errors import FileError, SettingsError
+from rankscope.errors import FileError, SettingsError, without_secrets
 from rankscope.files import read_json, remove_others, replacing, write_json
 from rankscope.lora import save_lora_config
 from rankscope.searching import Finalist, Interval, SearchResult, Trial
@@ -152,7 +152,7 @@ def _is_recommended(path: Path) -> bool:
 
 def _export(session: Session, allocation: RankAllocation, shown: list[RankAllocation], *, command: str) -> list[Path]:
     """Write allocation.json, with what it was made by and from, adapter_config.json and ranks.png."""
-    write_json(session.allocation_path, {**allocation.to_dict(), **session.provenance(command)})
+    write_json(session.allocation_path, {**allocation.to_dict(), **session.provenance(command)}, sealed=True)
     training, heads = session.study.training, list(getattr(session.task, "head_modules", ()))
     config = allocation.to_lora_config(
         scaling=training.scaling, lora_dropout=training.lora_dropout, modules_to_save=heads or None
@@ -526,7 +526,7 @@ def run_budget(session: Session, *, as_json: bool) -> None:
     facts |= {"budgets": json.loads(table.to_json(orient="records"))}
     if plan.budget is not None:
         files.append(_write_study(session, plan.budget))
-    write_json(session.out / "plan.json", finite({**session.provenance("budget"), **facts}))
+    write_json(session.out / "plan.json", finite({**session.provenance("budget"), **facts}), sealed=True)
     files.append(session.out / "plan.json")
     if as_json:
         print_json(facts, files)
@@ -551,6 +551,8 @@ def _write_study(session: Session, budget: int) -> Path:
     towers = {key: each for key, each in values["budget"].items() if key == "towers"}
     values |= {"name": f"{session.study.name}-{budget}"[-100:], "budget": {"parameters": budget, **towers}}
     base, folder = session.study.base_dir, session.out
+    if "***" in without_secrets(str(values.get("search", {}).get("storage"))):
+        del values["search"]["storage"]  # passwords are not copied
 
     def moved(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):

@@ -138,7 +138,10 @@ class Session:
 
     def provenance(self, command: str) -> dict[str, Any]:
         """How this command makes an output, and what the output depends on; kept in the output's file."""
-        made_by = {"command": command, "flags": dict(self.flags)}
+        flags = {key: value for key, value in self.flags.items() if key != "search.storage"}  # it may hold a password
+        if isinstance(section := flags.get("search"), Mapping):
+            flags["search"] = {key: value for key, value in section.items() if key != "storage"}
+        made_by = {"command": command, "flags": flags}
         return {"study": self.study.name, "made_by": made_by, "made_from": self._terms(command, self.flags)}
 
     def require_present(self, kept: Mapping[str, Any], path: Path, *, command: str, remedy: str) -> None:

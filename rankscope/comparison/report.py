@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,8 @@ def _plots(
         ranks = list(allocations(runs).items())[:MOST_ALLOCATIONS]
         shown = [RankAllocation.from_ranks(targets, each, strategy=name) for name, each in ranks]
         found["ranks"] = partial(plot_ranks, *shown)
-        for name, each in decisions.items():
+        for method, each in decisions.items():
+            name = re.sub(r"[^\w .,+=@()-]", "-", method)  # it may be that of a file elsewhere
             found[f"trajectories-{name}"] = partial(plot_trajectories, each, targets)
             found[f"flow-{name}"] = partial(plot_flow, each, targets)
     return found

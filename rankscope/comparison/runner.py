@@ -27,7 +27,17 @@ from rankscope.budget import ParameterBudget
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import best_device, one_gpu_each
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
-from rankscope.files import FORMAT, AnyPath, digest, read_json, read_parquet, replacing, require_same, write_json
+from rankscope.files import (
+    FORMAT,
+    SEALED,
+    AnyPath,
+    digest,
+    read_json,
+    read_parquet,
+    replacing,
+    require_same,
+    write_json,
+)
 from rankscope.lora import ia3_config, vera_config
 from rankscope.maps import html_card, ranks_png
 from rankscope.plugins import entry_points, load_entry_point, user_errors, user_function
@@ -155,7 +165,7 @@ def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | No
         stem, terms = file
         if run.decisions is not None:
             write_decisions(run.decisions, stem.with_suffix(".parquet"))
-        write_json(stem.with_suffix(".json"), {**run.to_row(), "made_from": terms})
+        write_json(stem.with_suffix(".json"), {**run.to_row(), "made_from": terms}, sealed=True)
     return run
 
 
@@ -485,7 +495,7 @@ class Comparison:
     def to_parquet(self, path: AnyPath) -> Path:
         """Write the runs atomically; returns the path."""
         with replacing(path) as temporary:
-            self.runs.assign(schema=SCHEMA).to_parquet(temporary, index=False)
+            self.runs.assign(schema=SCHEMA).to_parquet(temporary, index=False, **SEALED)
         return Path(path)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
-from rankscope.files import replacing
+from rankscope.files import SEALED, replacing
 from rankscope.settings import ControllerSettings
 from rankscope.targets import TargetModule
 
@@ -99,7 +99,7 @@ def count_moved(decisions: pd.DataFrame) -> int:
 def write_decisions(decisions: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     """Write the table of decisions atomically; returns the path."""
     with replacing(path) as temporary:
-        decisions.to_parquet(temporary, index=False)
+        decisions.to_parquet(temporary, index=False, **SEALED)
     return Path(path)
 
 

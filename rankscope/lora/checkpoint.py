@@ -32,7 +32,7 @@ def save_ranks(model: PeftModel, folder: AnyPath, *, adapter_name: str | None = 
     value: dict[str, Any] = {"schema": SCHEMA, "adapter": adapter.name, "ranks": adapter.ranks}
     if (masks := masks_on(adapter.model)) is not None:
         value |= {"ranks": adapter.ranks | dict(masks.ranks), "capacity": adapter.ranks, "active": masks.active}
-    write_json(path, value)
+    write_json(path, value, sealed=True)
     return path
 
 
@@ -127,6 +127,8 @@ def load_adapter(model: nn.Module, folder: AnyPath) -> PeftModel:
         loaded = PeftModel.from_pretrained(model, str(folder), config=LoraConfig.from_peft_type(**values))
         if loaded.peft_config["default"].peft_type == PeftType.LORA:
             _check_weights(LiveAdapter(loaded), Path(folder))  # PEFT loads what it finds
+    except FileError:
+        raise
     except Exception as error:  # PEFT checks no values: a wrong one raises whatever its first use raises
         why = f"cannot be loaded ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
         raise FileError(f"`{folder}` must hold an adapter of this model, but {why}; delete it.") from None

@@ -19,7 +19,7 @@ from rankscope.allocation import RankAllocation
 from rankscope.early import ADAPTER_CONFIG as CONFIG
 from rankscope.early import check_adapter
 from rankscope.errors import FileError, ModelError, checked, one_line
-from rankscope.files import AnyPath, read_json, read_tensors, replacing
+from rankscope.files import AnyPath, read_json, read_tensors, replacing, seal_tensors
 from rankscope.lora.config import PEFT_PREFIX, check_config, save_lora_config
 from rankscope.naming import describe_modules
 from rankscope.targets import Kind, TargetModule
@@ -151,6 +151,7 @@ def write_adapter(adapter: SavedAdapter, folder: AnyPath, config: LoraConfig, te
         raise FileError(f"`{folder}` must be new or an adapter's folder, but holds other files; choose another.")
     with replacing(folder, folder=True) as new:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / WEIGHTS[0], {"format": "pt"})
+        seal_tensors(new / WEIGHTS[0])
         save_lora_config(config, new / CONFIG)
         for name in _KEPT_BESIDE:
             if (adapter.folder / name).exists():

@@ -80,14 +80,17 @@ def profile(
     wanted, size = (wanted, wanted) if wanted else choose_sketch_size(tuple(modules), limit, bytes_of_weights(model))
     hooks = GradientHooks(modules, RandomMatrices(k=size, seed=seed))
     run = _Run(model, loss_fn or _model_loss, modules, hooks, settings)
-    stream = run.behind_heads(islice(batches, settings.n_batches), head, head_batches)
-    with _frozen(model), closing(stream), hooks.hooked(), _interrupt(settings.keep_partial) as interrupt:
-        for index, batch in enumerate(stream):
-            run.see(batch)
-            if on_batch and run.seen:
-                on_batch(index, run.seen[-1].loss)
-            if interrupt.is_set() or run.converged():
-                break
+    with _frozen(model), hooks.hooked(), _interrupt(settings.keep_partial) as interrupt:
+        stream = run.behind_heads(islice(batches, settings.n_batches), head, head_batches, interrupt)
+        with closing(stream):
+            for index, batch in enumerate(stream):
+                run.see(batch)
+                if on_batch and run.seen:
+                    on_batch(index, run.seen[-1].loss)
+                if interrupt.is_set() or run.converged():
+                    break
+        if interrupt.is_set() and len(run.seen) < 2:
+            raise KeyboardInterrupt  # there is nothing to keep
     facts = {"seed": seed, "head_steps": settings.head_steps if head else 0, "interrupted": interrupt.is_set()}
     return run.finish(**facts, sketch_size=size, sketch_wanted=wanted, skipped=skipped)
 
@@ -117,15 +120,19 @@ class _Run:
     next_look: int = 4  # in batches; see `converged`
     last_look: dict[str, Tensor] = field(default_factory=dict)
 
-    def behind_heads(self, batches: Iterable[Any], head: Sequence[str], others: Iterable[Any] | None) -> Generator[Any]:
-        """Yield the batches, each behind a head that was trained on others."""
+    def behind_heads(
+        self, batches: Iterable[Any], head: Sequence[str], others: Iterable[Any] | None, interrupt: threading.Event
+    ) -> Generator[Any]:
+        """Yield the batches, each behind a head that was trained on others; an interrupt while one is trained ends them."""
         steps = self.settings.head_steps if head else 0
         rounds: list[Any] = [(batches, others)]
         if steps and others is None:
             held = list(batches)
             rounds = [(held[0::2], held[1::2]), (held[1::2], held[0::2])] if len(held) > 1 else []
         for mine, rest in rounds:
-            with head_warmed(self.model, head, rest, self.loss, steps) if steps else nullcontext():
+            with head_warmed(self.model, head, rest, self.loss, steps, interrupt) if steps else nullcontext():
+                if interrupt.is_set():
+                    return
                 yield from mine
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -300,9 +307,14 @@ def _model_loss(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def head_warmed(
-    model: nn.Module, head: Sequence[str], batches: Iterable[Any], loss_fn: LossFunction, steps: int
+    model: nn.Module,
+    head: Sequence[str],
+    batches: Iterable[Any],
+    loss_fn: LossFunction,
+    steps: int,
+    interrupt: threading.Event | None = None,
 ) -> Iterator[None]:
-    """Train the named modules of a frozen model alone, by AdamW; restore them on exit."""
+    """Train the named modules of a frozen model alone, by AdamW, until an interrupt; restore them on exit."""
     present = dict(model.named_modules())
     if missing := [name for name in head if name not in present]:
         raise ModelError(f"`head` must name modules of this model, but it has no `{missing[0]}`; check the name.")
@@ -310,7 +322,7 @@ def head_warmed(
     parameters = list(modules.parameters())
     if any(parameter.is_meta for parameter in parameters):
         raise ModelError(f"`head` must name modules in memory, but `{head[0]}` is offloaded; keep it on a device.")
-    before, done = deepcopy(modules.state_dict()), 0
+    before, done, stopped = deepcopy(modules.state_dict()), 0, False
     try:
         modules.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -323,7 +335,9 @@ def head_warmed(
                 gradient /= n_processes()
             optimizer.step()
             done += 1
-        if done < steps:
+            if stopped := interrupt is not None and interrupt.is_set():
+                break
+        if done < steps and not stopped:
             raise ModelError("the batches that train the head must not be empty, but are; check `head_batches`.")
         modules.requires_grad_(False).zero_grad()
         yield

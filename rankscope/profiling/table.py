@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from rankscope.errors import FileError, ModelError, checked, shown
-from rankscope.files import parse_json, read_parquet, replacing, with_checked_columns
+from rankscope.files import SEALED, parse_json, read_parquet, replacing, seal_metadata, with_checked_columns
 from rankscope.maps import draw_energy, html_card, to_png
 from rankscope.profiling.sketch import Decomposition, InputSketch
 from rankscope.profiling.statistics import EnergySplit, Floats, energy_tail, frobenius_norm, signal_shares
@@ -201,9 +201,10 @@ class Profile:
     def to_parquet(self, path: str | os.PathLike[str]) -> Path:
         """Write the profile, atomically; returns the path."""
         table = pa.Table.from_pandas(self.table, schema=_schema_of(self.table.columns), preserve_index=False)
-        metadata = {**(table.schema.metadata or {}), b"rankscope": json.dumps(dict(self.metadata)).encode()}
+        text = json.dumps(dict(self.metadata)).encode()
+        metadata = {**(table.schema.metadata or {}), b"rankscope": text, **seal_metadata(text)}
         with replacing(path) as temporary:
-            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", **SEALED)
         return Path(path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rankscope.allocation import RankAllocation
 from rankscope.early import looks_like_path
-from rankscope.files import replacing, write_json
+from rankscope.files import replacing, seal_tensors, write_json
 from rankscope.lora import count_adapter_parameters
 from rankscope.tasks import Task
 
@@ -42,6 +42,8 @@ def save_adapter(model: Any, task: Task, folder: str | os.PathLike[str]) -> Path
     ]
     with replacing(folder, folder=True) as temporary:
         model.save_pretrained(str(temporary))
+        for weights in temporary.rglob("*.safetensors"):
+            seal_tensors(weights)
         if options:
             write_json(temporary / "model_kwargs.json", options)
         (temporary / CARD).write_text("\n".join([*text, *_ranks(model)]), encoding="utf-8")

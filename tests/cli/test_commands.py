@@ -1,10 +1,12 @@
 """Every command on the real digits task, with few steps: files, tables, JSON, and one line for bad input."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +16,11 @@ import pytest
 import yaml
 
 import rankscope as rs
+from rankscope.cli import what_is_kept
 from rankscope.cli.commands import _write_study
 from rankscope.comparison.summary import BEGIN, END
 from rankscope.settings import read_study
-from tests.cli.terminal import invoke
+from tests.cli.terminal import invoke, invoke_code
 
 STUDY = """
 task: digits-shift
@@ -178,19 +181,19 @@ def test_a_strategy_in_a_file_and_an_older_profile(folder: Path, tmp_path: Path)
     study, out = tmp_path / "own.yaml", tmp_path / "out"
     study.write_text(STUDY + "allocation: {strategy: 'own.py:even'}\n")
     (tmp_path / "own.py").write_text("def even(request):\n    return {t.name: t.rank_cost for t in request.targets}\n")
-    assert invoke("profile", study, "--out", out)[0] == 0
+    assert invoke_code("profile", study, "--out", out)[0] == 0
     profile = rs.read_profile(out / "profile.parquet")
     made_from = profile.metadata["made_from"]
     older = {key: value for key, value in made_from["profile"].items() if key != "max_skipped"}
     metadata = {**profile.metadata, "made_from": {**made_from, "profile": older}}
     rs.Profile(profile.table, metadata).to_parquet(out / "profile.parquet")
-    status, text, errors = invoke("allocate", study, "--out", out)
+    status, text, errors = invoke_code("allocate", study, "--out", out)
     assert (status, errors) == (0, "")
     assert "even gives every module the rank that uniform gives it" in text
     assert "uniform │" not in text
-    assert invoke("train", study, "--out", out)[0] == 0
+    assert invoke_code("train", study, "--out", out)[0] == 0
     (tmp_path / "own.py").write_text("def even(request):\n    return {t.name: 1 for t in request.targets}\n")
-    status, _, errors = invoke("train", study, "--out", out)
+    status, _, errors = invoke_code("train", study, "--out", out)
     assert status == 2
     assert errors.startswith(f"rankscope: `{out}/allocation.json` must be about the present strategy's code (")
 
@@ -281,7 +284,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("edited.yaml", EDITED), ("task.py", TASK), ("noise.txt", "0")):
         (folder / name).write_text(text)
     for command in ("search", "compare"):
-        assert invoke(command, folder / "edited.yaml", "--out", folder / "out")[0] == 0
+        assert invoke_code(command, folder / "edited.yaml", "--out", folder / "out")[0] == 0
     return folder
 
 
@@ -314,7 +317,7 @@ def test_nothing_is_reused_after_an_edit(made: Path, file: str, old: str, new: s
     kept = {each: each.stat().st_mtime_ns for each in out.rglob("*.*") if each.suffix in (".json", ".parquet")}
     try:
         for command, message in stale.items():
-            status, stdout, stderr = invoke(
+            status, stdout, stderr = invoke_code(
                 command, study, "--out", out, *(["--force"] if command == "allocate" else [])
             )
             assert (status, stdout, stderr.count("\n")) == (2, "", 1)
@@ -328,32 +331,32 @@ def test_what_is_the_same_is_reused(made: Path) -> None:
     """More trials and more seeds go on; a flag of an earlier command does not make its result stale."""
     study, out = made / "edited.yaml", made / "out"
     runs = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
-    assert invoke("compare", study, "--out", out, "--seeds", 2)[0] == 0
+    assert invoke_code("compare", study, "--out", out, "--seeds", 2)[0] == 0
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
     assert len(list((out / "runs").iterdir())) == 2 * len(runs)
-    status, text, _ = invoke("search", study, "--out", out, "--trials", 3, "--json")
+    status, text, _ = invoke_code("search", study, "--out", out, "--trials", 3, "--json")
     assert (status, json.loads(text)["trials"]) == (0, 3)
 
-    status, _, stderr = invoke("allocate", study, "--out", out)
+    status, _, stderr = invoke_code("allocate", study, "--out", out)
     assert (status, stderr) == (
         2,
         f"rankscope: `{out}/allocation.json` holds what a search recommended, which `allocate` would replace; pass --force, or use "
         "another --out.\n",
     )
-    assert invoke("allocate", study, "--out", out, "--force", "--uniform-rank", 2)[0] == 0
-    status, _, stderr = invoke("train", study, "--out", out, "--baseline")
+    assert invoke_code("allocate", study, "--out", out, "--force", "--uniform-rank", 2)[0] == 0
+    status, _, stderr = invoke_code("train", study, "--out", out, "--baseline")
     assert (status, stderr) == (
         2,
         "rankscope: `--baseline` must compare at equal parameters, but `one-shot` has 13,824 and uniform at the study's budget "
         "6,912; change `budget`, or leave out --baseline.\n",
     )
-    status, text, _ = invoke("train", study, "--out", out, "--json")
+    status, text, _ = invoke_code("train", study, "--out", out, "--json")
     assert (status, json.loads(text)["runs"][0]["parameters"], json.loads(text)["study"]) == (0, 13_824, "edited")
 
 
 def test_one_seed_is_reported_without_an_interval(made: Path) -> None:
     out = made / "out"
-    status, text, _ = invoke("compare", made / "edited.yaml", "--out", out, "--seeds", 1)
+    status, text, _ = invoke_code("compare", made / "edited.yaml", "--out", out, "--seeds", 1)
     assert status == 0
     assert "edited, digits-shift: 1 seed, points over uniform\n" in text
     assert re.search(r"one-shot .* [+-]\d+\.\d \[-\] .* too few seeds", text)
@@ -361,7 +364,7 @@ def test_one_seed_is_reported_without_an_interval(made: Path) -> None:
     status, text, _ = invoke("report", out, "--json")
     row = json.loads(text)["methods"][1]
     assert (row["low"], row["high"], row["p"], row["verdict"]) == (None, None, None, "too few seeds")
-    status, _, stderr = invoke("compare", made / "edited.yaml", "--out", out, "--set", "compare.budgets=0.25")
+    status, _, stderr = invoke_code("compare", made / "edited.yaml", "--out", out, "--set", "compare.budgets=0.25")
     assert (status, stderr) == (
         2,
         "rankscope: `budgets` must hold the factor 1, the study's own budget; add it, or change `budget`.\n",
@@ -569,13 +572,112 @@ def make():
 
 
 @pytest.mark.parametrize("keep", [True, False])
+def test_ctrl_c_is_heard_while_the_head_is_warmed(tmp_path: Path, keep: bool) -> None:
+    """Nothing has been profiled then, which is said."""
+    early = INTERRUPTED.replace(
+        "if not model.classifier.weight.requires_grad:", "if model.classifier.weight.requires_grad:"
+    )
+    early = early.replace("return super", "assert self.profiled < 5, 'not heard'\n        return super")
+    (tmp_path / "task.py").write_text(early)
+    study = STUDY.replace("digits-shift", "task.py:make").replace("head_steps: 5", "head_steps: 500")
+    (tmp_path / "short.yaml").write_text(study)
+    flags = ["--keep-partial"] if keep else []
+    status, text, errors = invoke_code("profile", tmp_path / "short.yaml", "--out", tmp_path / "out", *flags)
+    kept = f"rankscope: interrupted; nothing was written to {tmp_path / 'out'}.\n"
+    assert (status, text, errors) == (130, "", kept)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").touch()
+    os.utime(tmp_path / "old.txt", (1, 1))
+    since = time.time()
+    assert what_is_kept(tmp_path, since) == f"nothing was written to {tmp_path}"
+    assert what_is_kept(tmp_path / "none", since) == f"nothing was written to {tmp_path / 'none'}"
+    (tmp_path / "runs").mkdir()
+    for name in ("profile.parquet", "runs/a.json", "runs/b.json", ".half/new"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    kept = f"kept in {tmp_path}: profile.parquet, runs/ (2 files)"
+    assert what_is_kept(tmp_path, since) == kept
+    assert what_is_kept(tmp_path, since, resumes=True) == f"{kept}; the same command goes on from there"
+    stored = (
+        "nothing was written to none; trials that ended are in the study's storage; the same command goes on from there"
+    )
+    assert what_is_kept(Path("none"), since, resumes=True, elsewhere=True) == stored
+
+
+@pytest.mark.parametrize("keep", [True, False])
 def test_ctrl_c_keeps_the_profile_of_the_batches_so_far_if_asked(tmp_path: Path, keep: bool) -> None:
     (tmp_path / "task.py").write_text(INTERRUPTED)
     (tmp_path / "short.yaml").write_text(STUDY.replace("digits-shift", "task.py:make"))
-    status, text, _ = invoke(
+    status, text, _ = invoke_code(
         "profile", tmp_path / "short.yaml", "--out", tmp_path / "out", *(["--keep-partial"] if keep else [])
     )
     assert (status == 0) == keep
     assert (tmp_path / "out" / "profile.parquet").exists() == keep
     if keep:
         assert "interrupted: the profile holds the 3 batches before" in text
+
+
+CODE = "def even(request):\n    return {t.name: t.rank_cost for t in request.targets}\n"
+
+
+def test_code_of_a_study_from_elsewhere_runs_only_if_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before it runs; what the command line names, the user has named."""
+    inside, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for place in (inside, elsewhere):
+        place.mkdir()
+        (place / "own.py").write_text(f"from pathlib import Path\nPath({str(place / 'ran')!r}).touch()\n{CODE}")
+        (place / "own.yaml").write_text(STUDY + "allocation: {strategy: 'own.py:even'}\n")
+    monkeypatch.chdir(inside)
+    status, text, errors = invoke("allocate", elsewhere / "own.yaml")
+    assert (status, text) == (2, "")
+    assert errors == (
+        f"rankscope: `{elsewhere}/own.yaml` must lie in the working directory to run code, but names own.py:even "
+        "(allocation.strategy) and lies elsewhere; read that code, then pass --allow-code.\n"
+    )
+    assert not (elsewhere / "ran").exists()
+    link = inside / "link.yaml"
+    link.symlink_to(elsewhere / "own.yaml")
+    assert invoke("allocate", link)[0] == 2
+    status, _, errors = invoke("profile", "own.yaml")
+    assert (status, errors) == (0, "`own.yaml` brings code, which runs here: own.py:even (allocation.strategy)\n")
+    assert invoke("allocate", "own.yaml")[0] == 0
+    assert (inside / "ran").exists()
+    assert invoke("allocate", elsewhere / "own.yaml", "--strategy", "uniform")[0] == 0
+    assert not (elsewhere / "ran").exists()
+    assert invoke_code("allocate", elsewhere / "own.yaml", "--out", tmp_path / "out")[0] == 0
+    assert (elsewhere / "ran").exists()
+
+
+def test_code_that_comes_with_a_model_counts(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "task: {type: causal-lm, model: ./model, data: d.jsonl, model_options: {trust_remote_code: true}}\n"
+        "budget: {uniform_rank: 1}\n"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    status, _, errors = invoke("profile", tmp_path / "a.yaml")
+    assert status == 2
+    assert "names ./model (task.model_options.trust_remote_code)" in errors
+
+
+def test_passwords_are_in_no_message_and_no_file(tmp_path: Path) -> None:
+    study, url = tmp_path / "a.yaml", "postgresql://me:hush@localhost/db"
+    study.write_text(STUDY)
+    for arguments in (
+        ["--set", f"search.storage=[{url}]"],
+        ["--set", f"search.n_trials={url}"],
+        ["--set", f"search.storage={url}", "--set", f"search.storage={url}"],
+        ["--set", f"{url}"],
+    ):
+        status, text, errors = invoke("allocate", study, "--debug", *arguments)
+        assert status == 2
+        assert "hush" not in text + errors
+    flags = ["--set", f"search.storage={url}", "--out", tmp_path / "out"]
+    assert invoke("profile", study, *flags)[0] == 0
+    assert invoke("allocate", study, *flags)[0] == 0
+    for path in (tmp_path / "out").iterdir():
+        assert b"hush" not in path.read_bytes()
+    assert invoke("train", study, "--out", tmp_path / "out", "--set", "training.steps=1")[0] == 0

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
-from itertools import count
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache, partial, wraps
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
-from rankscope.errors import ModelError, RankscopeError
+from rankscope.errors import ModelError, RankscopeError, one_line
 
 T = TypeVar("T")
+P = ParamSpec("P")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -70,14 +73,42 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+# --- processes that work on one training --------------------------------------------------------------------------
+
+_BUCKET = 2**24  # elements of gradients that are summed at a time
+_leads = False  # this process is the first of several, and the others wait for its next `everywhere`
+
+
 def n_processes() -> int:
-    """Processes of the torch.distributed group; 1 without one."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    """Processes of the torch.distributed group that run the present code; 1 without one."""
+    grouped = distributed.is_available() and distributed.is_initialized() and not _leads
+    return distributed.get_world_size() if grouped else 1
+
+
+def process_index() -> int:
+    """The place of this process among them, from 0."""
+    return distributed.get_rank() if n_processes() > 1 else 0
 
 
 def is_first() -> bool:
     """Whether this is the first process, or the only one."""
-    return n_processes() == 1 or distributed.get_rank() == 0
+    return process_index() == 0
+
+
+class _OthersGone(RankscopeError):
+    """Another process has ended, or cannot be reached."""
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """Turn what a backend raises where a process has died into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _OthersGone(
+            f"the processes of a run must all be there, but one has ended or cannot be reached ({one_line(error, most=200)}); "
+            "look at its own message, and start the run again: what was finished is kept."
+        ) from error
 
 
 def gathered(value: T) -> list[T]:
@@ -85,7 +116,8 @@ def gathered(value: T) -> list[T]:
     if n_processes() == 1:
         return [value]
     values: list[Any] = [None] * n_processes()
-    distributed.all_gather_object(values, value)
+    with _reaching_others():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -93,7 +125,51 @@ def gathered(value: T) -> list[T]:
 def sum_over_processes(tensors: Iterable[Tensor]) -> None:
     """Replace tensors by their sums over processes; each process must pass as many, of the same shapes."""
     for tensor in tensors if n_processes() > 1 else ():
-        distributed.all_reduce(tensor)
+        with _reaching_others():
+            distributed.all_reduce(tensor)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their sums over processes; one that only this process lacks counts as zero."""
+    parameters = list(parameters)
+    missing = [{n for n, parameter in enumerate(parameters) if parameter.grad is None}]
+    missing = gathered(missing[0]) if n_processes() > 1 else missing
+    for place in missing[process_index()] - set.intersection(*missing):
+        parameters[place].grad = torch.zeros_like(parameters[place])
+    sum_in_buckets([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+@torch.no_grad()
+def sum_in_buckets(tensors: Iterable[Tensor]) -> None:
+    """As `sum_over_processes`, for many small tensors: some 64 MB at a time."""
+    buckets: dict[Any, list[list[Tensor]]] = {}
+    for tensor in tensors if n_processes() > 1 else ():
+        alike = buckets.setdefault((tensor.dtype, tensor.device), [[]])
+        if sum(each.numel() for each in alike[-1]) + tensor.numel() > _BUCKET and alike[-1]:
+            alike.append([])
+        alike[-1].append(tensor)
+    for bucket in chain.from_iterable(buckets.values()):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        sum_over_processes([flat])
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by those of the first process; each process must pass as many, of the same shapes."""
+    for tensor in tensors if n_processes() > 1 else ():
+        with _reaching_others():
+            distributed.broadcast(tensor, 0)
+
+
+def make_replicas(model: nn.Module) -> None:
+    """Give all processes the first one's trainable weights; a ModelError if their frozen weights differ."""
+    if n_processes() > 1:
+        frozen = {name: each for name, each in model.named_parameters() if not each.requires_grad}
+        firsts = [(name, tuple(each.shape), each.detach().flatten()[:4].tolist()) for name, each in frozen.items()]
+        check_same(repr(firsts), what="the frozen weights")
+        copy_from_first(each.detach() for each in model.parameters() if each.requires_grad)
 
 
 def check_same(value: Any, *, what: str) -> None:
@@ -110,12 +186,173 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered_tensor
 
 
-def require_one_process(what: str) -> None:
-    """Raise if a launcher (torchrun, accelerate launch) started copies of this process, which would all do the same work."""
-    copies = os.environ.get("WORLD_SIZE", "1")
-    if copies.isdigit() and int(copies) > 1:
-        remedy = "start it without torchrun or accelerate launch, and use --jobs for several runs at a time"
-        raise RankscopeError(f"{what} must run as one process, but WORLD_SIZE is {copies}; {remedy}.")
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise on every process what any of them raises in the `with` block, which must wait for no other process."""
+    raised: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if n_processes() == 1:
+            raise
+        raised = error
+    if n_processes() == 1:
+        return
+    told = gathered(None if raised is None else _told(raised))
+    for index, error in enumerate(told):
+        if error is not None:
+            kind, text = error
+            raised = raised or kind(f"process {index}: {text}")
+    if raised is not None:
+        raised.__dict__["known_to_all"] = True
+        raise raised
+
+
+def _known_to_all(error: BaseException) -> bool:
+    return "known_to_all" in error.__dict__
+
+
+def _told(error: Exception) -> tuple[type[Exception], str]:
+    """An error as other processes raise it: of its type if that is ours or torch's for memory, else a RankscopeError."""
+    if isinstance(error, RankscopeError | torch.OutOfMemoryError):
+        return type(error), str(error)
+    return RankscopeError, f"{type(error).__name__}: {one_line(error)}"
+
+
+def by_first(function: Callable[[], T]) -> T:
+    """What the first process computes, on every one, or its error."""
+    found: Any = None
+    with failing_together():
+        found = function() if is_first() else None
+    return cast(T, gathered(found)[0])
+
+
+def join_processes() -> None:
+    """Join the processes that torchrun or accelerate launch started with this one, if any, each with a GPU of its own."""
+    index, local, here = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if _n_launched() == 1 or not distributed.is_available() or distributed.is_initialized():
+        return
+    from accelerate.utils import parse_flag_from_env
+
+    for flag, name in _SHARDED.items():
+        if parse_flag_from_env(flag):
+            must = f"rankscope's own loop must hold the whole model on each process, but accelerate launch asks for {name}"
+            raise RankscopeError(f"{must}; launch without, or control ranks in your own Trainer: RankControllerCallback.")
+    if not ("RANK" in os.environ and all(each.isdigit() for each in (index, local, here))):
+        raise RankscopeError(
+            f"WORLD_SIZE is {_n_launched()}, but RANK and LOCAL_RANK do not say which process this is; start it by torchrun or "
+            "accelerate launch, or unset WORLD_SIZE."
+        )
+    if best_device().type != "cpu":
+        if max(int(here), int(local) + 1) > (n := torch.accelerator.device_count()):
+            raise RankscopeError(
+                f"each process must have a device of its own, but this machine has {n} for {here} processes; lower "
+                "--nproc-per-node, or set ACCELERATE_USE_CPU=1."
+            )
+        torch.accelerator.set_device_index(int(local))
+    with _reaching_others():  # the first may plan, evaluate or draw for long meanwhile; a launcher ends all if one dies
+        distributed.init_process_group(timeout=timedelta(days=1))
+
+
+def _n_launched() -> int:
+    """Processes that a launcher started together with this one."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdigit() else 1
+
+
+_SHARDED = {  # what accelerate launch sets
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "several kinds of parallelism",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    result: Any
+
+
+def led(function: Callable[[], T]) -> T:
+    """Call a function on the first process; the others help where it comes to `everywhere`. All return its result.
+
+    If it raises, the first process has to end: its launcher ends the others.
+    """
+    global _leads
+    join_processes()
+    if n_processes() == 1:  # also if this process leads already
+        return function()
+    if not is_first():
+        while not isinstance(job := _received(), _End):
+            try:
+                job()
+            except Exception as error:  # which the first process raises as well, and may go on
+                if isinstance(error, _OthersGone) or not (isinstance(error, RankscopeError) or _known_to_all(error)):
+                    raise
+        return cast(T, job.result)
+    _leads = True
+    try:
+        result = function()
+    finally:
+        _leads = False
+    _send(_End(result))
+    return result
+
+
+def led_by_first(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that every process calls, and the first one runs: see `led`."""
+    return wraps(function)(lambda *args, **kwargs: led(lambda: function(*args, **kwargs)))
+
+
+def leads_others() -> bool:
+    """Whether this process is the first of several, and the others wait for its next `everywhere`."""
+    return _leads
+
+
+def everywhere(function: Callable[..., T], *args: Any, local: Mapping[str, Any] | None = None, **kwargs: Any) -> T:
+    """Call a function on this process and on those that it leads, if it does; those call no functions in `local`."""
+    global _leads
+    local = local or {}
+    if not _leads:
+        return function(*args, **local, **kwargs)
+    others = {name: each if each is None else _nothing for name, each in local.items()}
+    _leads = False
+    try:
+        _send(partial(function, *args, **others, **kwargs))
+        return function(*args, **local, **kwargs)
+    finally:
+        _leads = True
+
+
+def _nothing(*_: Any) -> None:
+    """What stands for a function that only the first process calls."""
+
+
+def _send(job: Callable[[], Any] | _End) -> None:
+    from joblib import wrap_non_picklable_objects  # which sends code of a study's files by value
+
+    with _reaching_others():
+        distributed.broadcast_object_list([wrap_non_picklable_objects(job, keep_wrapper=False)])
+    with failing_together():
+        pass
+
+
+def _received() -> Callable[[], Any] | _End:
+    """The next job; one that cannot be loaded here is raised on the first process."""
+    held: list[Any] = [None]
+    while held[0] is None:
+        try:
+            with failing_together():
+                distributed.broadcast_object_list(held)
+        except _OthersGone:
+            raise
+        except Exception:
+            held[0] = None
+    return cast("Callable[[], Any] | _End", held[0])
+
+
+def require_one_process(what: str, *, remedy: str) -> None:
+    """Raise if a launcher (torchrun, accelerate launch) started other processes beside this one."""
+    if (n := _n_launched()) > 1:
+        raise RankscopeError(f"{what} must run as one process, but WORLD_SIZE is {n}; {remedy}")
 
 
 @contextmanager

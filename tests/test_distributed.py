@@ -56,14 +56,12 @@ def test_generators_go_on_as_if_nothing_was_drawn() -> None:
 
 
 def test_several_copies_of_a_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices.require_one_process("a training")
+    remedy = "leave it out."
+    devices.require_one_process("a Trainer", remedy=remedy)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    message = (
-        "a training must run as one process, but WORLD_SIZE is 2; start it without torchrun or accelerate launch, "
-        "and use --jobs for several runs at a time."
-    )
+    message = "a Trainer must run as one process, but WORLD_SIZE is 2; leave it out."
     with pytest.raises(RankscopeError, match=f"^{re.escape(message)}$"):
-        devices.require_one_process("a training")
+        devices.require_one_process("a Trainer", remedy=remedy)
 
 
 def _gpu_of_this_worker(_: int) -> str:

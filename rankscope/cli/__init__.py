@@ -92,7 +92,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            app()
+            app() if os.environ.get("WORLD_SIZE", "1") == "1" else _run_on_several()
         finally:
             sys.stdout.flush()
     except SystemExit as end:
@@ -104,6 +104,42 @@ def main() -> None:
     except BrokenPipeError:  # the reader has gone, as `head` does; what is still buffered would raise again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _run_on_several() -> None:
+    """Under torchrun or accelerate launch, the first process does and says all; the others share each training."""
+    from rankscope.distributed import is_first, join_processes, led
+
+    def run() -> None:
+        try:
+            app()
+        except SystemExit as ended:
+            if ended.code:  # the launcher ends the others
+                raise
+
+    says = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        join_processes()
+        says = is_first()
+        if not says:
+            _silence()
+        led(run)
+    except (RankscopeError, KeyboardInterrupt) as error:
+        if says and isinstance(error, RankscopeError):
+            sys.stderr.write(f"rankscope: {one_line(error, most=10_000)}\n")
+        sys.exit(2 if says else 1)
+
+
+def _silence() -> None:
+    """Leave warnings and notes, which all processes have, to the first one."""
+    import logging
+    import warnings
+
+    from rankscope.cli.session import quiet_libraries
+
+    quiet_libraries()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
 
 
 def reports_errors(command: Command) -> Command:

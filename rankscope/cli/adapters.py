@@ -21,7 +21,7 @@ from rankscope.cli.session import (
     quiet_libraries,
     stderr,
 )
-from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process
+from rankscope.distributed import batch_device, mixed_precision, placed
 from rankscope.errors import FileError
 from rankscope.files import replacing, write_json
 from rankscope.lora import ShrunkAdapter, export, load_adapter, measure_moments, pad_adapter, read_adapter, shrink
@@ -106,7 +106,6 @@ def run_shrink(
     as_json: bool,
 ) -> None:
     """`rankscope shrink`."""
-    require_one_process("a command")
     quiet_libraries()
     out = out or _beside(adapter, "shrunk")
     read_adapter(adapter)  # says what is wrong before a model is built

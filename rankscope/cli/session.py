@@ -26,7 +26,6 @@ from rich.table import Table
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli import arguments_of
-from rankscope.distributed import require_one_process
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import FORMAT, digest, digest_source, require_same
 from rankscope.plotting import save_plot
@@ -48,7 +47,7 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 
 @dataclass
 class Session:
-    """One command's view of a study; a RankscopeError under torchrun, or where the output folder cannot be written to."""
+    """One command's view of a study; a FileError where the output folder cannot be written to."""
 
     path: Path  # the study file
     flags: Mapping[str, Any]  # what the command line overrides, by dotted key
@@ -57,7 +56,6 @@ class Session:
     dry_run: bool = False  # load the model's configuration only, and no data
 
     def __post_init__(self) -> None:
-        require_one_process("a command")
         quiet_libraries()
         nearest = next(each for each in (self.out, *self.out.absolute().parents) if os.path.lexists(each))
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

@@ -37,6 +37,7 @@ from rankscope.comparison.statistics import (
     resampled_means,
 )
 from rankscope.comparison.summary import times
+from rankscope.distributed import led_by_first
 from rankscope.errors import SettingsError, checked
 from rankscope.files import AnyPath
 from rankscope.profiling import Profile
@@ -328,6 +329,7 @@ def _points(difference: Interval) -> str:
 
 
 @checked
+@led_by_first
 def plan_budget(
     task: Task | str | Mapping[str, Any],
     *,

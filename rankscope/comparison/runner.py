@@ -25,7 +25,15 @@ import rankscope
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import count_moved, write_decisions
-from rankscope.distributed import best_device, one_gpu_each
+from rankscope.distributed import (
+    best_device,
+    by_first,
+    everywhere,
+    is_first,
+    leads_others,
+    led_by_first,
+    one_gpu_each,
+)
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
 from rankscope.files import (
     FORMAT,
@@ -133,17 +141,22 @@ class RunResult:
 def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | None = None) -> RunResult:
     """Train once, with one torch thread or as many as OMP_NUM_THREADS says, so that figures do not depend on `n_jobs`.
 
-    The run is kept in `file`: a path without suffix, and what the run depends on.
+    The run is kept in `file`: a path without suffix, and what the run depends on. Several processes share the training.
     """
+    return everywhere(_run, task, spec, file)
+
+
+def _run(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | None) -> RunResult:
+    """Train on this process and on the others of its group; the first evaluates and writes."""
     measured, threads = _peak_memory(reset=True) is not None, torch.get_num_threads()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     try:
         with user_errors("the study's own code", TaskError):  # where a worker's traceback still is
             model, result = train(task, spec.method, spec.training, seed=spec.seed)
-            tested = evaluate(task, model, "test") if spec.role == REPORTED else None
+            tested = by_first(lambda: evaluate(task, model, "test")) if spec.role == REPORTED else None
     finally:
         torch.set_num_threads(threads)
-    if spec.save_to is not None:
+    if spec.save_to is not None and is_first():
         save_adapter(model, task, spec.save_to)
     run = RunResult(
         **spec.labels(task),
@@ -161,7 +174,7 @@ def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | No
         ranks=None if result.allocation is None else dict(result.allocation.ranks),
         decisions=result.decisions,
     )
-    if file is not None:
+    if file is not None and is_first():
         stem, terms = file
         if run.decisions is not None:
             write_decisions(run.decisions, stem.with_suffix(".parquet"))
@@ -206,6 +219,9 @@ def run_all(
 
     Runs that depend on the same are done once, or read if the folder `kept_in` holds them. One to be saved is always done.
     """
+    if n_jobs > 1 and leads_others():
+        must = "`--jobs` must be 1 under torchrun or accelerate launch, whose processes share each run"
+        raise SettingsError(f"{must}, but got {n_jobs}; leave it out.")
     facts = {} if kept_in is None else fingerprint_task(task)
     terms = [spec.terms(facts) for spec in specs]
     keys = [(digest(each), spec.save_to) for spec, each in zip(specs, terms, strict=True)]
@@ -500,6 +516,7 @@ class Comparison:
 
 
 @checked
+@led_by_first
 def compare(
     task: Task | str | Mapping[str, Any],
     methods: str | Iterable[str | Function | PeftAdapter | Contender] | None = None,

@@ -64,6 +64,8 @@ class RankController:
         optimizer: The one that trains the adapter, also as accelerate wraps it.
         start: Initial ranks: an allocation, or the name of a strategy that needs no profile. None: those of the model.
         scaler: The `torch.amp.GradScaler` that scales the loss; accelerate's is found on the optimizer.
+        replicated: Whether several processes hold equal models, unwrapped, each with its rows of one batch, and gradients are
+            summed before the optimizer steps. Ranks are then resized and decided as in one process.
 
     Raises:
         SettingsError: A value is out of range, no decision comes before the freeze, or the budget is below the initial ranks.
@@ -95,20 +97,22 @@ class RankController:
         total_steps: int = 1000,
         start: RankAllocation | str | None = None,
         scaler: Any = None,
+        replicated: bool = False,
         **overrides: Any,
     ) -> None:
         self._settings = settings = ControllerSettings.of(settings, **overrides)
         self._every, self._freeze = schedule_of(settings, total_steps)
         self._last_decision = self._freeze // self._every * self._every
         self._budget, self._seed = (budget := ParameterBudget.of(budget)), settings.seed
-        self._ranks = LiveRanks(model, optimizer, settings)
+        self._ranks = LiveRanks(model, optimizer, settings, replicated=replicated)
         begin = self._ranks.initial(start, budget)
         self._scaler = scaler if scaler is not None else getattr(optimizer, "scaler", None)
         if self._scaler is not None and not hasattr(self._scaler, "get_scale"):
             raise SettingsError(f"`scaler` must be a torch.amp.GradScaler, but is a {type(scaler).__name__}.")
         self._sketch_size = settings.sketch_size or self._ranks.sketch_size(begin)
         compiled = self._ranks.compiled or self._ranks.masked  # the Trainer compiles later, and masks then
-        self._new_window = partial(GradientWindow, self._ranks.model, begin.targets, compiled=compiled)
+        kind: Any = {"compiled": compiled, "shared": replicated}
+        self._new_window = partial(GradientWindow, self._ranks.model, begin.targets, **kind)
         self._window = self._new_window(sketch_size=self._sketch_size, seed=self._seed)
         self._decisions: list[Decision] = []
         self._moved_at: dict[str, int] = {}

@@ -37,8 +37,10 @@ ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw g
 class LiveRanks:
     """The ranks of an adapter: resized, or masked by masks that the model carries or that `begin` puts on."""
 
-    def __init__(self, model: Any, optimizer: Any, settings: ControllerSettings) -> None:
-        mode = settings.rank_change
+    def __init__(
+        self, model: Any, optimizer: Any, settings: ControllerSettings, *, replicated: bool = False
+    ) -> None:
+        mode, self._replicated = settings.rank_change, replicated
         if mode == "resize" and is_ddp(model):
             raise ModelError("`rank_change` must be 'mask' in DistributedDataParallel, but is 'resize'; change it.")
         self._live = LiveAdapter(unwrapped(model), settings.adapter_name)
@@ -50,7 +52,8 @@ class LiveRanks:
                 f"{self.masks.adapter!r}; `compress` them, or go on in mode 'mask'."
             )
         self.compiled = is_compiled(model)
-        fixed = self.masks is not None or n_processes() > 1 or self.compiled or is_ddp(model)
+        apart = n_processes() > 1 and not replicated
+        fixed = self.masks is not None or apart or self.compiled or is_ddp(model)
         self.masked = mode == "mask" or (mode == "auto" and fixed)
         self._live.check_changeable(in_place=self.masked)
         check_known(optimizer)
@@ -96,7 +99,8 @@ class LiveRanks:
         """Cut ranks above full rank, which changes no function, or put masks on, and set the initial ranks: all or nothing."""
         above = [Resize(name=t.name, rank=t.full_rank) for t in self._full.targets if t.existing_rank is not None]
         if above and not self.masked:
-            resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, shrink="svd")
+            options: Any = {"shrink": "svd", "replicated": self._replicated}
+            resize_adapters(self.model, self._optimizer, above, adapter_name=self.adapter, **options)
             logger.warning(
                 "%d modules had ranks above their smaller side (`%s`: %d above %d), which no update needs: cut to it, "
                 "they compute the same, and what that saves can go to others",
@@ -160,4 +164,5 @@ class LiveRanks:
         if self.masks is not None and resizes:
             self.masks.resize(resizes, self._optimizer, generator=generator)
         elif resizes:
-            resize_adapters(self.model, self._optimizer, resizes, adapter_name=self.adapter, generator=generator)
+            options: Any = {"generator": generator, "replicated": self._replicated}
+            resize_adapters(self.model, self._optimizer, resizes, adapter_name=self.adapter, **options)

@@ -55,19 +55,27 @@ class GradientWindow:
 
     The hooks are on the modules only while a step is sampled; a forward or backward pass that raises removes them, and the
     step does not count. They see gradients of module outputs, which neither clipping nor
-    `zero_grad` touches. Every training forward pass of the PEFT model (a micro-batch) counts as a batch; evaluation and the
-    recomputation of checkpointed segments do not. If the model may be `compiled`, sampled steps run eagerly, since compiled code
+    `zero_grad` touches. Every training forward pass of the PEFT model (a micro-batch) counts as a batch, or, if processes have
+    `shared` it, as part of one; evaluation and the recomputation of checkpointed segments do not. If the model may be `compiled`, sampled steps run eagerly, since compiled code
     ignores new hooks. Nothing is copied from the device before `measure`.
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[TargetModule], *, sketch_size: int, seed: int, compiled: bool = False
+        self,
+        model: nn.Module,
+        targets: Sequence[TargetModule],
+        *,
+        sketch_size: int,
+        seed: int,
+        compiled: bool = False,
+        shared: bool = False,
     ) -> None:
-        self._model, self._compiled = model, compiled
+        self._model, self._compiled, self._shared = model, compiled, shared
         self._targets = tuple(target for target in targets if target.kind in SUPPORTED)
         present = dict(base_modules(model))
         modules = {target: present[target.name] for target in self._targets}
-        self._hooks = partial(GradientHooks, modules, RandomMatrices(k=sketch_size, seed=seed), inputs=False)
+        matrices = RandomMatrices(k=sketch_size, seed=seed)
+        self._hooks = partial(GradientHooks, modules, matrices, inputs=False, shared=shared)
         self._sums = self._hooks().accumulators
         self._factor: float | None = None
         self._copied: set[str] = set()  # modules whose inputs change in place
@@ -125,6 +133,9 @@ class GradientWindow:
         if step is None:
             return
         observer, passes, n_copied, _ = step
+        if self._shared:
+            observer.merge()
+            passes = passes if is_first() else []
         if self._factor is None:
             peak = max(gathered(observer.peak()))  # of the first gradients: if float32 does not hold their squares,
             if 0.0 < peak < math.inf:  # later ones are multiplied by a power of two

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from rankscope.distributed import n_processes
+from rankscope.distributed import copy_from_first, n_processes
 from rankscope.errors import ModelError, did_you_mean
 from rankscope.lora.config import alpha_for, check_block_names, check_config, with_ranks
 from rankscope.lora.factors import SHRINKS, RankMap, Replacement, Resized, Selection, grow, replace_parameters
@@ -49,6 +49,7 @@ def resize_adapters(
     adapter_name: str | None = None,
     shrink: Literal["svd", "drop"] = "drop",
     generator: torch.Generator | None = None,
+    replicated: bool = False,
 ) -> None:
     """Give modules of a live LoRA model new ranks: all of them or, on any error (a ModelError), none.
 
@@ -61,6 +62,9 @@ def resize_adapters(
     `shrink="drop"` removes the components of least `||b_i|| ||a_i||` and leaves the others unchanged to the bit; `"svd"` finds
     the closest factors, which mixes components and their moments. The generator is for rows of A that are drawn.
 
+    `replicated` says that every process of torch.distributed makes this call on an equal model; the first one's factors are
+    copied.
+
     >>> from peft import LoraConfig, get_peft_model
     >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(target_modules=["0", "1"], r=2))
     >>> resize_adapters(model, None, [Resize(name="0", rank=3), Resize(name="1", rank=0)])
@@ -72,7 +76,7 @@ def resize_adapters(
     adapter = LiveAdapter(model, adapter_name)
     check_resizes(resizes, {name: module.room for name, module in adapter.modules.items()})
     adapter.check_changeable([r.name for r in resizes], to_zero=any(r.rank == 0 for r in resizes))
-    if optimizer is not None and (n := n_processes()) > 1:
+    if optimizer is not None and not replicated and (n := n_processes()) > 1:
         raise ModelError(f"a live resize must run in one process, but there are {n}; mask ranks instead (RankMasks).")
     resized = {}
     for resize in resizes:
@@ -87,6 +91,8 @@ def resize_adapters(
                 raise ModelError(f"{must}, but are not; go back to a checkpoint.")
             resized[name] = SHRINKS[shrink](a, b, resize.rank)
     adapter.replace_factors(optimizer, resized)
+    if replicated:
+        copy_from_first(each.data for name in resized for each in adapter.modules[name].factors)
 
 
 def check_resizes(resizes: Sequence[Resize], rooms: Mapping[str, tuple[int, int, int]]) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from rankscope.distributed import gathered, sum_over_processes, whole
+from rankscope.distributed import gathered, is_first, sum_in_buckets, sum_over_processes, whole
 from rankscope.errors import ModelError
 from rankscope.profiling.sketch import GradientAccumulator, Increment, InputSketch, RandomMatrices
 from rankscope.targets import TargetModule, base_layer
@@ -36,16 +36,23 @@ class GradientHooks:
     """Hooks on modules, and the sums that they feed: `accumulators` of gradients, and `inputs`, shared by q, k and v.
 
     Inputs of modules in `copied` are copied, since they change in place later on. A module found to need it is added, its
-    present gradient lost; None: it raises.
+    present gradient lost; None: it raises. `shared`: processes see their rows of one batch, and `merge` adds them up.
     """
 
     def __init__(
-        self, modules: Modules, matrices: RandomMatrices, *, inputs: bool = True, copied: set[str] | None = None
+        self,
+        modules: Modules,
+        matrices: RandomMatrices,
+        *,
+        inputs: bool = True,
+        copied: set[str] | None = None,
+        shared: bool = False,
     ) -> None:
         self.accumulators = {target.name: _accumulator(target, module, matrices) for target, module in modules.items()}
         self.inputs: dict[str, InputSketch] = {}
         self._modules, self._matrices = modules, matrices
-        self._see_inputs, self._copied = inputs, copied
+        self._see_inputs, self._copied, self._shared = inputs, copied, shared
+        self._unmerged: list[tuple[dict[str, Increment], float]] = []  # of shared batches, with their weights
         self._active, self._weight, self._factor = False, 1.0, 1.0
         self._mask: Tensor | None = None
         self._images: Tensor | None = None
@@ -75,11 +82,26 @@ class GradientHooks:
 
     def end_batch(self) -> None:
         """Stop recording."""
+        if self._shared and self._active:
+            self._unmerged.append((dict(self._pending), self._weight))
+            self._pending.clear()
         for name, increment in self._pending.items():
             self.accumulators[name].add(increment, self._weight)
         self._last, self._mask, self._images, self._active = (None, None), None, None, False
         self._calls.clear()
         self._pending.clear()
+
+    def merge(self) -> None:
+        """Sum shared batches' gradients over processes; the first one counts them. Every process must have seen as many."""
+        batches, self._unmerged = self._unmerged, []
+        for held, weight in batches:
+            found = {
+                name: held.get(name) or tuple(torch.zeros_like(kept) for kept in each.kept)
+                for name, each in self.accumulators.items()
+            }
+            sum_in_buckets(chain.from_iterable(found.values()))
+            for name, increment in found.items() if is_first() else ():
+                self.accumulators[name].add(increment, weight)
 
     def clear(self) -> None:
         """Forget all batches."""
@@ -150,7 +172,7 @@ class GradientHooks:
         increment = self.accumulators[name].increment(rows, deltas)
         for part in increment if self._factor != 1.0 else ():
             part *= self._factor
-        if self._calls[name] == 1:
+        if self._calls[name] == 1 and not self._shared:
             self.accumulators[name].add(increment, self._weight)
         else:
             others = self._pending.get(name)

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 import rankscope
 from rankscope.budget import ParameterBudget
-from rankscope.distributed import batch_device, gathered, n_processes, sum_over_processes, whole
+from rankscope.distributed import (
+    batch_device,
+    failing_together,
+    gathered,
+    n_processes,
+    process_index,
+    sum_over_processes,
+    whole,
+)
 from rankscope.errors import ModelError, checked
 from rankscope.profiling.hooks import SUPPORTED, GradientHooks, Modules, dense_weight, in_range, is_compiled
 from rankscope.profiling.sketch import RandomMatrices, bytes_of_weights, choose_sketch_size
@@ -53,7 +61,8 @@ def profile(
     """Profile the gradient of the loss, and the inputs, at every target module.
 
     The model runs frozen and in evaluation mode, and is left as it was. It may be quantised, offloaded, compiled or wrapped.
-    Under torch.distributed each process passes its own batches, and all get the profile of all of them.
+    Under torch.distributed each process passes its own batches, or all pass the same ones as `Shared`; all get the profile of
+    all batches.
 
     Args:
         model: Any torch module.
@@ -79,8 +88,10 @@ def profile(
     limit, wanted = None if budget is None else ParameterBudget.of(budget).limit, settings.sketch_size
     wanted, size = (wanted, wanted) if wanted else choose_sketch_size(tuple(modules), limit, bytes_of_weights(model))
     hooks = GradientHooks(modules, RandomMatrices(k=size, seed=seed))
-    run = _Run(model, loss_fn or _model_loss, modules, hooks, settings)
-    with _frozen(model), hooks.hooked(), _interrupt(settings.keep_partial) as interrupt:
+    shared = isinstance(batches, Shared)
+    run = _Run(model, loss_fn or _model_loss, modules, hooks, settings, shared=shared)
+    together, interruptible = failing_together() if shared else nullcontext(), _interrupt(settings.keep_partial)
+    with together, _frozen(model), hooks.hooked(), interruptible as interrupt:
         stream = run.behind_heads(islice(batches, settings.n_batches), head, head_batches, interrupt)
         with closing(stream):
             for index, batch in enumerate(stream):
@@ -93,6 +104,10 @@ def profile(
             raise KeyboardInterrupt  # there is nothing to keep
     facts = {"seed": seed, "head_steps": settings.head_steps if head else 0, "interrupted": interrupt.is_set()}
     return run.finish(**facts, sketch_size=size, sketch_wanted=wanted, skipped=skipped)
+
+
+class Shared(list[Any]):
+    """Batches that every process of torch.distributed holds, and of which each profiles its share."""
 
 
 class SeenBatch(NamedTuple):
@@ -114,6 +129,7 @@ class _Run:
     modules: Modules
     hooks: GradientHooks
     settings: ProfileSettings
+    shared: bool = False  # all processes hold all batches
     seen: list[SeenBatch] = field(default_factory=list)
     skipped: int = 0  # batches without a finite loss
     scale: float = 1.0  # the factor on all gradients; see `in_range`
@@ -129,11 +145,13 @@ class _Run:
         if steps and others is None:
             held = list(batches)
             rounds = [(held[0::2], held[1::2]), (held[1::2], held[0::2])] if len(held) > 1 else []
+        first, each = (process_index(), n_processes()) if self.shared else (0, 1)
         for mine, rest in rounds:
-            with head_warmed(self.model, head, rest, self.loss, steps, interrupt) if steps else nullcontext():
+            warm: Any = {"interrupt": interrupt, "alone": self.shared}
+            with head_warmed(self.model, head, rest, self.loss, steps, **warm) if steps else nullcontext():
                 if interrupt.is_set():
                     return
-                yield from mine
+                yield from islice(mine, first, None, each)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch that may lie on another device, if it can be differentiated; it may not be finite."""
@@ -313,8 +331,13 @@ def head_warmed(
     loss_fn: LossFunction,
     steps: int,
     interrupt: threading.Event | None = None,
+    *,
+    alone: bool = False,
 ) -> Iterator[None]:
-    """Train the named modules of a frozen model alone, by AdamW, until an interrupt; restore them on exit."""
+    """Train the named modules of a frozen model alone, by AdamW, until an interrupt; restore them on exit.
+
+    Processes that pass different batches share each step; `alone`: all do the same steps.
+    """
     present = dict(model.named_modules())
     if missing := [name for name in head if name not in present]:
         raise ModelError(f"`head` must name modules of this model, but it has no `{missing[0]}`; check the name.")
@@ -329,7 +352,7 @@ def head_warmed(
         for batch in islice(chain.from_iterable(repeat(batches, steps)), steps):  # again and again
             optimizer.zero_grad()
             loss_fn(model, batch).backward()
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None and not alone]
             sum_over_processes(gradients)  # so that all processes have one head
             for gradient in gradients:
                 gradient /= n_processes()

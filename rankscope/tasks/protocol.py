@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkabl
 
 from torch import Tensor, nn
 
-from rankscope.distributed import mixed_precision, placed
+from rankscope.distributed import everywhere, join_processes, mixed_precision, n_processes, placed
 from rankscope.errors import TaskError, shown
 from rankscope.files import digest, digest_source
 from rankscope.settings import ProfileSettings
@@ -32,6 +32,8 @@ class Task(Protocol):
         model_kwargs: What `from_pretrained` of the base model needs so that a saved adapter fits.
         revision: Of the base model on the hub. Saved adapters hold it, too.
         fingerprint_data: Method that returns a hash of all data. Without it, only the first training batches are hashed.
+        count_examples: Method that returns of how many rows, or labels, a batch's loss is the mean, for several processes that
+            share batches. Default: the labels other than -100, from the second on in a causal language model; else the rows.
     """
 
     name: str
@@ -122,22 +124,37 @@ def profile_task(
 
     If `n_batches` is less than an epoch, the rest of it trains the head, since a head that has fitted a profiled batch
     leaves less gradient in it. `seed` is for the order of the epoch and the sketches, `on_start` is called with the number
-    of batches, and `options` are single settings and other arguments of `rankscope.profile`.
+    of batches, and `options` are single settings and other arguments of `rankscope.profile`. Processes that torchrun or
+    accelerate launch started share the batches.
 
     >>> import rankscope as rs
     >>> profile_task(rs.load_task("digits-shift"), n_batches=2, head_steps=1).targets[0].name
     'vit.layers.0.attention.q_proj'
     """
-    from rankscope.profiling import profile  # imports accelerate
+    join_processes()
+    local = {"on_start": on_start, "on_batch": options.pop("on_batch", None)}
+    return everywhere(_profile, task, settings, seed, local=local, **options)
+
+
+def _profile(
+    task: Task,
+    settings: ProfileSettings | Mapping[str, Any] | None,
+    seed: int,
+    *,
+    on_start: Callable[[int], None] | None,
+    **options: Any,
+) -> Profile:
+    """Profile on this process and on the others of its group."""
+    from rankscope.profiling import Shared, profile  # imports accelerate
 
     single = {key: options.pop(key) for key in ProfileSettings.model_fields.keys() & options}
     settings = ProfileSettings.of(settings, **single)
     head = tuple(getattr(task, "head_modules", ()))
     epoch = iter(task.train_batches(seed))
-    batches = list(islice(epoch, settings.n_batches))
+    batches = Shared(islice(epoch, settings.n_batches))
     head_batches = list(islice(epoch, settings.head_steps if head else 0)) or None
     if on_start:
-        on_start(len(batches))
+        on_start(len(batches[:: n_processes()]))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with mixed_precision(model):

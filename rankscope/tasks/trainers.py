@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rankscope.distributed import seeded
+from rankscope.distributed import require_one_process, seeded
 from rankscope.errors import TaskError
 from rankscope.files import digest, digest_source
 from rankscope.plugins import user_errors
@@ -52,6 +52,8 @@ class TrainerTask:
     """
 
     def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
+        remedy = "launch your Trainer's own script so, with RankControllerCallback to move ranks; or run rankscope as one process."
+        require_one_process(f"`{name}`, a task with a Trainer of its own,", remedy=remedy)
         self._factory, self.name = factory, name
         args = self.bare.args
         best = str(args.metric_for_best_model or "loss").removeprefix("eval_")

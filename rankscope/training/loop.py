@@ -15,11 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from rankscope.allocation import RankAllocation
-from rankscope.distributed import batch_device, mixed_precision, placed, require_one_process, seeded
+from rankscope.distributed import (
+    batch_device,
+    by_first,
+    everywhere,
+    failing_together,
+    join_processes,
+    make_replicas,
+    mixed_precision,
+    n_processes,
+    placed,
+    process_index,
+    seeded,
+    sum_gradients,
+    sum_over_processes,
+)
 from rankscope.errors import TrainingError, checked
 from rankscope.settings import ControllerSettings, TrainingSettings
 from rankscope.tasks import Batch, Task, TrainerTask, evaluate, load_task
 from rankscope.training.methods import Lora, Method
+from rankscope.training.sharding import Shards
 from rankscope.training.trainers import Run
 from rankscope.training.watching import tell
 
@@ -61,6 +76,9 @@ def train(
     the order of the data; the global generators are left alone. `on_step` is called with the step, `on_evaluation` with step
     and validation metrics; it may raise to stop the run, as a pruner does.
 
+    Under torchrun or accelerate launch every process calls it with the same arguments. Each takes its share of the rows of
+    every batch, so that the result is that of one process; the first one evaluates, and calls the functions.
+
     >>> import rankscope as rs
     >>> task = rs.load_task("digits-shift")
     >>> targets = rs.find_targets(task.build_model())
@@ -68,7 +86,7 @@ def train(
     >>> rs.train(task, uniform, steps=2, learning_rate=0.01)[1].parameters
     6912
     """
-    require_one_process("a training")
+    join_processes()
     task, settings = load_task(task), TrainingSettings.of(settings, **overrides)
     if isinstance(method, RankAllocation):
         moving = None if controller is None else ControllerSettings.of(controller)
@@ -76,12 +94,30 @@ def train(
     elif controller is not None:
         raise TrainingError("`controller` moves an allocation's ranks, but `method` is none; pass an allocation.")
     method.check(task, settings)
+    local = {"on_evaluation": on_evaluation, "on_step": on_step}
+    return everywhere(_train, task, method, settings, seed, local=local)
+
+
+def _train(
+    task: Task,
+    method: Method,
+    settings: TrainingSettings,
+    seed: int,
+    *,
+    on_evaluation: Callable[[int, Mapping[str, float]], object] | None,
+    on_step: Callable[[int], object] | None,
+) -> tuple[nn.Module, TrainingResult]:
+    """Train on this process and on the others of its group."""
     if isinstance(task, TrainerTask):
         run = Run(task, method, settings, seed=seed, on_evaluation=on_evaluation, on_step=on_step)
         return _finished(task, run.model, run.history, run.wall_seconds, run.allocation, run.decisions)
     started = time.perf_counter()
     with seeded(seed):
-        model = method.adapt(placed(task.build_model()), task, settings, seed)
+        with failing_together():
+            model = method.adapt(placed(task.build_model()), task, settings, seed)
+        make_replicas(model)
+        if process_index():  # rows of one batch that meet on different processes get other dropout
+            torch.manual_seed(seed + 1_000_003 * process_index())
         with _trained_in_float32(model):
             optimizer = torch.optim.AdamW(_groups(task, model, settings), weight_decay=settings.weight_decay)
             history = {}
@@ -89,15 +125,17 @@ def train(
                 for step in _steps(task, model, optimizer, running, settings, seed):
                     tell("step", step, settings.steps)
                     if on_step:
-                        on_step(step)
+                        with failing_together():
+                            on_step(step)
                     if step == settings.steps or (settings.evaluate_every and step % settings.evaluate_every == 0):
                         tell("evaluating after step", step, settings.steps)
-                        history[step] = evaluate(task, model)
+                        history[step] = by_first(lambda: evaluate(task, model))
                         if not math.isfinite(value := history[step][task.metric]):
                             must = f"`{task.metric}` must be finite, but is {value} at step {step}"
                             raise TrainingError(f"{must}; lower `learning_rate`.")
                         if on_evaluation:
-                            on_evaluation(step, history[step])
+                            with failing_together():
+                                on_evaluation(step, history[step])
     return _finished(task, model, history, time.perf_counter() - started, running.allocation, running.decisions)
 
 
@@ -126,20 +164,29 @@ def _steps(
 
     warmup_steps = round(settings.warmup_fraction * settings.steps)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup_steps, settings.steps)
-    batches, losses, device = _stream(task, seed), [], batch_device(model)
+    batches, losses, device, shards = _stream(task, seed), [], batch_device(model), Shards(task, model)
+    if n_processes() > 1:
+        shards.check(model, next(_stream(task, seed)))
     model.train()
     for step in range(1, settings.steps + 1):
         parts: list[Tensor] = []
-        for batch in islice(batches, settings.gradient_accumulation):
-            with mixed_precision(model):
-                loss = task.loss(model, send_to_device(batch, device))
-            (loss / settings.gradient_accumulation).backward()
-            parts.append(loss.detach().float())
-        if settings.max_grad_norm:  # of the optimizer's parameters: a controller replaces the model's
-            trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        with failing_together():
+            for batch in islice(batches, settings.gradient_accumulation):
+                rows, share = shards.of(batch)
+                with mixed_precision(model):
+                    loss = task.loss(model, send_to_device(rows, device))
+                if share != 1.0:  # without any row that counts, a mean would be 0 / 0
+                    loss = loss * share if share else loss.new_zeros(())
+                if share:
+                    (loss / settings.gradient_accumulation).backward()
+                parts.append(loss.detach().float())
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        sum_gradients(trained)  # of the optimizer's parameters: a controller replaces the model's
+        if settings.max_grad_norm:
             nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         losses.append(torch.stack(parts).mean())
+        sum_over_processes(losses[-1:])
         running.step(losses[-1])
         optimizer.zero_grad()
         schedule.step()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankController, schedule_of
+from rankscope.distributed import n_processes
 from rankscope.errors import ModelError, TrainingError
 from rankscope.lora import apply_allocation, ranks_of_adalora, wrap_with_adalora, wrap_with_config, wrap_with_eva
 from rankscope.settings import ControllerSettings, TrainingSettings
@@ -110,9 +111,8 @@ class Lora(Method):
         if self.controller is None:
             return Running(lambda: self.allocation)
         budget = ParameterBudget.of(self.allocation)
-        return RankController(
-            model, optimizer, budget=budget, settings=self.controller, total_steps=settings.steps, seed=seed
-        )
+        options: Any = {"settings": self.controller, "total_steps": settings.steps, "seed": seed}
+        return RankController(model, optimizer, budget=budget, replicated=n_processes() > 1, **options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,9 +218,9 @@ def test_an_accelerator_of_the_caller_is_left_alone(digits: Task, uniform: rs.Ra
     AcceleratorState._reset_state(True)
 
 
-def test_several_copies_of_the_process_are_refused(
+def test_a_launcher_that_does_not_say_which_process_this_is_is_refused(
     digits: Task, uniform: rs.RankAllocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RankscopeError, match="^a training must run as one process, but WORLD_SIZE is 2; start it"):
+    with pytest.raises(RankscopeError, match="^WORLD_SIZE is 2, but RANK and LOCAL_RANK do not say which process this is; start it by torchrun"):
         rs.train(digits, uniform, rs.TrainingSettings(steps=1))

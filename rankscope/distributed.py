@@ -95,7 +95,7 @@ def is_first() -> bool:
     return process_index() == 0
 
 
-class _OthersGone(RankscopeError):
+class _ProcessEndedError(RankscopeError):
     """Another process has ended, or cannot be reached."""
 
 
@@ -105,7 +105,7 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _OthersGone(
+        raise _ProcessEndedError(
             f"the processes of a run must all be there, but one has ended or cannot be reached ({one_line(error, most=200)}); "
             "look at its own message, and start the run again: what was finished is kept."
         ) from error
@@ -132,8 +132,7 @@ def sum_over_processes(tensors: Iterable[Tensor]) -> None:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their sums over processes; one that only this process lacks counts as zero."""
     parameters = list(parameters)
-    missing = [{n for n, parameter in enumerate(parameters) if parameter.grad is None}]
-    missing = gathered(missing[0]) if n_processes() > 1 else missing
+    missing: list[set[int]] = gathered({n for n, parameter in enumerate(parameters) if parameter.grad is None})
     for place in missing[process_index()] - set.intersection(*missing):
         parameters[place].grad = torch.zeros_like(parameters[place])
     sum_in_buckets([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -199,9 +198,9 @@ def failing_together() -> Iterator[None]:
     if n_processes() == 1:
         return
     told = gathered(None if raised is None else _told(raised))
-    for index, error in enumerate(told):
-        if error is not None:
-            kind, text = error
+    for index, each in enumerate(told):
+        if each is not None:
+            kind, text = each
             raised = raised or kind(f"process {index}: {text}")
     if raised is not None:
         raised.__dict__["known_to_all"] = True
@@ -236,8 +235,12 @@ def join_processes() -> None:
 
     for flag, name in _SHARDED.items():
         if parse_flag_from_env(flag):
-            must = f"rankscope's own loop must hold the whole model on each process, but accelerate launch asks for {name}"
-            raise RankscopeError(f"{must}; launch without, or control ranks in your own Trainer: RankControllerCallback.")
+            must = (
+                f"rankscope's own loop must hold the whole model on each process, but accelerate launch asks for {name}"
+            )
+            raise RankscopeError(
+                f"{must}; launch without, or control ranks in your own Trainer: RankControllerCallback."
+            )
     if not ("RANK" in os.environ and all(each.isdigit() for each in (index, local, here))):
         raise RankscopeError(
             f"WORLD_SIZE is {_n_launched()}, but RANK and LOCAL_RANK do not say which process this is; start it by torchrun or "
@@ -285,7 +288,9 @@ def led(function: Callable[[], T]) -> T:
             try:
                 job()
             except Exception as error:  # which the first process raises as well, and may go on
-                if isinstance(error, _OthersGone) or not (isinstance(error, RankscopeError) or _known_to_all(error)):
+                if isinstance(error, _ProcessEndedError) or not (
+                    isinstance(error, RankscopeError) or _known_to_all(error)
+                ):
                     raise
         return cast(T, job.result)
     _leads = True
@@ -342,7 +347,7 @@ def _received() -> Callable[[], Any] | _End:
         try:
             with failing_together():
                 distributed.broadcast_object_list(held)
-        except _OthersGone:
+        except _ProcessEndedError:
             raise
         except Exception:
             held[0] = None

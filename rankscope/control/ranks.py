@@ -37,9 +37,7 @@ ROW_NORM = 1.0 / math.sqrt(3.0)  # of a new row of A: what PEFT's Kaiming draw g
 class LiveRanks:
     """The ranks of an adapter: resized, or masked by masks that the model carries or that `begin` puts on."""
 
-    def __init__(
-        self, model: Any, optimizer: Any, settings: ControllerSettings, *, replicated: bool = False
-    ) -> None:
+    def __init__(self, model: Any, optimizer: Any, settings: ControllerSettings, *, replicated: bool = False) -> None:
         mode, self._replicated = settings.rank_change, replicated
         if mode == "resize" and is_ddp(model):
             raise ModelError("`rank_change` must be 'mask' in DistributedDataParallel, but is 'resize'; change it.")

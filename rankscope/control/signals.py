@@ -56,8 +56,9 @@ class GradientWindow:
     The hooks are on the modules only while a step is sampled; a forward or backward pass that raises removes them, and the
     step does not count. They see gradients of module outputs, which neither clipping nor
     `zero_grad` touches. Every training forward pass of the PEFT model (a micro-batch) counts as a batch, or, if processes have
-    `shared` it, as part of one; evaluation and the recomputation of checkpointed segments do not. If the model may be `compiled`, sampled steps run eagerly, since compiled code
-    ignores new hooks. Nothing is copied from the device before `measure`.
+    `shared` it, as part of one; evaluation and the recomputation of checkpointed segments do not. If the model may be
+    `compiled`, sampled steps run eagerly, since compiled code ignores new hooks. Nothing is copied from the device before
+    `measure`.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class TrainerTask:
     """
 
     def __init__(self, factory: Callable[..., Any], *, name: str) -> None:
-        remedy = "launch your Trainer's own script so, with RankControllerCallback to move ranks; or run rankscope as one process."
+        remedy = "launch your Trainer's own script so, with RankControllerCallback; or run rankscope as one process."
         require_one_process(f"`{name}`, a task with a Trainer of its own,", remedy=remedy)
         self._factory, self.name = factory, name
         args = self.bare.args

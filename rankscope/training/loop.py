@@ -104,8 +104,8 @@ def _train(
     settings: TrainingSettings,
     seed: int,
     *,
-    on_evaluation: Callable[[int, Mapping[str, float]], object] | None,
-    on_step: Callable[[int], object] | None,
+    on_evaluation: Callable[[int, Mapping[str, float]], None] | None,
+    on_step: Callable[[int], None] | None,
 ) -> tuple[nn.Module, TrainingResult]:
     """Train on this process and on the others of its group."""
     if isinstance(task, TrainerTask):

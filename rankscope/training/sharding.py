@@ -129,4 +129,3 @@ def rows_of(batch: Any, rows: Any) -> Any:
     if isinstance(batch, list | tuple):
         return type(batch)(rows_of(each, rows) for each in batch)
     return batch
-

@@ -95,7 +95,7 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
         (["train", "short.yaml", "--set", "training.stepps=3"], "rankscope: `--set`: unknown key `training.stepps`; did you mean `training.steps`?"),
         (["compare", "short.yaml", "--jobs", "2"], "rankscope: `--jobs` must be 1 under torchrun or accelerate launch, whose processes share each run, but got 2; leave it out."),
         (["compare", "trainer.yaml"], "rankscope: `trainer.py:make`, a task with a Trainer of its own, must run as one process, but WORLD_SIZE is 2; launch your "
-            "Trainer's own script so, with RankControllerCallback to move ranks; or run rankscope as one process."),
+            "Trainer's own script so, with RankControllerCallback; or run rankscope as one process."),
     ):  # fmt: skip
         (tmp_path / "trainer.py").write_text("def make(peft_config, seed): ...\n")
         (tmp_path / "trainer.yaml").write_text(STUDY.replace("digits-shift", "trainer.py:make"))
@@ -103,5 +103,7 @@ def test_bad_input_is_said_once(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert own_lines(done.stderr) == [line], done.stderr
     done = torchrun("-m", "rankscope", "compare", "short.yaml", cwd=tmp_path, ACCELERATE_USE_FSDP="true")
-    must = "rankscope: rankscope's own loop must hold the whole model on each process, but accelerate launch asks for FSDP"
+    must = (
+        "rankscope: rankscope's own loop must hold the whole model on each process, but accelerate launch asks for FSDP"
+    )
     assert [each.startswith(must) for each in own_lines(done.stderr)] == [True], done.stderr

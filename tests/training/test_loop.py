@@ -222,5 +222,8 @@ def test_a_launcher_that_does_not_say_which_process_this_is_is_refused(
     digits: Task, uniform: rs.RankAllocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RankscopeError, match="^WORLD_SIZE is 2, but RANK and LOCAL_RANK do not say which process this is; start it by torchrun"):
+    with pytest.raises(
+        RankscopeError,
+        match="^WORLD_SIZE is 2, but RANK and LOCAL_RANK do not say which process this is; start it by torchrun",
+    ):
         rs.train(digits, uniform, rs.TrainingSettings(steps=1))

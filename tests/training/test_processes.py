@@ -16,7 +16,7 @@ from rankscope.files import digest
 from rankscope.tasks import CausalLM, Task, TextClassification, profile_task
 from rankscope.training import AdaLora, Eva, FullFineTuning, Lora, Method
 from rankscope.training.sharding import Shards
-from tests.launcher import own_lines, torchrun
+from tests.launcher import torchrun
 from tests.tasks.models import save_bert, save_llama, sentences
 
 MOVING = rs.ControllerSettings(freeze_fraction=0.9, hysteresis=0.0, min_gain_ratio=0.0, every=3, samples=3)
@@ -43,8 +43,12 @@ def digits(batch_size: int = 32) -> Task:
 
 def uneven() -> pd.DataFrame:
     """Texts of 2 to 6 words."""
-    texts = [" ".join([*text.split(), *["cat"] * (n % 5 - 1)][: n % 5 + 2]) for n, text in enumerate(sentences()["text"])]
-    return pd.DataFrame({"text": texts, "split": ["train"] * 19 + ["validation"] * 4 + ["test"] * 4}).drop_duplicates("text")
+    texts = [
+        " ".join([*text.split(), *["cat"] * (n % 5 - 1)][: n % 5 + 2]) for n, text in enumerate(sentences()["text"])
+    ]
+    return pd.DataFrame({"text": texts, "split": ["train"] * 19 + ["validation"] * 4 + ["test"] * 4}).drop_duplicates(
+        "text"
+    )
 
 
 def method_on(task: Task, controller: rs.ControllerSettings | None = None) -> Lora:
@@ -80,10 +84,14 @@ def results(folder: str) -> dict[str, Any]:
     for name, (task, method, options) in cases(folder).items():
         model, result = rs.train(task, method, {"learning_rate": 0.01, **options}, seed=3)
         weights = {key: each.detach() for key, each in model.named_parameters() if each.requires_grad}
-        weights = {key: each for key, each in weights.items() if "k_proj.bias" not in key}  # its gradient is rounding alone
+        weights = {
+            key: each for key, each in weights.items() if "k_proj.bias" not in key
+        }  # its gradient is rounding alone
         check_same(digest(weights), what="the weights")
         ranks = None if result.allocation is None else list(result.allocation.vector)
-        actions = None if result.decisions is None else result.decisions[["action", "batches", "broken"]].to_dict("list")
+        actions = (
+            None if result.decisions is None else result.decisions[["action", "batches", "broken"]].to_dict("list")
+        )
         found[name] = {"history": dict(result.history), "ranks": ranks, "actions": actions, "weights": weights}
     return found
 
@@ -110,7 +118,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_train_as_one(shared: Path) -> None:
     two, one = torch.load(shared / "found.pt", weights_only=True), results(str(shared))
     assert "moved" in one["controller"]["actions"]["action"]
-    one["bfloat16"] = one["bfloat16 by halves"]  # the rows that each process takes: Adam's first steps follow signs, rounding too
+    one["bfloat16"] = one[
+        "bfloat16 by halves"
+    ]  # the rows that each process takes: Adam's first steps follow signs, rounding too
     for name, expected in one.items():
         found = two[name]
         assert (found["ranks"], found["actions"]) == (expected["ranks"], expected["actions"]), name
@@ -179,7 +189,11 @@ def test_shares_of_a_loss_add_up(monkeypatch: pytest.MonkeyPatch, rows: int, n: 
     labels = torch.full((rows, 5), -100)
     for row in range(rows):
         labels[row, : row % 4 + 1] = row
-    tokens = Rows(lambda out, batch: (out[:, None] * batch["labels"][:, 1:].ne(-100)).sum() / batch["labels"][:, 1:].ne(-100).sum())
+    tokens = Rows(
+        lambda out, batch: (
+            (out[:, None] * batch["labels"][:, 1:].ne(-100)).sum() / batch["labels"][:, 1:].ne(-100).sum()
+        )
+    )
     whole = batch_of(rows, labels=labels)
     if rows > 1:  # the first row has one label, which no token predicts
         parts = on_each(monkeypatch, tokens, whole, n)
@@ -205,7 +219,9 @@ def test_a_task_says_what_its_loss_counts(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_loss_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch, loss: Any, message: str) -> None:
     monkeypatch.setattr("rankscope.training.sharding.n_processes", lambda: 2)
     task: Any = Rows(loss)
-    with pytest.raises(TrainingError, match=f"^`rows`: {re.escape(message)}.*; train in one process, or give the task a method"):
+    with pytest.raises(
+        TrainingError, match=f"^`rows`: {re.escape(message)}.*; train in one process, or give the task a method"
+    ):
         Shards(task, nn.Linear(4, 1)).check(nn.Linear(4, 1), batch_of(4))
     task = Rows(lambda out, batch: out.square().mean())
     Shards(task, nn.Linear(4, 1)).check(nn.Linear(4, 1), batch_of(4))
@@ -215,8 +231,14 @@ def test_a_loss_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch, loss
 def test_batches_without_rows_and_batch_norms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankscope.training.sharding.n_processes", lambda: 2)
     task: Any = Rows(lambda out, batch: out.square().mean())
-    with pytest.raises(TrainingError, match="^`rows`: each tensor of a batch must have a row for each example to be shared over 2 processes, but `grid` has 6 and the first 4; train in one process"):
+    with pytest.raises(
+        TrainingError,
+        match="^`rows`: each tensor of a batch must have a row for each example to be shared over 2 processes, but `grid` has 6 and the first 4; train in one process",
+    ):
         Shards(task, nn.Linear(4, 1)).of(batch_of(4, grid=torch.zeros(6, 3)))
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
-    with pytest.raises(TrainingError, match="^`rows`: the model must normalise each row by itself to be shared over 2 processes, but `0` is a batch normalisation"):
+    with pytest.raises(
+        TrainingError,
+        match="^`rows`: the model must normalise each row by itself to be shared over 2 processes, but `0` is a batch normalisation",
+    ):
         Shards(task, model).check(model, batch_of(4))

@@ -133,7 +133,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their sums over processes; one that only this process lacks counts as zero."""
     parameters = list(parameters)
     missing: list[set[int]] = gathered({n for n, parameter in enumerate(parameters) if parameter.grad is None})
-    for place in missing[process_index()] - set.intersection(*missing):
+    for place in missing[process_index()]:
+        if all(place in each for each in missing):
+            continue
         parameters[place].grad = torch.zeros_like(parameters[place])
     sum_in_buckets([parameter.grad for parameter in parameters if parameter.grad is not None])
 

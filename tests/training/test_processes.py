@@ -140,9 +140,9 @@ def test_two_processes_profile_as_one(shared: Path) -> None:
         assert found.metadata["loss"] == pytest.approx(expected.metadata["loss"], rel=1e-5)
         numbers = [c for c in expected.table.columns if pd.api.types.is_float_dtype(expected.table[c])]
         pd.testing.assert_frame_equal(found.table[numbers], expected.table[numbers], rtol=1e-3, check_dtype=False)
-        budget = rs.ParameterBudget.uniform(expected.targets, 1)
-        allocations = [rs.allocate("one-shot", profile=each, budget=budget) for each in (found, expected)]
-        assert allocations[0] == allocations[1]
+        request = {"targets": expected.targets, "budget": rs.ParameterBudget.uniform(expected.targets, 1)}
+        ranks = [rs.allocate("one-shot", profile=each, **request).vector for each in (found, expected)]
+        assert ranks[0] == ranks[1]
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------

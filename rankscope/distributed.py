@@ -362,6 +362,22 @@ def require_one_process(what: str, *, remedy: str) -> None:
         raise RankscopeError(f"{what} must run as one process, but WORLD_SIZE is {n}; {remedy}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a run failed since the device, or this machine, has no memory left."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, Exception) and bool(should_reduce_batch_size(error))
+
+
+def free_memory() -> None:
+    """Give back what a failed run held: objects in reference cycles, and the allocator's cache on the device."""
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)
+
+
 @contextmanager
 def one_gpu_each(n_jobs: int) -> Iterator[None]:
     """Show each worker process that joblib starts one GPU only, in turn; does nothing with fewer than two of either."""

@@ -42,6 +42,25 @@ class TrainingError(RankscopeError, RuntimeError):
     """A training that failed or diverged."""
 
 
+def shown_url(url: object) -> str:
+    """A storage's URL for messages, without its password, also where it cannot be parsed.
+
+    >>> shown_url(" postgresql//me:p@ss/word@host:5432/db"), shown_url("mysql://host/db?user=me&password=a b")
+    ('postgresql//me:***@host:5432/db', 'mysql://host/db?user=me&password=***')
+    >>> shown_url("postgresql://me:secret"), shown_url("sqlite:///a.db"), shown_url("grpc://host:13000")
+    ('postgresql://me:***', 'sqlite:///a.db', 'grpc://host:13000')
+    """
+    text = str(url).strip()
+    if "@" in text:  # a password may hold any sign, also this one
+        before, _, after = text.rpartition("@")
+        scheme, slashes, login = before.partition("//")
+        user, colon, _ = login.partition(":") if slashes else before.partition(":")
+        text = f"{scheme if slashes else ''}{slashes}{user}{':***' if colon else ''}@{after}"
+    else:
+        text = re.sub(r"(//[^/:?]+):(?!\d+([/?,]|$))[^/?]+", r"\1:***", text)
+    return re.sub(r"(?is)((?:passw(?:or)?d|passphrase|pwd|secret)\w*=).*", r"\1***", text)
+
+
 def one_line(error: BaseException, most: int = 300) -> str:
     """Another library's error message on one line; its type where the message is empty."""
     text = without_secrets(" ".join(str(error).split())) or type(error).__name__

@@ -273,7 +273,7 @@ class TrainingSettings(Settings):
 class SearchSettings(Settings):
     """How allocations are searched."""
 
-    _free = frozenset({"n_trials", "confirm_fraction", "storage", "study_name", "pruner", "artifacts"})
+    _free = frozenset({"n_trials", "confirm_fraction", "storage", "study_name", "pruner", "artifacts", "grace_seconds"})
 
     n_trials: Count = Field(60, description="Trainings in all, confirmation included.")
     n_seeds: Count = Field(1, description="Training seeds of each trial; each counts as one of `n_trials`.")
@@ -288,9 +288,13 @@ class SearchSettings(Settings):
     )
     n_groups: Count = Field(3, description="Block groups in each tower.")
     storage: Annotated[str | None, OrObject, BeforeValidator(_as_url)] = Field(
-        None, description="Optuna's storage URL; relative SQLite paths start from the study file. Default: `search.db` in the "
-        "output folder; in Python, memory.",
+        None, description="Where trials are kept: `sqlite:///FILE`, `postgresql://…`, `mysql://…`, `journal:FILE` or "
+        "`grpc://HOST:PORT`; relative paths start from the study file. Default: `search.db` in the output folder; in Python, "
+        "memory.",
     )  # fmt: skip
+    grace_seconds: float = Field(
+        30.0, ge=1, description="Seconds without a sign of life after which a worker's trial is given to another."
+    )
     study_name: str | None = Field(None, description="Name of the Optuna study. Default: the study's, or the task's.")
     artifacts: Annotated[str | None, BeforeValidator(_as_text)] = Field(
         None, description="Folder for the rank maps that Optuna's dashboard shows, from the study file on. Default: `artifacts` "
@@ -557,7 +561,9 @@ def _dotted(overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _from_folder(storage: str, folder: Path) -> str:
-    """The storage; a relative path of SQLite starts from the study file's folder."""
+    """The storage; a relative path of SQLite or a journal starts from the study file's folder."""
+    if storage.startswith("journal:"):
+        return f"journal:{folder.absolute() / storage.removeprefix('journal:').removeprefix('//')}"
     scheme, found, file = storage.partition(":///")
     if not found or not re.fullmatch(r"sqlite(\+\w+)?", scheme) or not file or file.startswith((":", "file:")):
         return storage

@@ -7,6 +7,7 @@ import torch
 
 import rankscope as rs
 from rankscope.tasks import Task
+from tests.searching.servers import Postgres
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,14 @@ def digits_profile(digits: Task) -> rs.Profile:
 @pytest.fixture(scope="session")
 def digits_budget(digits_profile: rs.Profile) -> rs.ParameterBudget:
     return rs.ParameterBudget.uniform(digits_profile.targets, 1)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server on loopback; the tests that use it are marked `postgres`."""
+    server = Postgres()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -5,27 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 import pandas as pd
 from numpy.typing import ArrayLike
+from optuna.distributions import IntDistribution
+from optuna.trial import FrozenTrial
 
-from rankscope.errors import SettingsError, TrainingError
+from rankscope.errors import SettingsError
 from rankscope.performance import PerformanceModel
-from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, UNIFORM, Trial
+from rankscope.searching.claims import WITHDRAWN_KEY, Claims, Job, Lease, Patience, Tally, job_of, perform, tally
+from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, STEPS_KEY, UNIFORM, Trial
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import train
 
 logger = logging.getLogger(__name__)
 
-CONFIRMATION_KEY = "confirmation"  # of study attributes: one a run, so that processes which share a study lose none
+CONFIRMING = "-confirming"  # after the study's name: the study of confirming runs
+PLAN_KEY = "plan"  # trial attribute: the finalists and the number of seeds, as its worker would confirm them
+RECOMMENDATION = "recommendation"  # a job of that study: what the first worker to finish recommends
 FIRST_SEED = 500  # trials train on seeds 0, 1, …
 N_SAMPLED = 3  # finalists beside uniform and one-shot
 CONFIDENCE = 0.95
@@ -154,63 +159,156 @@ def pareto_front(trials: Sequence[Trial], values: Iterable[float]) -> list[Trial
 
 
 def confirm(
-    study: optuna.Study,
+    claims: Claims,
+    trials: Sequence[Trial],
+    chosen: Sequence[Trial],
     task: Task,
-    finalists: Sequence[Trial],
     training: TrainingSettings,
     settings: SearchSettings,
     on_run: OnRun,
 ) -> tuple[tuple[Finalist, ...], str | None]:
     """Train the finalists on fresh seeds, the same for each; returns them, and why there are none.
 
-    Runs that the study already holds are not repeated, so that processes share them: each has an order of its own. Those of
-    earlier finalists count. A finalist that diverges on a fresh seed is dropped.
+    Runs that the study of `claims` already holds are not repeated, those of earlier finalists count, and workers share the
+    rest. All take the finalists that the first of them has chosen. A finalist that diverges on a fresh seed is dropped.
     """
-    if len(finalists) < 2:
+    if len(chosen) < 2:
         return (), "there are fewer than two allocations to compare; raise `n_trials`."
     if not settings.confirm_fraction:
         return (), "no trainings are set aside for it; raise `confirm_fraction`."
     n_runs = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)[1]
-    seeds = [str(FIRST_SEED + i) for i in range(affordable_seeds(study, finalists, n_runs))]
-    if not seeds:
-        few = f"{n_runs} trainings are left, too few to confirm {len(finalists)} finalists on a fresh seed each"
+    found, known = claims.look(), {trial.number: trial for trial in trials}
+    plan = agreed_plan(found, make_plan(found, stage_of(trials, settings), chosen, n_runs))
+    if not plan["n_seeds"]:
+        few = f"{n_runs} trainings are left, too few to confirm {len(chosen)} finalists on a fresh seed each"
         one, three = (trials_needed(n, settings) for n in (1, 3))
         return (), f"{few}; raise `n_trials` to {one}, or to {three} for the three seeds that an interval needs."
-    runs = [(trial, seed) for trial in finalists for seed in seeds]
-    random.Random().shuffle(runs)
-    for done, (trial, seed) in enumerate(runs, start=1):
-        if confirmation_key(trial, seed) not in study.user_attrs:
-            metric = None  # of a run that diverges
-            try:
-                result = train(task, trial.allocation, training.at(trial.learning_rate), seed=int(seed))[1]
-                metric = result.metrics[task.metric]
-            except TrainingError as error:
-                logger.warning("trial %d is no finalist: on seed %s %s", trial.number, seed, error)
-            study.set_user_attr(confirmation_key(trial, seed), metric)
-        on_run(done, len(runs))
-    known = study.user_attrs
-    metrics = [{seed: known[confirmation_key(trial, seed)] for seed in seeds} for trial in finalists]
-    steady = [i for i, by_seed in enumerate(metrics) if None not in by_seed.values()]
+    patience, last = Patience(), -1
+    while True:
+        found = claims.look()
+        plan = agreed_plan(found, plan)
+        runs = [Run(known[number], FIRST_SEED + i) for number in plan["finalists"] for i in range(plan["n_seeds"])]
+        jobs = tally(found)
+        states = [jobs.get(run.job, Tally()) for run in runs]
+        done = sum(state.spent(1) for state in states)
+        if done != last:
+            on_run(done, len(runs))
+            patience, last = Patience(), done
+        if done == len(runs):
+            break
+        free = [run for run, state in zip(runs, states, strict=True) if state.free(1)]
+        if not (free and _claim_and_train(claims, random.choice(free), plan, task, training)):
+            patience.wait()
+    finalists, n_seeds = [known[number] for number in plan["finalists"]], plan["n_seeds"]
+    rows = [states[i * n_seeds : (i + 1) * n_seeds] for i in range(len(finalists))]
+    seeds = [str(FIRST_SEED + i) for i in range(n_seeds)]
+    metrics = [dict(zip(seeds, map(_metric, row), strict=True)) for row in rows]
+    whole = [{seed: value for seed, value in by_seed.items() if value is not None} for by_seed in metrics]
+    steady = [i for i, by_seed in enumerate(whole) if len(by_seed) == n_seeds]
     if not steady:
         return (), "every finalist diverged on a fresh seed; lower `learning_rate`."
-    return judge([finalists[i] for i in steady], [metrics[i] for i in steady]), None
+    return judge([finalists[i] for i in steady], [whole[i] for i in steady]), None
 
 
-def confirmation_key(trial: Trial, seed: str) -> str:
-    """The study attribute that keeps a confirming run."""
-    return f"{CONFIRMATION_KEY}:{trial.allocation.fingerprint}@{trial.learning_rate:g}:{seed}"
+class Run(NamedTuple):
+    """A confirming run."""
+
+    trial: Trial
+    seed: int
+
+    @property
+    def job(self) -> str:
+        """Its name in the study of confirming runs."""
+        return f"{self.trial.allocation.fingerprint}@{self.trial.learning_rate!r}:{self.seed}"
 
 
-def confirmed_keys(study: optuna.Study) -> set[str]:
-    """The study attributes that hold a confirming run each."""
-    return {key for key in study.user_attrs if key.startswith(f"{CONFIRMATION_KEY}:")}
+def open_confirming(study: optuna.Study) -> optuna.Study:
+    """The study, beside a search's, in which each confirming run is a trial."""
+    name, storage = f"{study.study_name}{CONFIRMING}", study._storage
+    return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
 
 
-def affordable_seeds(study: optuna.Study, finalists: Sequence[Trial], n_runs: int) -> int:
+def confirmed_runs(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The confirming runs that are done, by job."""
+    jobs = tally(study.get_trials(deepcopy=False))
+    return {job: state.done[0] for job, state in jobs.items() if state.done and not job.startswith(RECOMMENDATION)}
+
+
+def stage_of(trials: Sequence[Trial], settings: SearchSettings) -> str:
+    """What names the state of a search whose trials are done: another has other finalists."""
+    n_runs = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)[1]
+    return f"{len(trials)} trials, {n_runs} runs"
+
+
+def agree(claims: Claims, stage: str, mine: Recommendation, trials: Sequence[Trial]) -> Recommendation:
+    """The recommendation of the first worker that had one at this stage: rounding may differ between machines."""
+    job = f"{RECOMMENDATION} of {stage}"
+
+    def recorded() -> FrozenTrial | None:
+        found = (trial for trial in claims.look() if job_of(trial) == job and WITHDRAWN_KEY not in trial.user_attrs)
+        return next(found, None)
+
+    if recorded() is None:
+        claim = claims.take(Job(job), {"trial": mine.trial.number, "reason": mine.reason})
+        if claim is not None:
+            claims.tell(claim, mine.trial.metric)
+    if (first := recorded()) is None:
+        return mine
+    number = first.user_attrs["trial"]
+    return Recommendation(next(trial for trial in trials if trial.number == number), first.user_attrs["reason"])
+
+
+def make_plan(found: Sequence[FrozenTrial], stage: str, chosen: Sequence[Trial], n_runs: int) -> dict[str, Any]:
+    """What one worker would confirm: the numbers of finalists, and the seeds that the trainings left are enough for."""
+    known = {job for job, state in tally(found).items() if state.spent(1) and not job.startswith(RECOMMENDATION)}
+    n_seeds = affordable_seeds(known, chosen, n_runs)
+    return {"stage": stage, "finalists": [trial.number for trial in chosen], "n_seeds": n_seeds}
+
+
+def agreed_plan(found: Sequence[FrozenTrial], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of the first claim at this stage of the search, else this worker's."""
+    plans = (trial.user_attrs.get(PLAN_KEY, {}) for trial in found)
+    return dict(next((plan for plan in plans if plan.get("stage") == mine["stage"]), mine))
+
+
+def _claim_and_train(claims: Claims, run: Run, plan: dict[str, Any], task: Task, training: TrainingSettings) -> bool:
+    """Train one confirming run, if no other worker has claimed it; whether this one has."""
+    values = {"trial": run.trial.number, "seed": run.seed}
+    numbers = {name: IntDistribution(0, 2**31 - 1) for name in values}
+    attributes = {PLAN_KEY: plan, "origin": run.trial.origin}
+    claim = claims.take(Job(run.job), attributes, {"params": values, "distributions": numbers})
+    if claim is None:
+        return False
+    if agreed_plan(claim.trials, plan) != plan:
+        claims.withdraw(claim.trial_id, "others had chosen the finalists")
+        return False
+    storage, steps = claims.study._storage, list[int]()
+
+    def work(lease: Lease) -> float:
+        def on_step(step: int) -> None:
+            lease.check()
+            steps.append(step)
+
+        try:
+            settings = training.at(run.trial.learning_rate)
+            result = train(task, run.trial.allocation, settings, seed=run.seed, on_step=on_step)[1]
+        finally:
+            storage.set_trial_user_attr(claim.trial_id, STEPS_KEY, len(steps))
+        storage.set_trial_user_attr(claim.trial_id, "wall_seconds", result.wall_seconds)
+        return float(result.metrics[task.metric])
+
+    return perform(claims, claim, work, f"trial {run.trial.number} is no finalist: its run on seed {run.seed}")
+
+
+def _metric(state: Tally) -> float | None:
+    """What a confirming run measured; None where it failed."""
+    return state.done[0].value if state.done else None
+
+
+def affordable_seeds(known: Collection[str], finalists: Sequence[Trial], n_runs: int) -> int:
     """The most fresh seeds on which each finalist can be trained; what is known costs nothing more."""
-    known, seeds = confirmed_keys(study), 0
-    left = max(n_runs - len(known), 0)
-    while (left := left - sum(confirmation_key(t, str(FIRST_SEED + seeds)) not in known for t in finalists)) >= 0:
+    seeds, left = 0, max(n_runs - len(known), 0)
+    while (left := left - sum(Run(t, FIRST_SEED + seeds).job not in known for t in finalists)) >= 0:
         seeds += 1
     return seeds
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
@@ -25,6 +27,7 @@ from rankscope.performance import PerformanceModel, Validation, believable
 from rankscope.profiling import Profile
 from rankscope.searching import confirmation, storage
 from rankscope.searching.attachments import Attachments, artifact_folder
+from rankscope.searching.claims import Claims, Job, Lease, Patience, Tally, finished, perform, tally
 from rankscope.searching.sampler import PerformanceModelSampler, make_pruner, make_sampler, suggest_allocation
 from rankscope.searching.space import BUDGET, OLD_NAMES, HierarchicalSpace, make_space
 from rankscope.searching.storage import LEARNING_RATE, ONE_SHOT, POSTERIOR_MEAN, SAMPLER, STEPS_KEY, UNIFORM
@@ -58,6 +61,8 @@ class SearchResult:
     validation: Validation | None = None  # how well the model predicts trials it has not seen; None with too few
     belief: PerformanceModel | None = None  # what chooses finalists: the model, or the profile alone; None: only trials
     unconfirmed: str | None = None  # why nothing was trained again on fresh seeds; None where it was
+    confirming: optuna.Study | None = None  # whose trials are those trainings; None where there are none
+    agreed: confirmation.Recommendation | None = None  # of all workers of the study; None where nothing is confirmed
 
     @property
     def trials(self) -> list[storage.Trial]:
@@ -72,18 +77,26 @@ class SearchResult:
 
     @property
     def confirming_runs(self) -> int:
-        """Trainings on fresh seeds that the study holds, those of earlier finalists included."""
-        return len(confirmation.confirmed_keys(self.study))
+        """Trainings on fresh seeds that the search holds, those of earlier finalists included."""
+        return 0 if self.confirming is None else len(confirmation.confirmed_runs(self.confirming))
 
     @property
     def steps(self) -> int:
         """Optimizer steps that the search took in all, without those that a killed process lost."""
-        exploring = sum(trial.user_attrs.get(STEPS_KEY, 0) for trial in self.study.get_trials(deepcopy=False))
-        return int(exploring + self.confirming_runs * self.study.user_attrs[storage.STUDY_KEY]["training"]["steps"])
+        studies = [self.study] if self.confirming is None else [self.study, self.confirming]
+        trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
+        return sum(int(trial.user_attrs.get(STEPS_KEY, 0)) for trial in trials)
 
     @cached_property
     def recommendation(self) -> confirmation.Recommendation:
-        """What trials and fresh seeds together value most, and why; uniform or one-shot where they are too few to tell."""
+        """What trials and fresh seeds together value most, and why; uniform or one-shot where they are too few to tell.
+
+        All workers of a study have the same: that of the first to finish.
+        """
+        return self.agreed or self.recommended()
+
+    def recommended(self) -> confirmation.Recommendation:
+        """The recommendation as this process computes it."""
         fresh = [list(finalist.metrics_by_seed.values()) for finalist in self.finalists]
         trials = [finalist.trial for finalist in self.finalists] or confirmation.choose_finalists(
             self.trials, self.belief
@@ -207,7 +220,7 @@ def search(
 
 
 class _Search:
-    """One process's work on a study: it asks for allocations, trains them, and tells Optuna what came out."""
+    """One worker on a study: it claims what is left to do, trains it, and tells Optuna what came out."""
 
     def __init__(
         self, task: Task, space: HierarchicalSpace, settings: SearchSettings, full: TrainingSettings, profile: Profile
@@ -218,10 +231,28 @@ class _Search:
         self.n_trials = confirmation.split_budget(settings.n_trials, share, n_seeds)[0]
         self.training = TrainingSettings.of(full, steps=max(1, round(settings.fidelity * full.steps)))
         pruner = make_pruner(settings.pruner, self.training)
-        space.allocation(space.point(tau=1.0))  # an infeasible budget must not leave an empty study behind
+        points = {UNIFORM: space.point(tau=0.0), ONE_SHOT: space.point(tau=1.0)}
+        ranks = {
+            origin: list(space.allocation(point).vector) for origin, point in points.items()
+        }  # feasible, or no study
+        self.starts: dict[str, dict[str, Any]] = {}
+        for origin, rate in product(points, self.training.learning_rates):
+            known = self._known(origin, ranks[origin], points[origin], rate)
+            self.starts[f"{origin} at {rate!r}"] = known
+        about = self._about(profile)
+        self.study = storage.open_study(settings.study_name or task.name, settings.storage, about)
+        self.study.sampler, self.study.pruner = make_sampler(settings.sampler, space, settings.seed or 0), pruner
+        self.claims = Claims(self.study, settings.grace_seconds)
+        folder = Path(settings.artifacts) if settings.artifacts else artifact_folder(settings.storage)
+        self.attachments = Attachments(self.study, space.targets, folder)
+        self._records = dict[int, storage.Trial]()  # of completed trials by number, read once each
+
+    def _about(self, profile: Profile) -> dict[str, Any]:
+        """What the trials depend on."""
+        task, space, full = self.task, self.space, self.full
         bounds = space.limits.min_rank, space.limits.max_rank
         lowest, highest = (digest(dict(bound)) if isinstance(bound, Mapping) else bound for bound in bounds)
-        about = {
+        return {
             "format": FORMAT,
             **fingerprint_task(task),
             "metric": task.metric,
@@ -230,123 +261,171 @@ class _Search:
             "training": full.at(full.learning_rates[0]).model_dump(),
             "trial_steps": self.training.steps,
             "learning_rates": list(full.learning_rates),
-            "n_seeds": n_seeds,
+            "n_seeds": self.settings.n_seeds,
             "tilts": space.dimensions,
             "profile": {key: profile.metadata.get(key) for key in PROFILE_TERMS},
-            "grouping": settings.grouping,
-            "n_groups": settings.n_groups,
+            "grouping": self.settings.grouping,
+            "n_groups": self.settings.n_groups,
             "min_rank": lowest,
             "max_rank": highest,
         }
-        self.study = storage.open_study(settings.study_name or task.name, settings.storage, about)
-        seed = (settings.seed or 0) + len(self._trials())
-        self.study.sampler, self.study.pruner = make_sampler(settings.sampler, space, seed), pruner
-        storage.fail_orphans(self.study)
-        folder = Path(settings.artifacts) if settings.artifacts else artifact_folder(settings.storage)
-        self.attachments = Attachments(self.study, space.targets, folder)
 
     def explore(self, on_progress: Progress) -> None:
-        """Runs trials until so many are finished: uniform and one-shot, proposals, and the posterior mean's allocation last."""
+        """Runs trials, with any other workers, until so many are finished.
 
-        def run(n_trials: int) -> None:
-            """Runs trials one by one. `optimize` asks and tells, and keeps up heartbeats where the storage has them."""
-            for _ in range(n_trials):
-                if not self._trials(TrialState.WAITING):
-                    self._queue({})
-                self.study.optimize(self._evaluate, n_trials=1, catch=(TrainingError,))
-                on_progress("searching", len(self._trials()) * self.settings.n_seeds, self.settings.n_trials)
+        Uniform and one-shot come first, then proposals, and the posterior mean's allocations last. A worker waits only where
+        all that is left is under way elsewhere; if that worker dies, this one does its work.
+        """
+        trials, patience = self.claims.look(), Patience()
+        last = sum(map(finished, trials))
+        while last < self.n_trials:
+            jobs = tally(trials)
+            left = [job for job in self._jobs(jobs) if jobs.get(job.name, Tally()).spent(job.places) < job.places]
+            self._require_hope(trials, left)
+            free = [job for job in left if jobs.get(job.name, Tally()).free(job.places) > 0]
+            if not left:
+                break
+            if not (free and self._claim_and_train(free[0], trials)):
+                patience.wait()
+            trials = self.claims.look()
+            if (now := sum(map(finished, trials))) > last:
+                on_progress("searching", now * self.settings.n_seeds, self.settings.n_trials)
+                last, patience = now, Patience()
+        self._require_hope(trials, [])
 
-        for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0)):  # uniform alone: other trials are paired with it
-            self._queue_start(origin, self.space.point(tau=tau))
-            run(min(len(self._trials(TrialState.WAITING)), self._left()))
-        if not self._trials(TrialState.COMPLETE, *UNDER_WAY):
-            what = f"study `{self.study.study_name}` must have a trial that completes"
-            raise TrainingError(f"{what}, but every one failed; lower `learning_rate`.")
+    def _jobs(self, jobs: Mapping[str, Tally]) -> list[Job]:
+        """What the trials are for, in order; those of an earlier, shorter search count as proposals."""
+        starts = [Job(name) for name in self.starts][: self.n_trials]
+        room = self.n_trials - len(starts)
         shares = LAST_SHARES if self.space.budget.search else (1.0,)
-        run(self._left() - len(shares))
-        for share in shares[max(len(shares) - self._left(), 0) :]:
-            self._queue_posterior_mean(share)
-        run(self._left())
+        means = [Job(self._mean_job(share)) for share in shares[max(len(shares) - room, 0) :]]
+        named = {SAMPLER, *(job.name for job in (*starts, *means))}
+        others = sum(len(each.done) + len(each.held) for name, each in jobs.items() if name not in named)
+        return [*starts, Job(SAMPLER, max(0, room - len(means) - others)), *means]
 
-    def result(self, on_progress: Progress) -> SearchResult:
-        """Confirms the finalists, on the full schedule."""
-        study, targets = self.study, self.space.targets
-        model = validation = belief = None
-        if isinstance(study.sampler, PerformanceModelSampler) and (model := study.sampler.model(study)) is not None:
-            validation = study.sampler.validate(study)
-            belief = believable(model, validation)
-        if validation is not None and not validation.trustworthy:
-            so = "nothing but fresh seeds chooses" if belief is None else "the profile alone chooses the finalists"
-            logger.warning("the performance model does not beat the profile alone, so %s: %s", so, validation)
-        trials = storage.read_trials(study, targets)
-        if not any(trial.origin == UNIFORM for trial in trials):
-            logger.warning("uniform completed no trial: differences to it are not known")
-        chosen = confirmation.choose_finalists(trials, belief, over_budgets=self.space.budget.search)
-        on_run = partial(on_progress, "confirming")
-        finalists, unconfirmed = confirmation.confirm(study, self.task, chosen, self.full, self.settings, on_run)
-        if unconfirmed and self.settings.confirm_fraction:
-            logger.warning("nothing is confirmed: %s", unconfirmed)
-        found = SearchResult(study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed)
-        if trials:
-            study.set_user_attr("recommendation", f"{found.best_trial.number}: {found.recommendation.reason}")
-            self.attachments.finish(found)
-        return found
+    def _mean_job(self, share: float) -> str:
+        return f"{POSTERIOR_MEAN} at {share:g} of {self.n_trials} trials"
 
-    def _queue_start(self, origin: str, tilts: dict[str, float]) -> None:
-        """Queues a start point at each rate at which it is neither finished nor under way."""
-        mine = [trial for trial in self._trials() if trial.user_attrs.get("origin") == origin]
-        known = {trial.user_attrs["rate"] for trial in mine if _finished(trial) or trial.state in UNDER_WAY}
-        for rate in self.training.learning_rates:
-            if rate not in known:
-                self._queue(tilts | {LEARNING_RATE: rate}, origin=origin, rate=rate)
+    def _require_hope(self, trials: Sequence[FrozenTrial], left: Sequence[Job]) -> None:
+        """Raise a TrainingError where uniform and one-shot are done, and nothing has completed, nor is under way."""
+        started = not any(job.name in self.starts for job in left)
+        if started and not any(trial.state in (TrialState.COMPLETE, *UNDER_WAY) for trial in trials):
+            reasons = [str(t.user_attrs[storage.FAILURE_KEY]) for t in trials if storage.FAILURE_KEY in t.user_attrs]
+            remedy = (
+                "use smaller batches"
+                if any("ran out of memory" in each for each in reasons)
+                else "lower `learning_rate`"
+            )
+            what = f"study `{self.study.study_name}` must have a trial that completes"
+            raise TrainingError(f"{what}, but every one failed; {remedy}.")
 
-    def _queue_posterior_mean(self, share: float) -> None:
-        """Queues what the performance model values most at a share of the budget, if there is a model and it is new."""
-        sampler = self.study.sampler
-        if isinstance(sampler, PerformanceModelSampler) and sampler.model(self.study) is not None:
-            allocation, tilts, rate = sampler.best(self.study, share)
-            if allocation not in [trial.allocation for trial in storage.read_trials(self.study, self.space.targets)]:
-                self._queue(tilts | {LEARNING_RATE: rate}, origin=POSTERIOR_MEAN, ranks=list(allocation.vector))
+    def _claim_and_train(self, job: Job, trials: Sequence[FrozenTrial]) -> bool:
+        """Run a trial of a job, if no other worker has claimed its last place; whether this one has."""
+        claim = None if job.name in self.starts else self.claims.take_queued(job, trials)
+        if claim is None:
+            self._seed(trials)
+            claim = self.claims.take(job, **(self.starts.get(job.name) or self._proposal(job, trials)))
+        if claim is None:
+            return False
+        taken = claim
 
-    def _queue(self, parameters: dict[str, Any], **attributes: Any) -> None:
-        """Queues a trial, signed first, so that none ever runs unsigned. The sampler chooses what is not given."""
-        self.study.enqueue_trial(parameters, user_attrs={**attributes, storage.WORKER_KEY: storage.this_worker()})
+        def work(lease: Lease) -> float:
+            running = optuna.Trial(self.study, taken.trial_id)
+            with self.attachments.attached(running):
+                return self._evaluate(running, lease, taken.trials)
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states or None)
+        perform(self.claims, taken, work, f"trial {taken.number}")
+        return True
 
-    def _left(self) -> int:
-        return max(0, self.n_trials - sum(map(_finished, self._trials())))
+    def _seed(self, trials: Sequence[FrozenTrial]) -> None:
+        """Seeds a sampler of ours by the trials before: a resumed search goes on as it would have.
 
-    def _evaluate(self, running: optuna.Trial) -> float:
-        """A trial's objective; its picture and note are attached at its end."""
-        with self.attachments.attached(running):
-            return self._measure(running)
+        Several workers must not propose the same, so beside others each draws a seed of its own.
+        """
+        alone = not any(trial.state == TrialState.RUNNING for trial in trials)
+        self._rng = np.random.default_rng([self.settings.seed or 0, len(trials)] if alone else None)
+        if isinstance(self.settings.sampler, str):
+            seed = int(self._rng.integers(2**31))
+            if isinstance(self.study.sampler, PerformanceModelSampler):
+                self.study.sampler.reseed(seed)
+            else:
+                self.study.sampler = make_sampler(self.settings.sampler, self.space, seed)
 
-    def _measure(self, running: optuna.Trial) -> float:
+    def _proposal(self, job: Job, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
+        """What a trial is to be, for `Claims.take`; nothing yet where Optuna asks the sampler.
+
+        The posterior mean's trial is what the performance model values most, if there is a model and that is new.
+        """
+        sampler, rates = self.study.sampler, self.training.learning_rates
+        if not isinstance(sampler, PerformanceModelSampler) or sampler.space is not self.space:
+            return {}
+        origin, proposal = SAMPLER, None
+        shares = [share for share in LAST_SHARES if job.name == self._mean_job(share)]
+        if shares and sampler.model(self.study) is not None:
+            mean = sampler.best(self.study, shares[0])
+            alive = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)]
+            if list(mean.allocation.vector) not in [trial.user_attrs.get(storage.RANKS_KEY) for trial in alive]:
+                origin, proposal = POSTERIOR_MEAN, mean
+        allocation, tilts, rate = proposal or sampler.propose(self.study)
+        rate = rate if rate in rates else rates[int(self._rng.integers(len(rates)))]
+        return self._known(origin, list(allocation.vector), tilts, rate)
+
+    def _known(self, origin: str, ranks: list[int], tilts: Mapping[str, float], rate: float) -> dict[str, Any]:
+        """The attributes and parameters of a trial that is known before it is claimed."""
+        rates = self.training.learning_rates
+        values: dict[str, Any] = {tilt.name: tilts[tilt.name] for tilt in self.space.tilts}
+        kinds: dict[str, Any] = {tilt.name: FloatDistribution(tilt.low, tilt.high) for tilt in self.space.tilts}
+        if len(rates) > 1:
+            values[LEARNING_RATE], kinds[LEARNING_RATE] = rate, CategoricalDistribution(rates)
+        template = {"params": values, "distributions": kinds}
+        return {"attributes": {"origin": origin, storage.RANKS_KEY: ranks}, "template": template}
+
+    def _evaluate(self, running: optuna.Trial, lease: Lease, trials: list[FrozenTrial]) -> float:
         """The validation metric of a trial's allocation, mean over the seeds: trained, or that of an equal trial."""
-        running.set_user_attr(storage.WORKER_KEY, storage.this_worker())  # another process may have queued it
         allocation, rates = suggest_allocation(running, self.space), self.training.learning_rates
         rate = rates[0] if len(rates) == 1 else float(running.suggest_categorical(LEARNING_RATE, list(rates)))
         origin = running.user_attrs.get("origin", SAMPLER)
-        earlier = storage.read_trials(self.study, self.space.targets)
-        same = next((t for t in earlier if t.allocation == allocation and t.learning_rate == rate), None)
+        patience = Patience()
+        while self._equal_runs(trials, running.number, allocation, rate):  # its result can be used
+            lease.check()
+            patience.wait()
+            trials = self.claims.look()
+        earlier = self._read(trials)
+        same = next((t for t in earlier.values() if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
             first, number = same.number if same.reused is None else same.reused, running.number
             trial = replace(same, number=number, origin=origin, difference=None, wall_seconds=0.0, reused=first)
-            for step, value in self.study.trials[same.number].intermediate_values.items():
+            known = self.study._storage.get_trial(
+                self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, same.number)
+            )
+            for step, value in known.intermediate_values.items():
                 running.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
-            trial = self._train(running, origin, allocation, rate)
-        uniform = max((t for t in earlier if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
-        if uniform is not None and origin != UNIFORM:  # compare with uniform at its best learning rate
-            mine, theirs = trial.metrics_by_seed, uniform.metrics_by_seed
-            trial = replace(trial, difference=fmean(mine[seed] - theirs[seed] for seed in mine))
+            trial = self._train(running, origin, allocation, rate, lease)
         row = {key: value for key, value in trial.to_row().items() if key != storage.RANKS_KEY}
         running.set_user_attr(storage.TRIAL_KEY, row)
         return trial.metric
 
-    def _train(self, running: optuna.Trial, origin: str, allocation: RankAllocation, rate: float) -> storage.Trial:
+    def _equal_runs(self, trials: Sequence[FrozenTrial], number: int, allocation: RankAllocation, rate: float) -> bool:
+        """Whether an earlier trial is under way that trains the same."""
+        ranks, several = list(allocation.vector), len(self.training.learning_rates) > 1
+        return any(
+            trial.user_attrs.get(storage.RANKS_KEY) == ranks
+            and (not several or trial.params.get(LEARNING_RATE) == rate)
+            for trial in trials
+            if trial.state == TrialState.RUNNING and trial.number < number
+        )
+
+    def _read(self, trials: Sequence[FrozenTrial]) -> dict[int, storage.Trial]:
+        """The completed trials by number; each is read once, since there may be thousands."""
+        for trial in trials:
+            if trial.state == TrialState.COMPLETE and trial.number not in self._records and storage.is_ours(trial):
+                self._records[trial.number] = storage.as_record(trial, self.space.targets)
+        return self._records
+
+    def _train(
+        self, running: optuna.Trial, origin: str, allocation: RankAllocation, rate: float, lease: Lease
+    ) -> storage.Trial:
         """One training a seed; pruned on the first one's way, or between seeds where the pruner compares those."""
         metric, by_seed = self.task.metric, isinstance(self.study.pruner, optuna.pruners.WilcoxonPruner)
         last = self.settings.n_seeds if by_seed else self.training.steps
@@ -357,20 +436,18 @@ class _Search:
             if origin == SAMPLER and step < last and running.should_prune():
                 raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
 
+        def on_step(step: int) -> None:
+            lease.check()
+            steps.append(step)
+
         try:
             for seed in range(self.settings.n_seeds):
                 watch = None if by_seed or seed else report
-                trained = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=steps.append)
+                trained = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=on_step)
                 results.append(trained[1])
                 del trained  # its model would live through the next seed's training
                 if by_seed:
                     report(seed + 1, results[-1].metrics)
-        except (TrainingError, optuna.TrialPruned) as error:
-            if isinstance(error, TrainingError):
-                running.set_user_attr("failure", str(error))
-                logger.warning("trial %d failed: %s", running.number, error)
-            # Optuna keeps the error in a cycle, and its frames keep the model.
-            raise error.with_traceback(None) from error.__cause__
         finally:
             running.set_user_attr(STEPS_KEY, len(steps))
         metrics = {str(seed): result.metrics[metric] for seed, result in enumerate(results)}
@@ -386,7 +463,34 @@ class _Search:
             history={step: found[metric] for step, found in results[0].history.items()},
         )
 
-
-def _finished(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: it completed, was pruned, or failed of its own (and not because its process was killed)."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "failure" in trial.user_attrs
+    def result(self, on_progress: Progress) -> SearchResult:
+        """Confirms the finalists, on the full schedule, with any other workers; all of them get the same result."""
+        study, targets = self.study, self.space.targets
+        model = validation = belief = None
+        if isinstance(study.sampler, PerformanceModelSampler) and (model := study.sampler.model(study)) is not None:
+            validation = study.sampler.validate(study)
+            belief = believable(model, validation)
+        if validation is not None and not validation.trustworthy:
+            so = "nothing but fresh seeds chooses" if belief is None else "the profile alone chooses the finalists"
+            logger.warning("the performance model does not beat the profile alone, so %s: %s", so, validation)
+        trials = storage.read_trials(study, targets)
+        if not any(trial.origin == UNIFORM for trial in trials):
+            logger.warning("uniform completed no trial: differences to it are not known")
+        chosen = confirmation.choose_finalists(trials, belief, over_budgets=self.space.budget.search)
+        claims = Claims(confirmation.open_confirming(study), self.settings.grace_seconds)
+        on_run = partial(on_progress, "confirming")
+        finalists, unconfirmed = confirmation.confirm(
+            claims, trials, chosen, self.task, self.full, self.settings, on_run
+        )
+        if unconfirmed and self.settings.confirm_fraction:
+            logger.warning("nothing is confirmed: %s", unconfirmed)
+        found = SearchResult(
+            study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed, claims.study
+        )
+        if finalists:
+            stage = confirmation.stage_of(trials, self.settings)
+            found = replace(found, agreed=confirmation.agree(claims, stage, found.recommended(), trials))
+        if trials:
+            study.set_user_attr("recommendation", f"{found.best_trial.number}: {found.recommendation.reason}")
+            self.attachments.finish(found)
+        return found

@@ -83,6 +83,10 @@ class PerformanceModelSampler(BaseSampler):
         self._rng = np.random.default_rng()
         self._independent.reseed_rng()
 
+    def reseed(self, *seed: int) -> None:
+        """Draw from these seeds, together."""
+        self._rng, self._independent = np.random.default_rng(seed), RandomSampler(sum(seed) % 2**32)
+
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The tilts."""
         return {tilt.name: FloatDistribution(tilt.low, tilt.high) for tilt in self.space.tilts}
@@ -128,7 +132,8 @@ class PerformanceModelSampler(BaseSampler):
                     name: float(self._rng.uniform(low, high)) for name, low, high in self.space.tilts if name == BUDGET
                 }
                 return Proposal(self.space.allocation(tilts), tilts, None)
-            tried = set(self._seen.values())
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))  # elsewhere
+            tried = {*self._seen.values(), *(tuple(trial.user_attrs.get(RANKS_KEY, ())) for trial in running)}
             for _ in range(DRAWS):
                 gains, rate = self._model.sample(self._rng)
                 shares = [2.0 ** self._rng.uniform(low, high) for name, low, high in self.space.tilts if name == BUDGET]
@@ -257,7 +262,8 @@ def suggest_allocation(trial: optuna.trial.BaseTrial, space: HierarchicalSpace) 
         )
     if not space.budget.search:
         space.budget.require(allocation, "the trial's ranks")
-    trial.set_user_attr(RANKS_KEY, list(allocation.vector))
+    if trial.user_attrs.get(RANKS_KEY) != list(allocation.vector):
+        trial.set_user_attr(RANKS_KEY, list(allocation.vector))
     return allocation
 
 

@@ -95,8 +95,8 @@ def test_a_foreign_trial_in_a_study_of_rankscope(
     digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
     first = run(digits, digits_profile, digits_budget, n_trials=1)
-    first.study.add_trial(optuna.trial.create_trial(value=0.9))  # one-shot waits as trial 1
-    message = "the study must hold trials of rankscope only, but trial 2 is foreign; use another study name."
+    first.study.add_trial(optuna.trial.create_trial(value=0.9))
+    message = "the study must hold trials of rankscope only, but trial 1 is foreign; use another study name."
     for n_trials in (1, 4):  # nothing to do, and something
         with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
             run(digits, digits_profile, digits_budget, n_trials=n_trials, storage=first.study._storage)

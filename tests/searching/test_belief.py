@@ -14,7 +14,7 @@ def test_a_stored_search_is_believed_as_when_it_ended(
     storage = optuna.storages.InMemoryStorage()
     training = rs.TrainingSettings(steps=20, learning_rate=0.02)
     result = rs.search(
-        digits, budget=digits_budget, profile=digits_profile, n_trials=14, confirm_fraction=0.0, training=training, storage=storage
+        digits, budget=digits_budget, profile=digits_profile, n_trials=14, seed=3, confirm_fraction=0.0, training=training, storage=storage
     )  # fmt: skip
     space = make_space(digits_profile, digits_profile.targets, digits_budget)
     found = rs.PerformanceModelSampler(space).believed(result.study)

@@ -2,13 +2,12 @@
 
 import re
 
-import optuna
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankscope.errors import SettingsError
-from rankscope.searching.confirmation import FIRST_SEED, affordable_seeds, confirmation_key, split_budget
+from rankscope.searching.confirmation import FIRST_SEED, Run, affordable_seeds, split_budget
 from rankscope.searching.storage import Trial
 from rankscope.settings import SearchSettings
 from tests.searching.test_finalists import trial
@@ -51,19 +50,16 @@ def test_bad_settings(settings: dict, message: str) -> None:
         SearchSettings(**settings)
 
 
-def study_with(runs: list[tuple[Trial, int]]) -> optuna.Study:
-    study = optuna.create_study()
-    for finalist, seed in runs:
-        study.set_user_attr(confirmation_key(finalist, str(seed)), 0.5)
-    return study
+def jobs(*runs: tuple[Trial, int]) -> set[str]:
+    return {Run(*run).job for run in runs}
 
 
 def test_known_runs_count_and_are_not_paid_twice() -> None:
     a, b, old = trial(0, "uniform", (1, 1, 1)), trial(1, "one-shot", (3, 0, 0)), trial(2, "sampler", (0, 3, 0))
     first, second = FIRST_SEED, FIRST_SEED + 1
-    assert affordable_seeds(study_with([]), [a, b], 5) == 2
-    assert affordable_seeds(study_with([]), [a, b], 1) == 0
-    known = study_with([(a, first), (b, first), (a, second)])
+    assert affordable_seeds(set(), [a, b], 5) == 2
+    assert affordable_seeds(set(), [a, b], 1) == 0
+    known = jobs((a, first), (b, first), (a, second))
     assert affordable_seeds(known, [a, b], 0) == 1  # nothing is left: what is there counts
     assert affordable_seeds(known, [a, b], 4) == 2
-    assert affordable_seeds(study_with([(old, first), (old, second)]), [a, b], 4) == 1  # an earlier finalist's runs
+    assert affordable_seeds(jobs((old, first), (old, second)), [a, b], 4) == 1  # an earlier finalist's runs

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import re
-import time
 import weakref
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import rankscope as rs
 from rankscope.errors import SettingsError, TrainingError
 from rankscope.plotting import plot_belief, plot_predictions
 from rankscope.searching import search
+from rankscope.searching.claims import Claims, Job
 from rankscope.searching.confirmation import choose_finalists, recommend
 from rankscope.searching.storage import Trial
 from rankscope.tasks import Task
@@ -347,20 +347,17 @@ def test_other_samplers_have_no_model(
     assert result.validation is None
 
 
-@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_a_trial_of_a_machine_that_is_gone_is_run_again_where_the_storage_has_heartbeats(
-    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, tmp_path: Path
+def test_a_trial_whose_worker_is_gone_is_run_again(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url = f"sqlite:///{tmp_path}/study.db"
-    storage = optuna.storages.RDBStorage(url, heartbeat_interval=1, grace_period=1)
-    first = run(digits, digits_profile, digits_budget, storage, n_trials=1)
-    lost = first.study.ask()  # one-shot, which waited
-    lost.set_user_attr("worker", {"host": "elsewhere", "pid": 1})
-    storage.record_heartbeat(lost._trial_id)
-    time.sleep(2.5)
-    again = run(digits, digits_profile, digits_budget, storage, n_trials=2)
-    assert again.study.trials[lost.number].state.name == "FAIL"
-    assert [trial.origin for trial in again.trials] == ["uniform", "one-shot"]
+    first = run(digits, digits_profile, digits_budget, None, n_trials=1)
+    gone = Claims(first.study, 1.0).take(Job("one-shot at 0.01"))
+    again = run(digits, digits_profile, digits_budget, first.study._storage, n_trials=2, grace_seconds=1.0)
+    assert gone is not None
+    assert gone.number == 1
+    assert again.study.trials[1].state.name == "FAIL"
+    assert [(trial.number, trial.origin) for trial in again.trials] == [(0, "uniform"), (2, "one-shot")]
+    assert "trial 1 is lost: its worker gave no sign of life" in caplog.messages
 
 
 def test_no_model_outlives_its_trial(

@@ -378,15 +378,20 @@ def free_memory() -> None:
     clear_device_cache(garbage_collection=True)
 
 
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    n_gpus = torch.cuda.device_count()
+    return tuple(named[:n_gpus] or map(str, range(n_gpus)))
+
+
 @contextmanager
 def one_gpu_each(n_jobs: int) -> Iterator[None]:
     """Show each worker process that joblib starts one GPU only, in turn; does nothing with fewer than two of either."""
     from joblib import parallel_config
 
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    n_gpus = torch.cuda.device_count()
-    gpus = tuple(named[:n_gpus] or map(str, range(n_gpus)))
-    options: Any = {"initializer": _take_gpu, "initargs": (gpus, _claims().name)} if min(n_jobs, n_gpus) > 1 else {}
+    gpus = visible_gpus()
+    options: Any = {"initializer": _take_gpu, "initargs": (gpus, _claims().name)} if min(n_jobs, len(gpus)) > 1 else {}
     with parallel_config(backend="loky", **options):
         yield
 

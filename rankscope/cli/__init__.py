@@ -47,6 +47,7 @@ PARAMETERS = typer.Option(None, help="Overrides `budget`: adapter parameters.")
 ALLOW_CODE = typer.Option(
     False, "--allow-code", help="Run the code that the study names though the file is outside the working directory."
 )
+STORAGE = typer.Option(None, metavar="URL", help="Overrides `search.storage`: where trials are kept.")
 
 UsageError: Any = typer.BadParameter.__base__  # typer's own, or click's where typer uses it
 
@@ -214,7 +215,7 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
             _check_early(name, study, settings, place, own)  # and so is what does not exist
             if name != "dashboard":  # which runs nothing of the study
                 say_code(study, settings, flags, allowed=allow_code)
-            work = importlib.import_module(f"rankscope.cli.{'dashboard' if name == 'dashboard' else 'commands'}")
+            work = importlib.import_module(f"rankscope.cli.{name if name in ('dashboard', 'worker') else 'commands'}")
             session = work.Session(study, flags, settings, place)
             started, elsewhere = time.time(), name in SEARCHES and settings.search.storage is not None
             try:
@@ -346,13 +347,31 @@ def _budget(
     """Find how few adapter parameters the task needs, and how many times fewer than uniform LoRA; resumes."""
 
 
-@_study_command("search", "studies/digits.yaml --trials 60", trials="search.n_trials", **BUDGET)
+@_study_command(
+    "search", "studies/digits.yaml --trials 60", trials="search.n_trials", storage="search.storage", **BUDGET
+)
 def _search(
+    trials: int | None = typer.Option(None, help="Overrides `search.n_trials`: trainings in all."),
+    storage: str | None = STORAGE,
+    uniform_rank: int | None = UNIFORM_RANK,
+    parameters: int | None = PARAMETERS,
+) -> None:
+    """Search with short fine-tuning trials; resumes an earlier run, and shares it with other workers."""
+
+
+@_study_command(
+    "worker", "studies/digits.yaml --storage postgresql://me@host/searches --devices all",
+    trials="search.n_trials", storage="search.storage", **BUDGET,
+)  # fmt: skip
+def _worker(
+    storage: str | None = STORAGE,
+    devices: str | None = typer.Option(None, metavar="LIST", help="GPUs, as in 0,1, or all: one process each."),
+    jobs: int = typer.Option(1, min=1, help="Processes, where no devices are given."),
     trials: int | None = typer.Option(None, help="Overrides `search.n_trials`: trainings in all."),
     uniform_rank: int | None = UNIFORM_RANK,
     parameters: int | None = PARAMETERS,
 ) -> None:
-    """Search with short fine-tuning trials; resumes an earlier run."""
+    """Help a search on any number of machines: run its trials and confirming runs until none is left; writes no outputs."""
 
 
 @_study_command("train", "studies/digits.yaml --baseline --seeds 8 --jobs 2", controller="controller.mode")
@@ -410,8 +429,9 @@ def _report(
     run_report(folders, out, into, as_json=json)
 
 
-@_study_command("dashboard", "studies/digits.yaml --open")
+@_study_command("dashboard", "studies/digits.yaml --open", storage="search.storage")
 def _dashboard(
+    storage: str | None = STORAGE,
     port: int = typer.Option(8080, min=0, max=65535, help="Of this machine's loopback; 0: any free one."),
     open_browser: bool = typer.Option(False, "--open/--no-open", help="Open it in the browser."),
 ) -> None:

@@ -171,7 +171,7 @@ def _allocation_summary(allocation: RankAllocation) -> dict[str, Any]:
 
 def run_search(session: Session, *, as_json: bool) -> None:
     """`rankscope search`."""
-    result = _search(session)
+    result = search_study(session)
     best = result.best_trial
     allocation = best.allocation.renamed(SEARCHED) if best.proposed else best.allocation
     shown = dict.fromkeys([*(trial.allocation for trial in _starts_of(result)), allocation])
@@ -190,8 +190,8 @@ def run_search(session: Session, *, as_json: bool) -> None:
     print_files(files)
 
 
-def _search(session: Session) -> SearchResult:
-    """The study's search, to its end; trials that are done already are read."""
+def search_study(session: Session) -> SearchResult:
+    """The study's search, to its end, with any other workers; trials that are done already are read."""
     settings, bounds = session.study.search, session.study.allocation
     taken = session.profile  # before the bar is shown
     with progress("searching") as update:
@@ -587,7 +587,7 @@ def run_compare(session: Session, *, as_json: bool) -> None:
                 f"`searched` needs a search in {session.out}, but there is none; "
                 f"run `rankscope search {session.arguments}` first."
             )
-        searched = _search(session)
+        searched = search_study(session)
     methods = comparison.find_methods(
         dict.fromkeys((comparison.REFERENCE, *settings.methods)),
         seed=seeds[0],

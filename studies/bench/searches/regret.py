@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -77,15 +78,17 @@ def tabulate(curves: Mapping[tuple[str, str, int], Mapping[int, float]]) -> pd.D
 
 
 def run_search(
-    name: str, method: str, seed: int, budgets: Sequence[int] = BUDGETS
+    name: str, method: str, seed: int, budgets: Sequence[int] = BUDGETS, workers: int = 1
 ) -> tuple[tuple[str, str, int], dict[int, float]]:
     """One search by its names: the same names and seed, and its regret curve."""
     landscape = LANDSCAPES[name](seed)
-    return (name, method, seed), regret_curve(landscape, METHODS[method](landscape, seed), budgets)
+    return (name, method, seed), regret_curve(landscape, METHODS[method](landscape, seed), budgets, workers)
 
 
-def regret_curve(landscape: Landscape, method: Method, budgets: Sequence[int] = BUDGETS) -> dict[int, float]:
-    """The regret of the recommendation by number of trials, of one search.
+def regret_curve(
+    landscape: Landscape, method: Method, budgets: Sequence[int] = BUDGETS, workers: int = 1
+) -> dict[int, float]:
+    """The regret of the recommendation by number of trials, of one search with so many workers.
 
     Raises:
         ValueError: A budget has no room to confirm.
@@ -93,7 +96,7 @@ def regret_curve(landscape: Landscape, method: Method, budgets: Sequence[int] = 
     splits = {split_budget(trials, CONFIRM_FRACTION): trials for trials in budgets}
     if tight := [trials for (_, confirming), trials in splits.items() if not confirming]:
         raise ValueError(f"`budgets` must leave trials to confirm, but {tight[0]} are too few; take more.")
-    search = _Search(landscape, method)
+    search = _Search(landscape, method, workers)
     curve = {}
     for (exploring, confirming), trials in sorted(splits.items()):
         search.explore(exploring)
@@ -117,9 +120,11 @@ def run_on_table(name: str, seed: int, n_trials: int = 33) -> tuple[float, Inter
 class _Search:
     """A study on a landscape, and what is recommended from it."""
 
-    def __init__(self, landscape: Landscape, method: Method) -> None:
-        self.landscape, self.method = landscape, method
+    def __init__(self, landscape: Landscape, method: Method, workers: int = 1) -> None:
+        """With several workers, so many trials are under way before the first of them is told."""
+        self.landscape, self.method, self.workers = landscape, method, workers
         self.trials: list[Trial] = []
+        self._asked = deque[tuple[optuna.Trial, str, Ints]]()
         self._visits: dict[tuple[int, ...], int] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.study = optuna.create_study(direction="maximize", sampler=method.sampler)
@@ -129,13 +134,21 @@ class _Search:
         space = self.landscape.space
         with warnings.catch_warnings(action="ignore"):  # of Optuna, that GPSampler and others are experimental
             for origin, tau in ((UNIFORM, 0.0), (ONE_SHOT, 1.0))[len(self.trials) :]:
-                self._try(origin, np.array(space.allocation(space.point(tau=tau)).vector))
+                self._ask(origin, np.array(space.allocation(space.point(tau=tau)).vector))
             while len(self.trials) < n_trials:
-                last = len(self.trials) == n_trials - 1
-                if last and isinstance(self.method.sampler, PerformanceModelSampler):
-                    self._try(POSTERIOR_MEAN, np.array(self.method.sampler.best(self.study).allocation.vector))
+                asked = len(self.trials) + len(self._asked)
+                if asked == n_trials or len(self._asked) >= self.workers:
+                    self._tell(*self._asked.popleft())
+                elif asked == n_trials - 1 and isinstance(self.method.sampler, PerformanceModelSampler):
+                    self._ask(POSTERIOR_MEAN, self._posterior_mean())
                 else:
-                    self._try(SAMPLER, None)
+                    self._ask(SAMPLER, None)
+
+    def _posterior_mean(self) -> Ints | None:
+        """What the sampler values most; nothing yet where too few trials have ended."""
+        sampler = self.method.sampler
+        ready = isinstance(sampler, PerformanceModelSampler) and len(self.trials) > 1
+        return np.array(sampler.best(self.study).allocation.vector) if ready else None
 
     def recommended(self, confirming: int) -> Ints:
         """The ranks that are recommended after so many more measurements of the finalists."""
@@ -149,14 +162,18 @@ class _Search:
             return np.array(recommend(chosen, fresh, weighing).trial.allocation.vector)
         return np.array(chosen[int(np.argmax(np.mean(fresh, axis=1)))].allocation.vector)
 
-    def _try(self, origin: str, ranks: Ints | None) -> None:
-        """One trial: of these ranks, or of what the method proposes."""
+    def _ask(self, origin: str, ranks: Ints | None) -> None:
+        """Start a trial: of these ranks, or of what the method proposes."""
         if ranks is not None:
             self.study.enqueue_trial({}, user_attrs={RANKS_KEY: ranks.tolist()})
         trial = self.study.ask()
         proposed = self.method(trial)
         ranks = proposed if ranks is None else ranks
         trial.set_user_attr(RANKS_KEY, ranks.tolist())
+        self._asked.append((trial, origin, ranks))
+
+    def _tell(self, trial: optuna.Trial, origin: str, ranks: Ints) -> None:
+        """End a trial."""
         key = tuple(ranks.tolist())
         self._visits[key] = self._visits.get(key, -1) + 1
         metric = self.landscape.measure(ranks, self._visits[key])

@@ -59,7 +59,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         (MINIMAL + "sead: 1", "unknown key `sead`; did you mean `seed`?"),
         (MINIMAL + "training: {stepz: 1}", "unknown key `training.stepz`; did you mean `training.steps`?"),
         (MINIMAL + "search: {xyz: 1}", "unknown key `search.xyz`; known keys are "
-         "n_trials, n_seeds, confirm_fraction, fidelity, sampler, seed, grouping, n_groups, storage, study_name, artifacts, pruner."),
+         "n_trials, n_seeds, confirm_fraction, fidelity, sampler, seed, grouping, n_groups, storage, grace_seconds, study_name, artifacts, pruner."),
         (MINIMAL + "training: {steps: many}", "`training.steps`: input should be a valid integer, "
          "but got 'many'."),
         (MINIMAL + "training: {learning_rate: -1}", "`training.learning_rate`: input should be greater than 0, but got -1."),

@@ -209,7 +209,7 @@ def make_storage(storage: str | BaseStorage | None, *, create: bool = True) -> B
     if file := _sqlite_file(url):
         file.parent.mkdir(parents=True, exist_ok=True)
         _check_file(file)
-    return patient(_opening(lambda: _database(url, create=create), url))
+    return patient(_opening(lambda: _database(url, create=create), url, create=create))
 
 
 def _database(url: str, *, create: bool) -> BaseStorage:
@@ -255,8 +255,8 @@ def _grpc(url: str) -> BaseStorage:
     return proxy
 
 
-def _opening(call: Callable[[], Any], storage: object) -> Any:
-    """What a call gives, tried again for a while; else a SettingsError that says in one line, without the password, why not."""
+def _opening(call: Callable[[], Any], storage: object, *, create: bool = True) -> Any:
+    """What a call gives, tried again while others create the tables; else a SettingsError that says in one line why not."""
     from sqlalchemy.exc import SQLAlchemyError
 
     url, deadline = str(storage).strip(), time.monotonic() + OPENING
@@ -274,7 +274,7 @@ def _opening(call: Callable[[], Any], storage: object) -> Any:
                 f"run pip install 'rankscope[{package}]'."
             ) from None
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError) as error:
-            if not _raced(error) or time.monotonic() > deadline:
+            if not (create and _raced(error)) or time.monotonic() > deadline:
                 raise SettingsError(_unopened(storage, error)) from None
             time.sleep(random.uniform(0.05, 0.3))
         except (ValueError, RuntimeError, KeyError, OSError, optuna.exceptions.OptunaError) as error:
@@ -283,10 +283,10 @@ def _opening(call: Callable[[], Any], storage: object) -> Any:
 
 def _raced(error: BaseException) -> bool:
     """Whether opening may have failed because another process was creating the tables."""
-    signs = (
-        r"already exists|[Dd]uplicate|UNIQUE constraint|is locked|does not exist|no such table|doesn't exist|deadlock"
-    )
-    return isinstance(error, AssertionError) or re.search(signs, f"{error} {error.__cause__ or ''}") is not None
+    there = r"already exists|[Dd]uplicate|UNIQUE constraint|is locked|deadlock"
+    not_yet = r"relation .* does not exist|no such table|doesn't exist"
+    text = f"{error} {error.__cause__ or ''}"
+    return isinstance(error, AssertionError) or re.search(f"{there}|{not_yet}", text) is not None
 
 
 def _unopened(storage: object, error: BaseException) -> str:
@@ -330,7 +330,7 @@ class PatientStorage(BaseStorage):
 
     def __init__(self, inner: BaseStorage, patience: float = PATIENCE) -> None:
         self._inner, self._patience = inner, patience
-        self._away, self._lock = False, Lock()
+        self._away, self._over, self._lock = False, False, Lock()
 
     def _patiently(self, method: str, *args: Any, **kwargs: Any) -> Any:
         deadline, pause = math.inf, 0.1
@@ -341,13 +341,15 @@ class PatientStorage(BaseStorage):
                 reason = _reason(error)
                 if reason is None:
                     raise
-                deadline = min(deadline, time.monotonic() + self._patience)
+                # Once is enough: what a search does to end would wait as long again.
+                deadline = min(deadline, time.monotonic() + (0.0 if self._over else self._patience))
                 if not _may_pass(error):
                     raise SettingsError(
                         f"`storage` must keep what trials report, but does not ({reason}); mend it, and run the command "
                         "again: finished trials are kept."
                     ) from None
-                if time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
+                    self._over = True
                     raise SettingsError(
                         f"`storage` must answer, but has not for {self._patience:g} s ({reason}); start its server, and run "
                         "the command again: finished trials are kept."
@@ -356,6 +358,7 @@ class PatientStorage(BaseStorage):
                 time.sleep(random.uniform(0.5, 1.0) * pause)
                 pause = min(2.0 * pause, 5.0)
             else:
+                self._over = False
                 self._note(away=False)
                 return result
 

@@ -21,7 +21,16 @@ from optuna.trial import FrozenTrial
 from rankscope.errors import SettingsError
 from rankscope.performance import PerformanceModel
 from rankscope.searching.claims import WITHDRAWN_KEY, Claims, Job, Lease, Patience, Tally, job_of, perform, tally
-from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, STEPS_KEY, UNIFORM, Trial
+from rankscope.searching.storage import (
+    ID_KEY,
+    ONE_SHOT,
+    POSTERIOR_MEAN,
+    STEPS_KEY,
+    STUDY_KEY,
+    UNIFORM,
+    Trial,
+    open_study,
+)
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import train
@@ -160,6 +169,7 @@ def pareto_front(trials: Sequence[Trial], values: Iterable[float]) -> list[Trial
 
 def confirm(
     claims: Claims,
+    stage: str,
     trials: Sequence[Trial],
     chosen: Sequence[Trial],
     task: Task,
@@ -174,11 +184,9 @@ def confirm(
     """
     if len(chosen) < 2:
         return (), "there are fewer than two allocations to compare; raise `n_trials`."
-    if not settings.confirm_fraction:
-        return (), "no trainings are set aside for it; raise `confirm_fraction`."
     n_runs = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)[1]
     found, known = claims.look(), {trial.number: trial for trial in trials}
-    plan = agreed_plan(found, make_plan(found, stage_of(trials, settings), chosen, n_runs))
+    plan = agreed_plan(found, make_plan(found, stage, chosen, n_runs))
     if not plan["n_seeds"]:
         few = f"{n_runs} trainings are left, too few to confirm {len(chosen)} finalists on a fresh seed each"
         one, three = (trials_needed(n, settings) for n in (1, 3))
@@ -224,8 +232,7 @@ class Run(NamedTuple):
 
 def open_confirming(study: optuna.Study) -> optuna.Study:
     """The study, beside a search's, in which each confirming run is a trial."""
-    name, storage = f"{study.study_name}{CONFIRMING}", study._storage
-    return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    return open_study(f"{study.study_name}{CONFIRMING}", study._storage, study.user_attrs[STUDY_KEY])
 
 
 def confirmed_runs(study: optuna.Study) -> dict[str, FrozenTrial]:
@@ -234,10 +241,10 @@ def confirmed_runs(study: optuna.Study) -> dict[str, FrozenTrial]:
     return {job: state.done[0] for job, state in jobs.items() if state.done and not job.startswith(RECOMMENDATION)}
 
 
-def stage_of(trials: Sequence[Trial], settings: SearchSettings) -> str:
+def stage_of(study: optuna.Study, trials: Sequence[Trial], settings: SearchSettings) -> str:
     """What names the state of a search whose trials are done: another has other finalists."""
     n_runs = split_budget(settings.n_trials, settings.confirm_fraction, settings.n_seeds)[1]
-    return f"{len(trials)} trials, {n_runs} runs"
+    return f"{len(trials)} trials, {n_runs} runs, {study.user_attrs.get(ID_KEY)}"
 
 
 def agree(claims: Claims, stage: str, mine: Recommendation, trials: Sequence[Trial]) -> Recommendation:

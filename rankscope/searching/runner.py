@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]  # stage, runs done and runs in all
 
 LAST_SHARES = (1 / 16, 1 / 4, 1.0)  # of a search over budgets: what the posterior mean's last trials take of the budget
 UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)  # another process may be at it
+NONE_SET_ASIDE = "no trainings are set aside for it; raise `confirm_fraction`."
 COLUMNS = [
     "trial", "origin", "learning_rate", "parameters", "metric", "loss", "difference", "wall_seconds", "reused", "ranks",
     "fingerprint",
@@ -394,7 +395,7 @@ class _Search:
         same = next((t for t in earlier.values() if t.allocation == allocation and t.learning_rate == rate), None)
         if same:
             first, number = same.number if same.reused is None else same.reused, running.number
-            trial = replace(same, number=number, origin=origin, difference=None, wall_seconds=0.0, reused=first)
+            trial = replace(same, number=number, origin=origin, wall_seconds=0.0, reused=first)
             known = self.study._storage.get_trial(
                 self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, same.number)
             )
@@ -402,6 +403,7 @@ class _Search:
                 running.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
             trial = self._train(running, origin, allocation, rate, lease)
+        trial = storage.compared(trial, storage.best_uniform(earlier.values()))  # as far as it is known yet
         row = {key: value for key, value in trial.to_row().items() if key != storage.RANKS_KEY}
         running.set_user_attr(storage.TRIAL_KEY, row)
         return trial.metric
@@ -477,20 +479,26 @@ class _Search:
         if not any(trial.origin == UNIFORM for trial in trials):
             logger.warning("uniform completed no trial: differences to it are not known")
         chosen = confirmation.choose_finalists(trials, belief, over_budgets=self.space.budget.search)
-        claims = Claims(confirmation.open_confirming(study), self.settings.grace_seconds)
-        on_run = partial(on_progress, "confirming")
-        finalists, unconfirmed = confirmation.confirm(
-            claims, trials, chosen, self.task, self.full, self.settings, on_run
-        )
-        if unconfirmed and self.settings.confirm_fraction:
-            logger.warning("nothing is confirmed: %s", unconfirmed)
-        found = SearchResult(
-            study, targets, self.task.metric, finalists, model, validation, belief, unconfirmed, claims.study
-        )
-        if finalists:
-            stage = confirmation.stage_of(trials, self.settings)
-            found = replace(found, agreed=confirmation.agree(claims, stage, found.recommended(), trials))
+        found = SearchResult(study, targets, self.task.metric, (), model, validation, belief, NONE_SET_ASIDE)
+        if self.settings.confirm_fraction:
+            found = self._confirmed(found, trials, chosen, on_progress)
         if trials:
             study.set_user_attr("recommendation", f"{found.best_trial.number}: {found.recommendation.reason}")
             self.attachments.finish(found)
+        return found
+
+    def _confirmed(
+        self, found: SearchResult, trials: list[storage.Trial], chosen: list[storage.Trial], on_progress: Progress
+    ) -> SearchResult:
+        """The result with what fresh seeds say, and the recommendation on which all workers agree."""
+        claims = Claims(confirmation.open_confirming(self.study), self.settings.grace_seconds)
+        stage, on_run = confirmation.stage_of(self.study, trials, self.settings), partial(on_progress, "confirming")
+        finalists, unconfirmed = confirmation.confirm(
+            claims, stage, trials, chosen, self.task, self.full, self.settings, on_run
+        )
+        if unconfirmed:
+            logger.warning("nothing is confirmed: %s", unconfirmed)
+        found = replace(found, finalists=finalists, unconfirmed=unconfirmed, confirming=claims.study)
+        if finalists:
+            found = replace(found, agreed=confirmation.agree(claims, stage, found.recommended(), trials))
         return found

@@ -8,9 +8,10 @@ import random
 import re
 import sqlite3
 import time
+import uuid
 import warnings
 from abc import update_abstractmethods
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import partialmethod
@@ -34,6 +35,7 @@ from rankscope.targets import TargetModule
 logger = logging.getLogger(__name__)
 
 STUDY_KEY = "rankscope"  # study attribute: what the search is about
+ID_KEY = "search"  # study attribute: what names this search, apart from one of the same name that was deleted
 TRIAL_KEY = "rankscope"  # trial attribute: `Trial.to_row` without the ranks
 RANKS_KEY = "ranks"  # trial attribute: ranks in the order of the targets
 STEPS_KEY = "steps"  # trial attribute: optimizer steps taken over all seeds, however the trial ended
@@ -121,16 +123,22 @@ def as_record(trial: FrozenTrial, targets: tuple[TargetModule, ...]) -> Trial:
 
 
 def with_differences(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials with their paired differences to uniform, at uniform's best learning rate; None without uniform."""
-    uniform = max((t for t in trials if t.origin == UNIFORM), key=lambda t: t.metric, default=None)
-    if uniform is None:
-        return [replace(trial, difference=None) for trial in trials]
-    theirs = uniform.metrics_by_seed
+    """The trials with their paired differences to uniform at its best learning rate, as far as it is known."""
+    uniform = best_uniform(trials)
+    return [compared(trial, uniform) for trial in trials]
 
-    def difference(mine: Mapping[str, float]) -> float:
-        return fmean(mine[seed] - theirs[seed] for seed in mine)
 
-    return [replace(t, difference=None if t.origin == UNIFORM else difference(t.metrics_by_seed)) for t in trials]
+def best_uniform(trials: Iterable[Trial]) -> Trial | None:
+    """Uniform's trial at its best learning rate; None where it has completed none."""
+    return max((trial for trial in trials if trial.origin == UNIFORM), key=lambda trial: trial.metric, default=None)
+
+
+def compared(trial: Trial, uniform: Trial | None) -> Trial:
+    """The trial with its paired difference to uniform's."""
+    if uniform is None or trial.origin == UNIFORM:
+        return replace(trial, difference=None)
+    mine, theirs = trial.metrics_by_seed, uniform.metrics_by_seed
+    return replace(trial, difference=fmean(mine[seed] - theirs[seed] for seed in mine))
 
 
 # --- studies ------------------------------------------------------------------------------------------------------
@@ -157,6 +165,7 @@ def open_study(name: str, storage: str | BaseStorage | None, about: Mapping[str,
     elif study.get_trials(deepcopy=False):
         raise SettingsError(f"{what} must be rankscope's, but holds foreign trials; {remedy}")
     else:
+        study.set_user_attr(ID_KEY, uuid.uuid4().hex)
         study.set_user_attr(STUDY_KEY, {**about, "layout": LAYOUT})
     return study
 

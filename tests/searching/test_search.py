@@ -360,6 +360,30 @@ def test_a_trial_whose_worker_is_gone_is_run_again(
     assert "trial 1 is lost: its worker gave no sign of life" in caplog.messages
 
 
+def test_a_study_that_was_deleted_is_not_mixed_up_with_one_of_its_name(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
+) -> None:
+    """Its confirming runs stay, and count; the finalists and the recommendation are the new one's."""
+    options = {"n_trials": 8, "confirm_fraction": 0.5}
+    first = run(digits, digits_profile, digits_budget, None, **options)
+    storage = first.study._storage
+    optuna.delete_study(study_name="short", storage=storage)
+    again = run(digits, digits_profile, digits_budget, storage, seed=7, **options)
+    assert {f.trial.number for f in again.finalists} <= {trial.number for trial in again.trials}
+    assert all(again.trials[f.trial.number].allocation == f.trial.allocation for f in again.finalists)
+    assert again.best_trial in again.trials
+    optuna.delete_study(study_name="short", storage=storage)
+    with pytest.raises(SettingsError, match="^study `short-confirming` must be about training steps 5"):
+        run(
+            digits,
+            digits_profile,
+            digits_budget,
+            storage,
+            training=rs.TrainingSettings(steps=5, learning_rate=0.01),
+            **options,
+        )
+
+
 def test_no_model_outlives_its_trial(
     digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:

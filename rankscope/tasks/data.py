@@ -143,6 +143,8 @@ def folder_of_images(data: str | Path | pd.DataFrame, image_folder: str | Path |
 def _read(source: str | Path) -> pd.DataFrame:
     path, suffix = Path(source), Path(source).suffix.lower()
     if suffix not in DATA_SUFFIXES:
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return _read_hub(str(source), saved=True)
         if os.path.exists(path) or path.is_absolute() or suffix:
             must = f"`data` must end in {', '.join(DATA_SUFFIXES)} or be a hub id"
             raise TaskError(f"{must}, but got `{source}`; convert the file, or check the path.")
@@ -173,17 +175,23 @@ def _read(source: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _read_hub(name: str) -> pd.DataFrame:
+def _read_hub(name: str, *, saved: bool = False) -> pd.DataFrame:
+    """A hub data set, `name` or `name:configuration`, or a folder that `save_to_disk` of `datasets` wrote."""
+    where = f"the saved data set `{name}`" if saved else f"the hub data set `{name}`"
     try:
         import datasets
 
-        parts = datasets.load_dataset(name)
+        parts = datasets.load_from_disk(name) if saved else datasets.load_dataset(*name.split(":", 1))
     except ImportError:
         must = f"`{name}` looks like a hub data set, which needs the package `datasets`"
         raise TaskError(f"{must}; install rankscope[hub], or pass a local .parquet, .jsonl or .csv file.") from None
     except Exception as error:  # the hub's client raises many unrelated types
         found = f"does not ({one_line(error)})"
-        raise TaskError(f"the hub data set `{name}` must load, but {found}; pass a local file.") from error
+        hint = (
+            "add its name, as in `owner/name:configuration`." if "Config name" in str(error) else "pass a local file."
+        )
+        raise TaskError(f"{where} must load, but {found}; {hint}") from error
+    parts = parts if isinstance(parts, Mapping) else {"train": parts}
     tables = {
         split: _with_names(part.to_pandas(), getattr(part, "features", None) or {}) for split, part in parts.items()
     }

@@ -266,3 +266,33 @@ def test_an_early_check_says_what_loading_would_say(folder: Path, monkeypatch: p
             early.check_task_spec(spec, folder)
     early.check_task_spec({"type": "causal-lm", "model": "bert", **data}, folder)
     early.check_task_spec({"type": "causal-lm", "model": "bert", "data": "none.csv"}, folder, data_too=False)
+
+
+def test_saved_data_sets_and_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_pandas(sentences(), preserve_index=False)
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "whole")
+    assert read_table(tmp_path / "splits")["split"].tolist() == ["train"] * 27 + ["test"] * 3
+    pd.testing.assert_frame_equal(read_table(tmp_path / "whole"), sentences())
+    task = rs.load_task(
+        {"type": "causal-lm", "model": str(save_llama(tmp_path / "model")), "data": "whole"}, base_dir=tmp_path
+    )
+    assert sum(map(len, task._texts.values())) == 27
+    asked = []
+
+    def load(*names: str) -> dict[str, object]:
+        asked.append(names)
+        if len(names) == 1:
+            raise ValueError("Config name is missing. Please pick one among the available configs: ['a', 'b']")
+        return {"train": rows}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(read_table("owner/name:a")) == 27
+    assert asked == [("owner/name", "a")]
+    message = (
+        "the hub data set `owner/name` must load, but does not (Config name is missing. Please pick one among the available "
+        "configs: ['a', 'b']); add its name, as in `owner/name:configuration`."
+    )
+    with pytest.raises(TaskError, match=f"^{re.escape(message)}$"):
+        read_table("owner/name")

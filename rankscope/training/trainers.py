@@ -13,7 +13,7 @@ from torch import nn
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankControllerCallback
-from rankscope.errors import SettingsError, TrainingError, shown
+from rankscope.errors import SettingsError, TaskError, TrainingError, shown
 from rankscope.lora import Resize, count_adapter_parameters, from_peft_model, resize_adapters, with_heads
 from rankscope.settings import TrainingSettings
 from rankscope.tasks import TrainerTask, evaluate, undisturbed
@@ -110,14 +110,14 @@ class Run:
 
 
 def _check_ranks(model: Any, asked: RankAllocation, *, name: str) -> None:
-    """Raise a TrainingError unless the model has exactly these ranks."""
+    """Raise a TaskError unless the model has exactly these ranks."""
     must = f"`{name}` must build the ranks of its `peft_config` ({asked.parameters:,} adapter parameters)"
     remedy = "pass it to get_peft_model, or to TRL's Trainer."
     if not hasattr(model, "peft_config"):
-        raise TrainingError(f"{must}, but built no adapter; {remedy}")
+        raise TaskError(f"{must}, but built no adapter; {remedy}")
     built = {module: rank for module, rank in from_peft_model(model).items() if rank}
     if built != {module: rank for module, rank in asked.ranks.items() if rank}:
-        raise TrainingError(f"{must}, but built others ({count_adapter_parameters(model):,}); {remedy}")
+        raise TaskError(f"{must}, but built others ({count_adapter_parameters(model):,}); {remedy}")
 
 
 def _steps_watched(run: Run) -> Any:

@@ -281,13 +281,13 @@ def test_functions_that_cannot_work(load, folder: Path) -> None:
         f"`train.py:ignores` must build the ranks of its `peft_config` ({asked.parameters:,} adapter parameters), but built others "
         "(192); pass it to get_peft_model, or to TRL's Trainer.",
         lambda: rs.train(task, asked, steps=1),
-        TrainingError,
+        TaskError,
     )
     refused(
         f"`train.py:without` must build the ranks of its `peft_config` ({asked.parameters:,} adapter parameters), but built no "
         "adapter; pass it to get_peft_model, or to TRL's Trainer.",
         lambda: rs.train(load("without"), asked, steps=1),
-        TrainingError,
+        TaskError,
     )
     refused(
         "`train.py:always` must give the model without adapters where `peft_config` is None, but it has some; call get_peft_model "
@@ -307,6 +307,25 @@ def test_functions_that_cannot_work(load, folder: Path) -> None:
         lambda: load("raises"),
         TaskError,
     )
+
+
+@pytest.mark.parametrize("way", ["search", "compare", "budget"])
+def test_ignored_ranks_end_every_command(load, way: str) -> None:
+    """A profile needs none: it is taken of the bare model."""
+    task = load("ignores")
+    targets = rs.find_targets(task.build_model())
+    given: dict[str, Any] = {"profile": profile_task(task, n_batches=2, head_steps=1)}
+    given["training"] = {"steps": 2, "learning_rate": 0.5}
+    budget = rs.ParameterBudget.uniform(targets, 1)
+    with pytest.raises(TaskError, match="`train.py:ignores` must build the ranks of its `peft_config`"):
+        if way == "search":
+            rs.search(task, budget=budget, n_trials=3, **given)
+        elif way == "compare":
+            rs.compare(
+                task, methods=["uniform"], budget=budget, targets=targets, seeds=range(2), n_tuning_seeds=1, **given
+            )
+        else:
+            rs.plan_budget(task, targets=targets, settings={"ceiling": False, "n_seeds": 2, "max_seeds": 2}, **given)
 
 
 def test_sets_to_evaluate_on(load) -> None:
@@ -340,6 +359,7 @@ def test_what_the_trainers_arguments_say_is_no_setting(load) -> None:
 
 TRL = """
 from datasets import Dataset
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from transformers import AutoModelForCausalLM
 from tests.control.test_trl import WORDS, tokenizer
@@ -366,6 +386,18 @@ def dpo(peft_config, seed):
         AutoModelForCausalLM.from_pretrained("FOLDER/llama"), args=args, train_dataset=data.select(range(18)), eval_dataset=data.select(range(18, 27)),
         processing_class=tokenizer(), peft_config=peft_config,
     )
+
+
+def other(peft_config):
+    return LoraConfig(r=1, target_modules=["q_proj"], task_type="CAUSAL_LM") if peft_config else None
+
+
+def sft_ignoring(peft_config, seed):
+    return sft(other(peft_config), seed)
+
+
+def dpo_ignoring(peft_config, seed):
+    return dpo(other(peft_config), seed)
 """
 
 
@@ -390,3 +422,10 @@ def test_trls_trainers(kind: str, tmp_path: Path) -> None:
     save_adapter(model, task, tmp_path / "adapter")
     again = PeftModel.from_pretrained(task.build_model(), tmp_path / "adapter")
     assert evaluate(task, again)["loss"] == pytest.approx(result.metrics["loss"], rel=1e-4)
+    ignoring = rs.load_task(f"train.py:{kind}_ignoring", base_dir=tmp_path)
+    refused(
+        f"`train.py:{kind}_ignoring` must build the ranks of its `peft_config` ({allocation.parameters:,} adapter parameters), but "
+        "built others (128); pass it to get_peft_model, or to TRL's Trainer.",
+        lambda: rs.train(ignoring, allocation, steps=1),
+        TaskError,
+    )

@@ -68,6 +68,13 @@ def check_file_exists(path: AnyPath, *, what: str) -> None:
         raise FileError(f"`{path}` must hold {what}, but there is no such file; check the path.")
 
 
+def check_output(folder: Path) -> None:
+    """Raise a FileError unless the output folder can be written to, or made."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
+
+
 def check_type(kind: Any) -> None:
     """Raise a TaskError unless this is the type of a generic task."""
     if not isinstance(kind, str) or kind not in TASK_TYPES:

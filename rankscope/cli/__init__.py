@@ -237,8 +237,9 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
 
 def _check_early(name: str, study: Path, settings: Any, out: Path, own: Mapping[str, Any]) -> None:
     """Raise what needs no work to be found wrong: names, and paths at which there is nothing."""
-    from rankscope.early import check_task_spec
+    from rankscope.early import check_output, check_task_spec
 
+    check_output(out)
     if name == "dashboard":  # which needs the search's database only
         return
     check_task_spec(settings.task, settings.base_dir, data_too=not own.get("dry_run"))
@@ -539,8 +540,8 @@ def _init(
         raise FileError(f"`{path}` must not exist yet, but does; choose another name.")
     text = source.read_text(encoding="utf-8").replace(f"name: {template}", f"name: {name}")
     path.write_text(write_study(name, kind) if kind else text, encoding="utf-8")
-    first = "name your model and data there, then " if kind else "next: "
-    typer.echo(f"wrote {path}; {first}`rankscope profile {path}`")
+    first = "name your model and data there; then" if kind else "next"
+    typer.echo(f"wrote {path}; {first}: rankscope profile {path}")
 
 
 @app.command("schema", epilog="Example: rankscope schema > study.schema.json")

@@ -24,10 +24,11 @@ from rankscope.cli.session import (
 from rankscope.distributed import batch_device, mixed_precision, placed
 from rankscope.errors import FileError
 from rankscope.files import replacing, write_json
-from rankscope.lora import ShrunkAdapter, export, load_adapter, measure_moments, pad_adapter, read_adapter, shrink
+from rankscope.lora import CARD, ShrunkAdapter, export, load_adapter, measure_moments, pad_adapter, read_adapter, shrink
 from rankscope.plotting import plot_ranks, save_plot
 from rankscope.settings import StudySettings
 from rankscope.tasks import Task, evaluate, load_task
+from rankscope.training import add_to_card
 
 _HINTS = {
     "peft": "save it as adapter_config.json; `LoraConfig.from_pretrained(folder)` reads it",
@@ -136,6 +137,13 @@ def run_shrink(
         "metrics": metrics,
     }
     write_json(out / "shrink.json", report)
+    if (out / CARD).exists():
+        told = [f"{shrunk.kept:.1%} of the update's energy is kept (by {report['weighed_by']}, rule `{rule}`)."]
+        told += [
+            f"{when} it: {', '.join(f'{k} {v:.4g}' for k, v in each.items())} (validation)."
+            for when, each in metrics.items()
+        ]
+        add_to_card(out, f"Shrunk from {shrunk.before.parameters:,} parameters", told)
     shrunk.after.to_json(out / ALLOCATION)
     picture = save_plot(partial(plot_ranks, shrunk.before, shrunk.after, titles=titles), out / "ranks.png")
     files = [out, picture, out / ALLOCATION, out / "shrink.json"]

@@ -26,7 +26,8 @@ from rich.table import Table
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli import arguments_of
-from rankscope.errors import FileError, SettingsError
+from rankscope.early import check_output
+from rankscope.errors import SettingsError
 from rankscope.files import FORMAT, digest, digest_source, require_same
 from rankscope.plotting import save_plot
 from rankscope.plugins import user_function
@@ -57,9 +58,7 @@ class Session:
 
     def __post_init__(self) -> None:
         quiet_libraries()
-        nearest = next(each for each in (self.out, *self.out.absolute().parents) if os.path.lexists(each))
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
+        check_output(self.out)
         self.profile_path, self.allocation_path = self.out / "profile.parquet", self.out / ALLOCATION
 
     @property

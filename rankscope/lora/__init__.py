@@ -13,7 +13,7 @@ from rankscope.lora.export import adapted_regex, export
 from rankscope.lora.factors import check_known, unwrap_optimizer
 from rankscope.lora.masks import RankMasks, masks_on
 from rankscope.lora.resize import LiveAdapter, Resize, from_peft_model, is_ddp, resize_adapters
-from rankscope.lora.saved import PaddedAdapter, SavedAdapter, pad_adapter, read_adapter
+from rankscope.lora.saved import CARD, RANKS_TITLE, PaddedAdapter, SavedAdapter, pad_adapter, read_adapter
 from rankscope.lora.shrink import Moments, ShrunkAdapter, measure_moments, shrink
 from rankscope.lora.wrapping import (
     apply_allocation,
@@ -27,6 +27,8 @@ from rankscope.lora.wrapping import (
 )
 
 __all__ = [
+    "CARD",
+    "RANKS_TITLE",
     "LiveAdapter",
     "Moments",
     "PaddedAdapter",

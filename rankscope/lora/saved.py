@@ -29,7 +29,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _FACTOR_A = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(.*)\.lora_(?:A\.weight|embedding_A)")
-_KEPT_BESIDE = ("README.md", "model_kwargs.json")
+CARD, RANKS_TITLE = "README.md", "## Ranks"  # the model card, and its first section that is of this adapter only
+_OPTIONS = "model_kwargs.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +154,13 @@ def write_adapter(adapter: SavedAdapter, folder: AnyPath, config: LoraConfig, te
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / WEIGHTS[0], {"format": "pt"})
         seal_tensors(new / WEIGHTS[0])
         save_lora_config(config, new / CONFIG)
-        for name in _KEPT_BESIDE:
-            if (adapter.folder / name).exists():
-                shutil.copyfile(adapter.folder / name, new / name)
+        if (options := adapter.folder / _OPTIONS).exists():
+            shutil.copyfile(options, new / _OPTIONS)
+        if (card := adapter.folder / CARD).exists():  # its ranks and results are the old adapter's
+            text = card.read_text(encoding="utf-8", errors="replace").partition(f"\n{RANKS_TITLE}\n")[0]
+            parameters = sum(tensors[key].numel() for pair in adapter.keys.values() for key in pair if key in tensors)
+            ranks = f"{parameters:,} adapter parameters. Made from the adapter `{adapter.folder.resolve().name}`."
+            (new / CARD).write_text(f"{text}\n{RANKS_TITLE}\n\n{ranks}\n", encoding="utf-8")
     return folder
 
 

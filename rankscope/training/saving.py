@@ -11,10 +11,9 @@ from typing import Any
 from rankscope.allocation import RankAllocation
 from rankscope.early import looks_like_path
 from rankscope.files import replacing, seal_tensors, write_json
-from rankscope.lora import count_adapter_parameters
+from rankscope.lora import CARD, RANKS_TITLE, count_adapter_parameters
 from rankscope.tasks import Task
 
-CARD = "README.md"
 _LOADERS = {  # by the task's `task_type`
     "SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "TOKEN_CLS": "AutoPeftModelForTokenClassification", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM", None: "AutoPeftModel",
@@ -80,7 +79,7 @@ def _ranks(model: Any) -> list[str]:
     configs = getattr(model, "peft_config", {})
     if not configs:
         return []
-    lines = ["## Ranks", "", f"{count_adapter_parameters(model):,} adapter parameters."]
+    lines = [RANKS_TITLE, "", f"{count_adapter_parameters(model):,} adapter parameters."]
     if any(config.peft_type != "LORA" for config in configs.values()) or len(configs) > 1:
         return [*lines, ""]
     allocation = RankAllocation.from_peft_model(model)

@@ -51,6 +51,12 @@ def test_shrink_by_a_study(folder: Path) -> None:
     report = json.loads((out / "shrink.json").read_text())
     assert 1_800 < report["parameters"]["after"] <= 2_000
     assert f"13,824 -> {report['parameters']['after']:,} parameters" in text
+    card = (out / "README.md").read_text()
+    assert (
+        f"## Ranks\n\n{report['parameters']['after']:,} adapter parameters. Made from the adapter `adapter`.\n" in card
+    )
+    assert "## Shrunk from 13,824 parameters" in card
+    assert ("How to load it" in card, card.count("## Ranks"), "| modules |" in card) == (True, 1, False)
     allocation = rs.RankAllocation.from_json(out / "allocation.json")
     assert report["ranks"] == dict(allocation.ranks)
     assert {name: rank for name, rank in allocation.ranks.items() if rank} == read_adapter(out).ranks

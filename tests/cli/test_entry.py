@@ -103,7 +103,7 @@ def test_init_writes_a_study_for_each_type(kind: str, tmp_path: Path, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["init", "mine", "--type", kind])
-    assert result.stdout == "wrote mine.yaml; name your model and data there, then `rankscope profile mine.yaml`\n"
+    assert result.stdout == "wrote mine.yaml; name your model and data there; then: rankscope profile mine.yaml\n"
     text = Path("mine.yaml").read_text()
     assert max(map(len, text.splitlines())) <= 130
     study = read_study("mine.yaml")

@@ -27,7 +27,7 @@ SHORT = {
     "compare.methods": ["uniform", "one-shot"], "compare.n_seeds": 1, "compare.n_tuning_seeds": 1, "plan.n_seeds": 2,
     "plan.max_seeds": 2, "plan.n_tuning_seeds": 1, "plan.lowest": 1, "plan.highest": 2, "plan.ceiling": False,
 }  # fmt: skip
-PLACES = {"STUDY": "my.yaml", "NAME": "another", "DIR": "out/my", "ADAPTER": "out/my/adapter", "N": "200",
+PLACES = {"STUDY": "my.yaml", "NAME": "another", "DIR": "out/my", "ADAPTER": "out/my/adapter", "N": "200", "URL": "sqlite:///out/my/search.db",
           "ALLOCATION": "out/my/allocation.json", "TOOL": "axolotl"}  # fmt: skip
 LAST = ["report", "dashboard", "shrink", "export"]  # what works on other commands' results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import inspect
@@ -159,6 +160,10 @@ def reports_errors(command: Command) -> Command:
             line = one_line(error, most=10_000)
             if isinstance(error, OSError) and error.filename is not None:
                 line = f"`{error.filename}` cannot be used ({error.strerror}); check the path."
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                line = (
+                    f"the disk is full ({error.strerror}): earlier files are unharmed; make room, then run this again."
+                )
             sys.stderr.write(f"rankscope: {line}\n")
             raise typer.Exit(1 if isinstance(error, TrainingError) else 2) from None
         except KeyboardInterrupt as stopped:

@@ -17,6 +17,7 @@ import json
 import resource
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,7 @@ import rankscope as rs
 from rankscope.comparison import read_comparison, summarise, write_report
 from rankscope.naming import describe_modules
 from rankscope.performance import rank_features
-from rankscope.plotting import plot_energy, plot_flow, plot_ranks, plot_spectra, plot_trajectories, save_figure
+from rankscope.plotting import plot_energy, plot_flow, plot_ranks, plot_spectra, plot_trajectories, save_plot
 from rankscope.profiling import read_profile
 from rankscope.searching import group_by_depth
 
@@ -129,10 +130,15 @@ class Inventory:
 
     def plots(self) -> None:
         """Ranks, energy, spectra, a controller's moves and the flow of the budget, as PNGs."""
-        figures = [plot_ranks(self.uniform, self.random), plot_energy(self.profile), plot_spectra(self.profile)]
-        figures += [plot_trajectories(self.decisions, self.targets), plot_flow(self.decisions, self.targets)]
-        for figure in figures:
-            save_figure(figure, self.folder / "figure.png")
+        plots: list[Callable[..., Any]] = [
+            partial(plot_ranks, self.uniform, self.random),
+            partial(plot_energy, self.profile),
+            partial(plot_spectra, self.profile),
+            partial(plot_trajectories, self.decisions, self.targets),
+            partial(plot_flow, self.decisions, self.targets),
+        ]
+        for plot in plots:
+            save_plot(plot, self.folder / "figure.png")
 
     def report(self) -> None:
         """A comparison of two methods on three seeds: comparison.parquet read, the page and its pictures written."""

@@ -372,10 +372,29 @@ class AxolotlSettings(Settings):
         return self
 
 
+DASK = "dask://"
+_BACKEND = (
+    "Where runs are done: `loky`, by processes of this machine; `dask://HOST:PORT`, by all workers of a Dask cluster, which "
+    "share the output folder."
+)
+
+
+def _as_backend(backend: str) -> str:
+    """`loky`, or a Dask scheduler's address."""
+    if backend == "loky" or re.fullmatch(rf"{DASK}[^/:@\s]+:[0-9]{{1,5}}", backend):
+        return backend
+    if backend == "ray":
+        raise ValueError(
+            "must be loky or dask://HOST:PORT: Ray's backend for joblib neither runs lost workers' tasks again nor gives results "
+            "as they come"
+        )
+    raise ValueError("must be loky or dask://HOST:PORT")
+
+
 class CompareSettings(Settings):
     """What is compared at equal parameters, on how many seeds."""
 
-    _free = frozenset({"n_jobs"})
+    _free = frozenset({"n_jobs", "backend"})
 
     methods: Names = Field(
         ("uniform", "one-shot", "random", "controller", "adalora", "eva"),
@@ -387,12 +406,13 @@ class CompareSettings(Settings):
     budgets: SomeFactors = Field((1.0,), description="Factors of the budget to compare all methods at.")
     uniform_budgets: Factors = Field((), description="Further factors for uniform: how much must it grow to match?")
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
+    backend: Annotated[str, AfterValidator(_as_backend)] = Field("loky", description=_BACKEND)
 
 
 class PlanSettings(Settings):
     """Which budgets `rankscope budget` tries, and what is enough."""
 
-    _free = frozenset({"n_jobs"})
+    _free = frozenset({"n_jobs", "backend"})
 
     strategy: str = Field("one-shot", description="What places ranks: a method of `compare`.")
     reference: Literal["uniform", "full"] | Count = Field(
@@ -410,6 +430,7 @@ class PlanSettings(Settings):
     n_tuning_seeds: Count = Field(2, description="Runs that choose each budget's learning rate.")
     ceiling: bool = Field(True, description="Whether full fine-tuning is trained as the ceiling.")
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
+    backend: Annotated[str, AfterValidator(_as_backend)] = Field("loky", description=_BACKEND)
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -345,10 +345,13 @@ def _allocate(
     """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
 
 
-@_study_command("budget", "studies/digits.yaml --jobs 2", jobs="plan.n_jobs", margin="plan.margin")
+@_study_command(
+    "budget", "studies/digits.yaml --jobs 2", jobs="plan.n_jobs", backend="plan.backend", margin="plan.margin"
+)
 def _budget(
     margin: float | None = typer.Option(None, help="Overrides `plan.margin`: what may be lost of the metric."),
     jobs: int | None = typer.Option(None, help="Overrides `plan.n_jobs`: runs at a time."),
+    backend: str | None = typer.Option(None, help="Overrides `plan.backend`: loky, or dask://HOST:PORT."),
 ) -> None:
     """Find how few adapter parameters the task needs, and how many times fewer than uniform LoRA; resumes."""
 
@@ -402,12 +405,14 @@ def _train(
 
 @_study_command(
     "compare", "studies/digits.yaml --methods uniform --methods one-shot --jobs 2",
-    methods="compare.methods", seeds="compare.n_seeds", jobs="compare.n_jobs", **BUDGET,
+    methods="compare.methods", seeds="compare.n_seeds", jobs="compare.n_jobs", backend="compare.backend",
+    **BUDGET,
 )  # fmt: skip
 def _compare(
     methods: list[str] = typer.Option([], metavar="NAME", help="Overrides `compare.methods`; several times."),
     seeds: int | None = typer.Option(None, help="Overrides `compare.n_seeds`: reported runs of each method."),
     jobs: int | None = typer.Option(None, help="Overrides `compare.n_jobs`: runs at a time."),
+    backend: str | None = typer.Option(None, help="Overrides `compare.backend`: loky, or dask://HOST:PORT."),
     uniform_rank: int | None = UNIFORM_RANK,
     parameters: int | None = PARAMETERS,
 ) -> None:

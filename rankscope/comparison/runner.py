@@ -19,20 +19,19 @@ from typing import Any
 
 import pandas as pd
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
 
 import rankscope
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
+from rankscope.comparison.cluster import workers
 from rankscope.control import count_moved, write_decisions
 from rankscope.distributed import (
     best_device,
     by_first,
     everywhere,
     is_first,
-    leads_others,
     led_by_first,
-    one_gpu_each,
 )
 from rankscope.errors import FileError, SettingsError, TaskError, checked, did_you_mean
 from rankscope.files import (
@@ -143,6 +142,8 @@ def run_one(task: Task, spec: RunSpec, file: tuple[Path, Mapping[str, Any]] | No
 
     The run is kept in `file`: a path without suffix, and what the run depends on. Several processes share the training.
     """
+    if file is not None and spec.save_to is None and (kept := _read(*file)) is not None:
+        return kept  # by another process, or by a worker that died before it could tell
     return everywhere(_run, task, spec, file)
 
 
@@ -212,16 +213,15 @@ def run_all(
     specs: Sequence[RunSpec],
     *,
     n_jobs: int = 1,
+    backend: str = "loky",
     kept_in: AnyPath | None = None,
     on_done: Callable[[int], object] = lambda done: None,
 ) -> list[RunResult]:
-    """Do all runs, `n_jobs` at a time; with several GPUs, each process uses one.
+    """Do all runs, `n_jobs` at a time; with several GPUs, each process uses one. `backend`: see `CompareSettings`.
 
     Runs that depend on the same are done once, or read if the folder `kept_in` holds them. One to be saved is always done.
     """
-    if n_jobs > 1 and leads_others():
-        must = "`--jobs` must be 1 under torchrun or accelerate launch, whose processes share each run"
-        raise SettingsError(f"{must}, but got {n_jobs}; leave it out.")
+    kept_in = None if kept_in is None else Path(kept_in).absolute()  # workers may be elsewhere
     facts = {} if kept_in is None else fingerprint_task(task)
     terms = [spec.terms(facts) for spec in specs]
     keys = [(digest(each), spec.save_to) for spec, each in zip(specs, terms, strict=True)]
@@ -230,19 +230,18 @@ def run_all(
     for spec, each, key in zip(specs, terms, keys, strict=True):
         if key in known:
             continue
-        file = None if kept_in is None else (Path(kept_in) / key[0], each)
+        file = None if kept_in is None else (kept_in / key[0], each)
         known[key] = _read(*file) if file and spec.save_to is None else None
         if known[key] is None:
             todo.append((spec, file))
-    fresh: Iterator[RunResult] = iter(())
-    if todo:  # joblib warns of results that nobody reads, also of none
-        with one_gpu_each(n_jobs):
-            fresh = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(run_one)(task, *each) for each in todo)
     found: list[RunResult] = []
-    for spec, key in zip(specs, keys, strict=True):
-        run = known[key] = known[key] or next(fresh)
-        found.append(replace(run, **spec.labels(task)))
-        on_done(len(found))
+    with workers(backend, n_jobs, kept_in) if todo else nullcontext() as parallel:
+        # joblib warns of results that nobody reads, also of none
+        fresh: Iterator[RunResult] = parallel(delayed(run_one)(task, *each) for each in todo) if parallel else iter(())
+        for spec, key in zip(specs, keys, strict=True):
+            run = known[key] = known[key] or next(fresh)
+            found.append(replace(run, **spec.labels(task)))
+            on_done(len(found))
     return found
 
 
@@ -275,6 +274,7 @@ def run_tuned(
     seeds: Sequence[int],
     tuning_seeds: Sequence[int] = (0, 1),
     n_jobs: int = 1,
+    backend: str = "loky",
     kept_in: AnyPath | None = None,
     save_first_to: AnyPath | None = None,
     on_run: Callable[[int, int], object] = lambda done, total: None,
@@ -290,7 +290,7 @@ def run_tuned(
     tuned = [spec for grid in grids if len(grid) > 1 for spec in grid]
     trials = [replace(spec, seed=seed, role=TUNING) for spec in tuned for seed in tuning_seeds]
     total = len(trials) + len(grids) * len(seeds)
-    run = partial(run_all, task, n_jobs=n_jobs, kept_in=kept_in)
+    run = partial(run_all, task, n_jobs=n_jobs, backend=backend, kept_in=kept_in)
     found = iter(run(trials, on_done=lambda done: on_run(done, total)))
     tried = [[list(islice(found, len(tuning_seeds))) for _ in grid] if len(grid) > 1 else [] for grid in grids]
     chosen = map(_best, grids, tried)
@@ -568,7 +568,7 @@ def compare(
         targets = find_targets(task.build_model()) if profile is None else profile.targets
     plan = _plan(list(contenders.values()), settings, budget, rank_1=sum(target.rank_cost for target in targets))
     grids = [make_grid(each.make(targets, at, profile), training, **labels) for each, at, labels in plan]
-    run = partial(run_tuned, n_jobs=settings.n_jobs, kept_in=kept_in, on_run=on_run)
+    run = partial(run_tuned, n_jobs=settings.n_jobs, backend=settings.backend, kept_in=kept_in, on_run=on_run)
     runs = list(chain(*run(task, grids, seeds=seeds, tuning_seeds=tuning_seeds)))
     table = pd.DataFrame([each.to_row() for each in runs])
     terms = {"targets": fingerprint_targets(targets), **budget.terms(), "training": training.terms()}

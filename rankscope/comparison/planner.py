@@ -437,8 +437,8 @@ class _Cells:
             self.n_done = before + number
             self.on_run(self.n_done, before + total)
 
-        options: Any = {"n_jobs": self.settings.n_jobs, "backend": self.settings.backend}
-        run = partial(run_tuned, **options, kept_in=self.kept_in, on_run=done)
+        settings = self.settings
+        run = partial(run_tuned, n_jobs=settings.n_jobs, backend=settings.backend, kept_in=self.kept_in, on_run=done)
         found = run(self.task, grids, seeds=seeds, tuning_seeds=tuning_seeds)
         for cell, grid, runs in zip(cells, grids, found, strict=True):
             reported = [each for each in runs if each.role == REPORTED]

@@ -79,7 +79,6 @@ def test_a_lost_workers_runs_are_done_again(cluster: Any, tmp_path: Path) -> Non
     seeds = [seed for seed, _ in begun]
     assert seeds.count("1") in (2, 3)  # the second kill may have met it as well
     assert len(seeds) <= 8 + 2  # what a killed worker was at, and no more
-    assert len({pid for _, pid in begun}) >= 3  # workers begun anew
 
     again = run_all(task, specs(8), backend=backend_of(cluster), kept_in=tmp_path / "runs")
     assert (figures(again), begun_on_workers(tmp_path)) == (figures(found), begun)
@@ -110,9 +109,9 @@ def test_unfit_clusters_are_refused(digits: Task, tmp_path: Path, monkeypatch: p
         with (
             distributed.LocalCluster(**options, processes=False, dashboard_address=None) as cluster,
             distributed.Client(cluster) as client,
+            pytest.raises(SettingsError, match=re.escape(message)),
         ):
-            with pytest.raises(SettingsError, match=re.escape(message)):
-                _check(client, "dask://HOST:1", None)
+            _check(client, "dask://HOST:1", None)
 
     class Elsewhere:
         """A cluster whose second worker has another disk: what its client would say."""

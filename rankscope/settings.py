@@ -384,10 +384,7 @@ def _as_backend(backend: str) -> str:
     if backend == "loky" or re.fullmatch(rf"{DASK}[^/:@\s]+:[0-9]{{1,5}}", backend):
         return backend
     if backend == "ray":
-        raise ValueError(
-            "must be loky or dask://HOST:PORT: Ray's backend for joblib neither runs lost workers' tasks again nor gives results "
-            "as they come"
-        )
+        raise ValueError("must be loky or dask://HOST:PORT: Ray is not supported")
     raise ValueError("must be loky or dask://HOST:PORT")
 
 

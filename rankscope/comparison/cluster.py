@@ -1,26 +1,32 @@
-"""Where runs are done: processes of this machine (joblib's loky), or a Dask cluster of many."""
+"""Where runs are done: processes of this machine (joblib's loky), or a Dask cluster of many machines."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
-from joblib import Parallel, parallel_config
+from joblib import Parallel, delayed
 
 from rankscope.distributed import leads_others, one_gpu_each
 from rankscope.errors import SettingsError, TrainingError, one_line
 from rankscope.settings import DASK
 
+T = TypeVar("T")
 _SECONDS = 30  # to wait for a scheduler, and for its first worker
 
 
+Calls = Sequence[tuple[Any, ...]]  # the arguments of each
+
+
 @contextmanager
-def workers(backend: str, n_jobs: int, folder: Path | None) -> Iterator[Parallel]:
-    """A `Parallel` that yields results in order: `n_jobs` processes of loky, or all workers of `dask://HOST:PORT`.
+def workers(
+    backend: str, n_jobs: int, folder: Path | None
+) -> Iterator[Callable[[Callable[..., T], Calls], Iterator[T]]]:
+    """What does calls of a function and yields their results in order: `n_jobs` processes, or all workers of `dask://HOST:PORT`.
 
     A Dask worker that dies has its runs done again by others, up to the scheduler's `allowed-failures` (3) times a run. All must
     see `folder`, which keeps runs. A run takes the device that its worker sees.
@@ -30,7 +36,8 @@ def workers(backend: str, n_jobs: int, folder: Path | None) -> Iterator[Parallel
             must = "`--jobs` must be 1 under torchrun or accelerate launch, whose processes share each run"
             raise SettingsError(f"{must}, but got {n_jobs}; leave it out.")
         with one_gpu_each(n_jobs):
-            yield Parallel(n_jobs=n_jobs, return_as="generator")
+            parallel = Parallel(n_jobs=n_jobs, return_as="generator")
+        yield lambda function, calls: parallel(delayed(function)(*each) for each in calls)
         return
     if leads_others():
         raise SettingsError(f"`--backend` must be loky under torchrun or accelerate launch, but got {backend!r}.")
@@ -43,12 +50,16 @@ def workers(backend: str, n_jobs: int, folder: Path | None) -> Iterator[Parallel
     except (OSError, ValueError) as error:
         must = f"`{backend}` must be a Dask scheduler that answers, but is not ({one_line(error, most=100)})"
         raise SettingsError(f"{must}; start one with `dask scheduler`.") from None
+
+    def submitted(function: Callable[..., T], calls: Calls) -> Iterator[T]:
+        # Not through joblib, whose Dask backend waits for ever for a call that is given up (joblib 1.6).
+        futures = [client.submit(function, *each, pure=False) for each in calls]
+        return (future.result() for future in futures)
+
     with client:
         _check(client, backend, folder)
-        with parallel_config(backend="dask", client=client):
-            parallel = Parallel(n_jobs=-1, return_as="generator", batch_size=1, pre_dispatch="all")
         try:
-            yield parallel
+            yield submitted
         except KilledWorker as error:
             must = f"a run must end on a worker of `{backend}`, but {error.allowed_failures + 1} workers died with one"
             raise TrainingError(f"{must}; look at their logs: memory?") from None

@@ -19,7 +19,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from joblib import delayed
 
 import rankscope
 from rankscope.allocation import RankAllocation
@@ -235,9 +234,9 @@ def run_all(
         if known[key] is None:
             todo.append((spec, file))
     found: list[RunResult] = []
-    with workers(backend, n_jobs, kept_in) if todo else nullcontext() as parallel:
+    with workers(backend, n_jobs, kept_in) if todo else nullcontext() as start:
         # joblib warns of results that nobody reads, also of none
-        fresh: Iterator[RunResult] = parallel(delayed(run_one)(task, *each) for each in todo) if parallel else iter(())
+        fresh: Iterator[RunResult] = start(run_one, [(task, *each) for each in todo]) if start else iter(())
         for spec, key in zip(specs, keys, strict=True):
             run = known[key] = known[key] or next(fresh)
             found.append(replace(run, **spec.labels(task)))

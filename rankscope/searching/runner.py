@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import Bound, ParameterBudget, RankLimits
+from rankscope.distributed import leads_others, require_one_process
 from rankscope.errors import SettingsError, TrainingError, checked
 from rankscope.files import FORMAT, digest, replacing
 from rankscope.performance import PerformanceModel, Validation, believable
@@ -227,6 +228,9 @@ class _Search:
         self, task: Task, space: HierarchicalSpace, settings: SearchSettings, full: TrainingSettings, profile: Profile
     ) -> None:
         """Opens the study, or resumes it if its trials are comparable."""
+        if not leads_others():
+            remedy = "start `rankscope search` so, whose processes share each trial."
+            require_one_process("a search from Python", remedy=remedy)
         self.task, self.space, self.settings, self.full = task, space, settings, full
         n_seeds, share = settings.n_seeds, settings.confirm_fraction
         self.n_trials = confirmation.split_budget(settings.n_trials, share, n_seeds)[0]

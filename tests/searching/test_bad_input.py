@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 import rankscope as rs
-from rankscope.errors import SettingsError, TrainingError
+from rankscope.errors import RankscopeError, SettingsError, TrainingError
 from rankscope.tasks import Task
 
 SHORT = rs.TrainingSettings(steps=2, learning_rate=0.01)
@@ -110,3 +110,15 @@ def test_fewer_trials_than_were_run_change_nothing(
     again = run(digits, digits_profile, digits_budget, n_trials=4, storage=first.study._storage, **options)
     assert again.finalists == first.finalists
     assert again.steps == first.steps
+
+
+def test_copies_of_a_process_cannot_search_from_python(
+    digits: Task, digits_profile: rs.Profile, digits_budget: rs.ParameterBudget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = (
+        "a search from Python must run as one process, but WORLD_SIZE is 2; start `rankscope search` so, whose processes share "
+        "each trial."
+    )
+    with pytest.raises(RankscopeError, match=f"^{re.escape(message)}$"):
+        run(digits, digits_profile, digits_budget)

@@ -373,6 +373,7 @@ class AxolotlSettings(Settings):
 
 
 DASK = "dask://"
+_BACKENDS = rf"^(loky|{DASK}[A-Za-z0-9._-]+:[0-9]{{1,5}})$"
 _BACKEND = (
     "Where runs are done: `loky`, by processes of this machine; `dask://HOST:PORT`, by all workers of a Dask cluster, which "
     "share the output folder."
@@ -381,7 +382,7 @@ _BACKEND = (
 
 def _as_backend(backend: str) -> str:
     """`loky`, or a Dask scheduler's address."""
-    if backend == "loky" or re.fullmatch(rf"{DASK}[^/:@\s]+:[0-9]{{1,5}}", backend):
+    if re.fullmatch(_BACKENDS, backend):
         return backend
     if backend == "ray":
         raise ValueError("must be loky or dask://HOST:PORT: Ray is not supported")
@@ -403,7 +404,9 @@ class CompareSettings(Settings):
     budgets: SomeFactors = Field((1.0,), description="Factors of the budget to compare all methods at.")
     uniform_budgets: Factors = Field((), description="Further factors for uniform: how much must it grow to match?")
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
-    backend: Annotated[str, AfterValidator(_as_backend)] = Field("loky", description=_BACKEND)
+    backend: Annotated[str, AfterValidator(_as_backend)] = Field(
+        "loky", description=_BACKEND, json_schema_extra={"pattern": _BACKENDS}
+    )
 
 
 class PlanSettings(Settings):
@@ -427,7 +430,9 @@ class PlanSettings(Settings):
     n_tuning_seeds: Count = Field(2, description="Runs that choose each budget's learning rate.")
     ceiling: bool = Field(True, description="Whether full fine-tuning is trained as the ceiling.")
     n_jobs: Count = Field(1, description="Runs at the same time, each in a process of its own.")
-    backend: Annotated[str, AfterValidator(_as_backend)] = Field("loky", description=_BACKEND)
+    backend: Annotated[str, AfterValidator(_as_backend)] = Field(
+        "loky", description=_BACKEND, json_schema_extra={"pattern": _BACKENDS}
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

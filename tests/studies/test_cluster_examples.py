@@ -23,7 +23,9 @@ def commands_of(path: Path) -> list[list[str]]:
         found = [shlex.split(line, comments=True) for line in text.splitlines() if "rankscope " in line]
     else:
         found = [words for document in yaml.safe_load_all(path.read_text()) for words in lists_in(document)]
-    return [words[words.index("rankscope") :] for words in found if "rankscope" in words]
+    return [
+        words[words.index("rankscope") :] for words in found if "rankscope" in words[:-1]
+    ]  # not a user of that name
 
 
 def lists_in(value: Any) -> Iterator[list[str]]:

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import rankscope as rs
-from rankscope.cli import app
 from rankscope.comparison import RunSpec, run_all
 from rankscope.errors import TaskError
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.training import Lora
+from tests.cli.terminal import invoke_code
 
 TASK = """
 import torch
@@ -42,11 +41,11 @@ def folder(tmp_path: Path) -> Path:
 def test_an_error_in_a_tasks_method_is_one_line(folder: Path) -> None:
     given = ["profile", str(folder / "study.yaml"), "--out", str(folder / "out")]
     message = "rankscope: the study's own code raised KeyError: 'y' (mine.py, line 14); --debug shows the traceback.\n"
-    done = CliRunner().invoke(app, given)
-    assert (done.exit_code, done.stderr) == (2, message)
-    done = CliRunner().invoke(app, [*given, "--debug"])
-    assert done.exit_code == 2
-    assert 'return batch["y"].mean()' in done.stderr
+    status, _, errors = invoke_code(*given)
+    assert (status, errors) == (2, message)
+    status, _, errors = invoke_code(*given, "--debug")
+    assert status == 2
+    assert 'return batch["y"].mean()' in errors
 
 
 def test_an_error_in_a_worker_names_the_line_too(folder: Path) -> None:

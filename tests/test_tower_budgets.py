@@ -14,13 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
-from typer.testing import CliRunner
 
 import rankscope as rs
 from rankscope.budget import RankLimits, _cheapest_cover, _warn_once, allocate_marginal, allocate_proportional
-from rankscope.cli import app
 from rankscope.errors import FileError, SettingsError
 from rankscope.settings import read_study
+from tests.cli.terminal import invoke_code
 from tests.inventories import vit_inventory
 
 SIDES = st.sampled_from([1, 2, 3, 4])
@@ -352,9 +351,9 @@ plan: {n_seeds: 3, max_seeds: 3, lowest: 1, highest: 2, ceiling: false, n_tuning
 
 
 def run(*arguments: object, expect: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == expect, result.output
-    return result.stdout if not expect else result.stderr
+    status, output, errors = invoke_code(*arguments)
+    assert status == expect, output + errors
+    return errors if expect else output
 
 
 def test_a_study_keeps_them_from_allocate_to_compare(tmp_path: Path) -> None:

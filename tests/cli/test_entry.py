@@ -222,7 +222,7 @@ def test_a_path_that_cannot_be_used_is_one_line() -> None:
 
 def test_an_interrupt_is_one_line() -> None:
     done = run("import signal; signal.raise_signal(signal.SIGINT)", stdout=subprocess.DEVNULL)
-    assert (done.returncode, done.stderr) == (130, "rankscope: interrupted; what was finished is kept.\n")
+    assert (done.returncode, done.stderr) == (130, "rankscope: interrupted; files are written whole or not at all.\n")
 
 
 def test_a_terminal_without_our_signs_gets_their_codes() -> None:

@@ -221,18 +221,18 @@ def test_the_command_tells_and_draws_them(tmp_path: Path) -> None:
     study, out = tmp_path / "seen.yaml", tmp_path / "out"
     (tmp_path / "task.py").write_text(TASK)
     study.write_text("task: task.py:Task\nbudget: {uniform_rank: 1}\n")
-    result = CliRunner().invoke(app, ["profile", str(study), "--out", str(out)])
+    result = CliRunner().invoke(app, ["profile", str(study), "--out", str(out), "--allow-code"])
     assert result.exit_code == 0, result.output
     assert re.search(r"^image tokens, 64% of all, have \d+% of the gradient energy of the modules that see both, each part's",
                      result.stdout, flags=re.MULTILINE)  # fmt: skip
     assert re.search(r"│ language.*│ +\d+% │$", result.stdout, flags=re.MULTILINE)
     assert re.search(r"│ vision.*│ +- │$", result.stdout, flags=re.MULTILINE)
     assert (out / "modalities.png").stat().st_size > 5_000
-    result = CliRunner().invoke(app, ["profile", str(study), "--out", str(out), "--json"])
+    result = CliRunner().invoke(app, ["profile", str(study), "--out", str(out), "--allow-code", "--json"])
     groups = json.loads(result.stdout)["groups"]
     assert {group["tower"] for group in groups if group["image"] is None} == {"vision", "projector"}
 
     (tmp_path / "task.py").write_text(TASK.replace("from batches()", "from ({**b, 'image_mask': b['input_ids'] < 0} for b in batches())")
                                       .replace("(**batch)", "(**{k: v for k, v in batch.items() if k != 'image_mask'})"))  # fmt: skip
-    assert CliRunner().invoke(app, ["profile", str(study), "--out", str(out)]).exit_code == 0
+    assert CliRunner().invoke(app, ["profile", str(study), "--out", str(out), "--allow-code"]).exit_code == 0
     assert not (out / "modalities.png").exists()

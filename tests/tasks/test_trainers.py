@@ -11,14 +11,13 @@ import pytest
 import torch
 from joblib.externals.loky.backend.reduction import dumps, loads
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel
-from typer.testing import CliRunner
 
 import rankscope as rs
-from rankscope.cli import app
 from rankscope.errors import SettingsError, TaskError, TrainingError
 from rankscope.tasks import TrainerTask, evaluate, fingerprint_task, profile_task
 from rankscope.training import AdaLora, FullFineTuning, HeadOnly, PeftAdapter, save_adapter
 from tests.architectures import build
+from tests.cli.terminal import invoke_code
 from tests.refusals import refused
 from tests.tasks.models import save_bert, sentences
 
@@ -235,12 +234,12 @@ def test_a_study_of_the_command_line(folder: Path) -> None:
         "profile: {n_batches: 2, head_steps: 1}\n"
     )
     for command in ("profile", "allocate", "train"):
-        result = CliRunner().invoke(app, [command, str(study), "--out", str(folder / "mine")])
-        assert (result.exit_code, result.stderr.count("Traceback")) == (0, 0), result.output
+        status, output, errors = invoke_code(command, study, "--out", folder / "mine")
+        assert (status, errors.count("Traceback")) == (0, 0), output + errors
     adapter = folder / "mine" / "adapter"
     assert "AutoPeftModelForSequenceClassification" in (adapter / "README.md").read_text()
-    result = CliRunner().invoke(app, ["train", str(study), "--dry-run"])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    status, _, errors = invoke_code("train", study, "--dry-run")
+    assert (status, errors.count("\n")) == (2, 1)
 
 
 def test_it_goes_to_workers(load) -> None:

@@ -211,6 +211,8 @@ def make_storage(storage: str | BaseStorage | None, *, create: bool = True) -> B
         opened = optuna.storages.get_storage(storage)
         return opened if isinstance(opened, InMemoryStorage | PatientStorage) else patient(opened)
     url = storage.strip()
+    if re.fullmatch(r"sqlite(\+\w+)?://(/(:memory:)?)?", url):
+        return InMemoryStorage()  # SQLite's own memory is another in each thread
     if url.startswith("journal:"):
         return patient(_opening(lambda: _journal(url), url))
     if url.startswith("grpc:"):
@@ -265,7 +267,7 @@ def _grpc(url: str) -> BaseStorage:
 
 
 def _opening(call: Callable[[], Any], storage: object, *, create: bool = True) -> Any:
-    """What a call gives, tried again while others create the tables; else a SettingsError that says in one line why not."""
+    """What a call gives, tried again while others create tables or a server starts; else a SettingsError that says why not."""
     from sqlalchemy.exc import SQLAlchemyError
 
     url, deadline = str(storage).strip(), time.monotonic() + OPENING
@@ -283,7 +285,7 @@ def _opening(call: Callable[[], Any], storage: object, *, create: bool = True) -
                 f"run pip install 'rankscope[{package}]'."
             ) from None
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError) as error:
-            if not (create and _raced(error)) or time.monotonic() > deadline:
+            if not (create and (_raced(error) or _may_pass(error))) or time.monotonic() > deadline:
                 raise SettingsError(_unopened(storage, error)) from None
             time.sleep(random.uniform(0.05, 0.3))
         except (ValueError, RuntimeError, KeyError, OSError, optuna.exceptions.OptunaError) as error:

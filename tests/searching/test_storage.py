@@ -215,6 +215,25 @@ def test_errors_of_optuna_are_passed_on() -> None:
     assert patient(Away(KeyError("x"), 1))._inner.calls == 1
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_sqlite_in_memory_is_memory(url: str) -> None:
+    assert isinstance(make_storage(url), InMemoryStorage)
+
+
+def test_a_worker_that_starts_while_its_server_restarts_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, database = [], module._database
+
+    def starting(url: str, *, create: bool) -> Any:
+        made.append(url)
+        if len(made) < 3:
+            raise OperationalError("connect", None, Exception("the database system is starting up"))
+        return database(f"sqlite:///{tmp_path}/a.db", create=create)
+
+    monkeypatch.setattr(module, "_database", starting)
+    assert make_storage("postgresql://host/db").get_all_studies() == []
+    assert len(made) == 3
+
+
 @pytest.mark.postgres
 def test_a_database_that_restarts(postgres: Postgres, caplog: pytest.LogCaptureFixture) -> None:
     study = open_study("mine", postgres.database("restarts"), {})

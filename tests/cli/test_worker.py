@@ -56,7 +56,9 @@ def test_processes_share_the_work_and_a_signal_gives_trials_back(study: Path) ->
     worker.send_signal(signal.SIGTERM)
     _, stderr = worker.communicate(timeout=60)
     assert worker.returncode == 130
-    assert stderr.endswith("rankscope: interrupted; what was finished is kept.\n")
+    told = stderr.splitlines()[-1]
+    assert told.startswith(f"rankscope: interrupted; kept in {study.parent / 'out'}: ")
+    assert told.endswith("; the same command goes on from there.")
     done = subprocess.run(command(study, "--jobs", "2", "--json", "--set", "training.steps=400"), capture_output=True, text=True, env=environment, check=True)  # fmt: skip
     assert json.loads(done.stdout)["trials"] == 5
 

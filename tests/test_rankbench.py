@@ -1,5 +1,7 @@
 """RankBench's tables: every run keeps its budget, names its allocation, and repeats nothing."""
 
+import runpy
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +44,15 @@ def test_digits_is_as_large_as_its_readme_says() -> None:
     }
     assert full.groupby("rank")["seed"].nunique().to_dict() == {1 / 8: 2, 1 / 4: 2, 1 / 2: 2, 1: 3, 2: 2, 4: 2}
     assert full["test"].notna().all()
+
+
+def test_the_script_draws_the_tables_allocations() -> None:
+    """So that it goes on with a table, and a rebuilt one is the same, whatever becomes of one-shot's default."""
+    draw = runpy.run_path(str(FOLDER / "build.py"))["draw_allocations"]
+    profile, table = (
+        rs.read_profile(FOLDER / "digits-shift.profile.parquet"),
+        pd.read_parquet(FOLDER / "digits-shift.parquet"),
+    )
+    ranks = table[table["rank"] == 1 / 4].drop_duplicates("number").sort_values("number")["ranks"].map(tuple)
+    budget = rs.ParameterBudget(round(sum(target.rank_cost for target in profile.targets) / 4))
+    assert [made.vector for made in islice(draw(profile, budget), 40)] == ranks.tolist()[:40]

@@ -27,6 +27,7 @@ import rankscope as rs
 from rankscope.files import replacing
 from rankscope.profiling import profile
 from rankscope.searching import HierarchicalSpace, group_by_depth
+from rankscope.searching.space import TAU
 from rankscope.strategies import Request
 from rankscope.tasks import evaluate
 
@@ -118,11 +119,11 @@ def _candidates(taken: rs.Profile, budget: rs.ParameterBudget) -> Iterator[rs.Ra
     targets, rng = taken.targets, np.random.default_rng(0)
     given = {"targets": targets, "budget": budget, "profile": taken}
     yield rs.allocate("uniform", **given)
-    yield rs.allocate("one-shot", **given, power=2.0)
+    yield rs.allocate("one-shot", **given, power=2.0, depth=0.0)  # the default when the tables were made
     for strategy in ("gradient-norm", fisher, "sensitivity", "activation", blend):
         yield rs.allocate(strategy, **given)
     for power in (0.5, 1.0):
-        yield rs.allocate("one-shot", **given, power=power)
+        yield rs.allocate("one-shot", **given, power=power, depth=0.0)
     gains = {name: values**2 for name, values in taken.spectra().items()}
     groups = group_by_depth(targets)
     for index in count():
@@ -134,7 +135,7 @@ def _candidates(taken: rs.Profile, budget: rs.ParameterBudget) -> Iterator[rs.Ra
         noisy = {name: values * np.exp(rng.normal(0.0, spread)) for name, values in gains.items()}
         space = HierarchicalSpace(targets=targets, gains=noisy, budget=budget, groups=groups)
         point = {tilt.name: rng.uniform(tilt.low, tilt.high) * rng.choice([0.25, 1.0]) for tilt in space.tilts}
-        yield space.allocation(point | {"tau": rng.uniform(0.0, 1.2)})
+        yield space.allocation(point | {TAU: rng.uniform(0.0, 1.2)})
 
 
 def cells(plan: Plan) -> Iterator[tuple[dict[str, Any], rs.RankAllocation]]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.comparison import make_grid, paired_difference, run_tuned
+from rankscope.performance import prior_gains
 from rankscope.profiling import profiler
 from rankscope.tasks import Task
 from rankscope.training import Lora
@@ -119,12 +120,12 @@ def moved(found: rs.Profile, part: str) -> float:
 
 def place(found: rs.Profile, budget: rs.ParameterBudget, part: str | None) -> rs.RankAllocation:
     """One-shot, with only a part of the energy of each module that has parts; None: with all of it."""
-    gains = {name: values**2 for name, values in found.spectra(signal=True).items()}
+    spectra = found.spectra()
     if part is not None:
         table = found.table.set_index("module")
         shares = (table[part] / table["gradient_norm"] ** 2).fillna(1.0)  # vision tower and projector have no parts
-        gains = {name: each * float(shares[name]) for name, each in gains.items()}
-    return allocate_marginal(found.targets, gains, budget).renamed("one-shot")
+        spectra = {name: values * float(shares[name]) ** 0.5 for name, values in spectra.items()}
+    return allocate_marginal(found.targets, prior_gains(spectra, found.targets), budget).renamed("one-shot")
 
 
 def placed_rows(name: str, factor: float) -> list[dict[str, Any]]:

@@ -80,6 +80,18 @@ class ParameterBudget:
         return budget if isinstance(budget, cls) else cls(budget)  # type: ignore[arg-type]
 
     @classmethod
+    def from_settings(cls, settings: BudgetSettings, targets: Sequence[TargetModule]) -> ParameterBudget:
+        """The budget that a study asks for: so many parameters, or what uniform LoRA of a rank uses.
+
+        >>> targets = [TargetModule(name="fc1", in_features=64, out_features=256)]
+        >>> ParameterBudget.from_settings(BudgetSettings(uniform_rank=8), targets)
+        ParameterBudget(limit=2560)
+        """
+        if settings.uniform_rank is not None:
+            return cls.uniform(targets, settings.uniform_rank, settings.search, settings.towers)
+        return cls(settings.parameters or 0, settings.search, settings.towers)
+
+    @classmethod
     def uniform(
         cls, targets: Sequence[TargetModule], rank: int, search: bool = False, towers: Mapping[str, Any] | None = None
     ) -> ParameterBudget:

@@ -615,9 +615,8 @@ def run_compare(session: Session, *, as_json: bool) -> None:
     files += comparison.write_report(
         session.out, found.runs, table, targets=session.targets, decisions=found.decisions, command=command
     )
-    remove_others(
-        session.out, ("forest.png", "budgets.png", "trajectories-*.png", "flow-*.png"), kept=files
-    )  # of earlier comparisons
+    earlier = ("forest.png", "budgets.png", "trajectories-*.png", "flow-*.png")
+    remove_others(session.out, earlier, kept=files)
     _print_comparison(table, files, as_json=as_json)
 
 

@@ -32,7 +32,7 @@ from rankscope.files import FORMAT, digest, digest_source, require_same
 from rankscope.plotting import save_plot
 from rankscope.plugins import user_function
 from rankscope.profiling import Profile, read_profile
-from rankscope.settings import BudgetSettings, Settings, StudySettings, read_study
+from rankscope.settings import Settings, StudySettings, read_study
 from rankscope.strategies import allocate, needs_profile
 from rankscope.targets import TargetModule, find_targets, fingerprint_targets
 from rankscope.tasks import Outline, Task, fingerprint_task, load_task, outline_task, profile_task
@@ -101,12 +101,7 @@ class Session:
     @cached_property
     def budget(self) -> ParameterBudget:
         """The study's budget."""
-        return self._budget(self.study.budget)
-
-    def _budget(self, settings: BudgetSettings) -> ParameterBudget:
-        if settings.uniform_rank is not None:
-            return ParameterBudget.uniform(self.targets, settings.uniform_rank, settings.search, settings.towers)
-        return ParameterBudget(settings.parameters or 0, settings.search, settings.towers)
+        return ParameterBudget.from_settings(self.study.budget, self.targets)
 
     @property
     def study_name(self) -> str:
@@ -161,7 +156,7 @@ class Session:
         allocation, terms = study.allocation, {**self.facts, "seed": study.seed}
         if command == "profile":
             return terms | {"profile": study.profile.terms()}
-        terms |= self._budget(study.budget).terms()
+        terms |= ParameterBudget.from_settings(study.budget, self.targets).terms()
         terms |= {"min_rank": allocation.min_rank, "max_rank": allocation.max_rank}
         if command == "search":
             terms |= {"training": study.training.terms(), "search": study.search.terms()}
@@ -344,15 +339,11 @@ def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[A
     table is wider than the terminal: no figure is cut.
     """
     texts = [[text.format(**row) for text in columns.values()] for row in rows]
-    others = [
-        max(cell_len(line) for line in "\n".join(column).split("\n")) for column in zip(columns, *texts, strict=True)
-    ]
-    room = max(stdout.width - sum(others[1:]) - 3 * len(others) - 1, NARROWEST)
+    widths = [_widest(column) for column in zip(columns, *texts, strict=True)]
+    room = max(stdout.width - sum(widths[1:]) - 3 * len(widths) - 1, NARROWEST)
     for row in texts:
         row[0] = shortened(row[0], room)
-    widths = [
-        max(cell_len(line) for line in "\n".join(column).split("\n")) for column in zip(columns, *texts, strict=True)
-    ]
+    widths[0] = _widest([next(iter(columns)), *(row[0] for row in texts)])
     widths[0] = min(widths[0], NARROWEST)
     needed = sum(widths) + 3 * len(widths) + 1
     table = Table(width=needed if needed > stdout.width else None)
@@ -363,6 +354,11 @@ def print_table(title: str, columns: Mapping[str, str], rows: Iterable[Mapping[A
         table.add_row(*row)
     stdout.print(title, style="bold", soft_wrap=True)
     stdout.print(table, crop=False)
+
+
+def _widest(texts: Iterable[str]) -> int:
+    """Cells of the longest line."""
+    return max(cell_len(line) for text in texts for line in text.split("\n"))
 
 
 def shortened(name: str, most: int) -> str:

@@ -17,8 +17,6 @@ from rankscope.settings import DASK
 
 T = TypeVar("T")
 _SECONDS = 30  # to wait for a scheduler, and for its first worker
-
-
 Calls = Sequence[tuple[Any, ...]]  # the arguments of each
 
 

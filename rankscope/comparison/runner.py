@@ -356,9 +356,8 @@ class Contender:
     name: str
     source: str | Function | PeftAdapter
     seed: int = 0
-    allocation: AllocationSettings = field(
-        default_factory=AllocationSettings
-    )  # bounds for all, options for its strategy
+    # Its bounds on ranks hold for all methods, its options for its strategy.
+    allocation: AllocationSettings = field(default_factory=AllocationSettings)
     controller: ControllerSettings | None = None  # of methods under a controller
     searched: SearchResult | None = None  # whose recommendation is compared
     base_dir: Path = Path()  # from which relative paths of files start

@@ -321,7 +321,7 @@ class RankController:
             fixed[target.tower] -= target.rank_cost * present.ranks[target.name]
         cooled = self._step - (self._settings.cooldown + 1) * self._every
         return propose(
-            self._valued(signals.modules),
+            self._scaled(signals.modules),
             self._budget.beside(fixed),
             self._settings,
             coarse=coarse,
@@ -329,8 +329,8 @@ class RankController:
             limits=self._ranks.limits(watched, {name for name, step in self._moved_at.items() if step > cooled}),
         )
 
-    def _valued(self, signals: Sequence[ModuleSignals]) -> list[ModuleSignals]:
-        """The signals, with ranks worth what one-shot takes them to be worth."""
+    def _scaled(self, signals: Sequence[ModuleSignals]) -> list[ModuleSignals]:
+        """The signals, with ranks worth their energy sigma^2, over the largest; one-shot's depth does not count here."""
         spectra = {s.target.name: np.sqrt(s.worth) for s in signals}
         worth = prior_gains(spectra, [s.target for s in signals], power=2.0, depth=0.0)
         return [replace(s, worth=tuple(worth[s.target.name].tolist())) for s in signals]

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.control import RankControllerCallback
-from rankscope.distributed import batch_device, is_first, mixed_precision, n_processes
+from rankscope.distributed import batch_device, is_first, mixed_precision, n_processes, process_index
 from rankscope.errors import SettingsError, TaskError
 from rankscope.lora import export
 from rankscope.profiling import profile
 from rankscope.settings import AxolotlSettings
 from rankscope.strategies import allocate, needs_profile
 from rankscope.targets import find_targets
+from rankscope.tasks import IGNORED
 
 try:
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
@@ -46,7 +47,6 @@ logger = logging.getLogger("axolotl.rankscope")  # axolotl shows what its own lo
 
 _KEYS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_rank_pattern", "lora_alpha_pattern")
 _SHARDS = ("fsdp", "fsdp_config", "deepspeed", "tensor_parallel_size", "context_parallel_size")
-_IGNORED = -100
 
 
 class RankscopeArgs(BaseModel):
@@ -132,11 +132,8 @@ class RankscopePlugin(BasePlugin):  # type: ignore[misc]
     def _made(self, cfg: Any, model: Any, settings: AxolotlSettings) -> RankAllocation:
         """The allocation of a profile of this model on rows of axolotl's data set; written beside the adapter."""
         assert settings.budget is not None
-        targets, wanted, seed = find_targets(model, settings.targets), settings.budget, int(cfg.get("seed") or 0)
-        if wanted.uniform_rank is not None:
-            budget = ParameterBudget.uniform(targets, wanted.uniform_rank, False, wanted.towers)
-        else:
-            budget = ParameterBudget(wanted.parameters or 0, False, wanted.towers)
+        targets, seed = find_targets(model, settings.targets), int(cfg.get("seed") or 0)
+        budget = ParameterBudget.from_settings(settings.budget, targets)
         folder, taken = Path(str(cfg.get("output_dir") or "model-out"), "rankscope"), None
         if needs_profile(settings.strategy):
             batches = _batches(self._data, settings, int(cfg.get("micro_batch_size") or 1), seed, batch_device(model))
@@ -185,8 +182,7 @@ def _batches(
         raise TaskError(
             f"{must}, but this way to run axolotl has not loaded them through its plugins; use `axolotl train`."
         )
-    processes = n_processes()
-    place = torch.distributed.get_rank() if processes > 1 else 0
+    processes, place = n_processes(), process_index()
     n_rows = (settings.profile.n_batches or 32) * size * processes
     if hasattr(rows, "__len__"):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:n_rows]
@@ -198,7 +194,7 @@ def _batches(
         raise TaskError(
             f"{must}, but they hold {', '.join(map(str, odd[0]))}; allocate first, with `rankscope profile`."
         )
-    learned = [row for row in mine if any(label != _IGNORED for label in row["labels"])]
+    learned = [row for row in mine if any(label != IGNORED for label in row["labels"])]
     for start in range(0, len(learned), size):
         yield _padded(learned[start : start + size], device)
 
@@ -209,7 +205,7 @@ def _padded(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str
     pad = nn.utils.rnn.pad_sequence
     batch = {
         "input_ids": pad(tokens, batch_first=True),
-        "labels": pad(labels, batch_first=True, padding_value=_IGNORED),
+        "labels": pad(labels, batch_first=True, padding_value=IGNORED),
     }
     batch["attention_mask"] = pad([torch.ones_like(each) for each in tokens], batch_first=True)
     return {name: value.to(device) for name, value in batch.items()}

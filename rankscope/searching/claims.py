@@ -27,16 +27,15 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rankscope.distributed import free_memory, is_out_of_memory
 from rankscope.errors import RankscopeError, TrainingError, one_line
-from rankscope.searching.storage import FAILURE_KEY, SAMPLER
+from rankscope.searching.storage import FAILURE_KEY, SAMPLER, STEPS_KEY
 
 logger = logging.getLogger(__name__)
 
 JOB_KEY = "job"  # trial attribute: what it claims; without it, as where a user queued it, a place among the proposals
 LOST_KEY = "lost"  # trial attribute: its worker gave no sign of life
 WITHDRAWN_KEY = "withdrawn"  # trial attribute: why its worker gave it up; it trained nothing that counts
-LEASE_KEY = (
-    "rankscope:lease"  # of system attributes: who holds it, how often it was renewed, after how many seconds it ends
-)
+# A system attribute: who holds the trial, how often the lease was renewed, after how many seconds it ends.
+LEASE_KEY = "rankscope:lease"
 RETRIES = 3  # of a job whose workers died
 RENEWALS = 6  # of a lease in the time after which it ends
 LONGEST_PAUSE = 2.0  # seconds between looks of a worker that waits
@@ -210,9 +209,14 @@ class Claims:
 
 
 class Lease:
-    """Keeps a claim alive by a thread, which watches others' claims as well."""
+    """Keeps a claim alive by a thread, which watches others' claims as well.
+
+    Attributes:
+        steps: Optimizer steps taken under it; see `on_step`.
+    """
 
     def __init__(self, claims: Claims, claim: Claim) -> None:
+        self.steps = 0
         self._claims, self._trial_id, self._lease = claims, claim.trial_id, list(claim.lease)
         self._stop, self._lost = Event(), False
         self._thread = Thread(target=self._renew, daemon=True, name=f"lease of trial {claim.number}")
@@ -227,10 +231,15 @@ class Lease:
         self._stop.set()
         self._thread.join(timeout=5.0)  # not while a server is away: Ctrl-C must be heard
 
-    def check(self, _step: int = 0) -> None:
+    def check(self) -> None:
         """Raise `LostError` if the trial was given to another worker."""
         if self._lost:
             raise LostError
+
+    def on_step(self, _step: int) -> None:
+        """Count an optimizer step, and raise as `check` does."""
+        self.check()
+        self.steps += 1
 
     def _renew(self) -> None:
         storage = self._claims._storage
@@ -250,14 +259,17 @@ class Lease:
 
 
 def perform(claims: Claims, claim: Claim, work: Callable[[Lease], float], what: str) -> bool:
-    """Do the work of a claim and report its value, or why its training failed; False where others have the trial now.
+    """Do the work of a claim; report its value and steps, or why its training failed. False where others have the trial now.
 
     A training that diverges or runs out of memory fails its trial only. Any other error gives the claim up, and is raised.
     """
     value, failure, pruned = None, None, False
     try:
         with Lease(claims, claim) as lease:
-            value = work(lease)
+            try:
+                value = work(lease)
+            finally:
+                claims.study._storage.set_trial_user_attr(claim.trial_id, STEPS_KEY, lease.steps)
     except optuna.TrialPruned:
         pruned = True
     except (LostError, UpdateFinishedTrialError):

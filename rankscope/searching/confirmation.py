@@ -25,7 +25,6 @@ from rankscope.searching.storage import (
     ID_KEY,
     ONE_SHOT,
     POSTERIOR_MEAN,
-    STEPS_KEY,
     STUDY_KEY,
     UNIFORM,
     Trial,
@@ -289,19 +288,11 @@ def _claim_and_train(claims: Claims, run: Run, plan: dict[str, Any], task: Task,
     if agreed_plan(claim.trials, plan) != plan:
         claims.withdraw(claim.trial_id, "others had chosen the finalists")
         return False
-    storage, steps = claims.study._storage, list[int]()
 
     def work(lease: Lease) -> float:
-        def on_step(step: int) -> None:
-            lease.check()
-            steps.append(step)
-
-        try:
-            settings = training.at(run.trial.learning_rate)
-            result = train(task, run.trial.allocation, settings, seed=run.seed, on_step=on_step)[1]
-        finally:
-            storage.set_trial_user_attr(claim.trial_id, STEPS_KEY, len(steps))
-        storage.set_trial_user_attr(claim.trial_id, "wall_seconds", result.wall_seconds)
+        settings = training.at(run.trial.learning_rate)
+        result = train(task, run.trial.allocation, settings, seed=run.seed, on_step=lease.on_step)[1]
+        claims.study._storage.set_trial_user_attr(claim.trial_id, "wall_seconds", result.wall_seconds)
         return float(result.metrics[task.metric])
 
     return perform(claims, claim, work, f"trial {run.trial.number} is no finalist: its run on seed {run.seed}")

@@ -400,10 +400,7 @@ class _Search:
         if same:
             first, number = same.number if same.reused is None else same.reused, running.number
             trial = replace(same, number=number, origin=origin, wall_seconds=0.0, reused=first)
-            known = self.study._storage.get_trial(
-                self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, same.number)
-            )
-            for step, value in known.intermediate_values.items():
+            for step, value in trials[same.number].intermediate_values.items():
                 running.report(value, step)  # pruners compare with the best trial, which may be this one
         else:
             trial = self._train(running, origin, allocation, rate, lease)
@@ -435,27 +432,20 @@ class _Search:
         """One training a seed; pruned on the first one's way, or between seeds where the pruner compares those."""
         metric, by_seed = self.task.metric, isinstance(self.study.pruner, optuna.pruners.WilcoxonPruner)
         last = self.settings.n_seeds if by_seed else self.training.steps
-        schedule, steps, results = self.training.at(rate), list[int](), list[TrainingResult]()
+        schedule, results = self.training.at(rate), list[TrainingResult]()
 
         def report(step: int, metrics: Mapping[str, float]) -> None:
             running.report(metrics[metric], step)
             if origin == SAMPLER and step < last and running.should_prune():
                 raise optuna.TrialPruned(f"pruned at {'seed' if by_seed else 'step'} {step}")
 
-        def on_step(step: int) -> None:
-            lease.check()
-            steps.append(step)
-
-        try:
-            for seed in range(self.settings.n_seeds):
-                watch = None if by_seed or seed else report
-                trained = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=on_step)
-                results.append(trained[1])
-                del trained  # its model would live through the next seed's training
-                if by_seed:
-                    report(seed + 1, results[-1].metrics)
-        finally:
-            running.set_user_attr(STEPS_KEY, len(steps))
+        for seed in range(self.settings.n_seeds):
+            watch = None if by_seed or seed else report
+            trained = train(self.task, allocation, schedule, seed=seed, on_evaluation=watch, on_step=lease.on_step)
+            results.append(trained[1])
+            del trained  # its model would live through the next seed's training
+            if by_seed:
+                report(seed + 1, results[-1].metrics)
         metrics = {str(seed): result.metrics[metric] for seed, result in enumerate(results)}
         return storage.Trial(
             number=running.number,

@@ -20,9 +20,8 @@ from rankscope.distributed import (
 from rankscope.errors import TrainingError
 from rankscope.files import digest
 from rankscope.profiling import leaves
-from rankscope.tasks import Batch, Task
+from rankscope.tasks import IGNORED, Batch, Task, evaluating
 
-_IGNORED = -100  # of labels, in transformers
 _TOLERANCES = {True: 2e-2, False: 1e-3}  # of a loss in half precision, and in float32
 
 
@@ -60,7 +59,7 @@ class Shards:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return self._rows(batch)
-        return int((labels[:, 1:] if self._shifted and labels.ndim == 2 else labels).ne(_IGNORED).sum())
+        return int((labels[:, 1:] if self._shifted and labels.ndim == 2 else labels).ne(IGNORED).sum())
 
     def check(self, model: nn.Module, batch: Batch) -> None:
         """Raise unless all processes have this first batch, and its loss is the mean that `count` makes it.
@@ -93,17 +92,11 @@ class Shards:
         remedy = "train in one process, or give the task a method `count_examples(batch)`"
         return TrainingError(f"`{self._task.name}`: {must} to be shared over {n} processes, but {found}; {remedy}.")
 
-    @torch.no_grad()
     def _loss(self, model: nn.Module, batch: Batch) -> float:
-        was_training = model.training
-        model.eval()
         from accelerate.utils import send_to_device
 
-        try:
-            with mixed_precision(model):
-                return float(self._task.loss(model, send_to_device(batch, batch_device(model))))
-        finally:
-            model.train(was_training)
+        with evaluating(model), mixed_precision(model):
+            return float(self._task.loss(model, send_to_device(batch, batch_device(model))))
 
     def _rows(self, batch: Any) -> int:
         """Rows of a batch, each of whose tensors has as many."""

@@ -195,9 +195,9 @@ def cost_of_trials(kind: str, n_trials: int, every: int) -> list[Row]:
             assert claim is not None
             running = optuna.Trial(study, claim.trial_id)
 
-            def evaluate(_lease: Any, running: optuna.Trial = running, number: int = number) -> float:
+            def evaluate(lease: Any, running: optuna.Trial = running, number: int = number) -> float:
                 made = suggest_allocation(running, space)
-                running.set_user_attr(storages.STEPS_KEY, 100)
+                lease.steps = 100
                 trial = storages.Trial(
                     number=number, origin=storages.SAMPLER, allocation=made, learning_rate=0.01, metric=0.5, loss=1.0,
                     metrics_by_seed={"0": 0.5}, history={100: 0.5},

@@ -156,9 +156,7 @@ def train(study: StudySettings, model: str, folder: Path, allocation: Path | Non
 
 def with_adapters(network: Any, study: StudySettings, targets: Any, file: Path | None) -> tuple[Any, list[Any]]:
     """The model with LoRA of an allocation, or of uniform ranks, and the controller's callback if it is on."""
-    size, training = study.budget, study.training
-    limit = rs.ParameterBudget.uniform(targets, size.uniform_rank).limit if size.uniform_rank else size.parameters
-    budget = rs.ParameterBudget(limit, towers=size.towers)
+    training, budget = study.training, rs.ParameterBudget.from_settings(study.budget, targets)
     ranks = rs.RankAllocation.from_json(file) if file else rs.allocate("uniform", targets=targets, budget=budget)
     options = {"scaling": training.scaling, "lora_dropout": training.lora_dropout}
     if study.controller.mode != "on":

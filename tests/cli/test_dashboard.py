@@ -30,6 +30,9 @@ training: {steps: 2, learning_rate: 0.01}
 search: {n_trials: 3, confirm_fraction: 0}
 """
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Debian's Chromium: apt-get install chromium chromium-driver"
+)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1500,1500",
@@ -75,9 +78,7 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Debian's Chromium: apt-get install chromium chromium-driver"
-)
+@needs_chromium
 def test_a_browser_shows_a_trial_s_picture_and_the_study_s_note(
     searched: tuple[Path, Path], browser: webdriver.Chrome
 ) -> None:
@@ -123,9 +124,7 @@ def plain_dashboard(out: Path) -> Iterator[str]:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs Debian's Chromium: apt-get install chromium chromium-driver"
-)
+@needs_chromium
 def test_the_plain_optuna_dashboard_shows_what_the_search_attached(
     searched: tuple[Path, Path], browser: webdriver.Chrome
 ) -> None:

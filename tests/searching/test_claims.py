@@ -45,6 +45,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def look_often(watch: Claims, clock: Clock, times: int, pause: float) -> None:
+    """So many looks, each with a pause after it, in seconds."""
+    for _ in range(times):
+        watch.look()
+        clock.now += pause
+
+
 def study() -> optuna.Study:
     return optuna.create_study(direction="maximize")
 
@@ -107,9 +114,7 @@ def test_a_lease_that_stands_still_is_lost(clock: Clock, caplog: pytest.LogCaptu
     shared = study()
     number = add(shared, "a")
     watch = Claims(shared, 30.0)
-    for _ in range(6):
-        watch.look()
-        clock.now += 5.0
+    look_often(watch, clock, 6, pause=5.0)
     assert shared.trials[number].state == TrialState.RUNNING
     watch.look()
     clock.now += 5.0
@@ -134,18 +139,14 @@ def test_time_without_looks_tells_nothing_of_others(clock: Clock) -> None:
     """A server that is away for minutes, or a machine that sleeps, must not have every other trial failed."""
     shared = study()
     number, watch = add(shared, "a"), Claims(shared, 30.0)
-    for _ in range(5):
-        watch.look()
-        clock.now += 3600.0
+    look_often(watch, clock, 5, pause=3600.0)
     assert shared.trials[number].state == TrialState.RUNNING
 
 
 def test_leases_last_as_long_as_their_holders_say(clock: Clock) -> None:
     shared = study()
     number, watch = add(shared, "a"), Claims(shared, 2.0)
-    for _ in range(60):
-        watch.look()
-        clock.now += 0.4
+    look_often(watch, clock, 60, pause=0.4)
     assert shared.trials[number].state == TrialState.RUNNING
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -257,6 +258,13 @@ def join_processes() -> None:
         torch.accelerator.set_device_index(int(local))
     with _reaching_others():  # the first may plan, evaluate or draw for long meanwhile; a launcher ends all if one dies
         distributed.init_process_group(timeout=timedelta(days=1))
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Leave the other processes: a backend's threads must not outlive the interpreter, whose end they would abort."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _n_launched() -> int:

@@ -152,6 +152,7 @@ def train(study: StudySettings, model: str, folder: Path, allocation: Path | Non
         callback.bind(trainer)
     trainer.train()
     trainer.save_model(str(folder))
+    trainer.accelerator.end_training()  # leaves the other processes
 
 
 def with_adapters(network: Any, study: StudySettings, targets: Any, file: Path | None) -> tuple[Any, list[Any]]:

@@ -2,25 +2,30 @@
 
     python studies/bench/scale_out.py --out studies/results/scale_out.json
 
-1. Faults: 8 workers on PostgreSQL, 200 trials of digits-shift (short trainings), 50 SIGKILLs at random moments, a new worker for
-   each, and three restarts of the server; then 2 and 4 workers on SQLite, a journal and Optuna's gRPC proxy without faults.
-   What is counted are the trainings that really ran (a log that each worker appends to) and what the study holds.
-2. Speed: trainings an hour of 1 and 2 workers on SQLite, with trainings of seconds; what the study costs a trial beside its
+1. Speed: trainings an hour of 1 and 2 workers on SQLite, with trainings of seconds; what the study costs a trial beside its
    training and the proposal, at 500 and 5,000 trials on SQLite and PostgreSQL, and the memory of the process meanwhile.
+2. Faults: 8 workers on PostgreSQL, 200 trials of digits-shift (short trainings), 50 SIGKILLs at random moments, a new worker for
+   each, and three restarts of the server; 4 workers on SQLite with 50 SIGKILLs; then 2 and 4 workers on SQLite, a journal and
+   Optuna's gRPC proxy without faults. Workers share two host names (as root on Linux), as containers may. What is counted are
+   the trainings that really ran (a log that each worker appends to) and what the study holds.
+3. Two processes under torchrun (gloo) against one on the same global batches: profile, training and controller of digits-shift.
 
-PostgreSQL comes from Debian's package (`apt-get install postgresql`), on loopback. About 60 CPU minutes (faults 35, speed 25).
-Parts that are done are kept in `.cache/scale_out.jsonl` by the sources they measure, so an interrupted run goes on. `--quick`:
-3 workers, 20 trials, 3 kills and one restart on PostgreSQL; 2 workers on SQLite; the cost of a trial at 60 trials.
+PostgreSQL comes from Debian's package (`apt-get install postgresql`), on loopback. About 60 CPU minutes; speed wants an idle
+machine. Parts that are done are kept in `.cache/scale_out.jsonl` by the sources they measure, so an interrupted run goes on.
+`--quick`: the cost of a trial at 60 trials; 3 workers, 20 trials, 3 kills and one restart on PostgreSQL; 2 workers on SQLite;
+torchrun with short trainings.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,14 +47,18 @@ from rankscope.searching import storage as storages
 from rankscope.searching.claims import LOST_KEY, Claims, Job, perform
 from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.space import make_space
+from rankscope.tasks import profile_task
+from rankscope.training import Lora
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.launcher import torchrun
 from tests.searching.servers import Postgres, grpc_proxy
 
 CACHE = Path(__file__).parents[2] / ".cache"
 LOG = CACHE / "scale_out.jsonl"
 SOURCES = ("rankscope/searching", "studies/bench/scale_out.py")
 CONTEXT = multiprocessing.get_context("fork")
+NAMED = sys.platform == "linux" and os.geteuid() == 0  # whether workers can have host names of their own
 Row = dict[str, Any]
 
 
@@ -81,8 +90,13 @@ class Logged(type(rs.load_task("digits-shift"))):  # type: ignore[misc]
 # --- faults -------------------------------------------------------------------------------------------------------
 
 
-def work(folder: Path, url: str, profile: rs.Profile, options: Mapping[str, Any], out: Path) -> None:
+def work(folder: Path, url: str, profile: rs.Profile, options: Mapping[str, Any], host: str, out: Path) -> None:
     """One worker."""
+    if NAMED:
+        new_uts = 0x04000000  # CLONE_NEWUTS of sched.h: this process alone takes another host name
+        if ctypes.CDLL(None, use_errno=True).unshare(new_uts):
+            raise OSError(ctypes.get_errno(), "unshare")
+        socket.sethostname(host)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     task = Logged()
     task.log = folder / "log.jsonl"
@@ -105,7 +119,8 @@ def with_faults(
 
         def start() -> None:
             out = folder / f"worker-{len(processes)}.json"
-            processes.append(CONTEXT.Process(target=work, args=(folder, url, profile, options, out)))
+            host = f"host-{len(processes) % 2}"
+            processes.append(CONTEXT.Process(target=work, args=(folder, url, profile, options, host, out)))
             processes[-1].start()
 
         for _ in range(workers):
@@ -124,7 +139,8 @@ def with_faults(
                 left -= 1
         told = {file.read_text() for file in folder.glob("worker-*.json")}
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        row = {"storage": kind, "workers": workers, "n_trials": n_trials, "kills": killed, "restarts": restarts - left}
+        row = {"storage": kind, "workers": workers, "n_trials": n_trials, "kills": killed, "restarts": restarts - left,
+               "host_names": 2 if NAMED else 1}  # fmt: skip
         return row | counted(url, log) | {"recommendations": len(told), "seconds": time.monotonic() - started}
 
 
@@ -215,6 +231,58 @@ def cost_of_trials(kind: str, n_trials: int, every: int) -> list[Row]:
     return rows
 
 
+# --- two processes ------------------------------------------------------------------------------------------------
+
+CONTROLLED = {"freeze_fraction": 0.9, "hysteresis": 0.0, "min_gain_ratio": 0.0, "every": 10}  # one that moves
+
+
+def results(steps: int) -> dict[str, dict[str, Any]]:
+    """Profile, training and controller on digits-shift, by one process or as one of several.
+
+    Values are the modules' leading singular values, and the loss with the norms of the adapter's factors B.
+    """
+    task = rs.load_task("digits-shift")
+    profile = profile_task(task, n_batches=8)
+    budget = rs.ParameterBudget.uniform(profile.targets, 1)
+    allocation = rs.allocate("one-shot", targets=profile.targets, profile=profile, budget=budget)
+    leading = [float(values[0]) for values in profile.table["singular_values"]]
+    found = {"profile": {"values": leading, "ranks": list(allocation.vector)}}
+    for name, settings in (("training", None), ("controller", rs.ControllerSettings(**CONTROLLED))):
+        model, result = rs.train(task, Lora(allocation, settings), {"steps": steps, "learning_rate": 0.01}, seed=3)
+        assert result.allocation is not None
+        norms = [float(each.detach().norm()) for key, each in model.named_parameters() if "lora_B" in key]
+        loss = task.evaluate(model, "validation")["loss"]
+        found[name] = {"values": [loss, *norms], "ranks": list(result.allocation.vector)}
+    return found
+
+
+def two_processes(steps: int) -> list[Row]:
+    """What torchrun's two processes find, beside what one finds: the largest relative difference, and whether ranks agree."""
+    with tempfile.TemporaryDirectory() as name:
+        script, out = Path(name) / "two.py", Path(name) / "found.json"
+        script.write_text(
+            f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport json, scale_out\n"
+            "from rankscope.distributed import is_first\n"
+            f"found = scale_out.results({steps})\n"
+            f"is_first() and open({str(out)!r}, 'w').write(json.dumps(found))\n"
+        )
+        done = torchrun(str(script))
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        two = json.loads(out.read_text())
+    rows = []
+    for case, one in results(steps).items():
+        expected, values = np.array(one["values"]), np.array(two[case]["values"])
+        difference = np.max(
+            np.abs(values - expected) / np.maximum(np.abs(expected), 1e-30)
+        )  # B without ranks has norm 0
+        agree = two[case]["ranks"] == one["ranks"]
+        rows.append(
+            {"what": "two processes", "case": case, "relative_difference": float(difference), "same_ranks": agree}
+        )
+    return rows
+
+
 # --- the benchmark ------------------------------------------------------------------------------------------------
 
 
@@ -222,21 +290,23 @@ def measure(quick: bool) -> tuple[list[Row], list[Claim]]:
     """All parts, and what they show."""
     if quick:
         parts: dict[str, Callable[[], Row | list[Row]]] = {
+            "cost on sqlite": lambda: cost_of_trials("sqlite", 60, 60),
             "faults": lambda: with_faults("postgresql", workers=3, n_trials=20, steps=2, kills=3, restarts=1, grace=3.0),
             "two on sqlite": lambda: with_faults("sqlite", workers=2, n_trials=12, steps=2),
-            "cost on sqlite": lambda: cost_of_trials("sqlite", 60, 60),
+            "torchrun": lambda: two_processes(24),
         }  # fmt: skip
     else:
-        parts = {"faults": lambda: with_faults("postgresql", workers=8, n_trials=200, steps=20, kills=50, restarts=3)}
+        parts = {f"an hour of {workers}": lambda n=workers: an_hour(n, 24, 400) for workers in (1, 2)}
+        for kind in ("sqlite", "postgresql"):
+            parts[f"cost on {kind}"] = lambda k=kind: cost_of_trials(k, 5000, 500)
+        parts["faults"] = lambda: with_faults("postgresql", workers=8, n_trials=200, steps=20, kills=50, restarts=3)
+        parts["faults on sqlite"] = lambda: with_faults("sqlite", workers=4, n_trials=200, steps=20, kills=50)
         for kind in ("sqlite", "journal", "grpc"):
             for workers in (2, 4):
                 parts[f"{workers} on {kind}"] = lambda k=kind, n=workers: with_faults(
                     k, workers=n, n_trials=40, steps=10
                 )
-        for workers in (1, 2):
-            parts[f"an hour of {workers}"] = lambda n=workers: an_hour(n, 24, 400)
-        for kind in ("sqlite", "postgresql"):
-            parts[f"cost on {kind}"] = lambda k=kind: cost_of_trials(k, 5000, 500)
+        parts["torchrun"] = lambda: two_processes(84)
     rows = {name: resumed(name, part, quick=quick) for name, part in parts.items()}
     return [row for part in rows.values() for row in part], claims(rows)
 
@@ -273,6 +343,11 @@ def claims(parts: Mapping[str, list[Row]]) -> list[Claim]:
                                   max(0, row["trained_again"] - row["trials_of_dead_workers"]), 0),
                     Claim.at_most(f"{name}: recommendations", row["recommendations"], 1),
                 ]  # fmt: skip
+            elif row["what"] == "two processes":
+                found.append(
+                    Claim.at_most(f"torchrun, {row['case']}: relative difference", row["relative_difference"], 1e-3)
+                )
+                found.append(Claim.at_least(f"torchrun, {row['case']}: the same ranks", float(row["same_ranks"]), 1.0))
             elif row["what"] == "a trial's cost" and row["trials"] in (60, 500, 5000):
                 bound = 0.1 if row["trials"] == 5000 else 0.05
                 found.append(

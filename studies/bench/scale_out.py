@@ -43,7 +43,9 @@ from _harness import Claim, run_benchmark
 from optuna.trial import TrialState
 
 import rankscope as rs
+from rankscope.maps import ranks_png
 from rankscope.searching import storage as storages
+from rankscope.searching.attachments import Attachments
 from rankscope.searching.claims import LOST_KEY, Claims, Job, perform
 from rankscope.searching.sampler import suggest_allocation
 from rankscope.searching.space import make_space
@@ -56,7 +58,7 @@ from tests.searching.servers import Postgres, grpc_proxy
 
 CACHE = Path(__file__).parents[2] / ".cache"
 LOG = CACHE / "scale_out.jsonl"
-SOURCES = ("rankscope/searching", "studies/bench/scale_out.py")
+SOURCES = ("rankscope/searching", "rankscope/maps.py", "studies/bench/scale_out.py")
 CONTEXT = multiprocessing.get_context("fork")
 NAMED = sys.platform == "linux" and os.geteuid() == 0  # whether workers can have host names of their own
 Row = dict[str, Any]
@@ -190,7 +192,8 @@ def an_hour(workers: int, n_trials: int, steps: int) -> Row:
 def cost_of_trials(kind: str, n_trials: int, every: int) -> list[Row]:
     """Seconds that the study costs a trial beside training and proposal, by trials before it.
 
-    Each trial claims, keeps a lease, evaluates nothing, and reports what a trial of a search reports.
+    Each trial claims, keeps a lease, evaluates nothing, reports what a trial of a search reports, and attaches its note for the
+    dashboard. Its rank map, a picture whose cost does not grow, is timed apart.
     """
     task = rs.load_task("digits-shift")
     profile = rs.profile(task.build_model(), list(task.train_batches(0)), loss_fn=task.loss)
@@ -199,7 +202,8 @@ def cost_of_trials(kind: str, n_trials: int, every: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name, opened(kind, Path(name)) as (url, _):
         study = storages.open_study("many", url, {})
         study.sampler = optuna.samplers.RandomSampler(0)
-        claims = Claims(study, 30.0)
+        study.set_user_attr(storages.STUDY_KEY, {"budget": 6912, "metric": "accuracy", "n_seeds": 1})
+        claims, attachments = Claims(study, 30.0), Attachments(study, space.targets, None)
         for number in range(n_trials):
             point = {tilt.name: float(rng.uniform(tilt.low, tilt.high)) for tilt in space.tilts}
             allocation = space.allocation(point)  # the proposal, which is timed in search_latency.py
@@ -219,7 +223,8 @@ def cost_of_trials(kind: str, n_trials: int, every: int) -> list[Row]:
                     metrics_by_seed={"0": 0.5}, history={100: 0.5},
                 )  # fmt: skip
                 row = {key: value for key, value in trial.to_row().items() if key != storages.RANKS_KEY}
-                running.set_user_attr(storages.TRIAL_KEY, row)
+                with attachments.attached(running):
+                    running.set_user_attr(storages.TRIAL_KEY, row)
                 return 0.5
 
             perform(claims, claim, evaluate, f"trial {number}")
@@ -228,7 +233,12 @@ def cost_of_trials(kind: str, n_trials: int, every: int) -> list[Row]:
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 rows.append({"what": "a trial's cost", "storage": kind, "trials": number + 1,
                              "median_s": median(spent[-50:]), "peak_mb": memory})  # fmt: skip
-    return rows
+    drawn = []
+    for _ in range(20):
+        started = time.perf_counter()
+        ranks_png(space.targets, allocation.ranks, titles=["a trial"])
+        drawn.append(time.perf_counter() - started)
+    return [*rows, {"what": "a trial's rank map", "storage": kind, "median_s": median(drawn)}]
 
 
 # --- two processes ------------------------------------------------------------------------------------------------

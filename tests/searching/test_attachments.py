@@ -207,3 +207,19 @@ def test_a_storage_without_a_folder_has_notes(run: Search, tmp_path: Path) -> No
     ).startswith("> ★")
     assert "![" not in note_of(study, 0)
     assert not get_all_artifact_meta(study.get_trials()[0], storage=study._storage)
+
+
+def test_a_note_reads_no_other_notes(run: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save_note` itself reads those of all trials, twice."""
+    read, asked = optuna.storages.RDBStorage.get_study_system_attrs, []
+    monkeypatch.setattr(
+        optuna.storages.RDBStorage, "get_study_system_attrs", lambda self, study: asked.append(1) or read(self, study)
+    )
+    counts = []
+    for n_trials in (4, 8):
+        (tmp_path / str(n_trials)).mkdir()
+        asked.clear()
+        result = run(tmp_path / str(n_trials), n_trials=n_trials)
+        assert all(note_of(result.study, trial.number) for trial in result.trials)
+        counts.append(len(asked) - n_trials)  # this test reads them, too
+    assert counts[0] == counts[1]

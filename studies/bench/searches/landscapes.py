@@ -15,6 +15,7 @@ from scipy import stats
 
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, allocate_marginal
+from rankscope.performance import prior_gains
 from rankscope.profiling import read_profile
 from rankscope.searching import HierarchicalSpace, Interval, group_by_depth
 from rankscope.searching.confirmation import residual_variance
@@ -99,7 +100,7 @@ class RankBench:
         self._uniform = 0  # the first allocation of every table
         self.space = TabulatedSpace(
             targets=profile.targets,
-            gains={name: values**2 for name, values in profile.spectra().items()},
+            gains=prior_gains(profile.spectra(), profile.targets),
             budget=ParameterBudget(round(rank * sum(target.rank_cost for target in profile.targets))),
             groups=group_by_depth(profile.targets),
             candidates=tuple(RankAllocation(profile.targets, vector) for vector in self._row),

@@ -43,7 +43,7 @@ FIRST_SEED = 500  # trials train on seeds 0, 1, …
 N_SAMPLED = 3  # finalists beside uniform and one-shot
 CONFIDENCE = 0.95
 FEWEST_PAIRS = 3  # with two, the t interval is 4.5 times as wide as with three: it says nothing
-SIMPLICITY = {UNIFORM: 0, ONE_SHOT: 1}  # of origins; others come after them
+PREFERRED = {ONE_SHOT: 0, UNIFORM: 1}  # origins, where nothing else tells; others come after them
 OnRun = Callable[[int, int], None]  # runs done and runs in all
 MIN_TRIALS = 5  # with fewer, a rank correlation says nothing
 
@@ -346,10 +346,10 @@ class Recommendation(NamedTuple):
 def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceModel | None = None) -> Recommendation:
     """Which of some trials to recommend, uniform and one-shot among them, by their metrics on fresh seeds, (n, n_seeds).
 
-    The posterior mean of a model to believe chooses; without a model the simplest trial (uniform, then one-shot) within a
-    standard error of the best (Breiman, Friedman, Olshen, Stone 1984, §3.4.3), which is 0 with one seed. Nothing is chosen that
-    fresh seeds put below uniform or one-shot, or that was not trained on any, unless the posterior's interval of the difference
-    is above 0.
+    The posterior mean of a model to believe chooses. Without a model it is one-shot, for which the profile speaks, then uniform,
+    if within a standard error of the best (as Breiman, Friedman, Olshen, Stone 1984, §3.4.3, choose the simplest); one fresh
+    seed has none, so it overrules neither. No proposal is chosen that fresh seeds put below uniform or one-shot, or that was not
+    trained on any, unless the posterior's interval of the difference is above 0.
     """
     table, everyone = np.asarray(metrics, dtype=np.float64), range(len(trials))
     n_seeds, starts = table.shape[1], [i for i in everyone if not trials[i].proposed]
@@ -358,33 +358,39 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
     over = {j: posterior_over(j, trials, table, belief) for j in starts} if belief is not None else {}
 
     def allowed(i: int) -> bool:
-        return all((fair[i] and values[i] >= values[j]) or (j in over and over[j][i].low > 0.0) for j in starts)
+        return i in starts or all(
+            (fair[i] and values[i] >= values[j]) or (j in over and over[j][i].low > 0.0) for j in starts
+        )
 
+    error = math.sqrt(2.0 * residual_variance(table) / n_seeds) if n_seeds > 1 else math.inf
     if over:
         wished = sorted(everyone, key=lambda i: -over[starts[0]][i].mean)
     else:
-        error = math.sqrt(2.0 * residual_variance(table) / n_seeds) if n_seeds else 0.0
         good = [i for i in everyone if fair[i] and values[i] >= max(values[fair]) - error]
-        wished = sorted(good, key=lambda i: (SIMPLICITY.get(trials[i].origin, 2), -values[i]))
+        wished = sorted(good, key=lambda i: (PREFERRED.get(trials[i].origin, 2), -values[i]))
     best = next(filter(allowed, wished))
-    ahead = [j for j in starts if not fair[best] or values[j] > values[best]]
-    tell = "in the posterior mean" if over else "by more than the standard error of fresh seeds"
-    if ahead:
-        rival = max(ahead, key=lambda j: values[j])
-        why = f"the posterior puts it {over[rival][best].text()} above {trials[rival].name}, though "
-        why += f"fresh seeds put it {values[rival] - values[best]:.3f} below" if n_seeds else "nothing is confirmed"
-    elif not starts:
+    ahead = [j for j in starts if values[j] > values[best] or not (n_seeds or best in starts)]
+    rival = max(ahead, key=lambda j: values[j], default=best)
+    below = f"fresh seeds put it {values[rival] - values[best]:.3f} below"
+    if not starts:
         why = "neither uniform nor one-shot completed, and it is best of what did"
-    elif not n_seeds:
+    elif not n_seeds and best in starts:
         why = "these are too few trainings to tell proposals from it"
+    elif ahead and over:
+        why = f"the posterior puts it {over[rival][best].text()} above {trials[rival].name}, though "
+        why += below if n_seeds else "nothing is confirmed"
+    elif ahead:
+        noise = f"within their standard error, {error:.3f}" if n_seeds > 1 else "by one seed, which tells little"
+        why = f"the profile speaks for it, though {below} {trials[rival].name}, {noise}"
     elif best != wished[0] and over:
-        below = " and ".join(trials[j].name for j in starts if values[j] > values[wished[0]])
-        why = f"the posterior mean of {trials[wished[0]].name} is higher, but fresh seeds put it below {below}"
+        above = " and ".join(trials[j].name for j in starts if values[j] > values[wished[0]])
+        why = f"the posterior mean of {trials[wished[0]].name} is higher, but fresh seeds put it below {above}"
+    elif best in starts and n_seeds == 1 and not over:
+        why = "one fresh seed tells too little to prefer a proposal"
     elif best in starts:
-        why = f"no proposal is better {tell}"
+        why = f"no proposal is better {'in the posterior mean' if over else 'by more than the standard error of fresh seeds'}"
     else:
-        little = ", by one seed, which tells little" if n_seeds == 1 else ""
-        why = f"it is above uniform and one-shot on fresh seeds{', and best in the posterior mean' if over else little}"
+        why = f"it is above uniform and one-shot on fresh seeds{', and best in the posterior mean' if over else ''}"
     return Recommendation(trials[best], f"{trials[best].name} is recommended: {why}")
 
 

@@ -33,7 +33,7 @@ class Constant(Digits):
         return {"accuracy": 0.5, "loss": 1.0}
 
 
-def test_a_constant_metric_recommends_uniform_and_leaves_the_model_out(
+def test_a_constant_metric_recommends_one_shot_and_leaves_the_model_out(
     digits_profile: rs.Profile, digits_budget: rs.ParameterBudget
 ) -> None:
     training = rs.TrainingSettings(steps=4, learning_rate=0.01, evaluate_every=2)
@@ -41,7 +41,7 @@ def test_a_constant_metric_recommends_uniform_and_leaves_the_model_out(
         Constant(), digits_profile, digits_budget, n_trials=24, confirm_fraction=0.5, training=training, pruner="median"
     )
     assert (found.model, found.validation, found.agreements) == (None, None, [])
-    assert found.recommendation.trial.origin == "uniform"
+    assert found.recommendation.trial.origin == "one-shot"
     assert {f.interval for f in found.finalists[1:]} == {None}
 
 

@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+MAX_LABEL = 48  # characters of a group's blocks, one by one
+
 
 def _rows(table: str, start: str = "", end: str = "") -> tuple[tuple[str, re.Pattern[str]], ...]:
     """Each line of a table as its first word and a pattern for any of the others. The first match decides."""
@@ -243,3 +245,19 @@ def _longer_roles(paths: Mapping[str, tuple[str, ...]], blocks: Mapping[str, int
 def _shared(paths: Iterable[Sequence[str]]) -> int:
     """How many first parts all paths share."""
     return sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
+
+def label_blocks(group: str, blocks: Collection[int], *, several: bool = False) -> str:
+    """Return the readable name of a group `tower/number` of blocks; with `several` towers, the tower's name comes first.
+
+    >>> label_blocks("model/0", [0, 1, 2, 5]), label_blocks("vision/3", [3], several=True), label_blocks("model/-", [])
+    ('blocks 0-2, 5', 'vision block 3', 'outside blocks')
+    """
+    tower, _, number = group.rpartition("/")
+    runs = [[block] for block in sorted(blocks) if block - 1 not in blocks]
+    for run in runs:
+        run.append(next(last for last in itertools.count(run[0]) if last + 1 not in blocks))
+    listed = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+    name = f"block{'s' * (len(blocks) > 1)} {listed}" if blocks else "outside blocks"
+    name = name if len(name) <= MAX_LABEL else f"{len(blocks)} blocks, group {number}"
+    return f"{tower} {name}" if several else name

@@ -315,7 +315,8 @@ def plot_levels(model: PerformanceModel, confidence: float = 0.8, *, figure: Par
     for level, mine in shown.groupby("level", sort=False):
         furthest = mine.loc[mine["mean"].abs().nlargest(MOST_COEFFICIENTS).index].sort_index()
         levels[str(level)] = furthest
-        titles[str(level)] = f"{level}" + f": {len(furthest)} of {len(mine)}" * (len(furthest) < len(mine))
+        title = "block group" if level == "group" else str(level)
+        titles[str(level)] = title + f": {len(furthest)} of {len(mine)}" * (len(furthest) < len(mine))
     counts = [len(mine) for mine in levels.values()]
     drawn = new_figure(4.6, 0.8 + 0.2 * sum(counts) + 0.35 * len(levels), figure, "constrained")
     panels = drawn.subplots(len(levels), 1, squeeze=False, sharex=True, height_ratios=counts)[:, 0]
@@ -324,7 +325,7 @@ def plot_levels(model: PerformanceModel, confidence: float = 0.8, *, figure: Par
         errors = width * mine["std"]
         axis.errorbar(mine["mean"], range(len(mine)), xerr=errors, fmt="o", ms=4, lw=1.0, color="tab:blue")
         axis.axvline(0.0, color="black", lw=0.6)
-        axis.set_yticks(range(len(mine)), mine["name"].str.removeprefix(f"{level}/"))
+        axis.set_yticks(range(len(mine)), mine["label"])
         axis.set_ylim(len(mine) - 0.5, -0.5)
         label_axes(axis, title=titles[level])
     panels[-1].set_xlabel(f"θ, in standard deviations of the metric; {confidence:.0%} interval", fontsize=8)

@@ -26,7 +26,6 @@ from rich.table import Table
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget
 from rankscope.cli import arguments_of
-from rankscope.early import check_output
 from rankscope.errors import SettingsError
 from rankscope.files import FORMAT, digest, digest_source, require_same
 from rankscope.plotting import save_plot
@@ -48,7 +47,7 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 
 @dataclass
 class Session:
-    """One command's view of a study; a FileError where the output folder cannot be written to."""
+    """One command's view of a study. Whether the output folder can be written to is checked before, in `rankscope.cli`."""
 
     path: Path  # the study file
     flags: Mapping[str, Any]  # what the command line overrides, by dotted key
@@ -58,7 +57,6 @@ class Session:
 
     def __post_init__(self) -> None:
         quiet_libraries()
-        check_output(self.out)
         self.profile_path, self.allocation_path = self.out / "profile.parquet", self.out / ALLOCATION
 
     @property

@@ -7,6 +7,7 @@ model with coefficients beta values rank r of module i at sum_f beta_f W[f, i] (
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from scipy.sparse import csr_array, issparse, vstack
 
 from rankscope.budget import ParameterBudget, allocate_proportional
 from rankscope.errors import SettingsError, checked
+from rankscope.naming import label_blocks
 from rankscope.targets import TargetModule
 
 Floats = NDArray[np.float64]
@@ -51,6 +53,27 @@ class RankFeatures:
     def levels(self) -> tuple[str, ...]:
         """Of the features: `profile`, `model`, `tower`, `group`, `block`, `role` or `module`."""
         return tuple(name.partition("/")[0] for name in self.names)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The keys of the features, readable: `q_proj`, and `blocks 0-1` for the group `model/0`."""
+        several = len({target.tower for target in self.targets}) > 1
+        labels = [self._label(row, several) for row in range(len(self.names))]
+        times = Counter(zip(self.levels, labels, strict=True))
+        shared = {
+            label for (_, label), n in times.items() if n > 1
+        }  # groups of a user's own making, in the same blocks
+        return tuple(
+            name.partition("/")[2] if label in shared else label for name, label in zip(self.names, labels, strict=True)
+        )
+
+    def _label(self, row: int, several: bool) -> str:
+        level, _, key = self.names[row].partition("/")
+        if level not in ("group", "block"):
+            return key
+        start, end = self.weights.indptr[row : row + 2]
+        members = [self.targets[place] for place in self.weights.indices[start:end]]
+        return label_blocks(key, {t.block for t in members if t.block is not None}, several=several)
 
     def transform(self, ranks: ArrayLike) -> Floats:
         """(n, n_modules) ranks to (n, n_features), each column minus its value at uniform; raises as `checked` does."""

@@ -134,10 +134,10 @@ class PerformanceModel(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return None if features is None else type(self)(features).fit(*self._data)
 
     def coefficients(self) -> pd.DataFrame:
-        """Each feature's `name`, `level`, and posterior `mean` and `std`, in standard deviations of the metric."""
-        names, levels = self.features.names, self.features.levels
+        """Each feature's `name`, readable `label`, `level`, and posterior `mean` and `std`, in deviations of the metric."""
+        names, labels, levels = self.features.names, self.features.labels, self.features.levels
         mean, deviation = self._fitted.predict(np.eye(len(names), len(self._fitted.coef_)), return_std=True)
-        return pd.DataFrame({"name": names, "level": levels, "mean": mean, "std": deviation})
+        return pd.DataFrame({"name": names, "label": labels, "level": levels, "mean": mean, "std": deviation})
 
     def utilities(self) -> dict[str, Floats]:
         """Posterior mean of what each rank of each module adds, by module name: marginal gains for water-filling."""

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, takewhile
+from itertools import takewhile
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, RankLimits, allocate_marginal
 from rankscope.errors import SettingsError, checked
+from rankscope.naming import label_blocks
 from rankscope.performance import RankFeatures, prior_gains, rank_features
 from rankscope.profiling import Profile
 from rankscope.settings import SearchSettings
@@ -36,7 +37,6 @@ MAX_OFFSET = 2.0
 # Names of Optuna parameters, as its dashboard shows them; what studies keep under `tilts` are the older, shorter ones.
 TAU, BUDGET = "one-shot weight", "log2 of budget share"  # the second in a search over budgets only
 OLD_NAMES = {TAU: "tau", BUDGET: "log2_budget"}
-MAX_NAME = 48  # characters
 LEAST_SHARE = 1 / 16
 NO_LIMITS = RankLimits()
 
@@ -160,14 +160,7 @@ def name_offsets(targets: Sequence[TargetModule], groups: Mapping[str, str]) -> 
     for target in targets:
         members.setdefault(groups[target.name], set()).update(() if target.block is None else (target.block,))
     for group, blocks in sorted(members.items()):
-        tower, _, number = group.rpartition("/")
-        runs = [[block] for block in sorted(blocks) if block - 1 not in blocks]
-        for run in runs:
-            run.append(next(last for last in count(run[0]) if last + 1 not in blocks))
-        listed = ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
-        name = f"block{'s' * (len(blocks) > 1)} {listed}" if blocks else "outside blocks"
-        name = name if len(name) <= MAX_NAME else f"{len(blocks)} blocks, group {number}"
-        names[f"group/{group}"] = f"{tower} {name}" if several else name
+        names[f"group/{group}"] = label_blocks(group, blocks, several=several)
     shared = {name for name, times in Counter(names.values()).items() if times > 1}  # groups of a user's own making
     return {key: key if name in shared else name for key, name in names.items()}
 

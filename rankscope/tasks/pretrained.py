@@ -30,7 +30,7 @@ from rankscope.tasks.protocol import Batch, Split, check_choice
 DTYPES = ("bfloat16", "float32")  # for frozen weights
 
 # What transformers raises for files that are missing, unknown, cut or at odds, and for missing packages.
-_LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+_LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, SafetensorError)
 
 _OWN_TO_A_PROCESS = ("_loaded", "_rows", "_tokenizer", "processor", "_limit")
 
@@ -214,11 +214,24 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
         if "trust_remote_code" in str(error):
             must = f"`{source}` must be a model of transformers' own code, but holds code that would run here"
             raise TaskError(f"{must}; if you trust it, set `model_options: {{trust_remote_code: true}}`.") from None
+        _require_options_work(reason, options)
         raise TaskError(f"`{source}` must be a model folder or hub id that loads, but does not: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+
+
+def _require_options_work(reason: str, options: Mapping[str, Any]) -> None:
+    """Raise the TaskError of an attention or device that this machine or model lacks, if that is why loading failed."""
+    attention, place = options.get("attn_implementation"), options.get("device_map")
+    if attention is not None and re.search(r"attn_impl|flash.?attention|dot.?product|`kernels`", reason, re.IGNORECASE):
+        why = reason.rpartition("following error: ")[2].partition(". ")[0].rstrip(".")
+        must = f"`attn_implementation` must work with this model on this machine, but {attention!r} does not: {why}"
+        raise TaskError(f"{must}; install what it lacks, or leave it out, which lets transformers choose.") from None
+    if place is not None and re.search(r"\bCUDA\b(?!.*out of memory)|device ordinal|invalid device", reason):
+        must = f"`device_map` must name a device of this machine, but {place!r} is none: {reason.rstrip('.')}"
+        raise TaskError(f"{must}; leave it out for the best one.") from None
 
 
 def load_tokenizer(source: str | Path, settings: ModelSettings, **options: Any) -> Any:
@@ -289,7 +302,9 @@ def load_model(
         raise TaskError(f"`{source}` must hold {found}; {hint}")
     if len(places := {str(place) for place in getattr(model, "hf_device_map", {}).values()}) > 1:
         must = "`device_map` must put the model on one device, since each run trains a copy of it"
-        raise TaskError(f"{must}, but puts it on {', '.join(sorted(places))}; name one, or quantize the model.")
+        raise TaskError(
+            f"{must}, but puts it on {', '.join(sorted(places))}; name one, or quantize the model, so that it fits one."
+        )
     for (
         module
     ) in model.modules():  # on CPUs evaluation would repack 4-bit weights for good; no gradient passes through these

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import rankscope as rs
 from rankscope.budget import allocate_marginal
 from rankscope.errors import SettingsError
 from rankscope.performance import PerformanceModel, RankFeatures, prior_gains, rank_features, validate
+from rankscope.searching.space import group_by_depth
 from rankscope.targets import TargetModule
 
 ROLES = ("q_proj", "v_proj", "fc1")
@@ -56,6 +58,26 @@ def test_features_are_differences_to_uniform(features: RankFeatures) -> None:
     for name in ("model/all", "block/model/0", "role/fc1", "module/h.0.fc1"):
         assert changed.pop(name) == pytest.approx(step)
     assert not any(changed.values())
+
+
+def test_labels_are_blocks_in_words() -> None:
+    """The names that studies keep stay: `group/model/0`, `block/model/0`."""
+    features = rs.rank_features(TARGETS, BUDGET, groups=group_by_depth(TARGETS, 2))
+    labels = dict(zip(features.names, features.labels, strict=True))
+    assert (labels["group/model/0"], labels["group/model/1"]) == ("blocks 0-1", "blocks 2-3")
+    assert [labels[f"block/model/{block}"] for block in range(4)] == ["block 0", "block 1", "block 2", "block 3"]
+    assert (labels["role/fc1"], labels["module/h.0.fc1"], labels["model/all"]) == ("fc1", "h.0.fc1", "all")
+
+
+def test_labels_tell_towers_and_a_users_groups_apart() -> None:
+    towers = [replace(t, name=f"{tower}.{t.name}", tower=tower) for tower in ("vision", "language") for t in TARGETS]
+    features = rs.rank_features(towers, BUDGET, groups=group_by_depth(towers, 1))
+    assert {"vision block 0", "language block 0"} < set(features.labels)
+    own = {t.name: "mlp" if t.role.startswith("fc") else "attention" for t in TARGETS}
+    features = rs.rank_features(TARGETS, BUDGET, groups=own)
+    assert [label for level, label in zip(features.levels, features.labels, strict=True) if level == "group"] == list(
+        dict.fromkeys(own.values())
+    )
 
 
 def test_features_are_those_of_the_dense_weights(features: RankFeatures, ranks: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """How the generic tasks load their models: precision, quantisation, checkpointing, code of the model's own."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -202,5 +203,32 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     }
     with pytest.raises(TaskError, match=r"^`device_map` must put the model on one device, .* cpu, disk; name one"):
         CausalLM(folder, sentences(), model_options={"device_map": split}).build_model()
-    with pytest.raises(TaskError, match=r"must be a model folder or hub id that loads, but does not: .*nonsense"):
-        CausalLM(folder, sentences(), model_options={"attn_implementation": "nonsense"}).build_model()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"attn_implementation": "flash_attention_9"},
+            "`attn_implementation` must work with this model on this machine, but 'flash_attention_9' does not: "
+            'Specified `attn_implementation="flash_attention_9"` is not supported; install what it lacks, or leave it out, '
+            "which lets transformers choose.",
+        ),
+        pytest.param(
+            {"attn_implementation": "flash_attention_2"},
+            "`attn_implementation` must work with this model on this machine, but 'flash_attention_2' does not: "
+            "the package for FlashAttention2 doesn't seem to be installed; install what it lacks, or leave it out, which "
+            "lets transformers choose.",
+            marks=pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed"),
+        ),
+        pytest.param(
+            {"device_map": "cuda:1"},
+            "`device_map` must name a device of this machine, but 'cuda:1' is none: Torch not compiled with CUDA enabled; "
+            "leave it out for the best one.",
+            marks=pytest.mark.skipif(torch.backends.cuda.is_built(), reason="torch has CUDA"),
+        ),
+    ],
+)
+def test_options_that_the_machine_lacks(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    folder = save_llama(tmp_path)
+    refused(message, CausalLM(folder, sentences(), model_options=options).build_model)

@@ -7,7 +7,7 @@ import torch
 
 import rankscope as rs
 from rankscope.tasks import Task
-from tests.searching.servers import Postgres
+from tests.searching.servers import MariaDB, Postgres
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +35,14 @@ def digits_budget(digits_profile: rs.Profile) -> rs.ParameterBudget:
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server on loopback; the tests that use it are marked `postgres`."""
     server = Postgres()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def mysql() -> Iterator[MariaDB]:
+    """A MariaDB server on loopback; the tests that use it are marked `mysql`."""
+    server = MariaDB()
     yield server
     server.stop()
 

@@ -226,11 +226,15 @@ def make_storage(storage: str | BaseStorage | None, *, create: bool = True) -> B
 def _database(url: str, *, create: bool) -> BaseStorage:
     scheme, colon, rest = url.partition(":")
     driver, _, _ = DRIVERS.get(scheme, (scheme, "", ""))
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    options: dict[str, Any] = {"pool_pre_ping": True, "pool_logging_name": "rankscope"}
+    # A connection that breaks gets a line of ours, and no page of the pool's.
+    logging.getLogger("sqlalchemy.pool.impl.QueuePool.rankscope").setLevel(logging.CRITICAL)
     if scheme.startswith("sqlite"):
         options["connect_args"] = {"timeout": 60}  # seconds to wait for other processes' writes
     elif driver == "postgresql+psycopg":  # a host that has vanished closes no connection
         options["connect_args"] = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_count": 3}
+    elif driver == "mysql+pymysql":
+        options["connect_args"] = {"connect_timeout": 10, "read_timeout": 60, "write_timeout": 60}
     filled = f"{driver}{colon}{rest}".replace("{", "{{").replace("}", "}}")  # Optuna formats it
     database = RDBStorage(filled, engine_kwargs=options, skip_table_creation=not create)
     if scheme.startswith("sqlite") and create:
@@ -411,7 +415,7 @@ def _reason(error: Exception) -> str | None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether a storage may do again what failed: its server restarts, or others hold its locks."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
     from sqlalchemy.exc import TimeoutError as NoConnection
 
     if status := _status(error):
@@ -424,7 +428,9 @@ def _may_pass(error: Exception) -> bool:
     )
     if isinstance(cause, OperationalError | InterfaceError):
         return re.search(final, str(cause.orig)) is None
-    return isinstance(cause, NoConnection) or not isinstance(error, JSONDecodeError | optuna.exceptions.OptunaError)
+    if isinstance(cause, NoConnection | PendingRollbackError):  # the latter: in a transaction whose connection broke
+        return True
+    return not isinstance(error, JSONDecodeError | optuna.exceptions.OptunaError)
 
 
 def _status(error: Exception) -> str:

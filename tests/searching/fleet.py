@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import json
 import multiprocessing
 import os
+import socket
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +24,12 @@ import torch
 from torch import nn
 
 import rankscope as rs
+from rankscope.plotting import plot_ranks, save_plot
 
 CONTEXT = multiprocessing.get_context("fork")  # what is imported already need not be imported again
 TRAINING = rs.TrainingSettings(steps=2, learning_rate=0.01)
+NAMED = sys.platform == "linux" and os.geteuid() == 0  # whether workers can have host names of their own
+LONGEST = 300.0  # seconds that workers have
 
 
 class Block(nn.Module):
@@ -90,44 +99,83 @@ class Fleet:
         return [each for each, count in times.items() if count > 1]
 
 
-def work(task: Tiny, profile: rs.Profile, storage: str, options: dict[str, Any], out: Path) -> None:
-    """One worker: the search, and its result as a file."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    torch.set_num_threads(1)
-    budget = rs.ParameterBudget.uniform(profile.targets, 2)
-    try:
-        found = rs.search(task, budget=budget, profile=profile, storage=storage, training=TRAINING, **options)
-        told = {"trials": len(found.trials), "confirming_runs": found.confirming_runs, "steps": found.steps}
-        told |= {"recommendation": found.recommendation.reason, "ranks": list(found.best_allocation.vector)}
-        told |= {"finalists": [finalist.trial.number for finalist in found.finalists]}
-        told |= {"origins": dict(Counter(trial.origin for trial in found.trials))}
-    except rs.RankscopeError as error:
-        told = {"error": str(error)}
-    out.write_text(json.dumps(told))
+def take_host_name(name: str) -> None:
+    """Give this process, and no other, another host name, as a container has it; nothing where only root of Linux may."""
+    if not NAMED:
+        return
+    new_uts = 0x04000000  # CLONE_NEWUTS of sched.h
+    if ctypes.CDLL(None, use_errno=True).unshare(new_uts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    socket.sethostname(name)
 
 
-def start(n: int, folder: Path, storage: str, *, seconds: float = 0.0, **options: Any) -> list[Any]:
-    """Start so many workers at once, named by where their results go."""
+def work(
+    task: Tiny, profile: rs.Profile, storage: str, options: dict[str, Any], host: str, out: Path, outputs: Path | None
+) -> None:
+    """One worker: the search, its outputs where it writes any, and what it found as a file."""
+    with out.with_suffix(".stacks").open("w") as stacks:  # where it stands if it never ends
+        faulthandler.dump_traceback_later(LONGEST - 5.0, exit=True, file=stacks)
+        take_host_name(host)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        torch.set_num_threads(1)
+        try:
+            budget = rs.ParameterBudget.uniform(profile.targets, 2)
+            found = rs.search(task, budget=budget, profile=profile, storage=storage, training=TRAINING, **options)
+            out.with_suffix(".writing").touch()
+            if outputs is not None:
+                write(found, outputs)
+            told = {"trials": len(found.trials), "confirming_runs": found.confirming_runs, "steps": found.steps}
+            told |= {"recommendation": found.recommendation.reason, "ranks": list(found.best_allocation.vector)}
+            told |= {"finalists": [finalist.trial.number for finalist in found.finalists]}
+            told |= {"origins": dict(Counter(trial.origin for trial in found.trials))}
+        except rs.RankscopeError as error:
+            told = {"error": str(error)}
+        except Exception:  # a page instead of a line
+            told = {"error": traceback.format_exc()}
+        out.with_suffix(".half").write_text(json.dumps(told))
+        out.with_suffix(".half").rename(out)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def write(found: rs.SearchResult, folder: Path) -> None:
+    """What `rankscope search` writes, in short."""
+    found.best_allocation.to_json(folder / "allocation.json")
+    save_plot(partial(plot_ranks, found.best_allocation), folder / "ranks.png")
+    found.to_parquet(folder / "trials.parquet")
+
+
+def start(
+    n: int, folder: Path, storage: str, *, seconds: float = 0.0, outputs: Path | None = None, **options: Any
+) -> list[Any]:
+    """Start so many workers at once, named by where their results go, on two host names in turn."""
     task = Tiny(folder / "log.jsonl", seconds)
     profile = profile_of(Tiny())
     workers = []
     for _ in range(n):
-        out = folder / f"worker-{len(list(folder.glob('worker-*.started')))}"
-        out.with_suffix(".started").touch()
-        worker = CONTEXT.Process(target=work, args=(task, profile, storage, options, out.with_suffix(".json")))
+        number = len(list(folder.glob("worker-*.stacks")))
+        out = folder / f"worker-{number}.json"
+        out.with_suffix(".stacks").touch()
+        arguments = task, profile, storage, options, f"host-{number % 2}", out, outputs
+        worker = CONTEXT.Process(target=work, args=arguments, name=out.stem)
         worker.start()
         workers.append(worker)
     return workers
 
 
-def finish(workers: Sequence[Any], folder: Path, timeout: float = 300.0) -> Fleet:
-    """Wait for workers, and read what they did."""
-    deadline = time.monotonic() + timeout
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """A line of the log for each training, so far."""
+    log = folder / "log.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def finish(workers: Sequence[Any], folder: Path) -> Fleet:
+    """Wait for workers, and read what they did. Those that hung have an error that says where."""
+    deadline = time.monotonic() + LONGEST
     for worker in workers:
         worker.join(max(0.1, deadline - time.monotonic()))
         if worker.is_alive():
             worker.kill()
     told = [json.loads(path.read_text()) for path in sorted(folder.glob("worker-*.json"))]
-    log = folder / "log.jsonl"
-    trained = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return Fleet([each for each in told if "error" not in each], [e["error"] for e in told if "error" in e], trained)
+    errors = [each["error"] for each in told if "error" in each]
+    errors += [stacks for path in folder.glob("worker-*.stacks") if (stacks := path.read_text())]
+    return Fleet([each for each in told if "error" not in each], errors, trained(folder))

@@ -14,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from rankscope.errors import RankscopeError, SettingsError, shown_url, without_secrets
 from rankscope.searching import storage as module
 from rankscope.searching.storage import load_study, make_storage, open_study, patient
-from tests.searching.servers import Postgres
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -176,14 +175,25 @@ class Away(InMemoryStorage):
         return super().get_all_studies()
 
 
-def gone(reason: str) -> Exception:
+def internal(cause: Exception) -> Exception:
     error = StorageInternalError("An exception is raised during the commit.")
-    error.__cause__ = OperationalError("SELECT 1", None, Exception(reason))
+    error.__cause__ = cause
     return error
 
 
-def test_calls_are_tried_again_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    storage = patient(Away(gone("server closed the connection unexpectedly"), 3), 60.0)
+def gone(reason: str) -> Exception:
+    return internal(OperationalError("SELECT 1", None, Exception(reason)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        gone("server closed the connection unexpectedly"),
+        internal(PendingRollbackError("Can't reconnect until invalid transaction is rolled back.")),
+    ],
+)
+def test_calls_are_tried_again_and_that_is_said_once(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    storage = patient(Away(error, 3), 60.0)
     assert storage.get_all_studies() == []
     assert storage.get_all_studies() == []
     assert [re.sub(r"\(.*\)", "(…)", message) for message in caplog.messages] == [
@@ -234,9 +244,19 @@ def test_a_worker_that_starts_while_its_server_restarts_waits(tmp_path: Path, mo
     assert len(made) == 3
 
 
-@pytest.mark.postgres
-def test_a_database_that_restarts(postgres: Postgres, caplog: pytest.LogCaptureFixture) -> None:
-    study = open_study("mine", postgres.database("restarts"), {})
-    postgres.restart()
+@pytest.mark.parametrize(
+    "server", [pytest.param(each, marks=getattr(pytest.mark, each)) for each in ("postgres", "mysql")]
+)
+def test_a_database_that_restarts(
+    server: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A connection that breaks in use is a line at most; SQLAlchemy's pool would log a page."""
+    database = request.getfixturevalue(server)
+    study = open_study("mine", database.database("restarts"), {})
+    connection = study._storage._inner._backend.engine.raw_connection()  # type: ignore[attr-defined]
+    connection.cursor().execute("SELECT 1")
+    database.restart()
+    connection.close()
     study.set_user_attr("x", 1)
     assert study.user_attrs["x"] == 1
+    assert not [message for message in caplog.messages if not message.startswith("the storage")]

@@ -7,25 +7,29 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
+import rankscope as rs
 from rankscope.searching.claims import JOB_KEY, LOST_KEY
 from rankscope.searching.storage import TRIAL_KEY, make_storage
 from tests.searching import fleet
-from tests.searching.servers import Postgres, grpc_proxy
+from tests.searching.servers import grpc_proxy
 
-KINDS = ["sqlite", "journal", "grpc", pytest.param("postgresql", marks=pytest.mark.postgres)]
+SERVERS = {"postgresql": "postgres", "mysql": "mysql"}  # fixtures of database servers, which are their markers, too
+ON_SERVERS = [pytest.param(kind, marks=getattr(pytest.mark, name)) for kind, name in SERVERS.items()]
 
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The storage of a kind, which nobody has opened yet."""
     with ExitStack() as stack:
-        if request.param == "postgresql":
-            yield request.getfixturevalue("postgres").database(f"s{time.time_ns()}")
+        if request.param in SERVERS:
+            yield request.getfixturevalue(SERVERS[request.param]).database(f"s{time.time_ns()}")
         elif request.param == "grpc":
             yield stack.enter_context(grpc_proxy(f"sqlite:///{tmp_path}/proxied.db"))
         else:
@@ -34,7 +38,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def check_whole(found: fleet.Fleet, storage: str, n_trials: int, n_confirming: int, lost: int = 0) -> None:
     """So many trials and confirming runs, each trained once, and one recommendation."""
-    assert found.errors == []
+    assert not found.errors, "\n".join(found.errors)
     assert {result["recommendation"] for result in found.results} == {found.results[0]["recommendation"]}
     assert all(result == found.results[0] for result in found.results)
     assert (found.results[0]["trials"], found.results[0]["confirming_runs"]) == (n_trials, n_confirming)
@@ -55,7 +59,7 @@ def check_whole(found: fleet.Fleet, storage: str, n_trials: int, n_confirming: i
         assert found.doubles() == []
 
 
-@pytest.mark.parametrize("url", KINDS, indirect=True)
+@pytest.mark.parametrize("url", ["sqlite", "journal", "grpc", *ON_SERVERS], indirect=True)
 def test_workers_share_a_study(url: str, tmp_path: Path) -> None:
     """They start at once, on a storage without tables."""
     workers = fleet.start(3, tmp_path, url, n_trials=20, study_name="many")
@@ -79,32 +83,45 @@ def test_one_that_comes_late_helps_and_one_that_is_too_late_reads(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)], indirect=True)
+@pytest.mark.parametrize("url", ["sqlite", *ON_SERVERS], indirect=True)
 def test_workers_that_are_killed_lose_nothing(url: str, tmp_path: Path) -> None:
-    """At random moments, also while they confirm; one comes for each that is killed."""
-    rng, options = random.Random(), {"n_trials": 60, "study_name": "many", "grace_seconds": 2.0, "seconds": 0.05}
-    workers, kills = fleet.start(4, tmp_path, url, **options), 0
-    while any(worker.is_alive() for worker in workers):
-        time.sleep(rng.uniform(0.3, 1.0))
-        alive = [worker for worker in workers if worker.is_alive()]
-        if alive and kills < 25:
-            os.kill(rng.choice(alive).pid, signal.SIGKILL)
-            kills += 1
-            workers += fleet.start(1, tmp_path, url, **options)
+    """40 at random moments of searching and confirming, 10 while they write outputs; one comes for each, on another host."""
+    rng, n_trials, at_work, writing = random.Random(), 200, 40, 10
+    options: Any = {"n_trials": n_trials, "study_name": "many", "grace_seconds": 4.0, "outputs": tmp_path / "out"}
+    workers, killed, killed_writing = fleet.start(4, tmp_path, url, **options), 0, 0
+    while alive := [worker for worker in workers if worker.is_alive()]:
+        time.sleep(rng.uniform(0.0, 0.3))
+        writers = [worker for worker in alive if (tmp_path / f"{worker.name}.writing").exists()]
+        others = [worker for worker in alive if worker not in writers]
+        due = len(fleet.trained(tmp_path)) > 0.95 * n_trials * killed / at_work
+        if others and killed < at_work and due:
+            victim, killed = rng.choice(others), killed + 1
+        elif writers and killed_writing < writing:
+            victim, killed_writing = rng.choice(writers), killed_writing + 1
+        else:
+            continue
+        os.kill(victim.pid, signal.SIGKILL)
+        workers += fleet.start(1, tmp_path, url, **options)
     found = fleet.finish(workers, tmp_path)
-    assert kills >= 10
-    check_whole(found, url, 45, 15, lost=kills)
+    assert (killed, killed_writing) == (at_work, writing)
+    check_whole(found, url, 150, 50, lost=killed)
+    studies = [optuna.load_study(study_name=name, storage=make_storage(url)) for name in ("many", "many-confirming")]
+    assert all(any(LOST_KEY in trial.user_attrs for trial in study.get_trials()) for study in studies)
+    kept = rs.RankAllocation.from_json(tmp_path / "out" / "allocation.json")
+    assert list(kept.vector) == found.results[0]["ranks"]
+    assert len(pd.read_parquet(tmp_path / "out" / "trials.parquet")) == found.results[0]["trials"]
 
 
 @pytest.mark.slow
-@pytest.mark.postgres
-def test_a_database_that_restarts_three_times(postgres: Postgres, tmp_path: Path) -> None:
-    url = postgres.database(f"s{time.time_ns()}")
+@pytest.mark.parametrize("server", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in SERVERS.values()])
+def test_a_database_that_restarts_three_times(server: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    database = request.getfixturevalue(server)
+    url = database.database(f"s{time.time_ns()}")
     options = {"n_trials": 60, "study_name": "many", "grace_seconds": 10.0, "seconds": 0.1}
     workers = fleet.start(4, tmp_path, url, **options)
     for _ in range(3):
         time.sleep(2.0)
-        postgres.restart(away=2.0)
+        database.restart(away=2.0)
     found = fleet.finish(workers, tmp_path)
-    assert len(found.results) == 4
     check_whole(found, url, 45, 15, lost=12)
+    assert len(found.results) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import importlib
 import inspect
 import io
@@ -97,6 +98,7 @@ def main() -> None:
             app() if os.environ.get("WORLD_SIZE", "1") == "1" else _run_on_several()
         finally:
             sys.stdout.flush()
+            gc.freeze()  # the interpreter's end would look through all modules: 1.6 s of CPU
     except SystemExit as end:
         if (
             end.code == INTERRUPTED

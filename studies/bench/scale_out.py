@@ -18,14 +18,12 @@ torchrun with short trainings.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -54,13 +52,13 @@ from rankscope.training import Lora
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.launcher import torchrun
+from tests.searching.fleet import NAMED, take_host_name
 from tests.searching.servers import Postgres, grpc_proxy
 
 CACHE = Path(__file__).parents[2] / ".cache"
 LOG = CACHE / "scale_out.jsonl"
 SOURCES = ("rankscope/searching", "rankscope/maps.py", "studies/bench/scale_out.py")
 CONTEXT = multiprocessing.get_context("fork")
-NAMED = sys.platform == "linux" and os.geteuid() == 0  # whether workers can have host names of their own
 Row = dict[str, Any]
 
 
@@ -94,11 +92,7 @@ class Logged(type(rs.load_task("digits-shift"))):  # type: ignore[misc]
 
 def work(folder: Path, url: str, profile: rs.Profile, options: Mapping[str, Any], host: str, out: Path) -> None:
     """One worker."""
-    if NAMED:
-        new_uts = 0x04000000  # CLONE_NEWUTS of sched.h: this process alone takes another host name
-        if ctypes.CDLL(None, use_errno=True).unshare(new_uts):
-            raise OSError(ctypes.get_errno(), "unshare")
-        socket.sethostname(host)
+    take_host_name(host)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     task = Logged()
     task.log = folder / "log.jsonl"

@@ -50,6 +50,7 @@ class Home:
 
     def remove(self) -> None:
         self.log.close()
+        Path(self.log.name).unlink()
         shutil.rmtree(self.folder)
 
 

@@ -85,26 +85,28 @@ def test_one_that_comes_late_helps_and_one_that_is_too_late_reads(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("url", ["sqlite", *ON_SERVERS], indirect=True)
 def test_workers_that_are_killed_lose_nothing(url: str, tmp_path: Path) -> None:
-    """40 at random moments of searching and confirming, 10 while they write outputs; one comes for each, on another host."""
-    rng, n_trials, at_work, writing = random.Random(), 200, 40, 10
+    """At random moments of searching and confirming, and while they write outputs; one comes for each, on two host names."""
+    rng, n_trials, kills, at_work = random.Random(), 120, 50, 35
     options: Any = {"n_trials": n_trials, "study_name": "many", "grace_seconds": 4.0, "outputs": tmp_path / "out"}
-    workers, killed, killed_writing = fleet.start(4, tmp_path, url, **options), 0, 0
-    while alive := [worker for worker in workers if worker.is_alive()]:
-        time.sleep(rng.uniform(0.0, 0.3))
+    workers, killed = fleet.start(4, tmp_path, url, **options), {"at work": 0, "writing": 0}
+    while (alive := [worker for worker in workers if worker.is_alive()]) or sum(killed.values()) < kills:
+        time.sleep(rng.uniform(0.0, 0.2))
         writers = [worker for worker in alive if (tmp_path / f"{worker.name}.writing").exists()]
         others = [worker for worker in alive if worker not in writers]
-        due = len(fleet.trained(tmp_path)) > 0.95 * n_trials * killed / at_work
-        if others and killed < at_work and due:
-            victim, killed = rng.choice(others), killed + 1
-        elif writers and killed_writing < writing:
-            victim, killed_writing = rng.choice(writers), killed_writing + 1
-        else:
-            continue
-        os.kill(victim.pid, signal.SIGKILL)
-        workers += fleet.start(1, tmp_path, url, **options)
+        victims: list[Any] = []
+        if others and len(fleet.trained(tmp_path)) > 0.9 * n_trials * killed["at work"] / at_work:
+            victims = others
+        elif sum(killed.values()) < kills:
+            victims = writers
+        if victims:
+            os.kill(rng.choice(victims).pid, signal.SIGKILL)
+            killed["writing" if victims is writers else "at work"] += 1
+        if victims or not alive:  # the writers were too quick
+            workers += fleet.start(1, tmp_path, url, **options)
     found = fleet.finish(workers, tmp_path)
-    assert (killed, killed_writing) == (at_work, writing)
-    check_whole(found, url, 150, 50, lost=killed)
+    assert killed["at work"] >= 25
+    assert killed["writing"] >= 5
+    check_whole(found, url, 90, 30, lost=killed["at work"])
     studies = [optuna.load_study(study_name=name, storage=make_storage(url)) for name in ("many", "many-confirming")]
     assert all(any(LOST_KEY in trial.user_attrs for trial in study.get_trials()) for study in studies)
     kept = rs.RankAllocation.from_json(tmp_path / "out" / "allocation.json")

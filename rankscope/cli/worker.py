@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +68,7 @@ def _work_in_processes(session: Session, gpus: Sequence[str | None]) -> dict[str
     arguments = session.path, dict(session.flags), session.out
 
     def start(gpu: str | None, *, profiling: bool = False) -> Any:
-        with _only(gpu):
+        with _process_for(gpu):
             process = context.Process(target=_work, args=(*arguments, gpu, profiling, results))
             process.start()
         return process
@@ -108,27 +109,32 @@ def _raised(told: Mapping[str, Any]) -> RankscopeError:
 
 
 def _end(processes: Sequence[Any]) -> None:
-    """End processes: they give their trials back, if they do it in time."""
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    for process in processes:
-        process.join(TO_END)
-        if process.is_alive():
-            process.kill()
+    """End processes: they give their trials back, if they do it in time, and before a second Ctrl-C."""
+    deadline = time.monotonic() + TO_END
+    try:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
 
 
 @contextmanager
-def _only(gpu: str | None) -> Iterator[None]:
-    """What is started meanwhile sees one GPU only."""
-    before = os.environ.get(DEVICES)
+def _process_for(gpu: str | None) -> Iterator[None]:
+    """What is started meanwhile sees one GPU only, and leaves a terminal's Ctrl-C to this process, which ends it in order."""
+    device, heard = os.environ.get(DEVICES), signal.signal(signal.SIGINT, signal.SIG_IGN)
     if gpu is not None:
         os.environ[DEVICES] = gpu
     try:
         yield
     finally:
         if gpu is not None:
-            os.environ.pop(DEVICES) if before is None else os.environ.update({DEVICES: before})
+            os.environ.pop(DEVICES) if device is None else os.environ.update({DEVICES: device})
+        signal.signal(signal.SIGINT, heard)
 
 
 def _work(path: Path, flags: dict[str, Any], out: Path, gpu: str | None, profiling: bool, results: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,24 @@ def test_processes_share_the_work_and_a_signal_gives_trials_back(study: Path) ->
     assert told.endswith("; the same command goes on from there.")
     done = subprocess.run(command(study, "--jobs", "2", "--json", "--set", "training.steps=400"), capture_output=True, text=True, env=environment, check=True)  # fmt: skip
     assert json.loads(done.stdout)["trials"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_terminals_ctrl_c_is_one_line(study: Path, times: int) -> None:
+    """It reaches all processes, here while they start."""
+    assert invoke("profile", study, "--out", study.parent / "out")[0] == 0
+    worker = subprocess.Popen(command(study, "--jobs", "2"), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+    while len(children.read_text().split()) < 3:  # the two, and multiprocessing's resource tracker
+        time.sleep(0.1)
+    for _ in range(times):
+        time.sleep(0.5)
+        os.killpg(worker.pid, signal.SIGINT)
+    _, stderr = worker.communicate(timeout=60)
+    assert worker.returncode in (130, -signal.SIGINT)
+    assert re.fullmatch("rankscope: interrupted; [^\n]*\n", stderr)
 
 
 @pytest.mark.parametrize("devices", ["all", "", ","])

@@ -31,6 +31,7 @@ from _harness import Claim, run_benchmark
 
 import rankscope as rs
 from rankscope.comparison import RunSpec, paired_difference, read_comparison, run_all
+from rankscope.distributed import mixed_precision
 from rankscope.lora import Moments, load_adapter, measure_moments, shrink
 from rankscope.tasks import Task, evaluate
 from rankscope.training import Lora
@@ -114,7 +115,12 @@ def trained(runs: pd.DataFrame, method: str, factor: float, seeds: range) -> tup
 
 def cut(task: Task, adapter: Path, budgets: dict[str, int], scores: Scores, facts: Facts) -> None:
     """One adapter by every rule, with every weighting."""
-    moments = measure_moments(load_adapter(task.build_model(), adapter), task.train_batches(0), task.loss)
+
+    def loss(model: Any, batch: Any) -> Any:
+        with mixed_precision(model):  # as it was trained
+            return task.loss(model, batch)
+
+    moments = measure_moments(load_adapter(task.build_model(), adapter), task.train_batches(0), loss)
     weights: dict[str, Any] = {
         "weights": None,
         "inputs": {name: Moments(each.inputs) for name, each in moments.items()},

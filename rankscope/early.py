@@ -23,6 +23,7 @@ PATHS = ("model", "data", "image_folder", "chat_template")  # options of generic
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 DATA = "the task's data"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 EXPORTS = ("peft", "axolotl", "kohya", "unsloth", "trl")
 # Tools with one rank for all modules, and what they call it.
 _ONE_RANK = {"llama-factory": ("LLaMA-Factory", "lora_rank"), "ms-swift": ("ms-swift", "lora_rank")}
@@ -57,9 +58,22 @@ def check_tool(to: str) -> None:
 
 
 def check_adapter(folder: AnyPath) -> None:
-    """Raise a FileError unless this is an adapter's folder."""
-    if not Path(folder, ADAPTER_CONFIG).exists():
-        raise FileError(f"`{folder}` must be an adapter's folder, but has no {ADAPTER_CONFIG}; check the path.")
+    """Raise a FileError unless this is an adapter's folder; one with a config only, as `allocate` writes, is none."""
+    folder = Path(folder)
+    inside = folder / "adapter"  # where `train` puts it
+    hint = f"did you mean `{inside}`?" if _holds_adapter(inside) else "check the path."
+    must = f"`{folder}` must be an adapter's folder"
+    if not folder.is_dir():
+        raise FileError(f"{must}, but there is no such folder; {hint}")
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise FileError(f"{must}, but has no {ADAPTER_CONFIG}; {hint}")
+    if not _holds_adapter(folder):
+        hint = hint if _holds_adapter(inside) else "train it first, as `rankscope train` does."
+        raise FileError(f"{must}, but holds no weights ({ADAPTER_WEIGHTS[0]}); {hint}")
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).exists() and any((folder / name).exists() for name in ADAPTER_WEIGHTS)
 
 
 def check_file_exists(path: AnyPath, *, what: str) -> None:

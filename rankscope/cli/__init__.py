@@ -44,8 +44,8 @@ INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 BUDGET = {"uniform_rank": "budget.uniform_rank", "parameters": "budget.parameters"}
-UNIFORM_RANK = typer.Option(None, help="Overrides `budget`: what uniform LoRA of this rank uses.")
-PARAMETERS = typer.Option(None, help="Overrides `budget`: adapter parameters.")
+UNIFORM_RANK = typer.Option(None, metavar="N", help="Overrides `budget`: what uniform LoRA of this rank uses.")
+PARAMETERS = typer.Option(None, metavar="N", help="Overrides `budget`: adapter parameters.")
 ALLOW_CODE = typer.Option(
     False, "--allow-code", help="Run the code that the study names though the file is outside the working directory."
 )
@@ -56,6 +56,10 @@ UsageError: Any = typer.BadParameter.__base__  # typer's own, or click's where t
 
 class Commands(typer.core.TyperGroup):
     """A mistyped command or option is one line, as any other error is. Summaries of commands are whole sentences."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands' names, that of the first step first."""
+        return sorted(super().list_commands(ctx), key=lambda name: name != "init")
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands; click would cut their summaries."""
@@ -188,7 +192,7 @@ def _shared(
     sets: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Override any key, as in search.fidelity=0.5."
     ),
-    seed: int | None = typer.Option(None, help="Overrides the study's `seed`."),
+    seed: int | None = typer.Option(None, metavar="N", help="Overrides the study's `seed`."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
     allow_code: bool = ALLOW_CODE,
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
@@ -222,10 +226,12 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
             _check_early(name, study, settings, place, own)  # and so is what does not exist
             if name != "dashboard":  # which runs nothing of the study
                 say_code(study, settings, flags, allowed=allow_code)
-            work = importlib.import_module(f"rankscope.cli.{name if name in ('dashboard', 'worker') else 'commands'}")
-            session = work.Session(study, flags, settings, place)
             started, elsewhere = time.time(), name in SEARCHES and settings.search.storage is not None
             try:
+                work = importlib.import_module(
+                    f"rankscope.cli.{name if name in ('dashboard', 'worker') else 'commands'}"
+                )
+                session = work.Session(study, flags, settings, place)
                 getattr(work, f"run_{name}")(session, as_json=json, **own)
             except KeyboardInterrupt:
                 told = what_is_kept(place, started, resumes=name in RESUMING, elsewhere=elsewhere)
@@ -326,7 +332,7 @@ def _root(
     """Which LoRA rank where, for your parameter budget."""
 
 
-@_study_command("profile", "studies/digits.yaml --out out/digits", keep_partial="profile.keep_partial")
+@_study_command("profile", "my.yaml", keep_partial="profile.keep_partial")
 def _profile(
     keep_partial: bool = typer.Option(
         False, "--keep-partial", help="On Ctrl-C, keep the profile of the batches so far."
@@ -335,11 +341,14 @@ def _profile(
     """Collect gradient, input and weight features of every target module into profile.parquet, and draw them."""
 
 
-@_study_command(
-    "allocate", "studies/digits.yaml --strategy one-shot --uniform-rank 2", strategy="allocation.strategy", **BUDGET
-)
+@_study_command("allocate", "my.yaml --strategy one-shot --uniform-rank 2", strategy="allocation.strategy", **BUDGET)
 def _allocate(
-    strategy: str | None = typer.Option(None, help="Overrides `allocation.strategy`."),
+    strategy: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        help="Overrides `allocation.strategy`: one-shot, uniform, random, gradient-norm, sensitivity, activation, or "
+        "FILE.py:FUNCTION of yours.",
+    ),
     uniform_rank: int | None = UNIFORM_RANK,
     parameters: int | None = PARAMETERS,
     force: bool = typer.Option(False, "--force", help="Replace what a search recommended."),
@@ -347,22 +356,22 @@ def _allocate(
     """Compute an allocation from the profile alone, and export it as a plain PEFT config."""
 
 
-@_study_command(
-    "budget", "studies/digits.yaml --jobs 2", jobs="plan.n_jobs", backend="plan.backend", margin="plan.margin"
-)
+@_study_command("budget", "my.yaml --jobs 2", jobs="plan.n_jobs", backend="plan.backend", margin="plan.margin")
 def _budget(
-    margin: float | None = typer.Option(None, help="Overrides `plan.margin`: what may be lost of the metric."),
-    jobs: int | None = typer.Option(None, help="Overrides `plan.n_jobs`: runs at a time."),
-    backend: str | None = typer.Option(None, help="Overrides `plan.backend`: loky, or dask://HOST:PORT."),
+    margin: float | None = typer.Option(
+        None, metavar="X", help="Overrides `plan.margin`: what may be lost of the metric."
+    ),
+    jobs: int | None = typer.Option(None, metavar="N", help="Overrides `plan.n_jobs`: runs at a time."),
+    backend: str | None = typer.Option(
+        None, metavar="NAME", help="Overrides `plan.backend`: loky, or dask://HOST:PORT."
+    ),
 ) -> None:
     """Find how few adapter parameters the task needs, and how many times fewer than uniform LoRA; resumes."""
 
 
-@_study_command(
-    "search", "studies/digits.yaml --trials 60", trials="search.n_trials", storage="search.storage", **BUDGET
-)
+@_study_command("search", "my.yaml --trials 60", trials="search.n_trials", storage="search.storage", **BUDGET)
 def _search(
-    trials: int | None = typer.Option(None, help="Overrides `search.n_trials`: trainings in all."),
+    trials: int | None = typer.Option(None, metavar="N", help="Overrides `search.n_trials`: trainings in all."),
     storage: str | None = STORAGE,
     uniform_rank: int | None = UNIFORM_RANK,
     parameters: int | None = PARAMETERS,
@@ -371,31 +380,35 @@ def _search(
 
 
 @_study_command(
-    "worker", "studies/digits.yaml --storage postgresql://me@host/searches --devices all",
+    "worker", "my.yaml --storage postgresql://me@host/searches --devices all",
     trials="search.n_trials", storage="search.storage", **BUDGET,
 )  # fmt: skip
 def _worker(
     storage: str | None = STORAGE,
     devices: str | None = typer.Option(None, metavar="LIST", help="GPUs, as in 0,1, or all: one process each."),
-    jobs: int = typer.Option(1, min=1, help="Processes, where no devices are given."),
-    trials: int | None = typer.Option(None, help="Overrides `search.n_trials`: trainings in all."),
+    jobs: int = typer.Option(1, metavar="N", min=1, help="Processes, where no devices are given."),
+    trials: int | None = typer.Option(None, metavar="N", help="Overrides `search.n_trials`: trainings in all."),
     uniform_rank: int | None = UNIFORM_RANK,
     parameters: int | None = PARAMETERS,
 ) -> None:
     """Help a search on any number of machines: run its trials and confirming runs until none is left; writes no outputs."""
 
 
-@_study_command("train", "studies/digits.yaml --baseline --seeds 8 --jobs 2", controller="controller.mode")
+@_study_command("train", "my.yaml --baseline --seeds 8 --jobs 2", controller="controller.mode", **BUDGET)
 def _train(
     allocation: Path | None = typer.Option(
         None, metavar="FILE", help="The allocation.  [default: DIR/allocation.json]"
     ),
-    controller: str | None = typer.Option(None, help="Overrides `controller.mode`: off, on or auto."),
+    controller: str | None = typer.Option(
+        None, metavar="on|off|auto", help="Overrides `controller.mode`: whether ranks move while it trains."
+    ),
+    uniform_rank: int | None = UNIFORM_RANK,
+    parameters: int | None = PARAMETERS,
     baseline: bool = typer.Option(
         False, "--baseline", help="Also train uniform LoRA, and the allocation without controller, on the same seeds."
     ),
-    seeds: int = typer.Option(1, min=1, help="Runs of each allocation."),
-    jobs: int = typer.Option(1, min=1, help="Runs at a time, each in its own process."),
+    seeds: int = typer.Option(1, metavar="N", min=1, help="Runs of each allocation."),
+    jobs: int = typer.Option(1, metavar="N", min=1, help="Runs at a time, each in its own process."),
     dry_run: bool = typer.Option(
         False,
         "--dry-run",
@@ -406,25 +419,29 @@ def _train(
 
 
 @_study_command(
-    "compare", "studies/digits.yaml --methods uniform --methods one-shot --jobs 2",
+    "compare", "my.yaml --methods uniform --methods one-shot --jobs 2",
     methods="compare.methods", seeds="compare.n_seeds", jobs="compare.n_jobs", backend="compare.backend",
     **BUDGET,
 )  # fmt: skip
 def _compare(
     methods: list[str] = typer.Option([], metavar="NAME", help="Overrides `compare.methods`; several times."),
-    seeds: int | None = typer.Option(None, help="Overrides `compare.n_seeds`: reported runs of each method."),
-    jobs: int | None = typer.Option(None, help="Overrides `compare.n_jobs`: runs at a time."),
-    backend: str | None = typer.Option(None, help="Overrides `compare.backend`: loky, or dask://HOST:PORT."),
+    seeds: int | None = typer.Option(
+        None, metavar="N", help="Overrides `compare.n_seeds`: reported runs of each method."
+    ),
+    jobs: int | None = typer.Option(None, metavar="N", help="Overrides `compare.n_jobs`: runs at a time."),
+    backend: str | None = typer.Option(
+        None, metavar="NAME", help="Overrides `compare.backend`: loky, or dask://HOST:PORT."
+    ),
     uniform_rank: int | None = UNIFORM_RANK,
     parameters: int | None = PARAMETERS,
 ) -> None:
     """Compare methods at equal parameters, each at its best learning rate; resumes an earlier run."""
 
 
-@app.command("report", epilog="Example: rankscope report out/digits")
+@app.command("report", epilog="Example: rankscope report out/my")
 @reports_errors
 def _report(
-    folders: list[Path] = typer.Argument(metavar="DIR...", help="Folders with a comparison.parquet."),
+    folders: list[Path] = typer.Argument(metavar="DIR", help="Folders with a comparison.parquet."),
     out: Path | None = typer.Option(None, metavar="DIR", help="Output folder.  [default: DIR]"),
     into: Path | None = typer.Option(
         None, metavar="FILE", help="Also put a Markdown table between the marker lines of a README or model card."
@@ -442,20 +459,21 @@ def _report(
     run_report(folders, out, into, as_json=json)
 
 
-@_study_command("dashboard", "studies/digits.yaml --open", storage="search.storage")
+@_study_command("dashboard", "my.yaml --open", storage="search.storage")
 def _dashboard(
     storage: str | None = STORAGE,
-    port: int = typer.Option(8080, min=0, max=65535, help="Of this machine's loopback; 0: any free one."),
+    port: int = typer.Option(8080, metavar="N", min=0, max=65535, help="Of this machine's loopback; 0: any free one."),
     open_browser: bool = typer.Option(False, "--open/--no-open", help="Open it in the browser."),
 ) -> None:
     """Show the search's trials in Optuna's dashboard, each with a picture of its ranks. Needs the extra `dashboard`."""
 
 
-@app.command("export", epilog="Example: rankscope export out/digits/allocation.json --to axolotl")
+@app.command("export", epilog="Example: rankscope export out/my/allocation.json --to axolotl")
 @reports_errors
 def _export(
     source: Path = typer.Argument(
-        metavar="ALLOCATION", help="An allocation.json or a folder with one; for --padded, an adapter's folder."
+        metavar="ALLOCATION",
+        help="An allocation.json, a folder with one, or an adapter's folder; for --padded, the last.",
     ),
     to: str | None = typer.Option(None, metavar="TOOL", help="peft, axolotl, kohya, unsloth or trl."),
     padded: bool = typer.Option(
@@ -466,8 +484,8 @@ def _export(
         metavar="PATH",
         help="The file, instead of the terminal; the folder for --padded.  [default: ADAPTER-padded]",
     ),
-    scaling: float | None = typer.Option(None, help="alpha / r of every module.  [default: 2; kohya: 1]"),
-    dropout: float = typer.Option(0.0, min=0.0, max=1.0, help="Dropout on the inputs of adapters."),
+    scaling: float | None = typer.Option(None, metavar="X", help="alpha / r of every module.  [default: 2; kohya: 1]"),
+    dropout: float = typer.Option(0.0, metavar="X", min=0.0, max=1.0, help="Dropout on the inputs of adapters."),
     save: list[str] = typer.Option([], metavar="MODULE", help="Trained in full, as a fresh classifier; several times."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
@@ -489,18 +507,18 @@ def _export(
         run_export(source, str(to), out, scaling=scaling, lora_dropout=dropout, modules_to_save=save)
 
 
-@app.command(
-    "shrink", epilog="Example: rankscope shrink out/digits/adapter --parameters 1728 --study studies/digits.yaml"
-)
+@app.command("shrink", epilog="Example: rankscope shrink out/my/adapter --parameters 1728 --study my.yaml")
 @reports_errors
 def _shrink(
     adapter: Path = typer.Argument(metavar="ADAPTER", help="A LoRA adapter's folder, as `save_pretrained` writes it."),
-    parameters: int = typer.Option(help="The most adapter parameters that are left."),
+    parameters: int = typer.Option(metavar="N", help="The most adapter parameters that are left."),
     study: Path | None = typer.Option(
         None, metavar="STUDY", help="Its task's data weighs what is cut, and its metric is told before and after."
     ),
-    rule: str = typer.Option("energy", help="energy, threshold (PARA's rule) or uniform."),
-    batches: int = typer.Option(16, min=1, help="Training batches of the study to weigh by."),
+    rule: str = typer.Option(
+        "energy", metavar="energy|threshold|uniform", help="What is cut first; threshold is PARA's rule."
+    ),
+    batches: int = typer.Option(16, metavar="N", min=1, help="Training batches of the study to weigh by."),
     out: Path | None = typer.Option(None, metavar="DIR", help="The new folder.  [default: ADAPTER-shrunk]"),
     json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
     allow_code: bool = ALLOW_CODE,

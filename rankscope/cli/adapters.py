@@ -31,7 +31,8 @@ from rankscope.tasks import Task, evaluate, load_task
 from rankscope.training import add_to_card
 
 _HINTS = {
-    "peft": "save it as adapter_config.json; `LoraConfig.from_pretrained(folder)` reads it",
+    "peft": "save it as adapter_config.json; `LoraConfig.from_pretrained(folder)` reads it. Set its `task_type`, as "
+    "CAUSAL_LM, for `AutoPeftModel`",
     "axolotl": "put these keys into the axolotl YAML, and leave `lora_target_linear` out",
     "kohya": "for sd-scripts' --config_file; names must be those of the model that it builds. Scaling is 1: tune the "
     "learning rate again",
@@ -138,7 +139,7 @@ def run_shrink(
     }
     write_json(out / "shrink.json", report)
     if (out / CARD).exists():
-        told = [f"{shrunk.kept:.1%} of the update's energy is kept (by {report['weighed_by']}, rule `{rule}`)."]
+        told = [f"{_share(shrunk.kept)} of the update's energy is kept (by {report['weighed_by']}, rule `{rule}`)."]
         told += [
             f"{when} it: {', '.join(f'{k} {v:.4g}' for k, v in each.items())} (validation)."
             for when, each in metrics.items()
@@ -169,11 +170,16 @@ def _moments(task: Task, model: Any, n_batches: int) -> Any:
         return measure_moments(model, (update(done, n_batches) or batch for done, batch in batches), loss)
 
 
+def _share(kept: float) -> str:
+    """A fraction in per cent; what is cut is not rounded away."""
+    return "over 99.9%" if 0.9995 <= kept < 1.0 - 1e-9 else f"{kept:.1%}"
+
+
 def _print_shrunk(shrunk: ShrunkAdapter, by: str, task: Task | None, metrics: dict[str, dict[str, float]]) -> None:
     """Ranks and energy by tower and role, and the metric before and after."""
     before, after = shrunk.before, shrunk.after
     print_line(
-        f"{before.parameters:,} -> {after.parameters:,} parameters; {shrunk.kept:.1%} of the energy is kept (by {by})"
+        f"{before.parameters:,} -> {after.parameters:,} parameters; {_share(shrunk.kept)} of the energy is kept (by {by})"
     )
     groups: dict[str, list[int]] = {}
     for place, target in enumerate(before.targets):
@@ -189,7 +195,7 @@ def _print_shrunk(shrunk: ShrunkAdapter, by: str, task: Task | None, metrics: di
                 "modules": f"{sum(after.vector[place] > 0 for place in places)} of {len(places)}",
                 "before": np.mean([before.vector[place] for place in places]),
                 "after": np.mean([after.vector[place] for place in places]),
-                "kept": f"{left / whole:.1%}" if whole else "-",
+                "kept": _share(left / whole) if whole else "-",
             }
         )
     columns = {

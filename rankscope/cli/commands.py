@@ -35,6 +35,7 @@ from rankscope.training import Lora, add_to_card, describe_towers, estimate_memo
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 SHOWN_MODULES = 9
 COMPARISON = "comparison.parquet"
+PEFT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS")  # task types that PEFT knows, of rankscope's tasks
 
 
 # --- profile and allocate ---------------------------------------------------------------------------------------
@@ -157,6 +158,8 @@ def _export(session: Session, allocation: RankAllocation, shown: list[RankAlloca
     config = allocation.to_lora_config(
         scaling=training.scaling, lora_dropout=training.lora_dropout, modules_to_save=heads or None
     )
+    if (kind := getattr(session.task, "task_type", None)) in PEFT_TASKS:
+        config.task_type = kind
     config_path = save_lora_config(config, session.out / "adapter_config.json")
     return [session.allocation_path, config_path, *session.draw(ranks=partial(plotting.plot_ranks, *shown))]
 
@@ -352,6 +355,12 @@ def run_train(
         _require_equal(ranks, uniform)
         static = dict.fromkeys([Lora(uniform), Lora(ranks)])
         methods = [*(method for method in static if method != methods[0]), *methods]
+    if ranks.parameters > session.budget.limit:
+        spent, limit = f"{ranks.parameters:,}", f"{session.budget.limit:,}"
+        stderr.print(
+            f"the allocation has {spent} parameters, above the study's budget of {limit}: all are trained",
+            soft_wrap=True,
+        )
     with progress("training") as on_run:
         groups = comparison.run_tuned(
             session.task,
@@ -385,15 +394,19 @@ def run_train(
             for row in rows
         ],
     )  # fmt: skip
+    if not baseline:
+        print_line("not compared with uniform LoRA at as many parameters; --baseline does")
     print_files(files)
 
 
 def _results(session: Session, rows: list[dict[str, Any]], seed: int, *, baseline: bool) -> list[str]:
     """What the trainings gave, as Markdown for the adapter's model card."""
     metric, last, training = session.task.metric, rows[-1], session.study.training
+    above = "; the allocation was made for a larger one" if last["parameters"] > session.budget.limit else ""
     lines = [
         f"`rankscope train` on the study `{session.study.name}`: {training.steps:,} steps at learning rate "
-        f"{last['learning_rate']:g}. The budget was {session.budget.limit:,} adapter parameters. This adapter is of seed {seed}, "
+        f"{last['learning_rate']:g}. The study's budget is {session.budget.limit:,} adapter parameters{above}. "
+        f"This adapter is of seed {seed}, "
         f"the {'first' if len(last['seeds']) > 1 else 'only one'}.",
         "", f"| mean {metric} | parameters | seeds | validation | test | to uniform, 95 % interval |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -424,8 +437,8 @@ def _run_dry(session: Session, allocation: Path | None, *, as_json: bool) -> Non
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in outline.model.parameters()}))
     print_table(
         f"{name}: {facts['model']}, weights in {dtypes}; budget {session.budget.limit:,} parameters, here {ranks.strategy}",
-        {"tower": "{tower}", "weights": "{weights:,}", "blocks": "{blocks}", "target modules": "{modules}",
-         "rank 1": "{rank_cost:,}", "parameters": "{parameters:,}", "share": "{share:.1%}", "mean rank": "{mean_rank:.2f}"},
+        {"tower": "{tower}", "weights": "{weights:,}", "blocks": "{blocks}", "target\nmodules": "{modules}",
+         "rank 1": "{rank_cost:,}", "parameters": "{parameters:,}", "mean\nrank": "{mean_rank:.2f}"},
         towers,
     )  # fmt: skip
     rates = ", ".join(f"{rate:g}" for rate in training.learning_rates)
@@ -433,11 +446,14 @@ def _run_dry(session: Session, allocation: Path | None, *, as_json: bool) -> Non
         f"{training.steps:,} steps of {training.gradient_accumulation} x {outline.batch_size} rows = {rows:,} rows of at most "
         f"{outline.max_length:,} tokens; learning rate {rates}"
     )
-    columns = {"memory, about": "{what}", "GB": "{gigabytes:.2f}"}
+    columns = {"memory, about": "{what}", "GB": "{gigabytes:.{digits}f}"}
     print_table(
         "one process, without kernels' buffers and the device's context",
         columns,
-        [{"what": what, "gigabytes": size / 1e9} for what, size in facts["memory"].items()],
+        [
+            {"what": what, "gigabytes": size / 1e9, "digits": 2 if size > 1e8 else 4}
+            for what, size in facts["memory"].items()
+        ],
     )
 
 
@@ -454,10 +470,20 @@ def _read_allocation(session: Session, path: Path | None) -> RankAllocation:
     if path is None:
         again = f"run `rankscope allocate {session.arguments}` or `rankscope search {session.arguments}`"
         remedy = f"{again} again, or pass `--allocation {file}` to train it all the same."
-        session.require_present(read_json(file, what="an allocation"), file, command="allocate", remedy=remedy)
+        kept = read_json(file, what="an allocation")
+        session.require_present(kept, file, command="allocate", remedy=remedy)
+        _require_told_budget(session, kept, file)
     if set(allocation.targets) != set(session.targets):
         raise SettingsError(f"`{file}` must be for this study's target modules, but is for others; allocate again.")
     return allocation
+
+
+def _require_told_budget(session: Session, kept: Mapping[str, Any], file: Path) -> None:
+    """Raise a SettingsError if this command is given a budget, and the allocation was made for another."""
+    made_for, now = kept.get("made_from", {}).get("budget"), session.budget.limit
+    if made_for != now and any(key.partition(".")[0] == "budget" for key in session.flags):
+        must = f"`{file}` must be for the budget that is given, {now:,} parameters"
+        raise SettingsError(f"{must}, but was made for {made_for:,}; run `rankscope allocate` with that budget first.")
 
 
 def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
@@ -467,9 +493,11 @@ def _require_equal(allocation: RankAllocation, uniform: RankAllocation) -> None:
     rooms = {tower: min(small.tower_bounds.get(tower, (0, math.inf))[1] - used, room) for tower, used in spent.items()}
     growing = [t for t, rank in zip(small.targets, small.vector, strict=True) if rank < t.full_rank]
     if any(t.rank_cost <= rooms[t.tower] for t in growing):
+        made_for = allocation.budget or allocation.parameters
         raise SettingsError(
             f"`--baseline` must compare at equal parameters, but `{allocation.strategy}` has {allocation.parameters:,} and "
-            f"uniform at the study's budget {uniform.parameters:,}; change `budget`, or leave out --baseline."
+            f"uniform at the study's budget {uniform.parameters:,}; pass --parameters {made_for}, or leave "
+            "out --baseline."
         )
 
 

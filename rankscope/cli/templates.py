@@ -94,7 +94,7 @@ _STUDY = """\
 name: {name}
 {task}
 budget:
-  uniform_rank: 4 # as many parameters as LoRA of rank 4 everywhere; or `parameters: 500000`
+  uniform_rank: 8 # as many parameters as LoRA of rank 8 everywhere; or `parameters: 500000`
 # targets: [q_proj, v_proj] # default: every linear module but the head
 profile:
   n_batches: 32 # of an epoch; more tell signal and noise better apart

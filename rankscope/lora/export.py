@@ -152,6 +152,7 @@ def _unsloth(config: LoraConfig) -> str:
 
 def _trl(config: LoraConfig) -> str:
     head = ["from peft import LoraConfig", "from trl import SFTTrainer", ""]
+    config.task_type = "CAUSAL_LM"  # what SFTTrainer trains
     tail = ["trainer = SFTTrainer(model, args=args, train_dataset=train_dataset, peft_config=peft_config)"]
     return "\n".join([*head, "peft_config = LoraConfig(", *_arguments(config), ")", *tail]) + "\n"
 
@@ -167,6 +168,8 @@ def _arguments(config: LoraConfig) -> list[str]:
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
     }
+    if config.task_type:
+        fields = {"task_type": config.task_type, **fields}
     if config.modules_to_save:
         fields = {**fields, "modules_to_save": list(config.modules_to_save)}
     return [

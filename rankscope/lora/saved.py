@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rankscope.allocation import RankAllocation
 from rankscope.early import ADAPTER_CONFIG as CONFIG
+from rankscope.early import ADAPTER_WEIGHTS as WEIGHTS
 from rankscope.early import check_adapter
 from rankscope.errors import FileError, ModelError, checked, one_line
 from rankscope.files import AnyPath, read_json, read_tensors, replacing, seal_tensors
@@ -24,7 +25,6 @@ from rankscope.lora.config import PEFT_PREFIX, check_config, save_lora_config
 from rankscope.naming import describe_modules
 from rankscope.targets import Kind, TargetModule
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What vLLM takes as `max_lora_rank`: https://docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/ (MaxLoRARanks).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -73,9 +73,8 @@ def read_adapter(folder: AnyPath) -> SavedAdapter:
     """Read an adapter's folder; a FileError if it holds none, a ModelError if its ranks cannot be changed in the file."""
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
-    if not (paths := [folder / name for name in WEIGHTS if (folder / name).exists()]):
-        raise FileError(f"`{folder}` must hold an adapter's weights, but has no {WEIGHTS[0]}; save the adapter again.")
-    tensors = read_tensors(paths[0], what="an adapter's weights")
+    path = next(folder / name for name in WEIGHTS if (folder / name).exists())  # which `check_adapter` has looked for
+    tensors = read_tensors(path, what="an adapter's weights")
     keys, scalings = {}, {}
     for key, a in sorted(tensors.items(), key=lambda item: _natural(item[0])):  # nearly the model's order
         if not (match := _FACTOR_A.fullmatch(key)):
@@ -85,7 +84,7 @@ def read_adapter(folder: AnyPath) -> SavedAdapter:
             what = "an nn.MultiheadAttention or fused experts"
             raise ModelError(f"the adapter must be on modules of one weight, but `{name}` is of {what}; adapt others.")
         if (b := tensors.get(twin)) is None or min(a.ndim, b.ndim) < 2:
-            raise FileError(f"`{paths[0]}` must hold both factors of `{name}`, but does not; save the adapter again.")
+            raise FileError(f"`{path}` must hold both factors of `{name}`, but does not; save the adapter again.")
         if b.shape[1] != len(a):
             why = "as on convolutions with groups" if a.ndim > 2 else "the file mixes two adapters"
             raise ModelError(f"the factors of `{name}` must have one rank, but have {len(a)} and {b.shape[1]}, {why}.")
@@ -101,7 +100,7 @@ def read_adapter(folder: AnyPath) -> SavedAdapter:
         keys[name] = key, twin
         scalings[name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     if not keys:
-        raise FileError(f"`{paths[0]}` must hold LoRA factors, but holds none; save the adapter again.")
+        raise FileError(f"`{path}` must hold LoRA factors, but holds none; save the adapter again.")
     return SavedAdapter(folder=folder, config=config, tensors=tensors, keys=keys, scalings=scalings)
 
 

@@ -245,7 +245,7 @@ class Chat(AnswerTask):
             tokenizer.chat_template = self._template
         if not tokenizer.chat_template:
             remedy = "set `chat_template` to a file with one, or take `type: causal-lm` for plain texts."
-            raise TaskError(f"{must} with a chat template, but {has} has none; {remedy}")
+            raise TaskError(f"{must} with a chat template, but has none; {remedy}")
         if not tokenizer.is_fast:
             raise TaskError(f"{must} that is fast, but has {has}; convert it.")
         return tokenizer

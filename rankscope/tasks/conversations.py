@@ -101,9 +101,11 @@ def read_chats(data: str | Path | pd.DataFrame, columns: Mapping[str, str] | Non
     if not conversing and prompt not in table.columns:
         must = f"the data must have a column {messages!r}, or {prompt!r} and {completion!r}"
         names = ", ".join(str(name) for name in table.columns)
-        raise TaskError(f"{must}, but has {names}; rename them, or set `columns`.")
+        known = next((name for name in ("conversations", "conversation", "chat") if name in table.columns), None)
+        remedy = f"set `columns: {{messages: {known}}}`" if known else "rename them, or set `columns`"
+        raise TaskError(f"{must}, but has {names}; {remedy}.")
     check_columns(table, (messages,) if conversing else (prompt, completion), source=data, nested=True)
-    rows = []
+    rows, unanswered = [], []
     for number, row in enumerate(table.to_dict("records"), start=1):
         where = f"row {number:,}"
         if conversing:
@@ -112,13 +114,16 @@ def read_chats(data: str | Path | pd.DataFrame, columns: Mapping[str, str] | Non
             before = _texts(_said(row[prompt], "user", where=where), where=where)
             turns = _texts(_said(row[completion], "assistant", where=where), where=where)
         if not any(role == "assistant" for role, _ in turns) or not before + turns[:-1]:
-            raise TaskError(
-                f"each row must hold a turn of the assistant, and one before it, but {where} does not; drop it."
-            )
+            unanswered.append(number)
+            continue
         while turns[-1][0] != "assistant":  # nothing is learned from what comes after the last answer
             turns.pop()
         said = tuple({"role": role, "content": content} for role, content in before + turns)
         rows.append(Conversation(number, row.get("split"), (), said, len(before)))
+    if unanswered:
+        must = "each row must hold a turn of the assistant, and one before it"
+        found = f"{len(unanswered):,} of {len(table):,} do not, as row {unanswered[0]:,}"
+        raise TaskError(f"{must}, but {found}; drop them.")
     return rows
 
 

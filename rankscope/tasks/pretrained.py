@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from rankscope.distributed import batch_device, seeded
-from rankscope.early import check_source, hub_answers
+from rankscope.early import ADAPTER_CONFIG, check_source, hub_answers
 from rankscope.errors import TaskError
-from rankscope.files import replacing
+from rankscope.files import read_json, replacing
 from rankscope.settings import ModelSettings
 from rankscope.tasks.data import fetch_package
 from rankscope.tasks.protocol import Batch, Split, check_choice
@@ -198,6 +198,10 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
     local = Path(source).is_dir()
     if local and not Path(source, "config.json").exists() and "gguf_file" not in options:
         must = f"`{source}` must be a model folder, but has no config.json"
+        if (held := Path(source, ADAPTER_CONFIG)).exists():
+            base = read_json(held, what="an adapter's config").get("base_model_name_or_path")
+            must = f"`{source}` must be a model's folder, but is an adapter's"
+            raise TaskError(f"{must}; name its base model{f' ({base})' if base else ''}.")
         raise TaskError(f"{must}; save the model there with save_pretrained.")
     options.setdefault("trust_remote_code", False)  # without a value transformers would ask on the terminal
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

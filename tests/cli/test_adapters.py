@@ -1,6 +1,7 @@
 """`rankscope export` and `rankscope shrink` on a real adapter of the digits task."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,24 @@ def test_export_padded(folder: Path) -> None:
         (["export", "."], "one of --to TOOL and --padded must be given, and not both; see `rankscope export --help`."),
         (["export", "none", "--to", "peft"], "`none` must hold an allocation, but there is no such file; check the path."),
         (["shrink", "none", "--parameters", "5"],
-         "`none` must be an adapter's folder, but has no adapter_config.json; check the path."),
+         "`none` must be an adapter's folder, but there is no such folder; check the path."),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
     status, _, errors = invoke(*arguments)
     assert (status, errors) == (2, f"rankscope: {message}\n")
+
+
+def test_a_study_s_folder_in_place_of_its_adapter(folder: Path, tmp_path: Path) -> None:
+    """`allocate` writes an adapter's config there, without weights."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    must = f"rankscope: `{tmp_path}` must be an adapter's folder, but holds no weights (adapter_model.safetensors); "
+    status, _, errors = invoke("shrink", tmp_path, "--parameters", 8)
+    assert (status, errors) == (2, f"{must}train it first, as `rankscope train` does.\n")
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    for command in (["shrink", tmp_path, "--parameters", 8], ["export", tmp_path, "--padded"]):
+        status, _, errors = invoke(*command)
+        assert (status, errors) == (2, f"{must}did you mean `{tmp_path / 'adapter'}`?\n")
 
 
 def test_an_adapter_of_another_model(folder: Path, tmp_path: Path) -> None:

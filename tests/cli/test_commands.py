@@ -78,7 +78,8 @@ def test_the_whole_path(folder: Path) -> None:
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     card = (out / "adapter" / "README.md").read_text()
     assert (
-        "4 steps at learning rate 0.01. The budget was 6,912 adapter parameters. This adapter is of seed 1000" in card
+        "4 steps at learning rate 0.01. The study's budget is 6,912 adapter parameters. This adapter is of seed 1000"
+        in card
     )
     for run in json.loads(text)["runs"]:
         assert (
@@ -348,10 +349,23 @@ def test_what_is_the_same_is_reused(made: Path) -> None:
     assert (status, stderr) == (
         2,
         "rankscope: `--baseline` must compare at equal parameters, but `one-shot` has 13,824 and uniform at the study's budget "
-        "6,912; change `budget`, or leave out --baseline.\n",
+        "6,912; pass --parameters 13824, or leave out --baseline.\n",
     )
-    status, text, _ = invoke_code("train", study, "--out", out, "--json")
+    status, text, stderr = invoke_code("train", study, "--out", out, "--json")
     assert (status, json.loads(text)["runs"][0]["parameters"], json.loads(text)["study"]) == (0, 13_824, "edited")
+    assert "the allocation has 13,824 parameters, above the study's budget of 6,912: all are trained\n" in stderr
+    card = (out / "adapter" / "README.md").read_text()
+    assert "budget is 6,912 adapter parameters; the allocation was made for a larger one." in card
+
+    status, text, stderr = invoke_code("train", study, "--out", out, "--uniform-rank", 2, "--baseline", "--json")
+    assert (status, "above the study's budget" in stderr) == (0, False)
+    assert [run["parameters"] for run in json.loads(text)["runs"]] == [13_824, 13_824]
+    status, _, stderr = invoke_code("train", study, "--out", out, "--uniform-rank", 3)
+    assert (status, stderr) == (
+        2,
+        f"rankscope: `{out}/allocation.json` must be for the budget that is given, 20,736 parameters, but was made for 13,824; "
+        "run `rankscope allocate` with that budget first.\n",
+    )
 
 
 def test_one_seed_is_reported_without_an_interval(made: Path) -> None:
@@ -546,7 +560,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_help_has_an_example_and_version_prints(name: str) -> None:
     status, text, _ = invoke(name, "--help")
     assert status == 0
-    argument = "out/digits" if name == "report" else "studies/digits.yaml"
+    argument = "out/my" if name == "report" else "my.yaml"
     assert f"Example: rankscope {name} {argument}" in " ".join(text.split())
     assert invoke("--version")[1] == f"rankscope {rs.__version__}\n"
     assert invoke(name)[0] == 2

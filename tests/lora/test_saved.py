@@ -214,7 +214,7 @@ def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
         shrink(adapter, 50, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileError, match=re.escape("has no adapter_model.safetensors")):
+    with pytest.raises(FileError, match=re.escape("holds no weights (adapter_model.safetensors); train it first")):
         read_adapter(adapter)
 
 

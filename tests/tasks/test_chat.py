@@ -175,7 +175,7 @@ def test_a_template_of_ones_own(model, tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(CHATML)
     spec = {"type": "chat", "model": "model", "data": "rows.jsonl"}
     refused(
-        f"`{tmp_path}/model` must have a tokenizer with a chat template, but TokenizersBackend has none; set `chat_template` to a "
+        f"`{tmp_path}/model` must have a tokenizer with a chat template, but has none; set `chat_template` to a "
         "file with one, or take `type: causal-lm` for plain texts.",
         rs.load_task(spec, base_dir=tmp_path).build_model,
     )
@@ -315,10 +315,10 @@ def test_a_template_that_refuses_drops_or_changes(model) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": messages("hi")}, "each row must hold a turn of the assistant, and one before it, but row 1 does not; drop it."),
-        ({"messages": []}, "each row must hold a turn of the assistant, and one before it, but row 1 does not; drop it."),
-        ({"messages": messages("", "hi")[1:]}, "each row must hold a turn of the assistant, and one before it, but row 1 does not; "
-         "drop it."),
+        ({"messages": messages("hi")}, "each row must hold a turn of the assistant, and one before it, but 1 of 1 do not, as row 1; drop them."),
+        ({"messages": []}, "each row must hold a turn of the assistant, and one before it, but 1 of 1 do not, as row 1; drop them."),
+        ({"messages": messages("", "hi")[1:]}, "each row must hold a turn of the assistant, and one before it, but 1 of 1 do not, as row 1; "
+         "drop them."),
         ({"messages": messages("hi", " ")}, "each turn must hold a text, but row 1 has one of the assistant without; correct or "
          "drop it."),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
@@ -339,6 +339,11 @@ def test_columns_that_are_wrong() -> None:
     refused(
         "the data must have a column 'messages', or 'prompt' and 'completion', but has text, split; rename them, or set `columns`.",
         lambda: Chat("anything", chats().rename(columns={"messages": "text"})),
+    )
+    refused(
+        "the data must have a column 'messages', or 'prompt' and 'completion', but has conversations, split; set `columns: "
+        "{messages: conversations}`.",
+        lambda: Chat("anything", chats().rename(columns={"messages": "conversations"})),
     )
     refused(
         "the DataFrame must have a column 'completion', but has none; did you mean 'completions'?",

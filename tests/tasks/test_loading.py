@@ -141,6 +141,11 @@ def test_a_model_folder_without_weights_or_config(folder: Path) -> None:
         TaskError, match=r"^`.*/bert` must be a model folder, but has no config\.json; save the model there"
     ):
         rs.load_task(spec, base_dir=folder).build_model()
+    (folder / "bert" / "adapter_config.json").write_text('{"base_model_name_or_path": "models/bert"}')
+    with pytest.raises(
+        TaskError, match=r"bert` must be a model's folder, but is an adapter's; name its base model \(models/bert\)\.$"
+    ):
+        rs.load_task(spec, base_dir=folder).build_model()
 
 
 def test_weights_of_another_kind_of_model_are_refused(folder: Path) -> None:

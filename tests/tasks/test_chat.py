@@ -315,9 +315,9 @@ def test_a_template_that_refuses_drops_or_changes(model) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": messages("hi")}, "each row must hold a turn of the assistant, and one before it, but 1 of 1 do not, as row 1; drop them."),
-        ({"messages": []}, "each row must hold a turn of the assistant, and one before it, but 1 of 1 do not, as row 1; drop them."),
-        ({"messages": messages("", "hi")[1:]}, "each row must hold a turn of the assistant, and one before it, but 1 of 1 do not, as row 1; "
+        ({"messages": messages("hi")}, "each row must hold a turn of the assistant, and one before it, but 1 of 3 do not, as row 1; drop them."),
+        ({"messages": []}, "each row must hold a turn of the assistant, and one before it, but 1 of 3 do not, as row 1; drop them."),
+        ({"messages": messages("", "hi")[1:]}, "each row must hold a turn of the assistant, and one before it, but 1 of 3 do not, as row 1; "
          "drop them."),
         ({"messages": messages("hi", " ")}, "each turn must hold a text, but row 1 has one of the assistant without; correct or "
          "drop it."),

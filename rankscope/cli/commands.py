@@ -383,7 +383,14 @@ def run_train(
     if as_json:
         print_json({"study": session.study.name, "metric": session.task.metric, "runs": rows}, files)
         return
-    title = f"{session.study.name}: mean {session.task.metric} of {f'{seeds} seeds' if seeds > 1 else 'one seed'}"
+    _print_runs(session, rows, baseline=baseline)
+    print_files(files)
+
+
+def _print_runs(session: Session, rows: list[dict[str, Any]], *, baseline: bool) -> None:
+    """What was trained, a row each, and whether it was compared."""
+    n = len(rows[-1]["seeds"])
+    title = f"{session.study.name}: mean {session.task.metric} of {f'{n} seeds' if n > 1 else 'one seed'}"
     print_table(
         title + ("; paired test difference to uniform, 95 % interval" if baseline else ""),
         {"strategy": "{strategy}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
@@ -396,7 +403,6 @@ def run_train(
     )  # fmt: skip
     if not baseline:
         print_line("not compared with uniform LoRA at as many parameters; --baseline does")
-    print_files(files)
 
 
 def _results(session: Session, rows: list[dict[str, Any]], seed: int, *, baseline: bool) -> list[str]:

@@ -226,7 +226,8 @@ def _print_search(result: SearchResult, *, modelled: bool) -> None:
         title = "validation split, nothing confirmed; * recommended"
         shown = [*_starts_of(result), result.best_trial, result.best_of_origin(None)]
     size = {"parameters": "{parameters:,}"} if result.over_budgets else {"rate": "{learning_rate:g}"}
-    texts = {metric: "{metric:.3f}", "to uniform": "{to_uniform}", "posterior": "{posterior}"}
+    texts = {metric: "{metric:.3f}", "to uniform": "{to_uniform}"}
+    texts |= {"posterior": "{posterior}"} if result.posterior else {}
     rows = {trial.number: _row(result, trial) for trial in shown}
     print_table(f"{name}: {len(result.trials)} trials; {title}", {"strategy": "{name}", **size, **texts}, rows.values())
     if result.over_budgets and result.front:

@@ -542,6 +542,7 @@ def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
     assert status == 0
     assert "2 trials; validation split, nothing confirmed; * recommended" in " ".join(text.split())
     assert "is recommended: these are too few trainings to tell proposals from it" in text
+    assert "posterior" not in text  # a column that would be empty
     assert (
         "not confirmed: 0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
         "raise `n_trials` to 9, or to 23 for the three seeds that an interval needs."

@@ -214,10 +214,10 @@ def _study_command(name: str, example: str, **keys: str) -> Callable[[Callable[.
             from rankscope.settings import read_study
 
             named = [(key, f"--{flag.replace('_', '-')}", own.pop(flag)) for flag, key in keys.items()]
+            named += [("seed", "--seed", seed)]
+            given = [each for each in named if not (each[2] is None or each[2] is False or each[2] == [])]
             flags, origins = dict[str, Any](), dict[str, str]()
-            for key, origin, value in [*named, ("seed", "--seed", seed), *map(_parsed, sets)]:
-                if value is None or value is False or value == []:  # not given
-                    continue
+            for key, origin, value in [*given, *map(_parsed, sets)]:
                 if key in flags:
                     raise SettingsError(f"`{key}` must be given once, but is by {origins[key]} and {origin}; drop one.")
                 flags[key], origins[key] = value, origin

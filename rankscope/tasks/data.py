@@ -23,6 +23,8 @@ from rankscope.errors import FileError, TaskError, did_you_mean, one_line, shown
 from rankscope.files import digest, packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
+logger = logging.getLogger(__name__)
+
 _HASHED_BYTES = 2**30
 _PIP_FAILS = {
     "No module named pip": "there is no pip in this environment); install rankscope[demo], which brings it.",
@@ -102,7 +104,10 @@ def split_rows(table: pd.DataFrame, *, key: str, group: str | None = None, seed:
     """
     if seed < 0:
         raise TaskError(f"`split_seed` must be 0 or more, but got {seed}.")
-    table, splits = table.drop_duplicates(subset=key), get_args(Split)
+    n_rows, splits = len(table), get_args(Split)
+    table = table.drop_duplicates(subset=key)
+    if repeated := n_rows - len(table):
+        logger.warning("left out %s of %s rows, which repeat an earlier one", f"{repeated:,}", f"{n_rows:,}")
     if "split" in table.columns:
         named = table["split"].map(str)  # a cell may hold anything
         parts = {split: table[named == split] for split in splits}

@@ -549,6 +549,14 @@ def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
     ) in text
 
 
+@pytest.mark.parametrize("given", ["plan.ceiling=false", "compare.budgets=[]", "seed=0"])
+def test_set_holds_whatever_the_value(given: str) -> None:
+    """Also one that a flag has where it is not given: here it is told to be given twice."""
+    status, _, errors = invoke("budget", "studies/digits.yaml", "--set", given, "--set", given)
+    key = given.partition("=")[0]
+    assert (status, errors) == (2, f"rankscope: `{key}` must be given once, but is by --set and --set; drop one.\n")
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     status, _, errors = invoke("profile", tmp_path / "none.yaml", "--debug")
     assert status == 2

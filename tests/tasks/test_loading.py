@@ -213,12 +213,13 @@ def test_texts_stay_as_they_are(tmp_path: Path) -> None:
         assert read_table(tmp_path / name, ("text", "label")).to_dict("records") == rows
 
 
-def test_splits_are_disjoint_whole_and_seeded() -> None:
+def test_splits_are_disjoint_whole_and_seeded(caplog: pytest.LogCaptureFixture) -> None:
     table = pd.DataFrame({"text": [str(i // 2) for i in range(200)], "label": range(200)})  # every text twice
     parts = split_rows(table, key="text", seed=1)
     texts = [set(rows["text"]) for rows in parts.values()]
     assert [len(rows) for rows in parts.values()] == [70, 15, 15]
     assert len(set.union(*texts)) == 100
+    assert caplog.messages == ["left out 100 of 200 rows, which repeat an earlier one"]
     again = split_rows(table, key="text", seed=1)
     assert all(again[split].equals(rows) for split, rows in parts.items())
     with pytest.raises(TaskError, match=r"^the data must have rows in every split, but 'test' has none"):

@@ -171,7 +171,11 @@ def _moments(task: Task, model: Any, n_batches: int) -> Any:
 
 
 def _share(kept: float) -> str:
-    """A fraction in per cent; what is cut is not rounded away."""
+    """A fraction in per cent; what is cut is not rounded away.
+
+    >>> _share(1.0), _share(0.99996), _share(0.5)
+    ('100.0%', 'over 99.9%', '50.0%')
+    """
     return "over 99.9%" if 0.9995 <= kept < 1.0 - 1e-9 else f"{kept:.1%}"
 
 

@@ -281,9 +281,18 @@ def _row(result: SearchResult, trial: Trial) -> dict[str, Any]:
         "parameters": trial.allocation.parameters,
         "learning_rate": trial.learning_rate,
         "metric": found.metric if found else trial.metric,
-        "to_uniform": Interval(difference or 0.0, *ends).text().replace(" [", "\n[") if known else "-",
-        "posterior": expected.text().replace(" [", "\n[") if expected else "-",
+        "to_uniform": _on_two_lines(Interval(difference or 0.0, *ends)) if known else "-",
+        "posterior": _on_two_lines(expected) if expected else "-",
     }
+
+
+def _on_two_lines(interval: Interval) -> str:
+    r"""The mean, and the interval below it if there is one.
+
+    >>> _on_two_lines(Interval(0.02, 0.01, 0.03)), _on_two_lines(Interval(0.02, math.nan, math.nan))
+    ('+0.020\n[+0.010, +0.030]', '+0.020')
+    """
+    return interval.text().removesuffix(" [-]").replace(" [", "\n[")
 
 
 def _verdict(result: SearchResult) -> str:

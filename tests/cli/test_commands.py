@@ -571,6 +571,7 @@ def test_help_has_an_example_and_version_prints(name: str) -> None:
     assert status == 0
     argument = "out/my" if name == "report" else "my.yaml"
     assert f"Example: rankscope {name} {argument}" in " ".join(text.split())
+    assert invoke("--help")[1].partition("Commands:\n")[2].split()[0] == "init"
     assert invoke("--version")[1] == f"rankscope {rs.__version__}\n"
     assert invoke(name)[0] == 2
 

@@ -110,6 +110,7 @@ def test_trl_takes_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     given, seen = allocation(), {}
     monkeypatch.setattr(trl, "SFTTrainer", lambda model, **kwargs: seen.update(kwargs), raising=False)
     exec(rs.export(given, "trl"), {"model": None, "args": None, "train_dataset": None})
+    assert seen["peft_config"].task_type == "CAUSAL_LM"  # what SFTTrainer trains
     assert built(seen["peft_config"], build("llama")) == (expected(given), {2.0})
 
 

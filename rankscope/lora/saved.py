@@ -115,7 +115,7 @@ def _read_config(path: Path) -> LoraConfig:
     values = read_json(path, what="an adapter's config")
     if (kind := values.get("peft_type")) != "LORA":
         raise ModelError(f"`{path.parent}` must hold a LoRA adapter, but `peft_type` is {kind!r}; use another.")
-    known = {field.name for field in fields(LoraConfig)}
+    known = {field.name for field in fields(LoraConfig)} - {"task_type"}
     try:
         config = LoraConfig(**{key: value for key, value in values.items() if key in known})
         ranks = [config.r, *(config.rank_pattern or {}).values()]
@@ -124,6 +124,7 @@ def _read_config(path: Path) -> LoraConfig:
             float(alpha) == alpha for alpha in alphas
         ):
             raise ValueError(f"ranks {ranks}, alphas {alphas}")
+        config.task_type = values.get("task_type")  # PEFT refuses those of `load_adapter`, a class of rankscope's own
     except Exception as error:  # PEFT checks no values: a wrong one raises whatever its first use raises
         raise FileError(
             f"`{path}` must hold a LoRA config, but cannot be read ({one_line(error)}); save it again."

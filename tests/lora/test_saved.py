@@ -53,6 +53,17 @@ def test_nothing_is_cut_to_the_bit(tmp_path: Path, options: dict) -> None:
     assert all(torch.equal(old[key], new[key]) for key in old | new)
 
 
+def test_an_adapter_of_a_class_of_ours_is_cut_and_padded(tmp_path: Path) -> None:
+    """Its `task_type` names the class, and plain PEFT refuses it."""
+    adapter, ours = saved(kinds_model(r=3), tmp_path / "a"), "rankscope.tasks.text.MeanPooledClassifier"
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(values | {"task_type": ours}))
+    shrink(adapter, 70, tmp_path / "b")
+    pad_adapter(tmp_path / "b", tmp_path / "c")
+    for name in "bc":
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["task_type"] == ours
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("rule", ["energy", "threshold", "uniform"])
 def test_each_module_gets_the_truncated_svd_of_its_update(tmp_path: Path, rule: str, rslora: bool) -> None:

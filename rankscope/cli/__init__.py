@@ -568,7 +568,7 @@ def _init(
     read_study(source, {"name": name}, origins={"name": "NAME"})  # which checks the name
     if path.exists():
         raise FileError(f"`{path}` must not exist yet, but does; choose another name.")
-    text = source.read_text(encoding="utf-8").replace(f"name: {template}", f"name: {name}")
+    text = source.read_text(encoding="utf-8").replace(f"name: {template}\n", "")  # the file's is its name
     path.write_text(write_study(name, kind) if kind else text, encoding="utf-8")
     first = "name your model and data there; then" if kind else "next"
     typer.echo(f"wrote {path}; {first}: rankscope profile {path}")

@@ -90,8 +90,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 
 _STUDY = """\
 # A study of rankscope: `rankscope profile {name}.yaml` first. All keys: docs/study-keys.md, or `rankscope schema`.
-# Relative paths start from this file's folder.
-name: {name}
+# Relative paths start from this file's folder. Outputs go to out/{name}, by the file's name.
 {task}
 budget:
   uniform_rank: 8 # as many parameters as LoRA of rank 8 everywhere; or `parameters: 500000`

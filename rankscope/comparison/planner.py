@@ -280,7 +280,10 @@ class BudgetPlan:
         answers = {"reference": f"{about}; {margin}" + " (one seed's deviation)" * (found.settings.margin is None)}
         if budget is None:
             most = max(found.measured(placed))
-            answers["enough"] = f"no budget up to {most:,} parameters is shown to be enough for {placed}"
+            answers["enough"] = (
+                f"no budget up to {most:,} parameters is shown to be enough for {placed}; raise `plan.max_seeds`, "
+                "`plan.margin` or `plan.highest`"
+            )
             return answers | {"capacity": self._capacity()}
         answers["enough"] = f"{_named(cell)}: {_points(found.difference(cell, reference))} to the reference"
         uniform = found.smallest(REFERENCE)

@@ -126,7 +126,8 @@ def _compared(group: pd.DataFrame) -> pd.DataFrame:
         row |= {"size": parameters / max(int(uniform["parameters"].max()), 1), "deviation": mine["test"].std()}
         row |= {"difference": mean, "low": low, "high": high}
         row |= {"p": statistics.paired_p_value(ours, theirs), "noise": statistics.seed_noise(theirs)}
-        row |= {"relative": mean / uniform["test"].mean(), "seconds": mine["wall_seconds"].median()}
+        base = float(uniform["test"].mean())
+        row |= {"relative": mean / base if base else math.nan, "seconds": mine["wall_seconds"].median()}
         same = mine[outcome].to_dict("list") == uniform[outcome].to_dict("list")
         rows.append(row | {"peak_memory": mine["peak_memory"].max(), "same_runs": same})
     table = pd.DataFrame(rows).assign(p_holm=np.nan)

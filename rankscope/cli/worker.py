@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -156,3 +157,5 @@ def _work(path: Path, flags: dict[str, Any], out: Path, gpu: str | None, profili
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        gc.freeze()  # the interpreter's end would look through all modules, while the parent waits for it

@@ -196,6 +196,6 @@ def _untrue(line: str, out: Path, started: float) -> str:
         for path in out.rglob("*")
         if path.is_file() and path.stat().st_mtime >= started and not path.relative_to(out).parts[0].startswith(".")
     }
-    kept = re.search(r"kept in [^:]+: ([^;]+?)[;.]", line)
+    kept = re.search(r"kept in [^:]+: ([^;]+?)(;|\.$)", line)
     told = set(re.sub(r"/ \(\d+ files?\)", "", kept[1]).split(", ")) if kept else set()
     return "" if told == new or "files are written whole or not at all" in line else f"new are {sorted(new)}"

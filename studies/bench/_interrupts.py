@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
-
-import optuna
-from optuna.trial import TrialState
 
 import rankscope as rs
 
@@ -55,6 +54,10 @@ training: {steps: 150, learning_rate: 0.01}
 search: {n_trials: 10, confirm_fraction: 0.5, grace_seconds: 5}
 compare: {methods: [uniform], n_seeds: 5, n_tuning_seeds: 1}
 plan: {lowest: 1, highest: 2, n_seeds: 2, max_seeds: 2, n_tuning_seeds: 1, ceiling: false}
+"""
+COMPLETE = """
+SELECT study_name, number, value, datetime_complete
+FROM trials JOIN studies USING (study_id) JOIN trial_values USING (trial_id) WHERE state = 'COMPLETE'
 """
 Finished = dict[Any, Any]  # work that is done, by name: what would change if it were done again
 
@@ -155,8 +158,10 @@ def _interrupt(folder: Path, case: Case, name: str, kind: str, times: int) -> di
             os.killpg(process.pid, signal.SIGKILL)
     said = [(at, line) for at, line in lines if re.match("(rankscope: )?interrupted[;:]", line)]
     pages = [line for _, line in lines if re.match(r"Traceback|Exception|Process |\S*Error|.*Warning|/", line)]
-    partial = "--keep-partial" in case.words and times == 1
-    status = [0] if partial else [130, -signal.SIGINT]
+    keeps = (
+        "--keep-partial" in case.words
+    )  # which is what was asked for, unless a second Ctrl-C comes before it is done
+    status = {(True, 1): [0], (True, 2): [0, 130, -signal.SIGINT]}.get((keeps, times), [130, -signal.SIGINT])
     wrong = [f"not true: {each}" for _, line in said if (each := _untrue(line, folder / case.out, started))]
     wrong += [f"status {process.returncode}"] * (process.returncode not in status) + pages[:1]
     wrong += ["nothing is said"] * (not said and times == 1)
@@ -178,11 +183,12 @@ def _finished(out: Path) -> Finished:
     """The runs and trials that an output folder keeps as finished."""
     found: Finished = {("runs", path.name): path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
     if (out / "search.db").exists():
-        storage = f"sqlite:///{out}/search.db"
-        for summary in optuna.get_all_study_summaries(storage, include_best_trial=False):
-            study = optuna.load_study(study_name=summary.study_name, storage=storage)
-            for trial in study.get_trials(states=(TrialState.COMPLETE,)):
-                found[study.study_name, trial.number] = trial.value, trial.datetime_complete
+        with (
+            suppress(sqlite3.OperationalError),
+            closing(sqlite3.connect(f"file:{out}/search.db?mode=ro", uri=True)) as kept,
+        ):
+            for study, number, *told in kept.execute(COMPLETE):  # not by Optuna, which would make the tables
+                found[study, number] = told
     return found
 
 

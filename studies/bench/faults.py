@@ -136,7 +136,8 @@ def measure(quick: bool) -> tuple[list[dict[str, Any]], list[Claim]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for row in chain(damaged(folder, 40 if quick else 400), disks(folder), interrupted(folder, quick=quick)):
-            print(f"{row['case']}: {row['lost']} lost", file=sys.stderr, flush=True)
+            told = f"{row['lost']} lost: {row['message']}" if row["lost"] else "nothing lost"
+            print(f"{row['case']}: {told}", file=sys.stderr, flush=True)
             rows.append(row)
     stopped = [row for row in rows if row["case"].startswith("Ctrl-C")]
     harmed = [row for row in rows if row["case"].endswith(("flipped", "cut off"))]

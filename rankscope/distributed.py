@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial, wraps
 from itertools import chain, count
+from logging import getLogger
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -22,6 +24,8 @@ from rankscope.errors import ModelError, RankscopeError, one_line
 T = TypeVar("T")
 P = ParamSpec("P")
 Model = TypeVar("Model", bound=nn.Module)
+
+logger = getLogger(__name__)
 
 
 def best_device() -> torch.device:
@@ -35,15 +39,34 @@ def best_device() -> torch.device:
 
 def mixed_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products beside float32 weights: bfloat16 on GPUs that support it; else None."""
-    on_cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if on_cuda or device.type == "xpu" else None
+    return torch.bfloat16 if device.type in ("cuda", "xpu") and computes_in_bfloat16(device) else None
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 about as fast as float32, or faster; a CPU without AVX-512 is many times slower."""
+    if device.type == "cpu":
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # what torch's own compiler asks
+        return supported is None or bool(supported())
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def placed(model: Model) -> Model:
     """The model on the best device. One that was placed by hand, or by a `device_map`, stays where it is."""
     by_hand = hasattr(model, "hf_device_map") or any(p.device.type != "cpu" for p in model.parameters())
     device = best_device()
-    return model if by_hand or device.type == "cpu" else model.to(device)
+    if not by_hand and device.type == "cpu":
+        if not computes_in_bfloat16(device) and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+            _warn_of_bfloat16()
+        return model
+    return model if by_hand else model.to(device)
+
+
+@cache
+def _warn_of_bfloat16() -> None:
+    """Once, and not from each worker."""
+    if is_first() and parent_process() is None:
+        slow = "this CPU has no arithmetic for the model's bfloat16 weights and takes many times as long as in float32"
+        logger.warning("%s; a task of a study takes `dtype: float32`", slow)
 
 
 def batch_device(model: nn.Module) -> torch.device:

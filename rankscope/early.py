@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rankscope.columns import DATA_SUFFIXES, check_glance
 from rankscope.errors import FileError, SettingsError, TaskError, did_you_mean, one_line, shown
-from rankscope.files import AnyPath
+from rankscope.files import AnyPath, read_json
 from rankscope.plugins import check_file, entry_points
 
-TASK_TYPES = (
-    "sequence-classification", "causal-lm", "chat", "sequence-to-sequence", "token-classification", "image-classification",
-    "image-text-to-text",
-)  # fmt: skip
-READY_TASKS = (
-    "digits-shift", "dinov2-digits", "supersense", "sentiment", "word-order", "glosses", "emoji-scenes", "digit-scenes",
-)  # fmt: skip
+_LOADED = ("model", "data", "columns", "batch_size", "model_options", "split_seed", "name", "dtype")
+_SCENES = ("towers", "test", "blind", "batch_size", "evaluation_fraction", "dtype", "model")
+# What each generic task takes, and each ready one.
+TASK_TYPES: Mapping[str, tuple[str, ...]] = {
+    "sequence-classification": (*_LOADED, "pooling", "max_length"),
+    "causal-lm": (*_LOADED, "max_length", "gguf_file"),
+    "chat": (*_LOADED, "chat_template", "max_length", "packing", "max_skipped"),
+    "sequence-to-sequence": (*_LOADED, "max_length"),
+    "token-classification": (*_LOADED, "max_length"),
+    "image-classification": (*_LOADED, "image_folder", "max_skipped"),
+    "image-text-to-text": (*_LOADED, "image_folder", "text_only", "max_length", "max_skipped"),
+}
+READY_TASKS: Mapping[str, tuple[str, ...]] = {
+    "digits-shift": ("batch_size",),
+    "dinov2-digits": ("batch_size", "dtype"),
+    **dict.fromkeys(("supersense", "sentiment", "word-order", "glosses"), ("batch_size", "max_length", "dtype")),
+    **dict.fromkeys(("emoji-scenes", "digit-scenes"), _SCENES),
+}
 PATHS = ("model", "data", "image_folder", "chat_template")  # options of generic tasks that may be paths
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 DATA = "the task's data"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 EXPORTS = ("peft", "axolotl", "kohya", "unsloth", "trl")
+_TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "spm", "tekken", ".model", "bpe")  # parts of their names
 # Tools with one rank for all modules, and what they call it.
 _ONE_RANK = {"llama-factory": ("LLaMA-Factory", "lora_rank"), "ms-swift": ("ms-swift", "lora_rank")}
 
@@ -36,14 +48,72 @@ def check_task_spec(spec: Any, base: Path, *, data_too: bool = True) -> None:
         return
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "type" not in options:
-        check_name(options.get("name"))
+        check_name(name := options.pop("name", None))
+        if name in READY_TASKS:
+            check_options(options, READY_TASKS[name], what=f"task {name!r}")
         return
-    check_type(options["type"])
+    kind = take_type(options)
     options |= resolved(options, base)
-    if data_too and isinstance(data := options.get("data"), str):
+    data, columns, model = (options.get(key) for key in ("data", "columns", "model"))
+    if data_too and isinstance(data, str):
         check_data(data)
-    if isinstance(model := options.get("model"), str):
+        check_glance(kind, Path(data), columns if isinstance(columns, Mapping) else None)
+    if isinstance(model, str):
         check_source(model, base=base)
+        if "gguf_file" not in options:
+            check_model_folder(kind, Path(model), has_template=options.get("chat_template") is not None)
+
+
+def check_options(given: Iterable[str], known: Iterable[str], *, needed: Iterable[str] = (), what: str) -> None:
+    """Raise a TaskError unless the options are known ones, and those that are needed are among them."""
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(
+                name, known, f"it takes {', '.join(known) or 'none'}.", cutoff=0.4, quoted="`{}`".format
+            )
+            raise TaskError(f"{what} takes no option `{name}`; {hint}")
+    if missing := [name for name in needed if name not in given]:
+        raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
+
+
+def check_model_folder(kind: str, folder: Path, *, has_template: bool) -> None:
+    """Raise a TaskError if a local model folder lacks its configuration, tokenizer, or, for chats, the chat template."""
+    if not folder.is_dir():
+        return
+    check_configuration(folder)
+    names = [path.name for path in folder.iterdir()]
+    if kind == "image-classification":
+        return
+    if not any(sign in name for name in names for sign in _TOKENIZER_FILES):
+        raise no_tokenizer(folder)
+    if kind == "chat" and not has_template and not any("chat_template" in name for name in names):
+        told = folder / "tokenizer_config.json"
+        if not told.exists() or not read_json(told, what="a tokenizer's config").get("chat_template"):
+            raise no_chat_template(folder)
+
+
+def check_configuration(folder: Path) -> None:
+    """Raise a TaskError unless this is a model's folder."""
+    if (folder / "config.json").exists():
+        return
+    must = f"`{folder}` must be a model folder, but has no config.json"
+    if (held := folder / ADAPTER_CONFIG).exists():
+        base = read_json(held, what="an adapter's config").get("base_model_name_or_path")
+        must = f"`{folder}` must be a model's folder, but is an adapter's"
+        raise TaskError(f"{must}; name its base model{f' ({base})' if base else ''}.")
+    raise TaskError(f"{must}; save the model there with save_pretrained.")
+
+
+def no_tokenizer(source: str | Path) -> TaskError:
+    """The error of a model without a tokenizer."""
+    must = f"`{source}` must hold the model's tokenizer, but has none"
+    return TaskError(f"{must}; save it there with save_pretrained.")
+
+
+def no_chat_template(source: str | Path) -> TaskError:
+    """The error of a tokenizer that cannot write chats."""
+    remedy = "set `chat_template` to a file with one, or take `type: causal-lm` for plain texts."
+    return TaskError(f"`{source}` must have a tokenizer with a chat template, but has none; {remedy}")
 
 
 def check_tool(to: str) -> None:
@@ -89,10 +159,13 @@ def check_output(folder: Path) -> None:
         raise FileError(f"`--out` must be a folder that can be written to, but `{nearest}` is not; choose another.")
 
 
-def check_type(kind: Any) -> None:
-    """Raise a TaskError unless this is the type of a generic task."""
+def take_type(options: dict[str, Any]) -> str:
+    """Take the type out of a generic task's options; a TaskError unless it is known, and takes the others."""
+    kind = options.pop("type")
     if not isinstance(kind, str) or kind not in TASK_TYPES:
         raise TaskError(f"`task.type` must be one of {', '.join(TASK_TYPES)}, but got {shown(kind)}.")
+    check_options(options, TASK_TYPES[kind], needed=("model", "data"), what=f"task type {kind!r}")
+    return kind
 
 
 def check_name(name: Any) -> None:

@@ -29,6 +29,22 @@ def test_a_model_is_moved_unless_it_was_placed(monkeypatch: pytest.MonkeyPatch) 
     assert devices.placed(dispatched).weight.device.type == "cpu"
 
 
+def test_bfloat16_on_a_cpu_without_it_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    devices._warn_of_bfloat16.cache_clear()
+    monkeypatch.setattr(devices, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(devices, "computes_in_bfloat16", lambda device: True)
+    devices.placed(nn.Linear(2, 2).bfloat16())
+    monkeypatch.setattr(devices, "computes_in_bfloat16", lambda device: False)
+    devices.placed(nn.Linear(2, 2))
+    assert not caplog.messages
+    for _ in range(2):
+        devices.placed(nn.Linear(2, 2).bfloat16())
+    (said,) = caplog.messages
+    assert said.startswith("this CPU has no arithmetic for the model's bfloat16 weights")
+
+
 def test_batches_go_where_the_first_weights_are() -> None:
     offloaded = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
     assert devices.batch_device(offloaded) == torch.device("cpu")

@@ -22,6 +22,7 @@ from torch import nn
 
 import rankscope as rs
 from rankscope.budget import allocate_marginal, allocate_proportional
+from rankscope.columns import check_glance
 from rankscope.comparison import read_comparison, summarise
 from rankscope.comparison.summary import BEGIN, END, insert_table, to_markdown
 from rankscope.errors import RankscopeError
@@ -29,7 +30,7 @@ from rankscope.files import read_json, read_parquet, read_tensors, read_yaml
 from rankscope.lora import load_adapter, restore_ranks, save_ranks
 from rankscope.settings import read_study
 from rankscope.strategies import STRATEGIES
-from rankscope.tasks.data import read_table, split_rows
+from rankscope.tasks.data import check_cells, read_columns, split_rows
 
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, -1e-300, 1e300, 1e-320,
@@ -319,7 +320,9 @@ def fuzz_data(rng: random.Random, folder: Path) -> None:
             path = write(folder / "r.json", broken(data, rng) if rng.random() < 0.5 else data)
         case _:
             path = write_table(folder / "r.parquet", pa.Table.from_pylist(ROWS), rng)
-    table = read_table(path, ("text", "label"), filled=True)
+    check_glance("sequence-classification", path, None)
+    table, found = read_columns("sequence-classification", path, None)
+    check_cells(table, *found.values(), filled=True, what="the data")
     split_rows(table, key="text")
 
 

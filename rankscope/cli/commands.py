@@ -299,7 +299,7 @@ def _verdict(result: SearchResult) -> str:
     """What fresh seeds say of the recommendation, in words."""
     found = _finalist(result, result.best_trial)
     if found is None:
-        return f"not confirmed: {result.unconfirmed}"
+        return ""  # the search has warned, and said why
     if found.trial.origin == "uniform":
         return ""  # the reason says it
     if found.difference is None:

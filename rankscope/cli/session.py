@@ -188,6 +188,7 @@ class Session:
 
     def take_profile(self) -> Profile:
         """Profile the task's model, and write `profile.parquet`."""
+        self.one_shot("uniform")  # whose bounds and budget no allocation fits is told now, not after the profile
         warms, total = getattr(self.task, "head_modules", ()) and self.study.profile.head_steps, 0
 
         def begin(n_batches: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from rankscope.distributed import batch_device
+from rankscope.early import no_chat_template
 from rankscope.errors import TaskError, one_line
 from rankscope.files import digest, read_text
 from rankscope.settings import ModelSettings
@@ -240,14 +241,13 @@ class Chat(AnswerTask):
     @cached_property
     def _tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model, self.model_options)
-        must, has = f"`{self.model}` must have a tokenizer", type(tokenizer).__name__
         if self._template is not None:
             tokenizer.chat_template = self._template
         if not tokenizer.chat_template:
-            remedy = "set `chat_template` to a file with one, or take `type: causal-lm` for plain texts."
-            raise TaskError(f"{must} with a chat template, but has none; {remedy}")
+            raise no_chat_template(self.model)
         if not tokenizer.is_fast:
-            raise TaskError(f"{must} that is fast, but has {has}; convert it.")
+            must = f"`{self.model}` must have a tokenizer that is fast, but has {type(tokenizer).__name__}"
+            raise TaskError(f"{must}; convert it.")
         return tokenizer
 
     @property

@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from rankscope.columns import ROLES, check_messages
 from rankscope.errors import TaskError, one_line, shown
-from rankscope.tasks.data import check_columns, named_columns, read_table
+from rankscope.tasks.data import check_cells, in_words, read_columns
 from rankscope.tasks.pretrained import load_pretrained
 from rankscope.tasks.rows import UnusableError
 
 IGNORED = -100  # the label of a token that no loss or metric counts
 
 _PLACE = "<image>"  # of an image in a text, as LLaVA's data files have it
-_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("system", "user", "assistant")}}
 
 # With `role`, and as `content` a text, or where there may be images, a list of parts, each with `type` text or image.
 Message = dict[str, Any]
@@ -52,17 +52,10 @@ def read_conversations(
     data: str | Path | pd.DataFrame, columns: Mapping[str, str] | None, *, text_only: bool
 ) -> list[Conversation]:
     """Read and check all rows. `columns` and `text_only` are as for `ImageTextToText`; images are not opened."""
-    named = named_columns(columns, ("image", "question", "answer", "messages"))
-    table = read_table(data)
-    conversing = named["messages"] in table.columns
-    if not conversing and named["question"] not in table.columns:
-        must = f"the data must have a column {named['messages']!r}, or {named['question']!r} and {named['answer']!r}"
-        names = ", ".join(str(name) for name in table.columns)
-        raise TaskError(f"{must}, but has {names}; rename them, or set `columns`.")
-    check_columns(table, [named["image"], *([named["messages"]] if conversing else [])], source=data, nested=True)
-    if not conversing:
-        check_columns(table, (named["question"], named["answer"]), source=data, filled=True)
-    rows = [_row(number, row, named, conversing) for number, row in enumerate(table.to_dict("records"), start=1)]
+    table, named = read_columns("image-text-to-text", data, columns)
+    if "messages" not in named:
+        check_cells(table, named["question"], named["answer"], filled=True, what=in_words(data))
+    rows = [_row(number, row, named) for number, row in enumerate(table.to_dict("records"), start=1)]
     bare = [row.number for row in rows if not row.images]
     if bare and not text_only:
         must = f"the column {named['image']!r} must hold an image in every row"
@@ -71,10 +64,10 @@ def read_conversations(
     return rows
 
 
-def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str], conversing: bool) -> Conversation:
+def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str]) -> Conversation:
     where = f"row {number:,}"
     images = images_of(values[named["image"]], where=where)
-    if conversing:
+    if "messages" in named:
         turns = _turns(values[named["messages"]], where=where)
     else:
         turns = [("user", str(values[named["question"]])), ("assistant", str(values[named["answer"]]))]
@@ -95,24 +88,15 @@ def _row(number: int, values: Mapping[Any, Any], named: Mapping[str, str], conve
 
 def read_chats(data: str | Path | pd.DataFrame, columns: Mapping[str, str] | None) -> list[Conversation]:
     """Read and check all rows of conversations in text. `columns` are as for `Chat`."""
-    messages, prompt, completion = named_columns(columns, ("messages", "prompt", "completion")).values()
-    table = read_table(data)
-    conversing = messages in table.columns
-    if not conversing and prompt not in table.columns:
-        must = f"the data must have a column {messages!r}, or {prompt!r} and {completion!r}"
-        names = ", ".join(str(name) for name in table.columns)
-        known = next((name for name in ("conversations", "conversation", "chat") if name in table.columns), None)
-        remedy = f"set `columns: {{messages: {known}}}`" if known else "rename them, or set `columns`"
-        raise TaskError(f"{must}, but has {names}; {remedy}.")
-    check_columns(table, (messages,) if conversing else (prompt, completion), source=data, nested=True)
+    table, named = read_columns("chat", data, columns)
     rows, unanswered = [], []
     for number, row in enumerate(table.to_dict("records"), start=1):
         where = f"row {number:,}"
-        if conversing:
-            before, turns = [], _texts(_turns(row[messages], where=where), where=where)
+        if "messages" in named:
+            before, turns = [], _texts(_turns(row[named["messages"]], where=where), where=where)
         else:
-            before = _texts(_said(row[prompt], "user", where=where), where=where)
-            turns = _texts(_said(row[completion], "assistant", where=where), where=where)
+            before = _texts(_said(row[named["prompt"]], "user", where=where), where=where)
+            turns = _texts(_said(row[named["completion"]], "assistant", where=where), where=where)
         if not any(role == "assistant" for role, _ in turns) or not before + turns[:-1]:
             unanswered.append(number)
             continue
@@ -166,16 +150,12 @@ def images_of(value: Any, *, where: str) -> tuple[Any, ...]:
 
 def _turns(value: Any, *, where: str) -> list[tuple[str, Any]]:
     """Role and content of each message."""
-    if not isinstance(value, list | tuple | np.ndarray):
-        raise TaskError(f"messages must be a list, but {where} holds {shown(value)}; convert it.")
+    check_messages(value, where=where)
     turns = []
     for message in value:
-        role = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
-        if role not in _ROLES:
-            must = f"messages must have a role among {', '.join(_ROLES)}"
-            raise TaskError(f"{must}, but {where} holds {shown(message)}; correct it.")
         content = message.get("content")
-        turns.append((_ROLES[role], message.get("value") if content is None else content))
+        role = ROLES[message.get("role") or message.get("from")]
+        turns.append((role, message.get("value") if content is None else content))
     return turns
 
 

@@ -18,8 +18,9 @@ from typing import Any, cast, get_args
 import numpy as np
 import pandas as pd
 
-from rankscope.early import DATA, DATA_SUFFIXES, check_data
-from rankscope.errors import FileError, TaskError, did_you_mean, one_line, shown
+from rankscope.columns import DATA_SUFFIXES, find_columns
+from rankscope.early import DATA, check_data
+from rankscope.errors import FileError, TaskError, one_line, shown
 from rankscope.files import digest, packaged, parse_json, read_parquet, read_text
 from rankscope.tasks.protocol import Split
 
@@ -32,12 +33,9 @@ _PIP_FAILS = {
 }
 
 
-def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str] = (), *, filled: bool = False) -> pd.DataFrame:
-    """Read a local file or a hub data set, whose splits go into a column `split` if there are several, and check it.
-
-    A DataFrame is only checked. Columns are checked as by `check_columns`.
-    """
-    what = _named(source)
+def read_table(source: str | Path | pd.DataFrame) -> pd.DataFrame:
+    """Read a local file or a hub data set, whose splits go into a column `split` if there are several. A DataFrame is checked."""
+    what = in_words(source)
     try:
         table = source if isinstance(source, pd.DataFrame) else _read(source)
     except FileError as error:
@@ -51,29 +49,20 @@ def read_table(source: str | Path | pd.DataFrame, columns: Sequence[str] = (), *
         raise TaskError(f"{what} must hold rows, but holds none; check the data.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise TaskError(f"{what} must have one column {twice[0]!r}, but has several; rename them.")
-    check_columns(table, columns, source=source, filled=filled)
     return table
 
 
-def check_columns(
-    table: pd.DataFrame,
-    columns: Sequence[str],
-    *,
-    source: str | Path | pd.DataFrame,
-    filled: bool = False,
-    nested: bool = False,
-) -> None:
-    """Raise a TaskError unless the table has these columns.
+def read_columns(
+    kind: str, source: str | Path | pd.DataFrame, columns: Mapping[str, str] | None
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Read a table, and find the columns that a type of task reads, as `find_columns` does."""
+    table = read_table(source)
+    return table, find_columns(kind, table.columns, columns, what=in_words(source))
 
-    They must hold texts or numbers, or if `nested`, anything; if `filled`, a value other than a blank text in every row.
-    """
-    what, names = _named(source), [str(name) for name in table.columns]
+
+def check_cells(table: pd.DataFrame, *columns: str, filled: bool = False, what: str) -> None:
+    """Raise a TaskError unless columns hold texts or numbers; if `filled`, other than a blank text in every row."""
     for column in columns:
-        if column not in table.columns:
-            hint = did_you_mean(column, names, f"it has {', '.join(names)}.")
-            raise TaskError(f"{what} must have a column {column!r}, but has none; {hint}")
-        if nested:
-            continue
         if held := [value for value in table[column] if isinstance(value, list | dict | bytes | np.ndarray)]:
             found = f"in column {column!r}, but holds {shown(held[0])}"
             raise TaskError(f"{what} must hold texts or numbers {found}; convert it.")
@@ -83,16 +72,8 @@ def check_columns(
             raise TaskError(f"the column {column!r} must hold a value in every row, but {found}; drop those rows.")
 
 
-def named_columns(columns: Mapping[str, str] | None, kinds: Sequence[str]) -> dict[str, str]:
-    """The name of each kind of column: `columns` where it gives one, else that of the kind."""
-    for kind in columns or ():
-        if kind not in kinds:
-            hint = did_you_mean(kind, kinds, f"it takes {', '.join(kinds)}.")
-            raise TaskError(f"`columns` takes no key `{kind}`; {hint}")
-    return {kind: kind for kind in kinds} | dict(columns or {})
-
-
-def _named(source: str | Path | pd.DataFrame) -> str:
+def in_words(source: str | Path | pd.DataFrame) -> str:
+    """The data in words, for messages."""
     return "the DataFrame" if isinstance(source, pd.DataFrame) else f"`{source}`"
 
 

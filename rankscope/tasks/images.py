@@ -19,11 +19,11 @@ from rankscope.files import digest
 from rankscope.settings import ModelSettings
 from rankscope.tasks.conversations import images_of, open_image
 from rankscope.tasks.data import (
-    check_columns,
+    check_cells,
     folder_of_images,
     hashed_files,
-    named_columns,
-    read_table,
+    in_words,
+    read_columns,
     split_by_image,
 )
 from rankscope.tasks.pretrained import FreshHead, evaluating, hub_options, load_pretrained, own_files
@@ -86,10 +86,9 @@ class ImageClassification(FreshHead, RowsTask):
         self._folder = folder_of_images(data, image_folder)
         if not isinstance(data, pd.DataFrame) and os.path.isdir(data):
             self._folder, data, columns = Path(data), read_image_folder(Path(data)), None
-        image_column, label_column = named_columns(columns, ("image", "label")).values()
-        table = read_table(data)
-        check_columns(table, (image_column,), source=data, nested=True)
-        check_columns(table, (label_column,), source=data, filled=True)
+        table, found = read_columns("image-classification", data, columns)
+        image_column, label_column = found.values()
+        check_cells(table, label_column, filled=True, what=in_words(data))
         self.classes = classes_of(table[label_column], name=label_column)
         codes = {value: code for code, value in enumerate(self.classes)}
         pairs = zip(table[image_column], table[label_column], strict=True)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from rankscope.distributed import batch_device, seeded
-from rankscope.early import ADAPTER_CONFIG, check_source, hub_answers
+from rankscope.early import check_configuration, check_source, hub_answers, no_tokenizer
 from rankscope.errors import TaskError
-from rankscope.files import read_json, replacing
+from rankscope.files import replacing
 from rankscope.settings import ModelSettings
 from rankscope.tasks.data import fetch_package
 from rankscope.tasks.protocol import Batch, Split, check_choice
@@ -196,13 +196,8 @@ def load_pretrained(kind: str | type, source: str | Path, **options: Any) -> Any
 
     check_source(source)
     local = Path(source).is_dir()
-    if local and not Path(source, "config.json").exists() and "gguf_file" not in options:
-        must = f"`{source}` must be a model folder, but has no config.json"
-        if (held := Path(source, ADAPTER_CONFIG)).exists():
-            base = read_json(held, what="an adapter's config").get("base_model_name_or_path")
-            must = f"`{source}` must be a model's folder, but is an adapter's"
-            raise TaskError(f"{must}; name its base model{f' ({base})' if base else ''}.")
-        raise TaskError(f"{must}; save the model there with save_pretrained.")
+    if local and "gguf_file" not in options:
+        check_configuration(Path(source))
     options.setdefault("trust_remote_code", False)  # without a value transformers would ask on the terminal
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a fresh head is on purpose
@@ -242,8 +237,7 @@ def load_tokenizer(source: str | Path, settings: ModelSettings, **options: Any) 
     """Load a model's tokenizer, which pads on the right; a TaskError if there is none."""
     tokenizer = load_pretrained("AutoTokenizer", source, **hub_options(settings), **options)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers' stand-in for a missing one
-        must = f"`{source}` must hold the model's tokenizer, but has none"
-        raise TaskError(f"{must}; save it there with save_pretrained.")
+        raise no_tokenizer(source)
     if tokenizer.pad_token_id is None:  # padding is masked, so any token will do
         tokenizer.pad_token_id = tokenizer.eos_token_id or 0
     tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rankscope.early import check_name, check_source, check_type, resolved
-from rankscope.errors import TaskError, checked, did_you_mean, fits, one_line, shown
+from rankscope.early import check_name, check_options, check_source, resolved, take_type
+from rankscope.errors import TaskError, checked, fits, one_line, shown
 from rankscope.plugins import entry_points, load_entry_point, user_function
 from rankscope.settings import ModelSettings
 from rankscope.tasks.answers import Chat
@@ -73,7 +73,7 @@ def load_task(spec: Task | str | Mapping[str, Any], *, base_dir: str | Path | No
         raise TaskError(f"`task` must be a task, a name, options or `path/to/file.py:factory`, but got {shown(spec)}.")
     options = {str(key): value for key, value in spec.items()}
     if "type" in options:
-        check_type(kind := options.pop("type"))
+        kind = take_type(options)
         options = _common(_TYPES[kind], options | resolved(options, base))
         name = None if "name" in inspect.signature(_TYPES[kind]).parameters else options.pop("name", None)
         task = _build(_TYPES[kind], options, what=f"task type {kind!r}")
@@ -148,19 +148,15 @@ def _build(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str
 def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], *, what: str) -> None:
     """Raise a TaskError unless names and types of the options fit the factory's signature."""
     parameters = inspect.signature(factory, eval_str=True).parameters
+    needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    check_options(options, parameters, needed=needed, what=what)
     for name, value in options.items():
-        if name not in parameters:
-            known = f"it takes {', '.join(parameters) or 'none'}."
-            hint = did_you_mean(name, parameters, known, cutoff=0.4, quoted="`{}`".format)
-            raise TaskError(f"{what} takes no option `{name}`; {hint}")
         kind = parameters[name].annotation
         if kind is not inspect.Parameter.empty and not fits(value, kind):
             union = get_origin(kind) in (Union, UnionType)
             kinds = [get_origin(each) or each for each in (get_args(kind) if union else (kind,))]
             wanted = " or ".join(_KINDS[each] for each in kinds if each in _KINDS)
             raise TaskError(f"`{name}` of {what} must be {wanted}, but got {shown(value)}.")
-    if missing := [name for name, p in parameters.items() if p.default is p.empty and name not in options]:
-        raise TaskError(f"{what} needs the option `{missing[0]}`; add it.")
 
 
 _KINDS = {

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rankscope.distributed import batch_device, best_device, mixed_precision, placed
+from rankscope.distributed import batch_device, best_device, computes_in_bfloat16, mixed_precision, placed
 from rankscope.errors import TaskError, did_you_mean
 from rankscope.files import digest, read_tensors, replacing
 from rankscope.tasks.data import cache_folder, data_folder
@@ -53,7 +53,7 @@ class Scenes(PretrainedTask):
         blind: Whether every picture is blank, to see what the questions alone tell.
         batch_size: Scenes; each has eight questions.
         evaluation_fraction: The share of validation and test scenes that is evaluated.
-        dtype: Of the frozen weights, `bfloat16` or `float32`.
+        dtype: Of the frozen weights, `bfloat16` or `float32`. Default: `bfloat16` on a device that computes in it.
         model: The folder of a `MobileLlava`. Default: DINOv2-small, the projector of data/scenes, SmolLM2-135M-Instruct.
     """
 
@@ -70,7 +70,7 @@ class Scenes(PretrainedTask):
         blind: bool = False,
         batch_size: int = 5,
         evaluation_fraction: float = 1.0,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         model: str | Path | None = None,
     ) -> None:
         check_counts(batch_size=batch_size)
@@ -82,7 +82,8 @@ class Scenes(PretrainedTask):
             must = "`towers` must hold all after the first that is trained, of vision, projector, language"
             raise TaskError(f"{must}, but is {', '.join(towers) or 'empty'}; give one of them no budget instead.")
         check_choice(test, ("test", "shift"), name="test")
-        check_choice(dtype, DTYPES, name="dtype")
+        check_choice(dtype, (*DTYPES, None), name="dtype")
+        dtype = dtype or ("bfloat16" if computes_in_bfloat16(best_device()) else "float32")
         if not 0 < evaluation_fraction <= 1:
             must = f"`evaluation_fraction` must be above 0 and at most 1, but is {evaluation_fraction}"
             raise TaskError(f"{must}; with 1 all scenes are evaluated.")

@@ -18,7 +18,7 @@ from rankscope.files import digest
 from rankscope.settings import ModelSettings
 from rankscope.tasks.answers import answer_metrics, answer_sums
 from rankscope.tasks.conversations import IGNORED
-from rankscope.tasks.data import check_columns, named_columns, read_table, split_rows
+from rankscope.tasks.data import check_cells, in_words, read_columns, split_rows
 from rankscope.tasks.pretrained import FreshHead, evaluating, load_tokenizer, own_files
 from rankscope.tasks.protocol import Split, check_counts
 from rankscope.tasks.text import TextTask, classes_of, named_labels
@@ -60,9 +60,8 @@ class TokenClassification(FreshHead, TextTask):
         check_counts(batch_size=batch_size, max_length=max_length)
         self._take(model, model_options)
         self.name, self.batch_size, self.max_length = name, batch_size, max_length
-        tokens, tags = named_columns(columns, ("tokens", "tags")).values()
-        table = read_table(data)
-        check_columns(table, (tokens, tags), source=data, nested=True)
+        table, found = read_columns("token-classification", data, columns)
+        tokens, tags = found.values()
         rows = [_tagged(row[tokens], row[tags], number) for number, row in enumerate(table.to_dict("records"), start=1)]
         self.classes = classes_of(pd.Series([tag for _, tagged in rows for tag in tagged]), name=tags)
         self.metric = "f1" if all(_is_bio(tag) for tag in self.classes) else "accuracy"
@@ -211,8 +210,10 @@ class SequenceToSequence(TextTask):
         check_counts(batch_size=batch_size, max_length=max_length)
         self._take(model, model_options)
         self.name, self.batch_size, self.max_length = name, batch_size, max_length
-        source, target = named_columns(columns, ("source", "target")).values()
-        table = read_table(data, (source, target), filled=True).astype({source: str, target: str})
+        table, found = read_columns("sequence-to-sequence", data, columns)
+        source, target = found.values()
+        check_cells(table, source, target, filled=True, what=in_words(data))
+        table = table.astype({source: str, target: str})
         keys = table.assign(same=table[source] + "\0" + table[target])
         parts = split_rows(keys, key="same", group=source, seed=split_seed)
         self._pairs = {split: (part[source].tolist(), part[target].tolist()) for split, part in parts.items()}

@@ -15,7 +15,7 @@ from rankscope.distributed import batch_device, seeded
 from rankscope.errors import TaskError
 from rankscope.files import digest
 from rankscope.settings import ModelSettings
-from rankscope.tasks.data import named_columns, read_table, split_rows
+from rankscope.tasks.data import check_cells, in_words, read_columns, split_rows
 from rankscope.tasks.pretrained import FreshHead, PretrainedTask, dequantised, load_tokenizer, own_files
 from rankscope.tasks.protocol import Split, check_counts
 
@@ -102,8 +102,9 @@ class TextClassification(FreshHead, TextTask):
         check_counts(batch_size=batch_size, max_length=max_length)
         self._take(model, model_options, dtype)
         self.name, self.pooling, self.batch_size, self.max_length = name, pooling, batch_size, max_length
-        text_column, label_column = named_columns(columns, ("text", "label")).values()
-        table = read_table(data, (text_column, label_column), filled=True)
+        table, found = read_columns("sequence-classification", data, columns)
+        text_column, label_column = found.values()
+        check_cells(table, text_column, label_column, filled=True, what=in_words(data))
         self.classes = classes_of(table[label_column], name=label_column)
         parts = split_rows(table, key=text_column, seed=split_seed)
         codes = {value: code for code, value in enumerate(self.classes)}
@@ -221,9 +222,10 @@ class CausalLM(TextTask):
         check_counts(batch_size=batch_size, max_length=max_length)
         self._take(dequantised(Path(model), gguf_file) if gguf_file else model, model_options, dtype)
         self.name, self.batch_size, self.max_length = name, batch_size, max_length
-        (text_column,) = named_columns(columns, ("text",)).values()
-        table = read_table(data, (text_column,)).dropna(subset=text_column)
-        parts = split_rows(table, key=text_column, seed=split_seed)
+        table, found = read_columns("causal-lm", data, columns)
+        (text_column,) = found.values()
+        check_cells(table, text_column, what=in_words(data))
+        parts = split_rows(table.dropna(subset=text_column), key=text_column, seed=split_seed)
         self._texts = {split: rows[text_column].astype(str).tolist() for split, rows in parts.items()}
 
     @cached_property

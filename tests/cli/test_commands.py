@@ -475,6 +475,9 @@ print(json.dumps([ranks, count]))
         (["allocate", "--set", "allocation.min_rank=2"], STUDY,
          "`budget` must cover rank 2 on all 36 target modules (13,824 parameters), but got 6,912; "
          "drop targets, allow rank 0, or raise it."),
+        (["profile", "--set", "allocation.min_rank=2"], STUDY,
+         "`budget` must cover rank 2 on all 36 target modules (13,824 parameters), but got 6,912; "
+         "drop targets, allow rank 0, or raise it."),
         (["allocate", "--set", "allocation.max_rank=null"], STUDY,
          "`--set` must give `allocation.max_rank` a value, but got 'allocation.max_rank=null'; for its default, leave the key out."),
         (["allocate", "--strategy", "oneshot"], STUDY,
@@ -537,16 +540,16 @@ def test_bad_input_of_a_search(flags: list[str], message: str, folder: Path) -> 
     assert (status, stdout, stderr) == (2, "", f"rankscope: {message.format(study=study)}\n")
 
 
-def test_a_search_too_short_to_confirm_says_so(folder: Path) -> None:
+def test_a_search_too_short_to_confirm_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     status, text, _ = invoke("search", folder / "short.yaml", "--out", folder / "brief", "--trials", 2)
     assert status == 0
     assert "2 trials; validation split, nothing confirmed; * recommended" in " ".join(text.split())
     assert "is recommended: these are too few trainings to tell proposals from it" in text
     assert "posterior" not in text  # a column that would be empty
     assert (
-        "not confirmed: 0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
+        "nothing is confirmed: 0 trainings are left, too few to confirm 2 finalists on a fresh seed each; "
         "raise `n_trials` to 9, or to 23 for the three seeds that an interval needs."
-    ) in text
+    ) in caplog.messages
 
 
 @pytest.mark.parametrize("given", ["plan.ceiling=false", "compare.budgets=[]", "seed=0"])

@@ -1,8 +1,10 @@
 """Loading tasks, tables and packages: what works, and how each mistake is named."""
 
 import hashlib
+import inspect
 import json
 import re
+import shutil
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +16,7 @@ import rankscope as rs
 from rankscope import early
 from rankscope.errors import TaskError
 from rankscope.tasks import evaluate
-from rankscope.tasks.data import fetch_package, read_table, split_rows
+from rankscope.tasks.data import check_cells, fetch_package, read_table, split_rows
 from tests.tasks.models import save_bert, save_llama, sentences
 
 USER_TASK = """
@@ -167,10 +169,10 @@ def test_tables(tmp_path: Path) -> None:
         TaskError,
         match=r"cut\.parquet` must hold the task's data as Parquet, but it cannot be parsed \(.*\); it may be truncated",
     ):
-        read_table(tmp_path / "cut.parquet", ())
+        read_table(tmp_path / "cut.parquet")
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(TaskError, match=r"empty\.csv` must hold rows, but holds none; check the data\.$"):
-        read_table(tmp_path / "empty.csv", ("text",))
+        read_table(tmp_path / "empty.csv")
     for name, content, problem in (
         ("a.jsonl", '{"text": "a"}\nnull\n', "must hold objects with keys as rows, but holds None; convert it."),
         ("a.jsonl", '{"text": "a"}\n{"text": 1', ", line 2, must hold an example as JSON, but it cannot be parsed"),
@@ -187,11 +189,11 @@ def test_tables(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(TaskError, match=re.escape(problem)):
-            read_table(tmp_path / name, ("text",))
+            check_cells(read_table(tmp_path / name), "text", what=f"`{tmp_path / name}`")
     with pytest.raises(
         TaskError, match=r"^`data` must end in \.parquet, \.jsonl, \.json, \.csv or be a hub id, but got"
     ):
-        read_table(tmp_path / "rows.xlsx", ())
+        read_table(tmp_path / "rows.xlsx")
 
 
 def test_an_integer_that_no_float_holds(tmp_path: Path) -> None:
@@ -200,7 +202,7 @@ def test_an_integer_that_no_float_holds(tmp_path: Path) -> None:
     message = "a.jsonl` must hold numbers below 1e308, but holds a larger integer; write it as a text."
     older = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
     with pytest.raises(TaskError, match=f"{re.escape(message)}$") if older else nullcontext():
-        assert read_table(tmp_path / "a.jsonl", ("text",))["text"].tolist() == [10**400]
+        assert read_table(tmp_path / "a.jsonl")["text"].tolist() == [10**400]
 
 
 def test_texts_stay_as_they_are(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_texts_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-16")
     pd.DataFrame(rows).to_json(tmp_path / "b.json")
     for name in ("a.jsonl", "a.json", "b.json"):
-        assert read_table(tmp_path / name, ("text", "label")).to_dict("records") == rows
+        assert read_table(tmp_path / name).to_dict("records") == rows
 
 
 def test_splits_are_disjoint_whole_and_seeded(caplog: pytest.LogCaptureFixture) -> None:
@@ -255,19 +257,43 @@ def test_packages_are_cached_and_checked(tmp_path: Path, monkeypatch: pytest.Mon
 def test_names_that_are_known_before_tasks_are_imported() -> None:
     from rankscope.tasks import ready
 
-    assert tuple(ready._TYPES) == early.TASK_TYPES
-    assert tuple(ready._READY) == early.READY_TASKS
+    assert {
+        name: set(inspect.signature(make).parameters) | {"name", "dtype"} for name, make in ready._TYPES.items()
+    } == {name: set(options) for name, options in early.TASK_TYPES.items()}
+    assert {name: set(inspect.signature(make).parameters) for name, make in ready._READY.items()} == {
+        name: set(options) for name, options in early.READY_TASKS.items()
+    }
 
 
 def test_an_early_check_says_what_loading_would_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(early, "hub_answers", lambda: False)
     data = {"data": "rows.parquet"}
+    chats = {"type": "chat", "model": "bert", "data": "chats.jsonl"}
+    turn = {"role": "user", "content": "Hello"}
+    for name, rows in (
+        ("chats.jsonl", [{"messages": [turn, {"role": "bot", "content": "Hi"}]}]),
+        ("pairs.jsonl", [{"conversations": [turn]}, {"id": 3}]),
+        ("good.jsonl", [{"messages": [turn, {"role": "assistant", "content": f"Hi {n}"}]} for n in range(20)]),
+    ):
+        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    (folder / "asked.csv").write_text("question,anser\na,b\n")
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "bare").mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / "bert" / name, folder / "bare")
     for spec in (
         "digts-shift", "none.py:make", {"type": "chats"}, {"type": "causal-lm", "model": "./brt", **data}, {"name": 3},
         {"type": "causal-lm", "model": "brt", **data}, {"type": "causal-lm", "model": "bert", "data": "row.parquet"},
+        {"type": "causal-lm", "modle": "bert", **data}, {"type": "chat", "model": "bert"}, {"name": "glosses", "size": 3},
+        {**chats, "towers": []}, chats, {**chats, "data": "pairs.jsonl"}, {**chats, "columns": {"message": "x"}},
+        {**chats, "type": "causal-lm"}, {**chats, "type": "sequence-to-sequence", "data": "asked.csv"},
+        {**chats, "type": "image-text-to-text", "columns": {"image": "text", "answer": "a"}, "data": "rows.parquet"},
+        {**chats, "type": "token-classification", "data": "rows.parquet", "columns": {"tokens": "text"}},
+        {"type": "causal-lm", "model": "empty", **data}, {"type": "sequence-classification", "model": "bare", **data},
+        {**chats, "data": "good.jsonl"},
     ):  # fmt: skip
         with pytest.raises(TaskError) as late:
-            rs.load_task(spec, base_dir=folder)
+            rs.load_task(spec, base_dir=folder).build_model()
         with pytest.raises(TaskError, match=f"^{re.escape(str(late.value))}$"):
             early.check_task_spec(spec, folder)
     early.check_task_spec({"type": "causal-lm", "model": "bert", **data}, folder)

@@ -16,7 +16,15 @@ from transformers import AutoTokenizer, Dinov2Config, LlamaConfig, LlavaConfig
 import rankscope as rs
 from rankscope.errors import TaskError
 from rankscope.tasks.mobile_vlm import LightProjector, MobileLlava, packed_mask
-from rankscope.tasks.scenes import IMAGE_TOKEN, N_IMAGE_TOKENS, draw_scenes, normalised, packed, read_scenes
+from rankscope.tasks.scenes import (
+    IMAGE_TOKEN,
+    N_IMAGE_TOKENS,
+    EmojiScenes,
+    draw_scenes,
+    normalised,
+    packed,
+    read_scenes,
+)
 from tests.tasks.models import save_tokenizer
 
 TOWERS = (["language"], ["projector", "language"], ["vision", "projector", "language"])
@@ -245,7 +253,7 @@ def test_the_projector_is_local_and_saved(folder: Path, tmp_path: Path) -> None:
          "but is language, vision; give one of them no budget instead."),
         ({"towers": "language"}, "`towers` of task 'emoji-scenes' must be a list, but got 'language'."),
         ({"test": "shifted"}, "`test` must be test or shift, but got 'shifted'."),
-        ({"dtype": "float16"}, "`dtype` must be bfloat16 or float32, but got 'float16'."),
+        ({"dtype": "float16"}, "`dtype` must be bfloat16 or float32 or null, but got 'float16'."),
         ({"evaluation_fraction": 0}, "`evaluation_fraction` must be above 0 and at most 1, but is 0; with 1 all scenes are evaluated."),
         ({"batch_size": 0}, "`batch_size` must be a whole number from 1 to 2,147,483,647, but got 0."),
     ],
@@ -297,3 +305,10 @@ def test_the_real_model_and_its_projector() -> None:
         for i, thing in zip(row, things, strict=True)
     ]
     assert np.mean(named) > 0.9  # by chance .04
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_default_dtype_is_what_the_device_computes_in(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankscope.tasks.scenes.computes_in_bfloat16", lambda device: dtype == "bfloat16")
+    assert EmojiScenes().dtype == dtype
+    assert EmojiScenes(dtype="bfloat16").dtype == "bfloat16"

@@ -38,6 +38,7 @@ from rankscope.maps import (
 )
 from rankscope.profiling import Profile, cumulative_energy
 from rankscope.targets import TargetModule
+from rankscope.units import AS_IT_IS, SHARE
 
 Floats = NDArray[np.float64]
 Parent = Figure | SubFigure | None
@@ -342,21 +343,27 @@ def plot_forest(table: pd.DataFrame, *, figure: Parent = None) -> list[Axes]:
     _, panels = _study_panels(table, figure, height=0.28 * table.groupby("study").size().max() + 1.0)
     for axis, (study, group) in zip(panels, table.groupby("study", sort=False), strict=True):
         group = group.sort_values("difference")
-        noise, n_seeds = 100 * group["noise"].iloc[0], int(group["seeds"].iloc[0])
+        unit = SHARE if group["share"].all() else AS_IT_IS
+        noise, n_seeds = unit.scale * group["noise"].iloc[0], int(group["seeds"].iloc[0])
         if not math.isnan(noise):
             axis.axvspan(-noise, noise, color="#eeeeee", lw=0, zorder=0)
         axis.axvline(0.0, color="black", lw=0.8, zorder=1)
         labels = []
         for place, row in enumerate(group.to_dict("records")):
             colour = VERDICT_COLOURS.get(row["verdict"], "#6b6b6b")
-            low, mean, high = (100 * row[name] for name in ("low", "difference", "high"))
+            low, mean, high = (unit.scale * row[name] for name in ("low", "difference", "high"))
             axis.plot([low, high], [place, place], color=colour, lw=1.6, solid_capstyle="butt")
             axis.plot(mean, place, "o", color=colour, mfc="white" if math.isnan(low) else colour, ms=5)
             same = " (same runs)" if row["verdict"].startswith("same") else ""
             labels.append(f"{row['method']}{' (over budget)' if row['over_budget'] else same}")
         axis.set_yticks(range(len(group)), labels)
         axis.set_ylim(-0.6, len(group) - 0.4)
-        label_axes(axis, str(study), f"points over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}", spines=("bottom",))
+        label_axes(
+            axis,
+            str(study),
+            f"{unit.points.strip()} over uniform, {n_seeds} seed{'s' * (n_seeds != 1)}",
+            spines=("bottom",),
+        )
         axis.tick_params(axis="y", length=0)
     return panels
 

@@ -14,7 +14,7 @@ PACKAGE = Path(rankscope.__file__).parent
 
 # One list a layer, its rows in order.
 LAYERS = [
-    ["errors", "plugins", "files", "settings", "columns", "early"],
+    ["errors", "plugins", "files", "settings", "columns", "early", "units"],
     ["naming", "targets", "maps", "allocation", "budget"],
     ["distributed"],
     ["profiling", "lora"],

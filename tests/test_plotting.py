@@ -221,7 +221,7 @@ def compared(methods: Sequence[str], studies: Sequence[str] = ("a",)) -> pd.Data
     rows += [(study, 1.0, method, 1000) for study in studies for method in methods]
     table = pd.DataFrame(rows, columns=["study", "factor", "method", "parameters"])
     values = {"test": 0.9, "deviation": 0.01, "difference": 0.0, "low": -0.01, "high": 0.01, "noise": 0.02, "seeds": 3}
-    return table.assign(**values, verdict="no difference", over_budget=False)
+    return table.assign(**values, share=True, verdict="no difference", over_budget=False)
 
 
 def test_methods_at_one_budget_lie_side_by_side() -> None:

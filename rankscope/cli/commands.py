@@ -27,10 +27,11 @@ from rankscope.early import PATHS
 from rankscope.errors import FileError, SettingsError, without_secrets
 from rankscope.files import read_json, remove_others, replacing, write_json
 from rankscope.lora import save_lora_config
-from rankscope.searching import Finalist, Interval, SearchResult, Trial
+from rankscope.searching import Finalist, SearchResult, Trial
 from rankscope.strategies import needs_profile
 from rankscope.targets import TargetModule
 from rankscope.training import Lora, add_to_card, describe_towers, estimate_memory
+from rankscope.units import Interval, Unit, unit_of
 
 FEW_TRIALS = 30  # measured on synthetic landscapes: below, nothing beats a good one-shot
 SHOWN_MODULES = 9
@@ -226,7 +227,7 @@ def _print_search(result: SearchResult, *, modelled: bool) -> None:
         title = "validation split, nothing confirmed; * recommended"
         shown = [*_starts_of(result), result.best_trial, result.best_of_origin(None)]
     size = {"parameters": "{parameters:,}"} if result.over_budgets else {"rate": "{learning_rate:g}"}
-    texts = {metric: "{metric:.3f}", "to uniform": "{to_uniform}"}
+    texts = {metric: "{metric}", "to uniform": "{to_uniform}"}
     texts |= {"posterior": "{posterior}"} if result.posterior else {}
     rows = {trial.number: _row(result, trial) for trial in shown}
     print_table(f"{name}: {len(result.trials)} trials; {title}", {"strategy": "{name}", **size, **texts}, rows.values())
@@ -280,19 +281,20 @@ def _row(result: SearchResult, trial: Trial) -> dict[str, Any]:
         "name": f"{trial.name} *" if trial.number == result.best_trial.number else trial.name,
         "parameters": trial.allocation.parameters,
         "learning_rate": trial.learning_rate,
-        "metric": found.metric if found else trial.metric,
-        "to_uniform": _on_two_lines(Interval(difference or 0.0, *ends)) if known else "-",
-        "posterior": _on_two_lines(expected) if expected else "-",
+        "metric": result.unit.value(found.metric if found else trial.metric),
+        "to_uniform": _on_two_lines(Interval(difference or 0.0, *ends), result.unit) if known else "-",
+        "posterior": _on_two_lines(expected, result.unit) if expected else "-",
     }
 
 
-def _on_two_lines(interval: Interval) -> str:
+def _on_two_lines(interval: Interval, unit: Unit) -> str:
     r"""The mean, and the interval below it if there is one.
 
-    >>> _on_two_lines(Interval(0.02, 0.01, 0.03)), _on_two_lines(Interval(0.02, math.nan, math.nan))
-    ('+0.020\n[+0.010, +0.030]', '+0.020')
+    >>> from rankscope.units import SHARE
+    >>> _on_two_lines(Interval(0.02, 0.01, 0.03), SHARE), _on_two_lines(Interval(0.02, math.nan, math.nan), SHARE)
+    ('+2.0\n[+1.0, +3.0]', '+2.0')
     """
-    return interval.text().removesuffix(" [-]").replace(" [", "\n[")
+    return interval.text(unit).removesuffix(" [-]").replace(" [", "\n[")
 
 
 def _verdict(result: SearchResult) -> str:
@@ -306,10 +308,10 @@ def _verdict(result: SearchResult) -> str:
         return "uniform did not complete: whether the recommendation is better is not known"
     if found.interval is None:
         return "whether it differs from uniform is not known: an interval needs 3 fresh seeds or more, and differences that vary"
-    low, high = found.interval
+    (low, high), unit = found.interval, result.unit
     if low > 0:
-        return f"better than uniform: {found.difference:+.3f}, and not less than {low:+.3f}"
-    return f"not told apart from uniform: {low:+.3f} to {high:+.3f}"
+        return f"better than uniform: {unit.difference(found.difference)}{unit.points}, and not less than {unit.difference(low)}"
+    return f"not told apart from uniform: {unit.difference(low)} to {unit.difference(high)}{unit.points}"
 
 
 def _search_summary(result: SearchResult) -> dict[str, Any]:
@@ -401,13 +403,14 @@ def _print_runs(session: Session, rows: list[dict[str, Any]], *, baseline: bool)
     """What was trained, a row each, and whether it was compared."""
     n = len(rows[-1]["seeds"])
     title = f"{session.study.name}: mean {session.task.metric} of {f'{n} seeds' if n > 1 else 'one seed'}"
+    unit = _unit_of(rows)
     print_table(
         title + ("; paired test difference to uniform, 95 % interval" if baseline else ""),
         {"strategy": "{strategy}", "parameters": "{parameters:,}", "rate": "{learning_rate:g}",
-         "validation": "{validation:.3f}", "test": "{test:.3f}", "to uniform": "{difference}"},
+         "validation": "{validation}", "test": "{test}", "to uniform": "{difference}"},
         [
-            {**row, "validation": fmean(row["validation"]), "test": fmean(row["test"]),
-             "difference": row["difference"].text() if row["difference"] else "-"}
+            {**row, "validation": unit.value(fmean(row["validation"])), "test": unit.value(fmean(row["test"])),
+             "difference": row["difference"].text(unit) if row["difference"] else "-"}
             for row in rows
         ],
     )  # fmt: skip
@@ -415,9 +418,13 @@ def _print_runs(session: Session, rows: list[dict[str, Any]], *, baseline: bool)
         print_line("not compared with uniform LoRA at as many parameters; --baseline does")
 
 
+def _unit_of(rows: list[dict[str, Any]]) -> Unit:
+    return unit_of([value for row in rows for value in (*row["validation"], *row["test"])])
+
+
 def _results(session: Session, rows: list[dict[str, Any]], seed: int, *, baseline: bool) -> list[str]:
     """What the trainings gave, as Markdown for the adapter's model card."""
-    metric, last, training = session.task.metric, rows[-1], session.study.training
+    metric, last, training, unit = session.task.metric, rows[-1], session.study.training, _unit_of(rows)
     above = "; the allocation was made for a larger one" if last["parameters"] > session.budget.limit else ""
     lines = [
         f"`rankscope train` on the study `{session.study.name}`: {training.steps:,} steps at learning rate "
@@ -428,8 +435,8 @@ def _results(session: Session, rows: list[dict[str, Any]], seed: int, *, baselin
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for row in rows:
-        means = f"{fmean(row['validation']):.3f} | {fmean(row['test']):.3f}"
-        difference = row["difference"].text() if row["difference"] else "-"
+        means = f"{unit.value(fmean(row['validation']))} | {unit.value(fmean(row['test']))}"
+        difference = row["difference"].text(unit) if row["difference"] else "-"
         lines.append(f"| {row['strategy']} | {row['parameters']:,} | {len(row['seeds'])} | {means} | {difference} |")
     if not baseline:
         lines += ["", "It was not compared with uniform LoRA at as many parameters; `rankscope train --baseline` does."]
@@ -576,14 +583,15 @@ def run_budget(session: Session, *, as_json: bool) -> None:
         print_json(facts, files)
         return
     columns = {"method": "{method}", "parameters": "{parameters:,}", "seeds": "{seeds}",
-               "validation": "{validation:.1%}", "to the reference": "{points}", "enough": "{verdict}"}  # fmt: skip
+               "validation": "{shown}", "to the reference": "{points}", "enough": "{verdict}"}  # fmt: skip
     rows = table.to_dict("records")
     for row in rows:
         ends = (row["difference"], row["difference_low"], row["difference_high"])
         own = (row["method"], row["budget"]) == found.reference
-        row["points"] = "reference" if own else Interval(*ends).text(scale=100, digits=1)
+        row["points"] = "reference" if own else Interval(*ends).text(plan.unit)
+        row["shown"] = plan.unit.value(row["validation"])
         row["verdict"] = {True: "yes", False: "no"}.get(row["enough"], "open")
-    print_table(f"{study.name}: {session.task.metric} by parameters, points and 95 % intervals", columns, rows)
+    print_table(f"{study.name}: {session.task.metric} by parameters, with 95 % intervals", columns, rows)
     for name, text in plan.answers().items():
         print_line(f"{name + ':':<11}{text}")
     print_files(files)
@@ -744,6 +752,6 @@ def _print_methods(group: pd.DataFrame) -> None:
     first, factor, n_seeds = texts[0], group["factor"].iloc[0], group["seeds"].iloc[0]
     scale = "" if factor == 1.0 else f", {factor:g} x the budget"
     noise = f"; seeds alone: up to {first['noise']}" if n_seeds > 1 else ""
-    title = f"{first['study']}{scale}: {first['seeds']}, points over uniform{noise}"
+    title = f"{first['study']}{scale}: {first['seeds']},{first['unit']} over uniform{noise}"
     columns = {"method": "{method}", "parameters": "{parameters}", "rate": "{rate}"}
     print_table(title, {**columns, "test, 95 % interval": "{points}", "differs": "{differs}"}, texts)

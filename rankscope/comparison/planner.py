@@ -41,10 +41,11 @@ from rankscope.distributed import led_by_first
 from rankscope.errors import SettingsError, checked
 from rankscope.files import AnyPath
 from rankscope.profiling import Profile
-from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
+from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, t_interval
 from rankscope.settings import AllocationSettings, PlanSettings, TrainingSettings
 from rankscope.targets import TargetModule, find_targets
 from rankscope.tasks import Task, load_task, profile_task
+from rankscope.units import Interval, Unit, unit_of
 
 Cell = tuple[str, int]  # a method at a budget; full fine-tuning and the head alone have none: 0
 Scores = Mapping[Cell, Sequence[float]]  # validation by seed: the first seeds of the plan, as many as were trained
@@ -271,12 +272,20 @@ class BudgetPlan:
         """All runs in the columns of a comparison."""
         return pd.DataFrame([run.to_row() for run in chain(self.tuning, *self.runs.values())])
 
+    @cached_property
+    def unit(self) -> Unit:
+        """How the metric is shown."""
+        return unit_of([score for scores in self.assessment.scores.values() for score in scores])
+
+    def _points(self, difference: Interval) -> str:
+        return f"{difference.text(self.unit)}{self.unit.points}"
+
     def answers(self) -> dict[str, str]:
         """The plan in words: what is enough, what it saves, whether capacity limits the task, what the next budget loses."""
         found, placed, budget = self.assessment, self.assessment.placed, self.budget
         cell, reference = (placed, budget or 0), found.reference
-        about = f"{_named(reference)}, {100 * fmean(found.scores[reference]):.1f} % on validation"
-        margin = f"a margin of {100 * found.margin:.1f} points"
+        about = f"{_named(reference)}, {self.unit.value(fmean(found.scores[reference]))} on validation"
+        margin = f"a margin of {self.unit.distance(found.margin)}"
         answers = {"reference": f"{about}; {margin}" + " (one seed's deviation)" * (found.settings.margin is None)}
         if budget is None:
             most = max(found.measured(placed))
@@ -285,7 +294,7 @@ class BudgetPlan:
                 "`plan.margin` or `plan.highest`"
             )
             return answers | {"capacity": self._capacity()}
-        answers["enough"] = f"{_named(cell)}: {_points(found.difference(cell, reference))} to the reference"
+        answers["enough"] = f"{_named(cell)}: {self._points(found.difference(cell, reference))} to the reference"
         uniform = found.smallest(REFERENCE)
         needs = f"{uniform:,} parameters" if uniform else f"more than {max(found.measured(REFERENCE)):,} parameters"
         answers["saved"] = f"uniform needs {needs}; by the curves {times(self.saved)} as many"
@@ -295,13 +304,11 @@ class BudgetPlan:
         answers["below"] = "it is the least budget of the grid"
         if smaller := [(placed, each) for each in found.measured(placed) if each < budget]:
             change = found.difference(smaller[-1], cell)
-            answers["below"] = f"at {smaller[-1][1]:,} parameters: {_points(change)} to the recommended budget"
+            answers["below"] = f"at {smaller[-1][1]:,} parameters: {self._points(change)} to the recommended budget"
         ours, theirs = ([run.test or 0.0 for run in self.runs[each]] for each in (cell, reference))
         n = min(len(ours), len(theirs))
-        test = (
-            f"{100 * fmean(ours):.1f} %, {_points(paired_difference(ours[:n], theirs[:n]))} to the reference, {n} seeds"
-        )
-        answers["test"] = test
+        points = self._points(paired_difference(ours[:n], theirs[:n]))
+        answers["test"] = f"{self.unit.value(fmean(ours))}, {points} to the reference, {n} seeds"
         if edges := self._at_edge():
             answers["rates"] = f"the best rate is at the end of its grid at {edges}: widen `training.learning_rate`"
         return answers
@@ -310,7 +317,7 @@ class BudgetPlan:
         """Whether the largest placed budget is better than the smallest."""
         placed, budgets = self.assessment.placed, self.assessment.measured(self.assessment.placed)
         gain = self.assessment.difference((placed, budgets[-1]), (placed, budgets[0]))
-        gains = f"{_points(gain)} from {budgets[0]:,} to {budgets[-1]:,} parameters"
+        gains = f"{self._points(gain)} from {budgets[0]:,} to {budgets[-1]:,} parameters"
         if gain.high < self.assessment.margin:
             return f"does not limit the task: {gains}"
         return f"limits the task: {gains}" if gain.low > 0 else f"cannot be told from these seeds: {gains}"
@@ -325,10 +332,6 @@ def _named(cell: Cell) -> str:
     return (
         f"{cell[0]} at {cell[1]:,} parameters" if cell[1] else {"full": "full fine-tuning", "head": "the head"}[cell[0]]
     )
-
-
-def _points(difference: Interval) -> str:
-    return f"{difference.text(scale=100, digits=1)} points"
 
 
 @checked

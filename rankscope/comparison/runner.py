@@ -497,8 +497,8 @@ class Comparison:
         from rankscope.comparison.summary import allocations, at_budget, format_row, summarise
 
         rows = [format_row(row) for _, row in at_budget(summarise(self.runs)).iterrows()]
-        columns = {"method": "method", "parameters": "parameters", "test": "test", "points": "points over uniform, 95 %",
-                   "verdict": "verdict"}  # fmt: skip
+        over = f"{rows[0]['unit']} over uniform, 95 %".strip()
+        columns = {name: name for name in ("method", "parameters", "test")} | {"points": over, "verdict": "verdict"}
         table = pd.DataFrame(rows)[list(columns)].rename(columns=columns).to_html(index=False, border=0)
         found = dict(islice(allocations(self.runs).items(), SHOWN_MAPS)) if self.runs["study"].nunique() == 1 else {}
         known = {target.name for target in self.targets}

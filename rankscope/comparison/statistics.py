@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 from scipy.stats import norm, permutation_test, t
 
-from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, Interval, t_interval
+from rankscope.searching import CONFIDENCE, FEWEST_PAIRS, t_interval
+from rankscope.units import Interval
 
 N_DRAWS = 4_000  # of a bootstrap
 Floats = NDArray[np.float64]

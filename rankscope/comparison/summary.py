@@ -14,7 +14,8 @@ from rankscope.comparison import statistics
 from rankscope.comparison.runner import REFERENCE, REPORTED, SCHEMA, UNLIMITED
 from rankscope.errors import FileError, SettingsError
 from rankscope.files import AnyPath, parse_json, read_parquet
-from rankscope.searching import FEWEST_PAIRS, Interval
+from rankscope.searching import FEWEST_PAIRS
+from rankscope.units import AS_IT_IS, SHARE, Interval, unit_of
 
 SIGNIFICANCE = 0.05
 MULTIPLIER = [f"uniform_budget_multiplier{end}" for end in ("", "_low", "_high")]
@@ -90,8 +91,9 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     (their number), `validation` and `test` (means), `deviation` of `test` over seeds; `difference` to uniform, paired, its 95 %
     interval `low`, `high`, `p` of a sign-flip permutation test and `p_holm` over a study's methods (NaN with fewer than 3
     seeds); `noise` (`seed_noise` of uniform), `relative` (difference over uniform's metric), `seconds` (median run), `verdict`
-    (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), and `uniform_budget_multiplier` (by how
-    much uniform must grow to match, with its 95 % interval `uniform_budget_multiplier_low`, `_high`; see
+    (`better`, `worse`, `no difference`, `same runs as uniform`, or why there is none), `share` (whether all of the study's
+    metric is from 0 to 1), and `uniform_budget_multiplier` (by how much uniform must grow to match, with its 95 % interval
+    `uniform_budget_multiplier_low`, `_high`; see
     `uniform_budget_multipliers`).
     """
     reported = runs[runs["role"] == REPORTED]
@@ -102,6 +104,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     groups = [group for _, group in reported.groupby(["study", "factor"], sort=False)]
     table = pd.concat([_compared(group) for group in groups if REFERENCE in set(group["method"])], ignore_index=True)
     cells = reported.pivot(index=["study", "factor", "method"], columns="seed", values="test")
+    metrics = runs[["validation", "test"]].astype(float).groupby(runs["study"])
+    table["share"] = table["study"].map({study: unit_of(values) == SHARE for study, values in metrics})
     for _, mine in table.groupby("study"):
         scores = cells.loc[mine[cells.index.names].apply(tuple, axis=1)].dropna(axis=1, how="all").to_numpy()
         uniform = np.flatnonzero(mine["method"] == REFERENCE).tolist()
@@ -127,7 +131,7 @@ def _compared(group: pd.DataFrame) -> pd.DataFrame:
         row |= {"difference": mean, "low": low, "high": high}
         row |= {"p": statistics.paired_p_value(ours, theirs), "noise": statistics.seed_noise(theirs)}
         base = float(uniform["test"].mean())
-        row |= {"relative": mean / base if base else math.nan, "seconds": mine["wall_seconds"].median()}
+        row |= {"relative": mean / abs(base) if base else math.nan, "seconds": mine["wall_seconds"].median()}
         same = mine[outcome].to_dict("list") == uniform[outcome].to_dict("list")
         rows.append(row | {"peak_memory": mine["peak_memory"].max(), "same_runs": same})
     table = pd.DataFrame(rows).assign(p_holm=np.nan)
@@ -152,16 +156,19 @@ def _verdict(row: pd.Series) -> str:
 def format_row(row: pd.Series) -> dict[str, str]:
     """A row of `summarise` as text. Terminal, HTML and Markdown each show some of its columns.
 
-    `points` is the difference to uniform in points with its interval; of uniform, the metric itself. Where a method's size is its
-    own, as VeRA's, `points` and the verdict name it.
+    `points` is the difference to uniform with its interval, of shares in points; of uniform, the metric itself. Where a method's
+    size is its own, as VeRA's, `points` and the verdict name it.
     """
-    points = Interval(row["difference"], row["low"], row["high"]).text(scale=100, digits=1)
+    unit = SHARE if row["share"] else AS_IT_IS
+    points = Interval(row["difference"], row["low"], row["high"]).text(unit)
     study, seeds, verdict = str(row["study"]), int(row["seeds"]), str(row["verdict"])
+    ends = [unit.difference(row[end], digits=1) for end in ("low", "high")]
     texts = {
         "study": study if row["task"] in study else f"{study}, {row['task']}",
         "name": f"{study}: {row['method']}",
         "seeds": f"{seeds} seed{'s' * (seeds != 1)}",
-        "noise": f"{100 * row['noise']:.1f}",
+        "noise": unit.distance(row["noise"]),
+        "unit": unit.points,
         "method": str(row["method"]),
         "variant": f"{row['method']} ({row['variant']})" if row["variant"] else str(row["method"]),
         "parameters": f"{row['parameters']:,}",
@@ -170,8 +177,8 @@ def format_row(row: pd.Series) -> dict[str, str]:
         "deviation": "-" if math.isnan(row["deviation"]) else f"{row['deviation']:.4f}",
         "points": "over the budget" if row["over_budget"] else SAME_RUNS if verdict == SAME_RUNS else points,
         "differs": "no" if verdict in (NO_DIFFERENCE, SAME_RUNS) else verdict.partition(":")[0],
-        "difference": f"{100 * row['difference']:+.2f}",
-        "interval": "-" if math.isnan(row["low"]) else f"[{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+        "difference": unit.difference(row["difference"], digits=1),
+        "interval": "-" if math.isnan(row["low"]) else "[{}, {}]".format(*ends),
         "p": "-" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.3f}",
         "verdict": verdict,
         "needs": times(Interval(*row[MULTIPLIER])),
@@ -180,7 +187,7 @@ def format_row(row: pd.Series) -> dict[str, str]:
         "search": f"{row['cost_steps']:,}" if row["cost_steps"] else "",
     }
     if row["method"] == REFERENCE:
-        return texts | {"points": f"{100 * row['test']:.1f} %", "difference": "", "interval": "", "p": "", "needs": ""}
+        return texts | {"points": unit.value(row["test"]), "difference": "", "interval": "", "p": "", "needs": ""}
     if row["budget"] == 0 and row["method"] not in UNLIMITED:
         texts["points"] += f" at {row['parameters']:,}"
         texts |= {

@@ -23,9 +23,10 @@ from rankscope.allocation import RankAllocation
 from rankscope.errors import TrainingError, one_line
 from rankscope.files import digest
 from rankscope.maps import ranks_png
-from rankscope.searching.confirmation import Finalist, Interval
+from rankscope.searching.confirmation import Finalist
 from rankscope.searching.storage import RANKS_KEY, SAMPLER, STUDY_KEY, TRIAL_KEY, UNIFORM, Trial
 from rankscope.targets import TargetModule
+from rankscope.units import Interval
 
 if TYPE_CHECKING:
     from rankscope.searching.runner import SearchResult

@@ -33,6 +33,7 @@ from rankscope.searching.storage import (
 from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.tasks import Task
 from rankscope.training import train
+from rankscope.units import Interval, unit_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,23 +47,6 @@ FEWEST_PAIRS = 3  # with two, the t interval is 4.5 times as wide as with three:
 PREFERRED = {ONE_SHOT: 0, UNIFORM: 1}  # origins, where nothing else tells; others come after them
 OnRun = Callable[[int, int], None]  # runs done and runs in all
 MIN_TRIALS = 5  # with fewer, a rank correlation says nothing
-
-
-class Interval(NamedTuple):
-    """A mean with its confidence interval; `low` and `high` are NaN where there is none."""
-
-    mean: float
-    low: float
-    high: float
-
-    def text(self, *, scale: float = 1.0, digits: int = 3) -> str:
-        """As tables show it; a dash where there is no interval.
-
-        >>> Interval(0.02, 0.01, 0.03).text(scale=100, digits=1), Interval(0.02, math.nan, math.nan).text()
-        ('+2.0 [+1.0, +3.0]', '+0.020 [-]')
-        """
-        mean, low, high = (f"{scale * value:+.{digits}f}" for value in self)
-        return f"{mean} [-]" if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
 def t_interval(mean: float, variance: float, n: int, *, freedom: int, confidence: float = CONFIDENCE) -> Interval:
@@ -362,6 +346,7 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
             (fair[i] and values[i] >= values[j]) or (j in over and over[j][i].low > 0.0) for j in starts
         )
 
+    unit = unit_of([*table.ravel(), *(trial.metric for trial in trials)])
     error = math.sqrt(2.0 * residual_variance(table) / n_seeds) if n_seeds > 1 else math.inf
     if over:
         wished = sorted(everyone, key=lambda i: -over[starts[0]][i].mean)
@@ -371,16 +356,18 @@ def recommend(trials: Sequence[Trial], metrics: ArrayLike, belief: PerformanceMo
     best = next(filter(allowed, wished))
     ahead = [j for j in starts if values[j] > values[best] or not (n_seeds or best in starts)]
     rival = max(ahead, key=lambda j: values[j], default=best)
-    below = f"fresh seeds put it {values[rival] - values[best]:.3f} below"
+    below = f"fresh seeds put it {unit.distance(values[rival] - values[best])} below"
     if not starts:
         why = "neither uniform nor one-shot completed, and it is best of what did"
     elif not n_seeds and best in starts:
         why = "these are too few trainings to tell proposals from it"
     elif ahead and over:
-        why = f"the posterior puts it {over[rival][best].text()} above {trials[rival].name}, though "
+        why = f"the posterior puts it {over[rival][best].text(unit)}{unit.points} above {trials[rival].name}, though "
         why += below if n_seeds else "nothing is confirmed"
     elif ahead:
-        noise = f"within their standard error, {error:.3f}" if n_seeds > 1 else "by one seed, which tells little"
+        noise = (
+            f"within their standard error, {unit.distance(error)}" if n_seeds > 1 else "by one seed, which tells little"
+        )
         why = f"the profile speaks for it, though {below} {trials[rival].name}, {noise}"
     elif best != wished[0] and over:
         above = " and ".join(trials[j].name for j in starts if values[j] > values[wished[0]])

@@ -36,6 +36,7 @@ from rankscope.settings import SearchSettings, TrainingSettings
 from rankscope.targets import TargetModule, fingerprint_targets
 from rankscope.tasks import Task, fingerprint_task, load_task
 from rankscope.training import TrainingResult, train
+from rankscope.units import Interval, Unit, unit_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]  # stage, runs done and runs in all
@@ -112,7 +113,7 @@ class SearchResult:
         return self.recommendation.trial
 
     @cached_property
-    def posterior(self) -> dict[RankAllocation, confirmation.Interval]:
+    def posterior(self) -> dict[RankAllocation, Interval]:
         """How much better than uniform each allocation is, by trials and fresh seeds; empty without a model to believe."""
         first = {trial.allocation: trial for trial in reversed(self.trials)}
         starts = [i for i, trial in enumerate(first.values()) if trial.origin == UNIFORM]
@@ -128,6 +129,11 @@ class SearchResult:
     def _weighing(self) -> PerformanceModel | None:
         """What weighs trials and fresh seeds; not the profile alone, in which fresh seeds would hardly count."""
         return None if self.belief is None else self.model
+
+    @property
+    def unit(self) -> Unit:
+        """How the metric is shown."""
+        return unit_of([*(t.metric for t in self.trials), *(each.metric for each in self.finalists)])
 
     @property
     def over_budgets(self) -> bool:

@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 from rankscope.comparison import at_budget, paired_difference, read_comparison
-from rankscope.searching import Interval
+from rankscope.units import Interval
 
 STUDIES = Path(__file__).parents[1] / "compare"
 RESULTS = Path(__file__).parents[1] / "results"

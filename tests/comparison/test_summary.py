@@ -59,6 +59,19 @@ def test_verdicts() -> None:
     assert table["uniform_budget_multiplier"].isna().all()
 
 
+def test_a_metric_that_is_no_share_is_shown_as_it_is() -> None:
+    """Per cent and points are of shares; a loss or a BLEU of 27 is neither."""
+    runs = pd.DataFrame([*rows("uniform", -27.3), *rows("good", -26.1)])
+    uniform, good = (format_row(row) for _, row in summarise(runs).iterrows())
+    assert (uniform["points"], uniform["unit"], good["unit"]) == ("-27.298", "", "")
+    assert re.fullmatch(r"\+1\.200 \[\+1\.19\d, \+1\.20\d\]", good["points"]), good["points"]
+    assert summarise(runs)["relative"].tolist() == pytest.approx([0.0, 1.2 / 27.3], abs=1e-3)
+    shares = pd.DataFrame([*rows("uniform", 0.8), *rows("good", 0.83)])
+    both = summarise(pd.concat([runs, shares.assign(study="s")]))
+    assert both["share"].tolist() == [False, False, True, True]
+    assert format_row(both.iloc[3])["points"].startswith("+3.")
+
+
 def test_a_method_of_its_own_size_is_never_called_equal() -> None:
     runs = pd.DataFrame(
         [*rows("uniform", 0.80), *rows("vera-64", 0.80, parameters=83), *rows("full", 0.83, parameters=900)]

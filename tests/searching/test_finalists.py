@@ -100,14 +100,14 @@ class Belief:
         ([[0.6], [0.5], [0.4]], [0.2, 0.1, 0.3], 0.3, 0,
          "uniform is recommended: the posterior mean of trial 2 is higher, but fresh seeds put it below uniform and one-shot"),
         ([[0.6], [0.5], [0.4]], [0.0, 0.1, 0.2], 0.3, 1,
-         "one-shot is recommended: the posterior puts it +0.100 [-0.200, +0.400] above uniform, though fresh seeds put it 0.100 below"),
+         "one-shot is recommended: the posterior puts it +10.0 [-20.0, +40.0] points above uniform, though fresh seeds put it 10.0 points below"),
         ([[0.5], [0.6], [0.59]], [0.0, 0.1, 0.2], 0.05, 2,
-         "trial 2 is recommended: the posterior puts it +0.100 [+0.050, +0.150] above one-shot, though fresh seeds put it 0.010 below"),
+         "trial 2 is recommended: the posterior puts it +10.0 [+5.0, +15.0] points above one-shot, though fresh seeds put it 1.0 points below"),
         ([[0.5], [0.6], [0.7]], [0.2, 0.3, 0.1], 0.3, 1, "one-shot is recommended: no proposal is better in the posterior mean"),
         ([[], [], []], [0.0, 0.1, 0.2], 0.3, 1,
          "one-shot is recommended: these are too few trainings to tell proposals from it"),
         ([[], [], []], [0.0, 0.1, 0.2], 0.05, 2,
-         "trial 2 is recommended: the posterior puts it +0.200 [+0.150, +0.250] above uniform, though nothing is confirmed"),
+         "trial 2 is recommended: the posterior puts it +20.0 [+15.0, +25.0] points above uniform, though nothing is confirmed"),
     ],
 )  # fmt: skip
 def test_nothing_below_uniform_or_one_shot_is_recommended_unless_the_posterior_says_why(
@@ -123,10 +123,10 @@ def test_reasons_without_a_model() -> None:
     assert recommend(trials, [[0.50, 0.51], [0.55, 0.56], [0.6, 0.62]]).reason == above
     for fresh, why in (
         ([[0.50], [0.55], [0.57]], "one fresh seed tells too little to prefer a proposal"),
-        ([[0.56], [0.55], [0.57]], "the profile speaks for it, though fresh seeds put it 0.010 below uniform, by one seed, which tells little"),
+        ([[0.56], [0.55], [0.57]], "the profile speaks for it, though fresh seeds put it 1.0 points below uniform, by one seed, which tells little"),
         ([[0.50, 0.51], [0.55, 0.6], [0.6, 0.56]], "no proposal is better by more than the standard error of fresh seeds"),
-        ([[0.57, 0.59], [0.55, 0.6], [0.5, 0.5]], "the profile speaks for it, though fresh seeds put it 0.005 below uniform, "
-         "within their standard error, 0.018"),
+        ([[0.57, 0.59], [0.55, 0.6], [0.5, 0.5]], "the profile speaks for it, though fresh seeds put it 0.5 points below uniform, "
+         "within their standard error, 1.8 points"),
         ([[], [], []], "these are too few trainings to tell proposals from it"),
     ):  # fmt: skip
         assert recommend(trials, fresh).reason == f"one-shot is recommended: {why}"

@@ -17,10 +17,11 @@ from rankscope.allocation import RankAllocation
 from rankscope.budget import ParameterBudget, allocate_marginal
 from rankscope.performance import prior_gains
 from rankscope.profiling import read_profile
-from rankscope.searching import HierarchicalSpace, Interval, group_by_depth
+from rankscope.searching import HierarchicalSpace, group_by_depth
 from rankscope.searching.confirmation import residual_variance
 from rankscope.targets import TargetModule
 from rankscope.tasks import data_folder
+from rankscope.units import Interval
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 SYNTHETIC_RANK = 4  # of the uniform allocation whose budget synthetic landscapes have

@@ -19,10 +19,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from rankscope.allocation import RankAllocation
-from rankscope.searching import Interval, PerformanceModelSampler
+from rankscope.searching import PerformanceModelSampler
 from rankscope.searching.confirmation import choose_finalists, recommend, split_budget
 from rankscope.searching.storage import ONE_SHOT, POSTERIOR_MEAN, RANKS_KEY, SAMPLER, UNIFORM, Trial
 from rankscope.settings import SearchSettings
+from rankscope.units import Interval
 from searches.landscapes import LANDSCAPES, Ints, Landscape, RankBench
 from searches.methods import METHODS, OURS, Method
 

@@ -60,7 +60,9 @@ def check_task_spec(spec: Any, base: Path, *, data_too: bool = True) -> None:
         check_glance(kind, Path(data), columns if isinstance(columns, Mapping) else None)
     if isinstance(model, str):
         check_source(model, base=base)
-        if "gguf_file" not in options:
+        loading = options.get("model_options")
+        own_code = isinstance(loading, Mapping) and loading.get("trust_remote_code")  # knows its own files
+        if not own_code and "gguf_file" not in options:
             check_model_folder(kind, Path(model), has_template=options.get("chat_template") is not None)
 
 

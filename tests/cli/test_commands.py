@@ -82,10 +82,8 @@ def test_the_whole_path(folder: Path) -> None:
         in card
     )
     for run in json.loads(text)["runs"]:
-        assert (
-            f"| {run['strategy']} | {run['parameters']:,} | 1 | {run['validation'][0]:.3f} | {run['test'][0]:.3f} |"
-            in card
-        )
+        validation, test = (f"{100 * run[split][0]:.1f} %" for split in ("validation", "test"))
+        assert f"| {run['strategy']} | {run['parameters']:,} | 1 | {validation} | {test} |" in card
     assert {path.name for path in out.iterdir()} == {
         "profile.parquet", "energy.png", "spectra.png", "allocation.json", "adapter_config.json", "ranks.png", "search.db",
         "trials.parquet", "adapter", "artifacts",
@@ -124,7 +122,7 @@ def test_budget_plans_and_writes_a_study(folder: Path) -> None:
     study.write_text(STUDY + f"plan: {{{plan}}}\n")
     status, text, errors = invoke("budget", study, "--out", out)
     assert (status, errors.splitlines()) == (0, [f"no profile in {out} yet: taking one"])
-    assert "planned: accuracy by parameters, points and 95 % intervals" in text
+    assert "planned: accuracy by parameters, with 95 % intervals" in text
     assert re.search(r"^enough: +one-shot at 1,728 parameters: [+-]", text, flags=re.MULTILINE)
     assert re.search(r"^capacity: +does not limit the task: ", text, flags=re.MULTILINE)
     assert re.search(r"^saved: +nothing on this grid: uniform needs no more$", text, flags=re.MULTILINE)

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ except ImportError:  # the hooks can be called without axolotl
 logger = logging.getLogger("axolotl.rankscope")  # axolotl shows what its own loggers say
 
 _KEYS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_rank_pattern", "lora_alpha_pattern")
+_KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel")
 _SHARDS = ("fsdp", "fsdp_config", "deepspeed", "tensor_parallel_size", "context_parallel_size")
 
 
@@ -83,6 +86,8 @@ class RankscopePlugin(BasePlugin):  # type: ignore[misc]
         source = "budget" if settings.allocation is None else "allocation"
         if set_too := [key for key in (*_KEYS, "lora_target_linear") if cfg.get(key)]:
             raise SettingsError(f"`{set_too[0]}` follows from `rankscope.{source}`; leave it out.")
+        if settings.controller is not False:
+            _turn_off_kernels(cfg)
         self._settings = settings
         if settings.allocation is None:
             _check_on_the_spot(cfg)
@@ -137,9 +142,10 @@ class RankscopePlugin(BasePlugin):  # type: ignore[misc]
         folder, taken = Path(str(cfg.get("output_dir") or "model-out"), "rankscope"), None
         if needs_profile(settings.strategy):
             batches = _batches(self._data, settings, int(cfg.get("micro_batch_size") or 1), seed, batch_device(model))
-            taken = profile(
-                model, batches, targets=targets, loss_fn=_loss, budget=budget, seed=seed, settings=settings.profile
-            )
+            with _whole_attention(model):
+                taken = profile(
+                    model, batches, targets=targets, loss_fn=_loss, budget=budget, seed=seed, settings=settings.profile
+                )
         allocation = allocate(settings.strategy, targets=targets, budget=budget, profile=taken, seed=seed)
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +163,34 @@ class RankscopePlugin(BasePlugin):  # type: ignore[misc]
 def _plain(value: Any) -> Any:
     """A value without axolotl's own kind of dict."""
     return {key: _plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def _turn_off_kernels(cfg: Any) -> None:
+    """Keep axolotl from turning on LoRA kernels, which compute adapters past their modules; a SettingsError if the YAML did."""
+    if on := [key for key in _KERNELS if cfg.get(key)]:
+        must = f"`rankscope.controller` must see the adapters' gradients, but `{on[0]}` computes them past the modules"
+        raise SettingsError(f"{must}; leave it out, or the controller.")
+    for key in _KERNELS:
+        cfg[key] = False
+
+
+@contextmanager
+def _whole_attention(model: nn.Module) -> Iterator[None]:
+    """Give attention the projections that axolotl's LoRA kernels take out of its `forward` and put back with the adapters."""
+    try:
+        from axolotl.monkeypatch import lora_kernels  # type: ignore[import-not-found]
+    except ImportError:  # no such kernels
+        yield
+        return
+    cut: list[Any] = [each for each in model.modules() if hasattr(type(each), "_original_forward")]
+    for attention in cut:
+        attention.apply_qkv = MethodType(lora_kernels.original_apply_qkv_optional_v, attention)
+        attention.apply_o = MethodType(lora_kernels.original_apply_o, attention)
+    try:
+        yield
+    finally:
+        for attention in cut:
+            del attention.apply_qkv, attention.apply_o
 
 
 def _check_on_the_spot(cfg: Any) -> None:

@@ -80,6 +80,50 @@ def test_a_controller_runs_inside_the_trainer(allocation: rs.RankAllocation, tmp
     assert sum(from_peft_model(trainer.model).values()) > 0
 
 
+def test_a_controller_keeps_loras_kernels_off(allocation: rs.RankAllocation, tmp_path: Path) -> None:
+    """They multiply by A and B past the modules, where the controller's hooks are; axolotl turns them on where they are unset."""
+    kernels = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel", "lora_embedding_kernel")
+    still, moving = yaml_of(tmp_path), yaml_of(tmp_path, controller=True)
+    for cfg in (still, moving):
+        RankscopePlugin().register(cfg)
+    assert [moving.get(key) for key in kernels] == [False] * 4
+    assert [still.get(key) for key in kernels] == [None] * 4
+    asked = yaml_of(tmp_path, controller=True)
+    asked["lora_mlp_kernel"] = True
+    with pytest.raises(
+        SettingsError,
+        match=r"^`rankscope\.controller` must see the adapters' gradients, but `lora_mlp_kernel` computes them past the modules; ",
+    ):
+        RankscopePlugin().register(asked)
+
+
+def test_the_profile_runs_though_kernels_took_the_projections_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As axolotl 0.19's `patch_self_attn_lora` does before the model loads, and mends only after the adapters are there."""
+    kernels = ModuleType("axolotl.monkeypatch.lora_kernels")
+    kernels.original_apply_qkv_optional_v = lambda self, x: (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+    kernels.original_apply_o = lambda self, x: self.o_proj(x)
+    package = ModuleType("axolotl.monkeypatch")
+    package.lora_kernels = kernels
+    monkeypatch.setitem(sys.modules, "axolotl.monkeypatch", package)
+    attention = type(build("llama").model.layers[0].self_attn)
+    whole = attention.forward
+
+    def cut(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        q, k, v = self.apply_qkv(hidden_states)  # raises an AttributeError where nothing was put back
+        assert q.shape[-1] == self.q_proj.out_features
+        assert k.shape == v.shape
+        assert self.apply_o(q).shape == hidden_states.shape
+        return whole(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_original_forward", "its source", raising=False)
+    monkeypatch.setattr(attention, "forward", cut)
+    plugin, _, (_, model) = on_the_spot(tmp_path, monkeypatch, ROWS)
+    assert plugin._allocation is not None
+    assert not hasattr(model.model.layers[0].self_attn, "apply_qkv")
+
+
 def on_the_spot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, **more: Any) -> tuple[Any, Cfg, Any]:
     """Plugin, YAML and model after `load_datasets` and `pre_lora_load`; axolotl's own loader gives `rows`."""
     loaders = ModuleType("axolotl.common.datasets")

@@ -41,8 +41,11 @@ _TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "spm", "tekken", ".mod
 _ONE_RANK = {"llama-factory": ("LLaMA-Factory", "lora_rank"), "ms-swift": ("ms-swift", "lora_rank")}
 
 
-def check_task_spec(spec: Any, base: Path, *, data_too: bool = True) -> None:
-    """Raise the TaskError that `load_task` would raise for a name, type, function's file, model folder or data file."""
+def check_task_spec(spec: Any, base: Path, *, dry_run: bool = False) -> None:
+    """Raise the TaskError that `load_task` would raise for a name, type, function's file, model folder or data file.
+
+    A dry run needs neither data nor tokenizer.
+    """
     if isinstance(spec, str) and ":" in spec:
         check_file(spec, base, error=TaskError)
         return
@@ -55,14 +58,14 @@ def check_task_spec(spec: Any, base: Path, *, data_too: bool = True) -> None:
     kind = take_type(options)
     options |= resolved(options, base)
     data, columns, model = (options.get(key) for key in ("data", "columns", "model"))
-    if data_too and isinstance(data, str):
+    if not dry_run and isinstance(data, str):
         check_data(data)
         check_glance(kind, Path(data), columns if isinstance(columns, Mapping) else None)
     if isinstance(model, str):
         check_source(model, base=base)
         loading = options.get("model_options")
         own_code = isinstance(loading, Mapping) and loading.get("trust_remote_code")  # knows its own files
-        if not own_code and "gguf_file" not in options:
+        if not (dry_run or own_code) and "gguf_file" not in options:
             check_model_folder(kind, Path(model), has_template=options.get("chat_template") is not None)
 
 

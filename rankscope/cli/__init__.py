@@ -255,7 +255,7 @@ def _check_early(name: str, study: Path, settings: Any, out: Path, own: Mapping[
     check_output(out)
     if name == "dashboard":  # which needs the search's database only
         return
-    check_task_spec(settings.task, settings.base_dir, data_too=not own.get("dry_run"))
+    check_task_spec(settings.task, settings.base_dir, dry_run=bool(own.get("dry_run")))
     if name == "train" and not own["dry_run"]:
         require_allocation(own["allocation"] or out / "allocation.json", f"{arguments_of(study, out, settings.name)}")
 

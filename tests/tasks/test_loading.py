@@ -297,7 +297,8 @@ def test_an_early_check_says_what_loading_would_say(folder: Path, monkeypatch: p
         with pytest.raises(TaskError, match=f"^{re.escape(str(late.value))}$"):
             early.check_task_spec(spec, folder)
     early.check_task_spec({"type": "causal-lm", "model": "bert", **data}, folder)
-    early.check_task_spec({"type": "causal-lm", "model": "bert", "data": "none.csv"}, folder, data_too=False)
+    early.check_task_spec({"type": "causal-lm", "model": "bert", "data": "none.csv"}, folder, dry_run=True)
+    early.check_task_spec({**chats, "model": "bare", "data": "none.jsonl"}, folder, dry_run=True)
 
 
 def test_saved_data_sets_and_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

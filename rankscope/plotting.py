@@ -274,7 +274,7 @@ def plot_spectra(profile: Profile, *, figure: Parent = None) -> list[Axes]:
     for rank in (1, 2, 4, 8):
         dot = (rank * uniform, float(np.interp(rank * uniform, parameters, captured)))
         right.plot(*dot, "o", color="tab:orange", ms=4)
-        below = -22 if rank in (2, 8) else -11  # texts of neighbours do not meet
+        below = -28 if rank in (2, 8) else -12  # texts of neighbours do not meet
         right.annotate(f"rank {rank}: {dot[1]:.0%}", dot, xytext=(6, below), textcoords="offset points", fontsize=7)
     right.set(xlim=(0, min(10 * uniform, parameters[-1])), ylim=(0, 1.02))
     right.xaxis.set_major_formatter(EngFormatter(sep=""))

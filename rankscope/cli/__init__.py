@@ -125,16 +125,18 @@ def _run_on_several() -> None:
             if ended.code:  # the launcher ends the others
                 raise
 
-    says = os.environ.get("LOCAL_RANK", "0") == "0"
+    says, joined = os.environ.get("LOCAL_RANK", "0") == "0", False
     try:
         join_processes()
-        says = is_first()
+        says, joined = is_first(), True
         if not says:
             _silence()
         led(run)
     except (RankscopeError, KeyboardInterrupt) as error:
         if says and isinstance(error, RankscopeError):
             sys.stderr.write(f"rankscope: {one_line(error, most=10_000)}\n")
+        elif not joined and isinstance(error, RankscopeError):
+            time.sleep(60)  # the launcher ends all with the first that exits, which must be the one that says why
         sys.exit(2 if says else 1)
 
 

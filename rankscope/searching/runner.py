@@ -130,7 +130,7 @@ class SearchResult:
         """What weighs trials and fresh seeds; not the profile alone, in which fresh seeds would hardly count."""
         return None if self.belief is None else self.model
 
-    @property
+    @cached_property
     def unit(self) -> Unit:
         """How the metric is shown."""
         return unit_of([*(t.metric for t in self.trials), *(each.metric for each in self.finalists)])
